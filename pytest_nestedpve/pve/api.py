@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
+
+_call_limit: ContextVar[float | None] = ContextVar("nested_pve_call_limit", default=None)
 
 
 class Api(Protocol):
     """One API tree, whatever carries the calls.
 
-    `path` begins with "/"; params are API parameters (bool becomes 1/0, None is left out).
-    The result is the decoded `data`. A call that forks a task returns its UPID as a plain string
-    and does not wait for it: use `tasks.wait_task`.
+    `path` begins with "/"; params are API parameters (bool becomes 1/0, None is left out, a list is
+    repeated). `path` is positional only because the API has parameters of that name.
+    The result is the decoded `data`. A call that forks a task returns its UPID as a plain string,
+    whether or not the task failed: `tasks.wait_task` knows.
     Raises the errors of `pve.errors`.
     """
 
-    def get(self, path: str, **params: Any) -> Any: ...
+    def get(self, path: str, /, **params: Any) -> Any: ...
 
-    def post(self, path: str, **params: Any) -> Any: ...
+    def post(self, path: str, /, **params: Any) -> Any: ...
 
-    def put(self, path: str, **params: Any) -> Any: ...
+    def put(self, path: str, /, **params: Any) -> Any: ...
 
-    def delete(self, path: str, **params: Any) -> Any: ...
+    def delete(self, path: str, /, **params: Any) -> Any: ...
+
+
+@contextmanager
+def call_limit(seconds: float) -> Iterator[None]:
+    """Within this block one API call of this thread may take `seconds` (nominal).
+
+    Needed where a call lasts as long as its task: `pvesh` returns only when the task it forked ended.
+    """
+    token = _call_limit.set(seconds)
+    try:
+        yield
+    finally:
+        _call_limit.reset(token)
+
+
+def current_call_limit(default: float) -> float:
+    """The limit in force for one API call, nominal seconds."""
+    limit = _call_limit.get()
+    return default if limit is None else limit
