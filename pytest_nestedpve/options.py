@@ -1,0 +1,216 @@
+"""Every setting and command line option: its name, what it means, how its text is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve import values
+
+if TYPE_CHECKING:
+    import pytest
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: ini `nested_pve_<name>`, environment `NESTED_PVE_<NAME>`, field `field` of Settings.
+
+    `profile`: the outer host may name it in /etc/nested-pve.ini.
+    """
+
+    name: str
+    help: str
+    parse: values.Parser
+    profile: bool = False
+    field: str = ""
+
+    @property
+    def ini(self) -> str:
+        return f"nested_pve_{self.name}"
+
+    @property
+    def env(self) -> str:
+        return f"NESTED_PVE_{self.name.upper()}"
+
+    @property
+    def target(self) -> str:
+        return self.field or self.name
+
+
+_STORAGE = values.one_of_kind("the id of a storage", r"[A-Za-z][A-Za-z0-9._-]*[A-Za-z0-9]")
+_MIB = {"": 1, "m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024}
+_GIB = {"": 1, "g": 1, "gb": 1, "gib": 1, "t": 1024, "tb": 1024, "tib": 1024}
+
+KEYS: tuple[Key, ...] = (
+    Key("host", "outer PVE host: what `ssh` takes, or lab, or lab:NAME; no default", values.host),
+    Key(
+        "name_pattern",
+        "names of VMs that are ours: patterns, comma-separated; default nested-pve*",
+        values.name_patterns,
+        field="name_patterns",
+    ),
+    Key(
+        "vmid_range",
+        "ids of VMs that are ours: ranges, comma-separated, or any; default 99900-99999",
+        values.vmid_ranges,
+        field="vmid_ranges",
+    ),
+    Key(
+        "image",
+        "what the nested VM boots: an import volume of the outer host; default: the one it has",
+        values.one_of_kind("a volume like local:import/debian-13.qcow2", r"[A-Za-z][\w.-]*:\S+"),
+        profile=True,
+    ),
+    Key(
+        "template",
+        "template on the outer host, by id or name, that the nested VM is a linked clone of",
+        values.one_of_kind("the id or the name of a template", r"[A-Za-z0-9][A-Za-z0-9.-]*"),
+        profile=True,
+    ),
+    Key("storage", "storage for the disk of the nested VM", _STORAGE, profile=True),
+    Key(
+        "bridge",
+        "bridge of the outer host that the nested VM is on",
+        values.one_of_kind("the name of a bridge", r"[A-Za-z][A-Za-z0-9_.-]{0,14}"),
+        profile=True,
+    ),
+    Key(
+        "ipconfig",
+        "address of the nested VM, as qm's ipconfig0; default ip=dhcp",
+        values.ipconfig,
+        profile=True,
+    ),
+    Key("cores", "cores of the nested VM; default 2", values.count("a number of cores", 1, 512)),
+    Key(
+        "memory",
+        "memory of the nested VM in MiB, or with G behind it; default 8192",
+        values.size("an amount of memory in MiB, like 8192 or 8G,", _MIB, 256, 16_777_216),
+    ),
+    Key(
+        "disk",
+        "disk of the nested VM in GiB; default 64",
+        values.size("a size in GiB, like 64 or 64G,", _GIB, 1, 131_072),
+    ),
+    Key("vm_options", "further qm options for the nested VM: key=value, like kvm=0", values.options),
+    Key(
+        "leaf_image",
+        "image of the VM inside the nested PVE: URL, volume of the outer host, or local file",
+        values.one_of_kind("a URL, a volume or a file", r"\S+"),
+    ),
+    Key("leaf_options", "further qm options for the VM inside: key=value", values.options),
+    Key("extra_vars", "variables for every playbook: lines key=value, or a JSON object", values.variables),
+    Key("playbook_dir", "directory whose playbooks are preferred to the packaged ones", values.directory),
+    Key("roles_path", "further directories with Ansible roles, colon-separated", values.directories),
+    Key(
+        "collections_path",
+        "further directories with Ansible collections, colon-separated",
+        values.directories,
+    ),
+    Key(
+        "inventory_groups",
+        "groups of the inventory that the nested PVE is in, comma-separated",
+        values.groups,
+    ),
+    Key(
+        "sources", "what setup_repos copies to the nested PVE: name=path or name=git-url@ref", values.sources
+    ),
+    Key(
+        "sources_dest",
+        "directory on the nested PVE for the sources; default /opt/sources",
+        values.one_of_kind("an absolute path", r"/[A-Za-z0-9._/-]+"),
+    ),
+    Key(
+        "secrets",
+        "files, one by one, that setup_repos copies to the nested PVE, 0600, never logged",
+        values.files,
+    ),
+    Key(
+        "bootstrap",
+        "command that setup_repos runs in a synced source, as name:command",
+        values.one_of_kind("a source's name, a colon and a command", r"(?s).+"),
+    ),
+    Key(
+        "token_path",
+        "where the API token goes in a synced source, as name:file.yaml:path.in.it",
+        values.one_of_kind(
+            "name:file.yaml:path like site:secrets.yaml:api_tokens.{node}", r"[^:\s]+:[^:\s]+:\S+"
+        ),
+    ),
+    Key(
+        "pool_parent",
+        "resource pool below which each run makes its own",
+        values.one_of_kind("the id of a pool", r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+){0,2}"),
+        profile=True,
+    ),
+    Key("mirror", "Debian mirror that the guests use", values.url, profile=True),
+    Key("http_proxy", "HTTP proxy that the guests use", values.url, profile=True),
+    Key("pve_repository_url", "repository that PVE is installed from", values.url, profile=True),
+    Key("pve_repository_key_url", "address of that repository's signing key", values.url, profile=True),
+    Key(
+        "pve_repository_key_sha256",
+        "SHA-256 of that key file",
+        values.one_of_kind("a SHA-256 of 64 hexadecimal digits", r"[0-9a-fA-F]{64}"),
+        profile=True,
+    ),
+    Key(
+        "force_stop",
+        "whether a VM that does not shut down is stopped at the teardown; default true",
+        values.boolean,
+    ),
+    Key("timeout_scale", "factor for every limit of this plugin; default 1", values.factor),
+    Key("lease", "seconds after which a run that is not renewed counts as dead; default 30m", values.seconds),
+    Key(
+        "run_dir",
+        "directory for the state of runs; default .nested-pve/runs below the rootdir",
+        values.any_path,
+    ),
+)
+
+
+def register(parser: pytest.Parser) -> None:
+    """The plugin's pytest_addoption."""
+    group = parser.getgroup("nestedpve", "nested Proxmox VE")
+    group.addoption(
+        "--pve-host",
+        metavar="HOST",
+        default=None,
+        help="outer PVE host: what `ssh HOST` reaches, or lab, or lab:NAME (ini nested_pve_host)",
+    )
+    group.addoption(
+        "--nested-destroy-only",
+        action="store_true",
+        default=False,
+        help="collect no tests; destroy what earlier runs left, one item per VM",
+    )
+    group.addoption(
+        "--nested-dry-run",
+        action="store_true",
+        default=False,
+        help="print what would be done (or, with --nested-destroy-only, destroyed) and touch nothing",
+    )
+    group.addoption(
+        "--nested-run",
+        metavar="ID",
+        default=None,
+        help="with --nested-destroy-only: this run only, also when it is another owner's",
+    )
+    group.addoption(
+        "--nested-yes",
+        action="store_true",
+        default=False,
+        help="with --nested-destroy-only: do not ask before VMs that carry no marker",
+    )
+    group.addoption(
+        "--context-file",
+        metavar="FILE",
+        default=None,
+        help="context of earlier tools, loaded and saved; adds candidates, which are proved like all others",
+    )
+    group.addoption(
+        "--nested-json",
+        metavar="FILE",
+        default=None,
+        help="machine-readable result of --nested-destroy-only or --nested-dry-run",
+    )
+    for key in KEYS:
+        parser.addini(key.ini, f"{key.help} (environment {key.env})", type="string", default=None)

@@ -1,0 +1,257 @@
+"""Phases, the named steps of the set-up, and the runner: in order, each once, the first cause kept."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_nestedpve.pve.errors import PveError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
+
+Facts = dict[str, Any]
+
+
+class PhaseListError(ValueError):
+    """The list of phases, as hooks left it, cannot be run: a name twice, a need that does not exist."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named step of the set-up.
+
+    `do` does it and may return facts, which become `environment.facts[name]`; a fact `did` is one line
+    for the report. `probe` says whether it is done: its facts, or None. Without a probe it always runs.
+    Both raise a PveError to fail; anything else is shown with its traceback.
+    `timeout` (seconds) bounds `probe` and `do` together. `needs` names earlier phases that must be done
+    first, None means all of them. `usual` (seconds) is what it takes, for the progress line.
+    """
+
+    name: str
+    title: str
+    do: Callable[[Environment], Mapping[str, Any] | None]
+    probe: Callable[[Environment], Mapping[str, Any] | None] | None = None
+    timeout: float = 600.0
+    needs: tuple[str, ...] | None = None
+    usual: float | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The first cause: which phase failed, and the text of its error."""
+
+    phase: str
+    cause: str
+
+
+class PhaseBroken(Exception):
+    """A phase failed, or needs one that failed earlier; always carries the first cause.
+
+    `expected` is False when the cause was not a PveError: then its traceback is worth showing.
+    """
+
+    def __init__(self, broken: Broken, *, wanted: str, expected: bool = True) -> None:
+        text = broken.cause
+        if broken.phase != wanted:
+            text = f"{wanted} needs {broken.phase}, which failed: {text}"
+        super().__init__(text)
+        self.broken = broken
+        self.wanted = wanted
+        self.expected = expected
+
+
+class AuditSink(Protocol):
+    """What the runner needs of the audit log."""
+
+    def write(self, event: str, **fields: Any) -> Any: ...
+
+
+class Listener(Protocol):
+    """Is told what the phases do; every method is called in the thread that runs the phase."""
+
+    def phase_started(self, phase: Phase) -> None: ...
+
+    def phase_finished(
+        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None: ...
+
+    def progress(self, text: str) -> None: ...
+
+
+def _no_bound(_phase: Phase) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def check(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """The phases as a tuple; raises PhaseListError when they cannot be run in this order."""
+    seen: list[str] = []
+    result = tuple(phases)
+    for phase in result:
+        if not _NAME.match(phase.name):
+            raise PhaseListError(
+                f"a phase name is made of lower-case letters, digits and _; found {phase.name!r}"
+            )
+        if phase.name in seen:
+            raise PhaseListError(f"two phases are named {phase.name!r}; replace the first one in the list")
+        for need in phase.needs or ():
+            if need not in seen:
+                raise PhaseListError(
+                    f"phase {phase.name!r} needs {need!r}, which is not among the phases before it: "
+                    f"{', '.join(seen) or 'none'}"
+                )
+        seen.append(phase.name)
+    return result
+
+
+def needed_before(phases: Sequence[Phase], name: str) -> tuple[str, ...]:
+    """The names of all phases that must be done before `name`, in order. Raises KeyError."""
+    earlier: list[Phase] = []
+    for phase in phases:
+        if phase.name == name:
+            break
+        earlier.append(phase)
+    else:
+        raise KeyError(name)
+    if phase.needs is None:
+        return tuple(each.name for each in earlier)
+    wanted = set(phase.needs)
+    for each in reversed(earlier):
+        if each.name in wanted:
+            before = each.needs if each.needs is not None else needed_before(phases, each.name)
+            wanted.update(before)
+    return tuple(each.name for each in earlier if each.name in wanted)
+
+
+@dataclass
+class PhaseRunner:
+    """Does the phases of one environment, each at most once; broken for good by the first failure.
+
+    `status[name]` is "done" (its action ran), "proved" (its probe said yes) or "failed";
+    `done_by[name]` says on whose behalf; `seconds[name]` how long it took.
+    `bound(phase)` is entered around each phase and may interrupt it when its time is up.
+    `passthrough` are exceptions that end the session and are not a failure of the phase.
+    """
+
+    phases: tuple[Phase, ...]
+    environment: Environment
+    audit: AuditSink
+    listeners: list[Listener] = field(default_factory=list)
+    bound: Callable[[Phase], contextlib.AbstractContextManager[None]] = _no_bound
+    passthrough: tuple[type[BaseException], ...] = ()
+    status: dict[str, str] = field(default_factory=dict)
+    done_by: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    broken: Broken | None = None
+    current: str | None = None
+    _causes: dict[str, Broken] = field(default_factory=dict, repr=False)
+    acted: bool = False  # something other than preflight began to act: there may be something to tear down
+
+    def __post_init__(self) -> None:
+        self.phases = check(self.phases)
+        self._by_name = {phase.name: phase for phase in self.phases}
+
+    def phase(self, name: str) -> Phase:
+        """The phase of that name; raises KeyError."""
+        return self._by_name[name]
+
+    def prepare(self, name: str, *, by: str = "") -> None:
+        """Everything that `name` needs, probed first and done where the probe says no."""
+        for need in needed_before(self.phases, name):
+            self._settle(self._by_name[need], by=by, wanted=name, probe=True)
+
+    def ensure(self, name: str, *, by: str = "") -> None:
+        """`prepare`, then the phase itself, probed first. Raises PhaseBroken."""
+        self.prepare(name, by=by)
+        self._settle(self._by_name[name], by=by, wanted=name, probe=True)
+
+    def ensure_all(self, *, by: str = "") -> None:
+        """Every phase, in order."""
+        for phase in self.phases:
+            self.ensure(phase.name, by=by)
+
+    def execute(self, name: str, *, by: str = "") -> None:
+        """`prepare`, then the phase's action unless this runner has settled it. Raises PhaseBroken."""
+        self.prepare(name, by=by)
+        self._settle(self._by_name[name], by=by, wanted=name, probe=False)
+
+    def open(self) -> tuple[str, ...]:
+        """The names of the phases that are not settled yet."""
+        return tuple(p.name for p in self.phases if self.status.get(p.name) not in ("done", "proved"))
+
+    def progress(self, text: str) -> None:
+        """Tell the listeners what the current phase is at."""
+        for listener in self.listeners:
+            listener.progress(text)
+
+    def _settle(self, phase: Phase, *, by: str, wanted: str, probe: bool) -> None:
+        if self.status.get(phase.name) in ("done", "proved"):
+            return
+        self._refuse_if_broken(phase, wanted)
+        self.current = phase.name
+        for listener in self.listeners:
+            listener.phase_started(phase)
+        self.audit.write("phase_start", phase=phase.name)
+        started = time.monotonic()
+        cause: str | None = None
+        status = "failed"
+        facts: Facts = {}
+        try:
+            with self.bound(phase):
+                status, facts = self._run(phase, probe)
+        except self.passthrough as end:
+            cause = self._break(phase, f"interrupted: {end}")
+            raise
+        except Exception as error:
+            expected = isinstance(error, PveError)
+            cause = self._break(phase, str(error) if expected else f"{type(error).__name__}: {error}")
+            raise PhaseBroken(self._causes[phase.name], wanted=wanted, expected=expected) from error
+        except BaseException as end:
+            cause = self._break(phase, f"interrupted: {str(end) or type(end).__name__}")
+            raise
+        finally:
+            took = time.monotonic() - started
+            self.current = None
+            self.status[phase.name] = status
+            self.seconds[phase.name] = took
+            self.done_by[phase.name] = by
+            self.audit.write(
+                "phase_end", phase=phase.name, status=status, ms=round(took * 1000, 1), cause=cause
+            )
+            for listener in self.listeners:
+                listener.phase_finished(phase, status, took, facts, cause)
+
+    def _run(self, phase: Phase, probe: bool) -> tuple[str, Facts]:
+        if probe and phase.probe is not None:
+            found = phase.probe(self.environment)
+            if found is not None:
+                self.environment.facts[phase.name] = dict(found)
+                return "proved", dict(found)
+        if phase.name != "preflight":
+            self.acted = True
+        facts = dict(phase.do(self.environment) or {})
+        self.environment.facts[phase.name] = facts
+        return "done", facts
+
+    def _refuse_if_broken(self, phase: Phase, wanted: str) -> None:
+        failed = self._failed_need(phase)
+        if failed is not None:
+            raise PhaseBroken(self._causes[failed.name], wanted=wanted)
+
+    def _failed_need(self, phase: Phase) -> Phase | None:
+        for name in (*needed_before(self.phases, phase.name), phase.name):
+            if self.status.get(name) == "failed":
+                return self._by_name[name]
+        return None
+
+    def _break(self, phase: Phase, cause: str) -> str:
+        self._causes[phase.name] = Broken(phase.name, cause)
+        if self.broken is None:
+            self.broken = self._causes[phase.name]
+        return cause

@@ -1,0 +1,243 @@
+"""All settings as one frozen value: command line over environment over ini over host profile over default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve import values
+from pytest_nestedpve.options import KEYS, Key
+from pytest_nestedpve.values import Source, Text
+
+if TYPE_CHECKING:
+    import pytest
+
+PROFILE_KEYS = frozenset(key.name for key in KEYS if key.profile)
+_DEFAULT = "default"
+
+
+class SettingsError(Exception):
+    """A setting, an option or a local file is not usable; the text names where the value came from."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a session was told. Sizes: memory MiB, disk GiB; times: seconds.
+
+    `origins` says for each key (ini name without nested_pve_) where its value came from.
+    """
+
+    host: str | None = None
+    name_patterns: tuple[str, ...] = ("nested-pve*",)
+    vmid_ranges: tuple[tuple[int, int], ...] = ((99900, 99999),)
+    image: str | None = None
+    template: str | None = None
+    storage: str | None = None
+    bridge: str | None = None
+    ipconfig: str = "ip=dhcp"
+    cores: int = 2
+    memory: int = 8192
+    disk: int = 64
+    vm_options: Mapping[str, str] = field(default_factory=dict)
+    leaf_image: str | None = None
+    leaf_options: Mapping[str, str] = field(default_factory=dict)
+    extra_vars: Mapping[str, Any] = field(default_factory=dict)
+    playbook_dir: Path | None = None
+    roles_path: tuple[Path, ...] = ()
+    collections_path: tuple[Path, ...] = ()
+    inventory_groups: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    sources_dest: str = "/opt/sources"
+    secrets: tuple[Path, ...] = ()
+    bootstrap: str | None = None
+    token_path: str | None = None
+    pool_parent: str | None = None
+    mirror: str | None = None
+    http_proxy: str | None = None
+    pve_repository_url: str | None = None
+    pve_repository_key_url: str | None = None
+    pve_repository_key_sha256: str | None = None
+    force_stop: bool = True
+    timeout_scale: float = 1.0
+    lease: float = 1800.0
+    run_dir: Path = Path(".nested-pve/runs")
+
+    destroy_only: bool = False
+    dry_run: bool = False
+    run_id: str | None = None
+    yes: bool = False
+    context_file: Path | None = None
+    json_file: Path | None = None
+
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name_prefix(self) -> str:
+        """What the names of our VMs begin with: the literal part of the first pattern."""
+        return values.name_prefix(self.name_patterns[0])
+
+    @property
+    def any_id(self) -> bool:
+        """The range is `any`: only marked VMs are candidates."""
+        return self.vmid_ranges == values.ANY_RANGE
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` came from, in words; `default` if nowhere."""
+        return self.origins.get(key, _DEFAULT)
+
+    def with_profile(self, profile: Mapping[str, str], *, where: str = "/etc/nested-pve.ini") -> Settings:
+        """These settings, with what the outer host's profile says where nothing else said anything.
+
+        `profile` holds texts by key; `where` names it in errors. Keys that a host may not set are
+        refused. Raises SettingsError.
+        """
+        changes: dict[str, Any] = {}
+        origins = dict(self.origins)
+        for key in KEYS:
+            text = profile.get(key.name, "").strip()
+            if not key.profile or not text or key.name in self.origins:
+                continue
+            if (key.name == "image" and self.template) or (key.name == "template" and self.image):
+                continue  # the user has chosen the other way to make the VM
+            changes[key.target] = _parse(key, Text(text, Path("/")), f"{key.name} in {where}")
+            origins[key.name] = where
+        foreign = sorted(set(profile) - PROFILE_KEYS)
+        if foreign:
+            raise SettingsError(
+                f"{where} sets {', '.join(foreign)}; a host may only set {', '.join(sorted(PROFILE_KEYS))}"
+            )
+        return replace(self, **changes, origins=origins)
+
+
+def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this session; needs no host. Raises SettingsError."""
+    env = os.environ if environ is None else environ
+    chosen: dict[str, Any] = {"run_dir": config.rootpath / ".nested-pve" / "runs"}
+    origins: dict[str, str] = {}
+    overrides = _overrides(config)
+    for key in KEYS:
+        found = _find(config, key, overrides, env)
+        if found is None:
+            continue
+        text, origin = found
+        chosen[key.target] = _parse(key, text, origin)
+        origins[key.name] = origin
+    chosen.update(_actions(config))
+    known = {each.name for each in fields(Settings)}
+    assert set(chosen) <= known, sorted(set(chosen) - known)
+    settings = Settings(**chosen, origins=origins)
+    _check_together(settings, config)
+    return settings
+
+
+def _overrides(config: pytest.Config) -> dict[str, str]:
+    # `-o key=value` reaches a plugin as ini, but it is the command line and outranks the environment.
+    pairs = (given.split("=", 1) for given in getattr(config.option, "override_ini", None) or ())
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _find(
+    config: pytest.Config, key: Key, overrides: Mapping[str, str], env: Mapping[str, str]
+) -> tuple[Text, str] | None:
+    here = Path(config.invocation_params.dir)
+    if key.name == "host":
+        given = config.getoption("--pve-host")
+        if given is not None:
+            return Text(given, here), "--pve-host"
+    if overrides.get(key.ini, "").strip():
+        return Text(overrides[key.ini], here), f"-o {key.ini}"
+    if key.ini in overrides:
+        return None
+    if env.get(key.env, "").strip():
+        return Text(env[key.env], here), f"environment variable {key.env}"
+    file = config.inipath
+    origin = f"{key.ini} in {file}"
+    try:
+        value = config.getini(key.ini)
+    except Exception as e:  # pytest.toml: TypeError up to 9.1, UsageError since
+        raise SettingsError(f"{origin}: expected a string: {e}") from e
+    if isinstance(value, (list, tuple)):
+        value = "\n".join(str(each) for each in value)
+    text = "" if value is None else str(value)
+    return (Text(text, file.parent if file else config.rootpath), origin) if text.strip() else None
+
+
+def _parse(key: Key, text: Text, origin: str) -> Any:
+    try:
+        return key.parse(text)
+    except ValueError as e:
+        raise SettingsError(f"{origin}: {e}") from e
+
+
+def _actions(config: pytest.Config) -> dict[str, Any]:
+    here = Path(config.invocation_params.dir)
+    option = config.getoption
+    run_id = option("--nested-run")
+    if run_id is not None and not values.RUN_ID.match(run_id):
+        raise SettingsError(f"--nested-run: expected a run id of 12 hexadecimal digits; found {run_id!r}")
+    paths: dict[str, Path | None] = {}
+    for dest, name in (("context_file", "--context-file"), ("json_file", "--nested-json")):
+        given = option(name)
+        if given is not None and not given.strip():
+            raise SettingsError(f"{name}: expected the path of a file; found an empty text")
+        path = values.absolute(given, here) if given is not None else None
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise SettingsError(
+                f"{name}: {path} cannot be written: "
+                + ("it is a directory" if path.is_dir() else f"there is no directory {path.parent}")
+            )
+        paths[dest] = path
+    return {
+        "destroy_only": option("--nested-destroy-only"),
+        "dry_run": option("--nested-dry-run"),
+        "yes": option("--nested-yes"),
+        "run_id": run_id,
+        **paths,
+    }
+
+
+def _check_together(settings: Settings, config: pytest.Config) -> None:
+    """Options and settings that contradict each other."""
+    if not settings.destroy_only:
+        for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
+            if given:
+                raise SettingsError(
+                    f"{name} only goes with --nested-destroy-only: add that, or leave {name} out"
+                )
+        if settings.json_file and not settings.dry_run:
+            raise SettingsError("--nested-json only goes with --nested-destroy-only or --nested-dry-run")
+    else:
+        if config.option.collectonly:
+            raise SettingsError(
+                "--nested-destroy-only and --collect-only contradict each other; to see what would be "
+                "destroyed, use --nested-destroy-only --nested-dry-run"
+            )
+        if config.option.keyword and _typed(config, "-k"):
+            raise SettingsError(
+                "--nested-destroy-only collects no tests, so -k selects nothing; "
+                "to choose one run, use --nested-run ID"
+            )
+    if settings.yes and settings.dry_run:
+        raise SettingsError("--nested-yes and --nested-dry-run contradict each other: a dry run asks nothing")
+    if settings.image and settings.template and not {"image", "template"} - set(settings.origins):
+        raise SettingsError(
+            f"an image ({settings.origin('image')}) and a template ({settings.origin('template')}) "
+            "are both set; the nested VM is made from one: leave the other out"
+        )
+    names = {source.name for source in settings.sources}
+    listed = ", ".join(sorted(names)) or "none is set"
+    for key, value in (("bootstrap", settings.bootstrap), ("token_path", settings.token_path)):
+        source = value.partition(":")[0] if value else None
+        if source is not None and source not in names:
+            raise SettingsError(
+                f"{settings.origin(key)}: expected the name of a source ({listed}) before the colon; "
+                f"found {source!r}"
+            )
+
+
+def _typed(config: pytest.Config, flag: str) -> bool:
+    """Whether the flag was typed now, and does not just stand in a project's addopts."""
+    return any(str(arg).startswith(flag) for arg in config.invocation_params.args)
