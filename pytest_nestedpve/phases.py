@@ -197,7 +197,7 @@ class PhaseRunner:
         self.current = phase.name
         for listener in self.listeners:
             listener.phase_started(phase)
-        self.audit.write("phase_start", phase=phase.name)
+        self.audit.write("phase_start", phase=phase.name, title=phase.title)
         started = time.monotonic()
         cause: str | None = None
         status = "failed"
@@ -222,7 +222,12 @@ class PhaseRunner:
             self.seconds[phase.name] = took
             self.done_by[phase.name] = by
             self.audit.write(
-                "phase_end", phase=phase.name, status=status, ms=round(took * 1000, 1), cause=cause
+                "phase_end",
+                phase=phase.name,
+                status=status,
+                ms=round(took * 1000, 1),
+                cause=cause,
+                facts=facts,
             )
             for listener in self.listeners:
                 listener.phase_finished(phase, status, took, facts, cause)

@@ -1,0 +1,26 @@
+"""`python -m pytest_nestedpve.report RUN_DIRECTORY`: write the report of a run, also of one that was killed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pytest_nestedpve.report import write_report
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report of each run directory named; 0, or 4 with one line of reason."""
+    if not arguments:
+        print("usage: python -m pytest_nestedpve.report RUN_DIRECTORY...", file=sys.stderr)
+        return 4
+    for name in arguments:
+        try:
+            print(write_report(Path(name)))
+        except OSError as error:
+            print(f"no report for {name}: {error}", file=sys.stderr)
+            return 4
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
