@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class PveError(Exception):
     """Base of all errors of this package that are about a host or a guest."""
@@ -27,10 +29,14 @@ class CommandTimeout(PveError):
     """A command or task did not end within its limit."""
 
 
+class ProfileError(PveError):
+    """The host profile, /etc/nested-pve.ini on the outer host, cannot be used."""
+
+
 class ApiError(PveError):
     """The PVE API refused or failed a call; `text` is PVE's own words.
 
-    PVE's exit codes carry no meaning (facts 3), so subclasses are chosen by text.
+    PVE's exit codes carry no meaning (they are errno at `die`), so subclasses are chosen by text.
     """
 
     def __init__(self, text: str, *, call: str = "", rc: int | None = None) -> None:
@@ -44,12 +50,20 @@ class NotFound(ApiError):
     """The guest, pool, volume, user or path does not exist."""
 
 
+class GuestNotFound(NotFound):
+    """The guest itself has no configuration on the node asked (not: something it refers to)."""
+
+
 class AlreadyExists(ApiError):
     """The id or name is taken."""
 
 
 class Locked(ApiError):
     """A lock property or a lock file of the guest is held."""
+
+
+class LockTimeout(Locked):
+    """The guest's lock file or a cluster lock was held for longer than PVE waits: try again."""
 
 
 class Protected(ApiError):
@@ -62,6 +76,14 @@ class Running(ApiError):
 
 class NotRunning(ApiError):
     """The guest does not run and must for this call."""
+
+
+class InUse(ApiError):
+    """Something else still needs the thing: a pool with members, a base of linked clones, HA."""
+
+
+class Changed(ApiError):
+    """The digest given with the call is not the configuration's any more."""
 
 
 class PermissionDenied(ApiError):
@@ -80,12 +102,31 @@ class AgentUnavailable(ApiError):
     """The guest agent is not configured, not running or did not answer."""
 
 
+class NodeUnreachable(ApiError):
+    """The node that was asked could not reach the other node of its cluster."""
+
+
+class ClusterFilesystemDown(ApiError):
+    """pmxcfs does not run on the host, so that no PVE command works."""
+
+
+class WorkerFailed(ApiError):
+    """The host could not start the task's process; what the call was to make may be there all the same."""
+
+
+class NoPve(ApiError):
+    """The host has no `pvesh`: it is not a PVE host."""
+
+
 class UnreadableAnswer(ApiError):
     """The answer is not what the API documents."""
 
 
 class TaskFailed(ApiError):
-    """A task ended with an exit status other than OK or WARNINGS; `log` holds its last lines."""
+    """A task ended with an exit status other than OK or WARNINGS; `log` holds its last lines.
+
+    `__cause__` is the exit status as one of the types above.
+    """
 
     def __init__(self, upid: str, exitstatus: str, log: tuple[str, ...] = ()) -> None:
         tail = "".join(f"\n    {line}" for line in log[-12:])
@@ -93,3 +134,103 @@ class TaskFailed(ApiError):
         self.upid = upid
         self.exitstatus = exitstatus
         self.log = log
+
+    @property
+    def reason(self) -> ApiError:
+        """The exit status as a typed error."""
+        return classify(self.exitstatus, None, f"task {self.upid}")
+
+
+# In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11.
+# `^` is the start of a line: guests' and volumes' names, which others choose, seldom stand there.
+_TABLE: tuple[tuple[type[ApiError], str], ...] = (
+    (NoPve, r"pvesh: (?:command )?not found|pvesh: No such file or directory"),
+    (ClusterFilesystemDown, r"^ipcc_send_rec\[\d+\] failed: |^Unable to load access control list: "),
+    (NodeUnreachable, r"^proxy handler failed: ssh: |^ssh: connect to host .* port \d+: "),
+    (NoQuorum, r"no quorum[?!]|^unable to open file '/etc/pve/[^']*' - Permission denied"),
+    (NotFound, r"^403 Permission check failed \(pool '[^']*' does not exist\)"),
+    (
+        PermissionDenied,
+        r"Permission check failed|^(?:401 )?[Aa]uthentication fail|^401 |^(?:permission denied - )?invalid "
+        r"(?:PVE|API|token)|No ticket|^403 |[Oo]nly root (?:can|may)|root-only command",
+    ),
+    (
+        GuestNotFound,
+        r"Configuration file '[^']*/(?:qemu-server|lxc)/\d+\.conf' does not exist|"
+        r"^unable to find configuration file for (?:VM|CT) \d+ on node",
+    ),
+    (AlreadyExists, r"^400 Parameter verification failed[\s\S]*^[\w-]+: .*already exists\.?$"),
+    (
+        NotFound,
+        r"^400 Parameter verification failed[\s\S]*^(?:upid: no such task|storage: No such storage"
+        r"|iface: interface does not exist)",
+    ),
+    (UnreadableAnswer, r"Result verification failed"),
+    (
+        BadParameter,
+        r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |"
+        r"^no options specified|pool name must start with a letter|key validation error",
+    ),
+    (
+        LockTimeout,
+        r"can't lock file '[^']*' - got timeout|cfs-lock '[^']*' error: got lock (?:request )?timeout",
+    ),
+    (Locked, r"(?:VM|CT|guest) is locked(?: \(|$)|VM \d+ is locked"),
+    (Protected, r"protection mode enabled"),
+    (
+        AgentUnavailable,
+        r"No QEMU guest agent configured|QEMU guest agent is not running|^QMP (?:guest )?agent|"
+        r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect)",
+    ),
+    (Running, r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running VM"),
+    (NotRunning, r"(?:VM|CT) \d+ (?:is )?not running"),
+    (
+        InUse,
+        r"pool '[^']*' is not empty|is still in use by linked clone|used in HA resources|"
+        r"belongs already to pool",
+    ),
+    (Changed, r"^checksum mismatch \(file change by other user|: checksum mismatch \(file change"),
+    (
+        AlreadyExists,
+        r"already exists\b|config file already exists|already used$|already defined$|"
+        r"^refusing to override existing file",
+    ),
+    (WorkerFailed, r"got no worker upid|start worker failed"),
+    (
+        NotFound,
+        r"does not exist\b|^unable to find configuration file|^no such |^500 no such |"
+        r"hostname lookup '[^']*' failed|^No '\w+' handler defined for|"
+        r"non-existent or non-regular file|no such (?:user|token|cluster node)",
+    ),
+)
+_COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _TABLE)
+
+# Said beside the real reason, by commands that succeed too.
+_NOISE = re.compile(
+    r"^(?:user config - ignore invalid |perl: warning: |\s+(?:LANGUAGE|LC_\w+|LANG) = |"
+    r"\s+are supported and installed|trying to acquire (?:cfs )?lock|Wide character in |UPID:|"
+    r"(?:pvesh|qm|pveum|pvesm) \S.*<\w+>)"
+)
+_TEXT_LIMIT = 4000
+
+
+def plain(text: str) -> str:
+    """`text` without terminal sequences and control characters other than newline and tab."""
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]", "", text)
+    return re.sub(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
+
+
+def classify(text: str, rc: int | None = None, call: str = "") -> ApiError:
+    """The typed error for PVE's words; not raised here. `rc` is kept, but decides nothing.
+
+    Never fails: words nobody has seen become a plain ApiError.
+    """
+    readable = plain(text)
+    lines = [line.rstrip() for line in readable.splitlines() if line.strip() and not _NOISE.match(line)]
+    said = "\n".join(lines) or readable.strip() or f"failed without a word (exit status {rc})"
+    if len(said) > _TEXT_LIMIT:
+        said = said[: _TEXT_LIMIT // 2] + "\n[…]\n" + said[-_TEXT_LIMIT // 2 :]
+    for kind, pattern in _COMPILED:
+        if pattern.search(said):
+            return kind(said, call=call, rc=rc)
+    return ApiError(said, call=call, rc=rc)

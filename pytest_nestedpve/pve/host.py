@@ -80,7 +80,9 @@ class PveHost:
 def _local_node(answer: Any) -> str:
     # A stand-alone host has exactly one entry, type node, local 1 (facts 36).
     for entry in answer if isinstance(answer, list) else ():
-        if isinstance(entry, dict) and entry.get("type") == "node" and str(entry.get("local")) in ("1", "True"):
+        if not isinstance(entry, dict) or entry.get("type") != "node":
+            continue
+        if str(entry.get("local")) in ("1", "True"):
             name = entry.get("name")
             if isinstance(name, str) and NODE_NAME.match(name):
                 return name

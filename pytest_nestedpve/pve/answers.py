@@ -1,0 +1,105 @@
+"""Reading what `pvesh` prints: the answer is the last line, other things may stand before it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pytest_nestedpve.pve.errors import UnreadableAnswer, plain
+
+UPID = re.compile(
+    r"UPID:(?P<node>[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?):(?P<pid>[0-9A-Fa-f]{8}):"
+    r"(?P<pstart>[0-9A-Fa-f]{8,9}):(?P<starttime>[0-9A-Fa-f]{8}):(?P<type>[^:\s\"]+):(?P<id>[^:\s\"]*):"
+    r"(?P<user>[^:\s\"]+):"
+)
+_UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z")
+_SHOWN = 300
+
+
+def read_answer(text: str, *, call: str = "") -> Any:
+    """The data in the standard output of a `pvesh … --output-format json` that exited with 0.
+
+    Seen in recordings of PVE 9.2.11: nothing at all (no data), JSON on one line, warnings or the
+    task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
+    Raises UnreadableAnswer, and nothing else, for everything else; nothing is guessed from half an answer.
+    """
+    clean = plain(text)
+    stripped = clean.strip()
+    if not stripped:
+        return None
+    last = stripped.splitlines()[-1].strip()
+    upid = _UPID_AT_END.search(last)
+    for candidate in (stripped, last):
+        try:
+            return _checked(json.loads(candidate, parse_constant=_refuse))
+        except (ValueError, RecursionError):
+            continue
+    if upid is not None:
+        return upid["upid"]
+    shown = (
+        stripped if len(stripped) <= _SHOWN else f"{stripped[: _SHOWN // 2]} […] {stripped[-_SHOWN // 2 :]}"
+    )
+    raise UnreadableAnswer(
+        f"expected JSON on the last line, found {len(stripped)} characters that end without it: {shown!r}",
+        call=call,
+    )
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _checked(data: Any) -> Any:
+    # A lone surrogate (\ud800) is legal JSON, but no text: it would break whoever writes it down.
+    if isinstance(data, str):
+        return data if data.isascii() else data.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(data, list):
+        return [_checked(item) for item in data]
+    if isinstance(data, dict):
+        return {_checked(key): _checked(value) for key, value in data.items()}
+    return data
+
+
+def entries(answer: Any, *, call: str = "") -> list[dict[str, Any]]:
+    """The answer as a list of objects; None is empty, items that are no objects are left out.
+
+    Raises UnreadableAnswer when it is no list.
+    """
+    if answer is None:
+        return []
+    if not isinstance(answer, list):
+        raise UnreadableAnswer(f"expected a list, found {str(answer)[:_SHOWN]!r}", call=call)
+    return [item for item in answer if isinstance(item, dict)]
+
+
+def mapping(answer: Any, *, call: str = "") -> dict[str, Any]:
+    """The answer as an object; raises UnreadableAnswer when it is none."""
+    if not isinstance(answer, dict):
+        raise UnreadableAnswer(f"expected an object, found {str(answer)[:_SHOWN]!r}", call=call)
+    return answer
+
+
+def whole(value: Any) -> int | None:
+    """An integer in any of the forms that PVE gives it (7, "7"); None for everything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        return int(value)
+    return None
+
+
+def flag(value: Any) -> bool:
+    """A PVE boolean: 1, "1", true, "yes", "on" are true, everything else is false."""
+    return value is True or (not isinstance(value, bool) and str(value).lower() in ("1", "true", "yes", "on"))
+
+
+def text(value: Any) -> str | None:
+    """A non-empty string, or None; numbers become their text (a VM may be called 7)."""
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, (int, float)):
+        return str(value)
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,97 @@
+"""Waiting for PVE's tasks and reading how they ended: the only proof that something was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_nestedpve.pve.answers import UPID, entries, mapping
+from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.errors import PveError, TaskFailed, UnreadableAnswer
+from pytest_nestedpve.timing import Deadline, wait_until
+
+
+@dataclass(frozen=True)
+class Upid:
+    """A task's id, taken apart. `starttime` is in epoch seconds of the host's clock."""
+
+    text: str
+    node: str
+    pid: int
+    starttime: int
+    type: str
+    id: str
+    user: str
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a task that succeeded ended; `warnings` when it did so with warnings in its log."""
+
+    upid: str
+    node: str
+    exitstatus: str
+    warnings: bool
+
+
+def parse_upid(text: Any) -> Upid:
+    """Take a UPID apart; raises UnreadableAnswer for anything that is not one."""
+    match = UPID.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise UnreadableAnswer(f"expected the id of a task (UPID:…), found {str(text)[:200]!r}")
+    return Upid(
+        match.string,
+        match["node"],
+        int(match["pid"], 16),
+        int(match["starttime"], 16),
+        match["type"],
+        match["id"],
+        match["user"],
+    )
+
+
+def wait_task(
+    api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 1.0)
+) -> TaskResult:
+    """Wait for a task's end, at most `timeout` seconds (nominal), asking at a growing interval (seconds).
+
+    "OK" and "WARNINGS: n" are success, anything else is not (facts of PVE 9.2: "unexpected status" is
+    a worker that was killed). Raises TaskFailed with the end of its log and the typed reason as its
+    cause, CommandTimeout, UnreadableAnswer and what the API raises.
+    """
+    task = parse_upid(upid)
+    path = f"/nodes/{task.node}/tasks/{upid}"
+    seen = "nothing"
+
+    def ended() -> str | None:
+        nonlocal seen
+        answer = mapping(api.get(f"{path}/status"), call=f"get {path}/status")
+        status, exitstatus = answer.get("status"), answer.get("exitstatus")
+        seen = f"status {status!r}, exitstatus {exitstatus!r}"
+        if status == "running" or not isinstance(exitstatus, str) or not exitstatus.strip():
+            return None
+        return exitstatus.strip()
+
+    exitstatus = wait_until(
+        ended,
+        deadline=Deadline(timeout),
+        what=lambda: f"the end of task {upid} (last seen: {seen})",
+        interval=interval,
+    )
+    warnings = exitstatus.startswith("WARNINGS:")
+    if exitstatus != "OK" and not warnings:
+        try:
+            log = task_log(api, upid)
+        except PveError as error:
+            log = (f"(its log could not be read: {error})",)
+        failed = TaskFailed(upid, exitstatus, log)
+        raise failed from failed.reason
+    return TaskResult(upid, task.node, exitstatus, warnings)
+
+
+def task_log(api: Api, upid: str, limit: int = 500) -> tuple[str, ...]:
+    """The lines of a task's log, at most `limit`, its first ones; "no content" is no line."""
+    task = parse_upid(upid)
+    path = f"/nodes/{task.node}/tasks/{upid}/log"
+    lines = (line.get("t") for line in entries(api.get(path, limit=limit), call=f"get {path}"))
+    return tuple(line for line in lines if isinstance(line, str) and line != "no content")

@@ -1,0 +1,84 @@
+"""The API by `pvesh` on the host, over SSH: slow (Perl starts each time), but allowed everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pytest_nestedpve.pve.answers import read_answer
+from pytest_nestedpve.pve.api import current_call_limit
+from pytest_nestedpve.pve.errors import ApiError, BadParameter, SshError, classify
+from pytest_nestedpve.pve.host import SshLike
+
+# Parameters whose values are kept out of messages and logs.
+SECRET_PARAMETERS = frozenset(
+    {"cipassword", "password", "value", "token", "newticket", "ticket", "tfa-challenge"}
+)
+
+READ_LIMIT = 60.0
+# pvesh returns when the task that it forked has ended, so a call that changes something may last.
+WRITE_LIMIT = 900.0
+
+
+class PveshApi:
+    """The four verbs by `pvesh get|create|set|delete PATH --k v --output-format json`.
+
+    Limits per call: `read_limit` for get, `write_limit` for the others, seconds (nominal), unless
+    `api.call_limit` says otherwise. The locale is C.UTF-8: PVE's messages untranslated, parameters UTF-8.
+    A value that is a secret does stand in the argv of `pvesh` on the host, where pvesh reads it from
+    nowhere else; on this machine, in messages and in what the SSH observer is told, it does not.
+    """
+
+    def __init__(
+        self, ssh: SshLike, *, read_limit: float = READ_LIMIT, write_limit: float = WRITE_LIMIT
+    ) -> None:
+        self._ssh = ssh
+        self._read_limit = read_limit
+        self._write_limit = write_limit
+
+    def get(self, path: str, /, **params: Any) -> Any:
+        return self._call("get", path, params, self._read_limit)
+
+    def post(self, path: str, /, **params: Any) -> Any:
+        return self._call("create", path, params, self._write_limit)
+
+    def put(self, path: str, /, **params: Any) -> Any:
+        return self._call("set", path, params, self._write_limit)
+
+    def delete(self, path: str, /, **params: Any) -> Any:
+        return self._call("delete", path, params, self._write_limit)
+
+    def _call(self, verb: str, path: str, params: dict[str, Any], limit: float) -> Any:
+        call = f"{verb} {path}"
+        if not path.startswith("/") or "\0" in path:
+            raise BadParameter(f"expected an API path that begins with a slash, found {path!r}", call=call)
+        words = [word for name, value in params.items() for word in _words(name, value)]
+        secret = any(params.get(name) is not None for name in SECRET_PARAMETERS)
+        # env, not an assignment: root's login shell may be any.
+        argv = ["env", "LC_ALL=C.UTF-8", "pvesh", verb, path, *words, "--output-format", "json"]
+        result = self._ssh.run(argv, timeout=current_call_limit(limit), secret=secret)
+        if result.rc == 0:
+            return read_answer(result.stdout, call=call)
+        if result.rc == -1:
+            raise SshError(f"{call}: pvesh was ended by a signal: {result.stderr.strip()[:300]}")
+        error = classify(result.stderr if result.stderr.strip() else result.stdout, result.rc, call)
+        raise _without(error, params) if secret else error
+
+
+def _words(name: str, value: Any) -> Iterable[str]:
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in _words(name, item)]
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    if "\0" in text or not name or name.startswith("-"):
+        raise BadParameter(f"{name!r} is no parameter that a command line can carry")
+    return [f"--{name}", text]
+
+
+def _without(error: ApiError, params: dict[str, Any]) -> ApiError:
+    text = error.text
+    for name in SECRET_PARAMETERS:
+        if params.get(name):
+            text = text.replace(str(params[name]), "***")
+    return type(error)(text, call=error.call, rc=error.rc)
