@@ -1,0 +1,139 @@
+"""A value put into a user's YAML as data, at a path of keys; comments, order and mode are kept."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pytest_nestedpve.pve.errors import PveError
+
+
+class YamlPathError(PveError):
+    """The value cannot be put there; the text never shows the file's content."""
+
+
+def parse_path(path: str, node: str = "") -> tuple[str, ...]:
+    """`api_tokens.{node}` as keys; `{node}` is filled in after the split, so its dots are no separators.
+
+    Raises YamlPathError for an empty path or key.
+    """
+    keys = tuple(key.replace("{node}", node) for key in path.split("."))
+    if not path or any(not key for key in keys):
+        raise YamlPathError(f"expected keys joined by dots, such as api_tokens.{{node}}; found {path!r}")
+    return keys
+
+
+def set_value(text: str, keys: Sequence[str], value: Any) -> str:
+    """`text`, a YAML document, with `value` at `keys`; missing maps are made.
+
+    The very same text comes back if the value stands there already. Raises YamlPathError if the text is
+    no single YAML document, or something on the way is no map.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 1 << 20  # no folding of the user's long lines
+    yaml.indent(**_indentation(text))
+    try:
+        document = yaml.load(text)
+    except YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        # `from None`: the library's message quotes the line, which may hold a secret
+        raise YamlPathError(
+            f"expected one YAML document, found something else: {getattr(e, 'problem', None) or 'not readable'}"
+            f"{where}"
+        ) from None
+    if document is None:
+        document = CommentedMap()
+        lead = text if text.strip() and not text.strip().startswith("---") else ""
+    else:
+        lead = ""
+    place = document
+    for depth, key in enumerate(keys):
+        if not isinstance(place, dict):
+            found = "a list" if isinstance(place, list) else f"a {type(place).__name__}"
+            raise YamlPathError(
+                f"expected a map at {'.'.join(keys[:depth]) or 'the top'} to put {key} into, found {found}"
+            )
+        actual = _actual_key(place, key)
+        if depth == len(keys) - 1:
+            if actual in place and place[actual] == value and type(place[actual]) is type(value):
+                return text
+            place[actual] = value
+        else:
+            if place.get(actual) is None:
+                place[actual] = CommentedMap()
+            place = place[actual]
+    out = StringIO()
+    yaml.explicit_start = text.lstrip().startswith("---")
+    yaml.dump(document, out)
+    result = lead + ("\n" if lead and not lead.endswith("\n") else "") + out.getvalue()
+    return result.replace("\n", "\r\n") if "\r\n" in text else result
+
+
+def set_in_file(path: Path, keys: Sequence[str], value: Any) -> bool:
+    """`set_value` in a file, replaced atomically with mode and owner kept; a missing file is made, 0600.
+
+    True if the file changed. Raises YamlPathError; OSError.
+    """
+    path = path.resolve()  # a link stays a link: what it names is edited
+    try:
+        before = path.read_bytes().decode("utf-8")
+        found = path.stat()
+    except FileNotFoundError:
+        before, found = "", None
+    except UnicodeDecodeError as e:
+        raise YamlPathError(f"{path}: expected UTF-8 text, found something else at byte {e.start}") from None
+    try:
+        after = set_value(before, keys, value)
+    except YamlPathError as e:
+        raise YamlPathError(f"{path}: {e}") from e
+    if after == before:
+        return False
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(after)
+            if found is not None:
+                os.fchmod(file.fileno(), found.st_mode & 0o7777)
+                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), found.st_uid, found.st_gid)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _actual_key(place: dict[Any, Any], key: str) -> Any:
+    # A key such as 101 is a number in YAML; take what is there rather than adding a second one.
+    for existing in place:
+        if existing != key and str(existing) == key:
+            return existing
+    return key
+
+
+def _indentation(text: str) -> dict[str, int]:
+    """The user's own indentation of maps and lists, so that untouched parts stay as they are."""
+    mapping, offset = 2, 0
+    previous = ""
+    for line in text.splitlines():
+        bare = line.lstrip(" ")
+        if not bare.strip() or bare.startswith("#"):
+            continue
+        depth, before = len(line) - len(bare), len(previous) - len(previous.lstrip(" "))
+        if previous.rstrip().endswith(":"):
+            if bare.startswith("- ") and depth >= before:
+                offset = max(offset, depth - before)
+            elif depth > before and not previous.lstrip().startswith("- "):
+                mapping = depth - before
+        previous = line
+    return {"mapping": mapping, "sequence": offset + 2, "offset": offset}
