@@ -6,6 +6,7 @@ import io
 import secrets
 import shlex
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
