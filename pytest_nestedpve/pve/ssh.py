@@ -437,7 +437,7 @@ def _sized(data: bytes | BinaryIO | Path) -> tuple[BinaryIO, int]:
     if isinstance(data, Path):
         return data.open("rb"), data.stat().st_size
     # The size must be known beforehand and the caller's stream stays open, so: a copy on disk.
-    copy = tempfile.SpooledTemporaryFile(max_size=2**20)
+    copy = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
     shutil.copyfileobj(data, copy)
     size = copy.tell()
     copy.seek(0)

@@ -11,9 +11,7 @@ from pytest_nestedpve.pve.errors import ApiError, BadParameter, SshError, classi
 from pytest_nestedpve.pve.host import SshLike
 
 # Parameters whose values are kept out of messages and logs.
-SECRET_PARAMETERS = frozenset(
-    {"cipassword", "password", "value", "token", "newticket", "ticket", "tfa-challenge"}
-)
+SECRET_PARAMETERS = frozenset({"cipassword", "password", "value", "token", "ticket", "tfa-challenge"})
 
 READ_LIMIT = 60.0
 # pvesh returns when the task that it forked has ended, so a call that changes something may last.

@@ -118,6 +118,9 @@ class Sshd:
                     "PermitRootLogin prohibit-password",
                     "LogLevel ERROR",
                     "MaxStartups 50:30:100",
+                    # bash reads ~/.bashrc below sshd, but only as the outermost shell: keep the
+                    # tester's own start-up file (which may take 100 ms) out of it.
+                    "SetEnv SHLVL=1",
                     *self.options,
                 ]
             )
