@@ -266,7 +266,7 @@ def _teardown_line(entry: Mapping[str, Any], at: float) -> TeardownLine:
         at=at,
         what=str(what or entry.get("phase") or "teardown"),
         outcome=str(entry.get("outcome") or entry.get("status") or ""),
-        reason=str(entry.get("reason") or entry.get("text") or ""),
+        reason=str(entry.get("reason") or entry.get("cause") or entry.get("text") or ""),
     )
 
 

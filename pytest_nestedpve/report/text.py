@@ -1,0 +1,54 @@
+"""What the terminal says at the end: what happened, and after a failure how to log in, go on and clean up."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytest_nestedpve.report.model import RunReport
+from pytest_nestedpve.report.page import VERDICTS
+from pytest_nestedpve.report.timeline import duration
+
+
+def summary_lines(report: RunReport, page: Path, *, finishing_command: str = "") -> list[str]:
+    """Lines for the terminal's summary. `page` is the run's HTML report, beside its ssh_config and audit log.
+
+    `finishing_command` finishes a teardown that left something.
+    """
+    executed = sum(step.status == "done" for step in report.steps)
+    proved = sum(step.status == "proved" for step in report.steps)
+    found = f", {proved} found done" if proved else ""
+    lines = [
+        f"run {report.run or page.parent.name}: {VERDICTS[report.verdict]}; "
+        f"{executed} phase{'' if executed == 1 else 's'} done{found}, in {duration(report.seconds)}",
+        f"report: {page}",
+    ]
+    if report.failed is not None:
+        lines += ["", *failure_lines(report, page.parent, finishing_command)]
+    return lines
+
+
+def failure_lines(report: RunReport, run_directory: Path, finishing_command: str) -> list[str]:
+    """The first cause, and what to type next."""
+    step = report.failed
+    assert step is not None
+    first, *rest = step.cause.splitlines() or ["no reason was given"]
+    config = shlex.quote(str(run_directory / "ssh_config"))
+    reach = f"ssh -F {config} nested" if (run_directory / "ssh_config").exists() else "the outer host's web interface"
+    clean = "nothing to do, the teardown proved that nothing is left"
+    if report.left or not report.proved_empty:
+        clean = finishing_command or f"pytest --nested-destroy-only --nested-run {report.run}"
+    return [
+        f"first cause, in {step.name}: {first}",
+        *(f"    {line}" for line in rest[:20]),
+        *([f"    … {len(rest) - 20} more lines in the report"] if len(rest) > 20 else []),
+        f"log in:   pytest --pdb -k {step.name}   keeps everything while the debugger waits; then {reach}",
+        f"go on:    pytest -k {step.name}   does what it needs first",
+        f"clean up: {clean}",
+    ]
+
+
+def left_lines(left: Sequence[str], finishing_command: str) -> list[str]:
+    """What stayed on the host, and the command that finishes the job."""
+    return [f"left on the host: {line}" for line in left] + [f"to finish: {finishing_command}"]

@@ -1,0 +1,92 @@
+"""Long phases say what they are at, and leave pytest's own lines alone."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_nestedpve.progress import clip, progress_line
+
+PLUGIN = """
+import threading, pytest
+from pytest_nestedpve import progress
+from pytest_nestedpve.phases import Phase
+
+progress.FRESH, progress.PLAIN, progress.QUIET = 0.05, 0.1, 0.2
+phase = Phase(name="ensure_pve", title="install", do=lambda env: None, usual=90.0)
+
+@pytest.fixture(scope="session")
+def shown(request):
+    listener = progress.ProgressListener(request.config)
+    listener.phase_started(phase)
+    listener.progress("TASK install\\x1b[31m proxmox-ve")
+    threading.Event().wait(0.5)
+    listener.phase_finished(phase, "done", 0.5, {}, None)
+"""
+TEST = "def test_one(shown): print('captured')\ndef test_two(shown): pass\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "conftest.py").write_text(PLUGIN)
+    (tmp_path / "test_it.py").write_text(TEST)
+    return tmp_path
+
+
+def run(project: Path, *arguments: str, tty: bool = False) -> str:
+    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *arguments]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "60"}
+    if not tty:
+        return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True).stdout
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=project, env=env, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        data = b""
+        while select.select([ours], [], [], 30)[0]:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:
+                break
+            if not chunk:
+                break
+            data += chunk
+        assert process.wait(30) == 0
+    os.close(ours)
+    return data.decode()
+
+
+def test_without_a_terminal_there_are_plain_lines(project: Path) -> None:
+    out = run(project, "-v")
+    lines = [line for line in out.splitlines() if line.startswith("  ensure_pve")]
+    assert 1 <= len(lines) <= 5
+    assert re.fullmatch(r"  ensure_pve \d\.\d s of about 1 min 30 s: TASK install\?\[31m proxmox-ve", lines[0])
+    assert "test_it.py::test_one PASSED" in out
+
+
+def test_on_a_terminal_one_line_is_updated_and_then_gone(project: Path) -> None:
+    out = run(project, "-v", tty=True)
+    assert "\r\x1b[K  ensure_pve" in out
+    assert re.search(r"\x1b\[Ktest_it\.py::test_one .*PASSED", out)
+    assert "\x1b[31m proxmox" not in out
+
+
+def test_quiet_is_quiet(project: Path) -> None:
+    assert "ensure_pve" not in run(project, "-q")
+
+
+def test_a_worker_of_xdist_stays_silent(project: Path) -> None:
+    out = run(project, "-n", "1", "-v")
+    assert "ensure_pve" not in out
+    assert "2 passed" in out
+
+
+def test_the_line_is_cut_to_the_terminal() -> None:
+    assert clip("abcdef", 4) == "abc…"
+    assert progress_line("wait_ip", 3.2, None, "") == "  wait_ip 3.0 s"

@@ -1,0 +1,228 @@
+"""The report is told from the audit log alone, so it survives whatever ended the session."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from pytest_nestedpve.report import write_report
+from pytest_nestedpve.report.model import RunReport, build, read_audit
+from pytest_nestedpve.report.page import section, standalone
+from pytest_nestedpve.report.text import summary_lines
+from pytest_nestedpve.report.timeline import duration, tick_distance, timeline
+
+RUN = "3fa9c2d41b07"
+
+
+class Log:
+    """A log with a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, event: str, **fields: Any) -> Log:
+        self.entries.append({"ts": self.now, "run": RUN, "event": event, **fields})
+        return self
+
+    def phase(self, name: str, seconds: float, status: str = "done", **fields: Any) -> Log:
+        self.add("phase_start", phase=name, title=f"the phase {name}")
+        self.now += seconds
+        return self.add("phase_end", phase=name, status=status, ms=seconds * 1000, **fields)
+
+    def report(self) -> RunReport:
+        return build(self.entries)
+
+    def write(self, directory: Path, cut: int = 0) -> Path:
+        text = "\n".join(json.dumps(entry) for entry in self.entries)
+        (directory / "audit.jsonl").write_text(text[: len(text) - cut])
+        return directory
+
+
+def whole() -> Log:
+    log = Log()
+    log.add("call", host="father", phase="preflight", cmd="get /version", rc=0, ms=40)
+    log.phase("preflight", 1.5)
+    log.phase("provision", 3, facts={"name": "nested-pve-x", "vmid": 99901})
+    log.add("phase_start", phase="ensure_pve")
+    log.add("call", host="father", phase="ensure_pve", cmd="true", rc=0, ms=500)
+    log.add(
+        "playbook",
+        phase="ensure_pve",
+        playbook="/somewhere/pve-install.yml",
+        rc=0,
+        ms=60_000,
+        recap={"nested": {"ok": 14, "changed": 9, "failures": 0, "dark": 0, "skipped": 2}},
+    )
+    log.now += 61
+    log.add("phase_end", phase="ensure_pve", status="done", ms=61_000, facts={"version": "9.2.1"})
+    log.phase("discover", 0.5)
+    log.phase("destroy", 2)
+    log.add("teardown", vmid=99901, name="nested-pve-x", outcome="destroyed")
+    log.add("teardown", what="second discovery", outcome="clean")
+    return log
+
+
+def broken() -> Log:
+    log = Log()
+    log.phase("preflight", 1)
+    log.phase("setup_network", 4, "failed", cause="vmbr0 has no address\nexpected one within 60 s")
+    return log
+
+
+def test_the_log_becomes_steps_in_order_with_what_each_did() -> None:
+    report = whole().report()
+    assert [(step.name, step.status, step.seconds) for step in report.steps] == [
+        ("preflight", "done", 1.5),
+        ("provision", "done", 3.0),
+        ("ensure_pve", "done", 61.0),
+    ]
+    assert [step.name for step in report.teardown_steps] == ["discover", "destroy"]
+    assert (report.run, report.host, report.pve_version) == (RUN, "father", "9.2.1")
+    assert report.verdict == "passed"
+    installed = report.steps[2]
+    assert (installed.calls, installed.call_seconds) == (1, 0.5)
+    assert installed.playbooks[0].name == "pve-install.yml"
+    assert installed.playbooks[0].recap[0].changed == 9
+    assert report.teardown[0].what == "nested-pve-x (99901)"
+
+
+def test_a_run_whose_log_ends_inside_a_phase_is_reported_as_interrupted(tmp_path: Path) -> None:
+    log = whole()
+    log.entries = log.entries[:8]
+    log.write(tmp_path, cut=7)  # its writer was killed in the middle of a line
+    report = read_audit(tmp_path / "audit.jsonl")
+    assert report.steps[-1].status == "interrupted"
+    assert report.verdict == "interrupted"
+    page = standalone(report)
+    assert "interrupted" in page
+    assert "No teardown is in the log" in page
+
+
+def test_an_interrupt_is_not_shown_as_a_failure() -> None:
+    log = Log()
+    log.phase("wait_ip", 2, "failed", cause="interrupted: SIGINT")
+    assert log.report().failed is None
+    assert log.report().verdict == "interrupted"
+
+
+def test_what_is_left_is_named_with_the_command_that_finishes_the_job() -> None:
+    log = whole()
+    log.add("leak", vmid=99901, reason="VM is locked (backup)")
+    report = log.report()
+    assert report.verdict == "left"
+    page = standalone(report)
+    assert "VM is locked (backup)" in page
+    assert f"pytest --nested-destroy-only --nested-run {RUN}" in page
+    assert "found nothing of this run" not in page
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_nothing_from_outside_becomes_markup() -> None:
+    evil = "<script>alert(1)</script>\"' onload=x <b>"
+    log = Log()
+    log.add("call", host=evil, phase=evil)
+    log.phase(evil, 1, facts={evil: evil, "did": evil})
+    log.add("phase_start", phase="setup_ssh", title=evil)
+    log.add("playbook", phase="setup_ssh", playbook=evil, rc=2, recap={evil: {"ok": evil}}, failures=[evil])
+    log.add("phase_end", phase="setup_ssh", status="failed", cause=evil)
+    log.phase("odd", 1, evil)
+    log.add("teardown", what=evil, outcome=evil, reason=evil)
+    log.add("leak", what=evil, reason=evil)
+    for page in (standalone(log.report()), section([log.report()], ['javascript:"<b>'])):
+        elements = Elements()
+        elements.feed(page)
+        tags = {tag for tag, _ in elements.found}
+        assert "script" not in tags
+        assert "b" not in {tag for tag, attributes in elements.found if "onload" in attributes}
+        assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
+        assert "<script>" not in page
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_fits_a_telephone() -> None:
+    page = standalone(whole().report())
+    elements = Elements()
+    elements.feed(page)
+    assert not [tag for tag, attributes in elements.found if tag in ("link", "script", "img") or "src" in attributes]
+    assert 'name="viewport"' in page
+    pictures = [attributes for tag, attributes in elements.found if tag == "svg"]
+    assert [picture["width"] for picture in pictures] == ["100%"]
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_page_is_for_its_owner_only(tmp_path: Path) -> None:
+    page = write_report(whole().write(tmp_path))
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["audit.jsonl", "report.html"]
+
+
+def test_the_report_of_a_killed_run_can_be_made_by_hand(tmp_path: Path) -> None:
+    whole().write(tmp_path)
+    command = [sys.executable, "-m", "pytest_nestedpve.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "report.html")
+    missing = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert missing.returncode == 4
+    assert "Traceback" not in missing.stderr
+
+
+def test_odd_log_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").write_text('\n{"event": 3}\n[]\nnull\n{"event":"phase_end"}\n\x00{\n')
+    assert standalone(read_audit(tmp_path / "audit.jsonl"))
+    odd = build([{"event": "phase_end", "phase": "a", "ms": "x", "facts": 3, "ts": "yesterday"}])
+    assert odd.steps[0].seconds == 0.0
+
+
+def test_after_a_failure_the_summary_says_cause_log_in_go_on_and_clean_up(tmp_path: Path) -> None:
+    (tmp_path / "ssh_config").write_text("")
+    log = broken()
+    log.add("teardown", what="second discovery", outcome="clean")
+    text = "\n".join(summary_lines(log.report(), tmp_path / "report.html"))
+    assert "first cause, in setup_network: vmbr0 has no address" in text
+    assert f"ssh -F {tmp_path}/ssh_config nested" in text
+    assert "pytest -k setup_network" in text
+    assert "nothing to do" in text
+    log.add("leak", what="VM 99901", reason="locked")
+    text = "\n".join(summary_lines(log.report(), tmp_path / "report.html", finishing_command="pytest --xyz"))
+    assert "clean up: pytest --xyz" in text
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (None, 0.04, 9.94, 59.4, 59.6, 185, 3700)] == [
+        "not finished",
+        "0.0 s",
+        "9.9 s",
+        "59 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "1 h 01 min",
+    ]
+
+
+def test_the_timeline_stays_inside_its_picture() -> None:
+    report = whole().report()
+    assert timeline((), 0) == ""
+    picture = timeline((*report.steps, *report.teardown_steps), report.ended or 0)
+    elements = Elements()
+    elements.feed(picture)
+    bars = [attributes for tag, attributes in elements.found if tag == "rect"]
+    assert len(bars) == 5
+    for bar in bars:
+        x, width = (float(str(bar[name]).rstrip("%")) for name in ("x", "width"))
+        assert 0 <= x <= 100
+        assert 0 < width <= 100.001 - x
+    for span in (0.5, 1, 7, 100, 5000, 100_000, 1_000_000):
+        assert span / tick_distance(span) <= 6
