@@ -344,7 +344,8 @@ class _Collector:
             self._stats(data)
 
     def _task_end(self, status: str, data: Mapping[str, Any], host: str, task: str, role: str) -> None:
-        answer = data.get("res") if isinstance(data.get("res"), dict) else {}
+        found = data.get("res")
+        answer: Mapping[str, Any] = found if isinstance(found, dict) else {}
         changed = bool(answer.get("changed"))
         seconds = float(data.get("duration") or 0.0)
         ignored = status == "failed" and bool(data.get("ignore_errors"))

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class InventoryHost:
-    """One host; `variables` as Ansible takes them (ansible_host, ansible_user, pve_hostname, nested_pve_…)."""
+    """One host; `variables` as Ansible takes them (ansible_host, pve_hostname, nested_pve_…)."""
 
     name: str
     variables: Mapping[str, Any] = field(default_factory=dict)

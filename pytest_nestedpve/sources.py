@@ -36,7 +36,7 @@ class SourceError(PveError):
 
 @dataclass(frozen=True)
 class Packed:
-    """A source as a tar file. `digest` covers names, modes and contents, not times: equal digest, same files."""
+    """A source as a tar file. `digest` covers names, modes and contents, not times."""
 
     name: str
     archive: Path
@@ -156,9 +156,8 @@ def _listed(root: Path, timeout: float) -> list[str]:
 def _ls_files(root: Path, options: list[str], timeout: float) -> bytes:
     done = _run(["git", "-C", str(root), "ls-files", "-z", *options], timeout)
     if done.returncode != 0:
-        raise SourceError(
-            f"git ls-files in {root} failed: {done.stderr.decode(errors='replace').strip()[-1000:]}"
-        )
+        said = done.stderr.decode(errors="replace").strip()[-1000:]
+        raise SourceError(f"git ls-files in {root} failed: {said}")
     return done.stdout
 
 

@@ -48,8 +48,8 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
         # `from None`: the library's message quotes the line, which may hold a secret
         raise YamlPathError(
-            f"expected one YAML document, found something else: {getattr(e, 'problem', None) or 'not readable'}"
-            f"{where}"
+            "expected one YAML document, found something else: "
+            f"{getattr(e, 'problem', None) or 'not readable'}{where}"
         ) from None
     if document is None:
         document = CommentedMap()
