@@ -185,6 +185,10 @@ class PhaseRunner:
         """The names of the phases that are not settled yet."""
         return tuple(p.name for p in self.phases if self.status.get(p.name) not in ("done", "proved"))
 
+    def cause(self, name: str) -> Broken | None:
+        """Why the phase failed itself; None if it did not."""
+        return self._causes.get(name)
+
     def progress(self, text: str) -> None:
         """Tell the listeners what the current phase is at."""
         for listener in self.listeners:

@@ -1,0 +1,56 @@
+"""A dry run of the set-up: the phases in order, what would be done, how long it takes. Touches nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.phases import needed_before
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_nestedpve.session import NestedSession
+
+
+def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
+    """One row per phase that the chosen tests need, in order: phase, title, what, seconds."""
+    from pytest_nestedpve.session import wanted
+
+    asked: dict[str, str] = {}
+    for item in chosen:
+        own = getattr(item, "phase_name", None)
+        if own is None and "nested_pve" not in getattr(item, "fixturenames", ()):
+            continue
+        last = own if own is not None else nested.target(wanted(item))
+        if last is None:
+            continue
+        for need in needed_before(nested.phases, last):
+            asked.setdefault(need, "to do, needed first")
+        asked[last] = "to do" if own is not None else asked.get(last, "to do, needed first")
+    return [
+        {"phase": phase.name, "title": phase.title, "what": asked[phase.name], "seconds": phase.usual}
+        for phase in nested.phases
+        if phase.name in asked
+    ]
+
+
+def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
+    """Print the rows, and write them to --nested-json."""
+    import json
+
+    found = rows(nested, chosen)
+    reporter: Any = nested.config.pluginmanager.getplugin("terminalreporter")
+    if nested.settings.json_file is not None:
+        nested.settings.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if reporter is None:
+        return
+    reporter.write_sep("-", "nested-pve: dry run")
+    if not found:
+        reporter.write_line("no test that was chosen needs a nested PVE: nothing would be made")
+        return
+    reporter.write_line(f"on {nested.settings.host or 'a host that is not named yet'}, in this order:")
+    for row in found:
+        usual = f"about {row['seconds']:.0f} s" if row["seconds"] is not None else ""
+        reporter.write_line(f"  {row['phase']:<18} {row['what']:<22} {usual:<12} {row['title']}")
+    total = sum(row["seconds"] or 0 for row in found)
+    reporter.write_line(f"then everything is destroyed; expected: about {total:.0f} s and the teardown")

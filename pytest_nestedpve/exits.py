@@ -1,0 +1,71 @@
+"""What the session's exit status is, told from what the reports said: no green run that verified nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+OK, FAILED, INTERRUPTED, USAGE, NOTHING_COLLECTED = 0, 1, 2, 4, 5
+
+#: Attributes that a report carries (they cross from an xdist worker to the controller).
+USES = "nestedpve_uses"
+CAUSE = "nestedpve_cause"
+#: The cause of a test that needs a host when none was named.
+NO_HOST = "no host"
+
+
+@dataclass
+class Tally:
+    """What has been seen so far."""
+
+    nested: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    failures: int = 0
+    preflight_failures: int = 0
+    usage: str | None = None
+    left: bool = False
+    signum: int | None = None
+    reason: str | None = None
+
+    def add(self, report: pytest.TestReport) -> None:
+        """Take one report into account."""
+        if getattr(report, USES, False):
+            self.nested.add(report.nodeid)
+            if report.when == "call" and report.passed:
+                self.passed.add(report.nodeid)
+        if report.failed:
+            self.failures += 1
+            cause = getattr(report, CAUSE, None)
+            if cause == "preflight":
+                self.preflight_failures += 1
+            elif cause == NO_HOST:
+                self.usage = "a test needs an outer PVE host, and none was named"
+
+    def status(self, status: int, *, executes: bool) -> int:
+        """The exit status for what pytest itself would return; sets `reason` where it differs.
+
+        `executes` is False for sessions that are not meant to run tests (--collect-only, a dry run).
+        """
+        self.reason = None
+        if self.signum is not None:
+            self.reason = None
+            return 128 + self.signum
+        if self.usage is not None:
+            self.reason = self.usage
+            return USAGE
+        if self.left and status in (OK, NOTHING_COLLECTED):
+            self.reason = "the teardown left something behind"
+            return FAILED
+        if status == FAILED and self.failures and self.failures == self.preflight_failures and not self.left:
+            self.reason = "preflight is the only failure: the host or the settings are not usable"
+            return USAGE
+        if status == OK and executes and self.nested and not self.passed:
+            self.reason = (
+                f"{len(self.nested)} test{'s' * (len(self.nested) > 1)} that use the nested PVE "
+                "were selected and none passed: nothing was verified"
+            )
+            return FAILED
+        return status

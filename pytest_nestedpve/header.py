@@ -1,0 +1,35 @@
+"""What `pytest_report_header` says: the host, the run, and what will be made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session import NestedSession
+
+
+def lines(nested: NestedSession) -> list[str]:
+    """The lines; none when no host is named, so that unrelated projects do not see this plugin."""
+    settings, option = nested.settings, nested.config.option
+    if settings.host is None or option.collectonly:
+        return []
+    where = f"nested-pve: host {settings.host} ({settings.origin('host')})"
+    if settings.destroy_only:
+        which = f"run {settings.run_id}" if settings.run_id else "what earlier runs left"
+        return [where, f"nested-pve: {'would destroy' if settings.dry_run else 'destroys'} {which}; no tests"]
+    if settings.dry_run:
+        return [where, "nested-pve: dry run, nothing is made"]
+    size = f"{settings.cores} cores, {_gib(settings.memory)} memory, {settings.disk} GiB disk"
+    each = " for each worker that needs one" if getattr(option, "tx", None) and option.dist != "no" else ""
+    ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
+    if settings.any_id:
+        ids = "any free id"
+    return [
+        f"{where}; state of runs in {settings.run_dir}",
+        f"nested-pve: makes one VM {settings.name_prefix}-RUN{each} ({size}; id: {ids}) with a VM inside, "
+        "if a test needs it; destroyed at the end",
+    ]
+
+
+def _gib(mebibytes: int) -> str:
+    return f"{mebibytes / 1024:g} GiB"

@@ -1,0 +1,257 @@
+"""What a pytest session does with its environment, hook by hook; registered when a session begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nestedpve import exits
+from pytest_nestedpve.session import KEY, HostMissing, NestedSession, PhaseFailure, remember, wanted
+from pytest_nestedpve.settings import Settings, SettingsError, load
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.host import PveHost
+
+FIXTURE = "nested_pve_run"
+
+
+def begin(session: pytest.Session) -> None:
+    """Read the settings and register the hooks below. Raises pytest.UsageError before anything is touched."""
+    config = session.config
+    option = config.option
+    looks_only = any(
+        getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
+    )
+    if looks_only and not option.nested_destroy_only:
+        settings = Settings()
+    else:
+        try:
+            settings = load(config)
+        except SettingsError as e:
+            raise pytest.UsageError(f"nested-pve: {e}") from e
+        from pytest_nestedpve.timing import set_scale
+
+        set_scale(settings.timeout_scale)
+    nested = NestedSession(config, settings)
+    config.stash[KEY] = nested
+    remember(session)
+    config.pluginmanager.register(SessionHooks(nested), "nestedpve-session")
+    config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
+    config.add_cleanup(nested.close)
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        nested.family = worker.get("nestedpve_session")
+
+
+def of(config: pytest.Config) -> NestedSession:
+    """The session's environment."""
+    return config.stash[KEY]
+
+
+def collect_steps(collector: pytest.Module) -> list[pytest.Item]:
+    """The phases as items of the file that holds the sentinel."""
+    from pytest_nestedpve import steps
+    from pytest_nestedpve.phases import PhaseListError
+
+    try:
+        return steps.expand(collector, of(collector.config).phases)
+    except PhaseListError as e:
+        raise collector.CollectError(f"nested-pve: {e}") from e
+
+
+def default_host(config: pytest.Config, name: str) -> PveHost:
+    """The host that the setting names: over SSH, or the embedded lab. Raises PveError."""
+    from pytest_nestedpve import hosts
+
+    nested = of(config)
+    resolved = hosts.resolve(name)
+    nested.on_close.append(resolved.close)
+    return hosts.connect(resolved, nested.observe)
+
+
+def adopt_worker(node: Any) -> None:
+    """Give an xdist worker what the runs of this session have in common, so that the controller finds them."""
+    nested = of(node.config)
+    if nested.family is None:
+        import secrets
+
+        nested.family = secrets.token_hex(8)
+    if nested.settings.host is not None:
+        nested.take_signals()
+    node.workerinput["nestedpve_session"] = nested.family
+
+
+def uses(item: pytest.Item) -> bool:
+    """Whether the test uses a fixture of this plugin, directly or through others."""
+    return FIXTURE in getattr(item, "fixturenames", ())
+
+
+class SessionHooks:
+    """The hooks of one session."""
+
+    def __init__(self, nested: NestedSession) -> None:
+        self.nested = nested
+        self.config = nested.config
+        self._told = False
+
+    def pytest_report_header(self) -> list[str]:
+        from pytest_nestedpve import header
+
+        return header.lines(self.nested)
+
+    # -- before the tests --------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> bool | None:
+        if not self.nested.settings.destroy_only:
+            return None
+        from pytest_nestedpve import destroy_items
+
+        destroy_items.collect(session, self.nested)
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if "pytest_nestedpve.steps" in sys.modules:
+            from pytest_nestedpve import steps
+
+            session.items[:] = steps.in_order(session.items, self.nested.phases, uses)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        option = self.config.option
+        if option.collectonly or option.setupplan or self.nested.settings.destroy_only:
+            return None
+        chosen = [item for item in session.items if uses(item)]
+        if self.nested.settings.dry_run:
+            from pytest_nestedpve import dry_run
+
+            dry_run.show(self.nested, chosen)
+            return True
+        if chosen and not self.nested.host_is_named() and not hasattr(self.config, "workerinput"):
+            raise pytest.UsageError(str(HostMissing()))
+        return None
+
+    # -- each test ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self.nested.item = item
+        steps = sys.modules.get("pytest_nestedpve.steps")
+        if steps is not None and isinstance(item, steps.StepItem):
+            self._before_step(item, steps)
+        elif self.nested.handed_out and "nested_pve" in getattr(item, "fixturenames", ()):
+            # The fixture is there; this test may want more of it than those before.
+            self.nested.ensure(wanted(item))
+
+    def _before_step(self, item: Any, steps: Any) -> None:
+        from pytest_nestedpve.phases import needed_before
+
+        nested = self.nested
+        needed = needed_before(nested.phases, item.phase_name)
+        depends = [name for name in (steps.PREFIX + need for need in needed) if name in nested.ran]
+        if self.config.pluginmanager.hasplugin("dependency"):
+            item.add_marker(
+                pytest.mark.dependency(name=item.name, scope="session", depends=depends), append=False
+            )
+        if item.name not in nested.ran:
+            nested.ran.append(item.name)
+        cause = nested.failed_need(item.phase_name)
+        if cause is None or nested.shown.get(cause.phase) in (None, item.nodeid):
+            return
+        first = steps.PREFIX + cause.phase
+        what = first if first in depends else f"the phase {cause.phase}"
+        pytest.skip(f"{item.name} depends on {what}, which failed: {_one_line(cause.cause)}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if uses(item):
+            setattr(report, exits.USES, True)
+        error = call.excinfo.value if call.excinfo is not None else None
+        broken = getattr(error, "broken", None)
+        if isinstance(error, HostMissing):
+            setattr(report, exits.CAUSE, exits.NO_HOST)
+        elif broken is not None and hasattr(broken, "phase"):
+            setattr(report, exits.CAUSE, broken.phase)
+            self.nested.shown.setdefault(broken.phase, item.nodeid)
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.nested.tally.add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.nested.tally.failures += 1
+
+    # -- the end -----------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        # From here on the session ends by itself; a further signal would only cut the teardown off.
+        self.nested.guard.counting = True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        result = yield
+        session.exitstatus = self._status(session.exitstatus)
+        if not self._told:
+            self._tell(self.config.pluginmanager.getplugin("terminalreporter"))
+        return result
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        self._status(exitstatus)
+        self._tell(terminalreporter)
+
+    def _status(self, status: int | pytest.ExitCode) -> int:
+        nested, option = self.nested, self.config.option
+        nested.tally.signum = nested.guard.first
+        executes = not (
+            option.collectonly
+            or option.setuponly
+            or option.setupplan
+            or nested.settings.dry_run
+            or nested.settings.destroy_only
+        )
+        found = nested.tally.status(int(status), executes=executes)
+        if found == exits.NOTHING_COLLECTED and (nested.settings.destroy_only or nested.settings.dry_run):
+            return exits.OK
+        return found
+
+    def _tell(self, reporter: Any) -> None:
+        if reporter is None:
+            return
+        self._told = True
+        left = self.nested.left()
+        if left:
+            reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
+            for line in left:
+                reporter.write_line(line)
+            reporter.write_line(f"this goes on with it: {self.nested.finishing_command()}")
+        if self.nested.tally.reason:
+            reporter.write_line(f"nested-pve: {self.nested.tally.reason}", yellow=True)
+
+
+class LastHooks:
+    """What comes after every other plugin's end of session: the guard, and the sweep behind xdist's workers."""
+
+    def __init__(self, nested: NestedSession) -> None:
+        self.nested = nested
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        self.nested.finish()
+
+
+def _one_line(text: str) -> str:
+    joined = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    return joined if len(joined) <= 400 else joined[:397] + "…"
+
+
+__all__ = ["PhaseFailure", "SessionHooks", "begin", "uses"]

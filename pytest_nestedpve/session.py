@@ -1,0 +1,385 @@
+"""One process's environment: opened at first use, torn down once however the session ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nestedpve import exits
+from pytest_nestedpve.phases import Broken, Phase, PhaseBroken, PhaseRunner, check, needed_before
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.signals import SignalGuard, limit, write_now
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.settings import Settings
+
+KEY = pytest.StashKey["NestedSession"]()
+
+#: Files in a run's directory: which xdist session it belongs to, and that its teardown has been.
+FAMILY = "session"
+FINISHED = "finished"
+
+NO_HOST = (
+    "no outer PVE host was named, and a test needs one. Either name one (`pytest --pve-host HOST`, where "
+    "`ssh HOST` reaches a Proxmox VE host as root; or `nested_pve_host = HOST` in pytest.ini), or use the "
+    "embedded lab on this machine (`pytest --pve-host lab`)"
+)
+
+
+class HostMissing(PveError):
+    """Something needs the outer host, and none was named."""
+
+    def __init__(self) -> None:
+        super().__init__(NO_HOST)
+
+
+class PhaseFailure(pytest.fail.Exception):
+    """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
+
+    def __init__(self, error: PhaseBroken) -> None:
+        super().__init__(
+            f"{error.wanted}: {error}" if error.broken.phase == error.wanted else str(error), False
+        )
+        self.broken = error.broken
+
+
+class NestedSession:
+    """Owner of the environment, its runner and its teardown, for one pytest process."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self.config = config
+        self.settings = settings
+        self.tally = exits.Tally()
+        self.item: pytest.Item | None = None
+        self.environment: Environment | None = None
+        self.runner: PhaseRunner | None = None
+        self.shown: dict[str, str] = {}  # phase that failed: the test that reported it first
+        self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
+        self.teardown_report: Any = None
+        self.teardown_error: str | None = None
+        self.handed_out = False  # somebody has the fixture nested_pve
+        self.on_close: list[Callable[[], None]] = []
+        self._phases: tuple[Phase, ...] | None = None
+        self._finished = False
+        self._stderr = 2
+        self._lock: Any = None
+        self.family: str | None = None  # what the workers of one xdist session have in common
+        self.guard = SignalGuard(stop=self._stop, say=self._say, give_up=self._give_up)
+
+    # -- the list of phases ---------------------------------------------------------------------
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases, as the hooks left them. Raises PhaseListError."""
+        if self._phases is None:
+            from pytest_nestedpve import builtin
+
+            phases = list(builtin.default_phases())
+            self.config.hook.pytest_nestedpve_phases(phases=phases, config=self.config)
+            self._phases = check(phases)
+        return self._phases
+
+    def target(self, upto: str | None) -> str | None:
+        """The last phase that is wanted; None for none. Raises pytest.UsageError for a name that is none."""
+        names = [phase.name for phase in self.phases]
+        if upto is None:
+            return names[-1] if names else None
+        if upto not in names:
+            raise pytest.UsageError(
+                f"nested_pve(upto={upto!r}): expected the name of a phase: {', '.join(names)}"
+            )
+        return upto
+
+    # -- the host ------------------------------------------------------------------------------
+
+    def host_is_named(self) -> bool:
+        """Whether a host can be had: by a setting, or by a hook of the project."""
+        hooks = self.config.hook.pytest_nestedpve_host.get_hookimpls()
+        return self.settings.host is not None or len(hooks) > 1
+
+    def connect(self) -> PveHost:
+        """The outer host; raises PveError."""
+        host = self.config.hook.pytest_nestedpve_host(config=self.config, settings=self.settings)
+        if host is None:
+            raise HostMissing
+        self.on_close.append(host.close)
+        found: PveHost = host
+        return found
+
+    def observe(self, result: Any) -> None:
+        """Write a command that was run on a host to the audit log."""
+        runner = self.runner
+        if runner is not None:
+            runner.audit.write(
+                "call", phase=runner.current, transport="ssh", cmd=result.command, rc=result.rc, ms=result.ms
+            )
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    @property
+    def opened(self) -> bool:
+        return self.runner is not None
+
+    def open(self) -> None:
+        """Make the run on this side: directory, keys, audit log. Nothing is made on the host yet."""
+        if self.opened:
+            return
+        if not self.host_is_named():
+            raise HostMissing
+        if self._finished:
+            raise PhaseFailure(
+                PhaseBroken(Broken("teardown", "the environment is torn down already"), wanted="")
+            )
+        self.take_signals()
+        from pytest_nestedpve.audit import AuditLog
+        from pytest_nestedpve.environment import Environment
+        from pytest_nestedpve.run import Run, SessionLock
+
+        phases = self.phases
+        run = Run.create(self.settings, self.config.rootpath)
+        self._lock = SessionLock(run.id)
+        self._lock.acquire()
+        if self.family is not None:
+            run.directory.write(FAMILY, self.family)
+        audit = AuditLog(run.directory.audit, run.id)
+        runner: PhaseRunner
+        environment = Environment(
+            settings=self.settings,
+            run=run,
+            connect=self.connect,
+            audit=audit,
+            progress=lambda text: runner.progress(text),
+            rootdir=self.config.rootpath,
+        )
+        runner = PhaseRunner(
+            phases,
+            environment,
+            audit,
+            bound=lambda phase: limit(phase.timeout, f"the phase {phase.name}"),
+            passthrough=(pytest.exit.Exception,),
+        )
+        runner.listeners.append(_StateKeeper(environment))
+        self.environment, self.runner = environment, runner
+        self._add_listeners(runner)
+
+    def take_signals(self) -> None:
+        """Have INT, TERM and HUP end the session from now on."""
+        if not self.guard.installed:
+            with _uncaptured(self.config):
+                self._stderr = os.dup(2)
+            self.guard.install()
+
+    def _add_listeners(self, runner: PhaseRunner) -> None:
+        from pytest_nestedpve.progress import ProgressListener
+
+        runner.listeners.append(ProgressListener(self.config))
+
+    def settle(self, work: Callable[[PhaseRunner, str], None]) -> None:
+        """Run phases on behalf of the current test, outside pytest-timeout's limit for it.
+
+        Raises PhaseFailure; an error that is not a PveError is raised as it is, with its traceback.
+        """
+        assert self.runner is not None
+        by = self.item.nodeid if self.item is not None else ""
+        try:
+            with _timer_stopped(self.config, self.item):
+                work(self.runner, by)
+        except PhaseBroken as error:
+            if error.expected:
+                raise PhaseFailure(error) from None
+            raise
+
+    def step(self, item: Any) -> Callable[[], None]:
+        """Do what the step `item` needs; return what does the step itself."""
+        name: str = item.phase_name
+        assert self.runner is not None
+        before = self.runner.status.get(name)
+        by = self.runner.done_by.get(name, "")
+        self.settle(lambda runner, who: runner.prepare(name, by=who))
+
+        def call() -> None:
+            self.settle(lambda runner, who: runner.execute(name, by=who))
+            note = [
+                (steps.PROPERTY_PHASE, name),
+                (steps.PROPERTY_STATUS, runner.status[name]),
+                (steps.PROPERTY_SECONDS, round(runner.seconds[name], 3)),
+            ]
+            if before is not None:
+                note.append((steps.PROPERTY_DONE_BY, by))
+            item.user_properties.extend(note)
+
+        from pytest_nestedpve import steps
+
+        runner = self.runner
+        return call
+
+    def ensure(self, upto: str | None) -> None:
+        """Set up as far as the phase `upto` (None: completely)."""
+        name = self.target(upto)
+        if name is not None:
+            self.settle(lambda runner, who: runner.ensure(name, by=who))
+
+    def nested_pve(self) -> Any:
+        """The value of the fixture: set up as far as the current test wants it."""
+        from pytest_nestedpve.environment import NestedPve
+
+        assert self.environment is not None
+        self.ensure(wanted(self.item))
+        self.handed_out = True
+        return NestedPve(self.environment)
+
+    def failed_need(self, phase_name: str) -> Broken | None:
+        """The cause, when a phase that `phase_name` needs has failed."""
+        runner = self.runner
+        if runner is None or runner.broken is None:
+            return None
+        for need in needed_before(self.phases, phase_name):
+            cause = runner.cause(need)
+            if cause is not None:
+                return cause
+        return None
+
+    # -- teardown ------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Tear down, once; never raises. What is left is in `teardown_report` or `teardown_error`."""
+        self.guard.counting = True
+        if self._finished or self.runner is None or self.environment is None:
+            return
+        self._finished = True
+        runner = self.runner
+        try:
+            with _timer_stopped(self.config, self.item):
+                if runner.acted:
+                    from pytest_nestedpve.teardown import teardown
+
+                    self.teardown_report = teardown(self.environment)
+                else:
+                    runner.audit.write("teardown", status="clean", cause="nothing was made on the host")
+        except BaseException as error:
+            self.teardown_error = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):
+                runner.audit.write("leak", status="unknown", cause=self.teardown_error)
+        finally:
+            left = self.left()
+            self.tally.left = self.tally.left or bool(left)
+            with contextlib.suppress(Exception):
+                self.environment.run.directory.write(FINISHED, "left\n" if left else "clean\n")
+            if self._lock is not None:
+                self._lock.release(remove=not left)
+            for close in reversed(self.on_close):
+                with contextlib.suppress(Exception):
+                    close()
+            self.on_close.clear()
+
+    def left(self) -> list[str]:
+        """What the teardown left on the host, a line each; empty when it is clean."""
+        lines = [str(each) for each in getattr(self.teardown_report, "left", ())]
+        if self.teardown_error is not None:
+            lines.append(f"unknown, the teardown itself failed: {self.teardown_error}")
+        return lines
+
+    def finishing_command(self) -> str:
+        """The command that finishes a teardown that did not."""
+        import shlex
+
+        words = ["pytest"]
+        if self.settings.host is not None:
+            words += ["--pve-host", self.settings.host]
+        words.append("--nested-destroy-only")
+        if self.environment is not None:
+            words += ["--nested-run", self.environment.run.id]
+        return shlex.join(words)
+
+    # -- signals -------------------------------------------------------------------------------
+
+    def _stop(self, text: str) -> None:
+        session = self.config.stash.get(_SESSION, None)
+        if session is not None:
+            session.shouldstop = text
+
+    def _say(self, text: str) -> None:
+        write_now(self._stderr, text)
+
+    def _give_up(self, signum: int) -> None:
+        write_now(
+            self._stderr,
+            f"giving up on the teardown; this finishes it:\n    {self.finishing_command()}",
+        )
+        os._exit(128 + signum)
+
+    def close(self) -> None:
+        """The last thing of a session: signals as before, the lines' descriptor closed."""
+        self.finish()
+        self.guard.remove()
+        if self._stderr != 2:
+            os.close(self._stderr)
+            self._stderr = 2
+
+
+class _StateKeeper:
+    """Keeps the facts in the run's directory, after each phase."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def phase_started(self, phase: Phase) -> None:
+        pass
+
+    def phase_finished(
+        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None:
+        if status != "failed":
+            self._environment.run.directory.save_state(self._environment.facts)
+
+    def progress(self, text: str) -> None:
+        pass
+
+
+def wanted(item: pytest.Item | None) -> str | None:
+    """How far a test wants the nested PVE set up, by its marker; None for completely."""
+    mark = item.get_closest_marker("nested_pve") if item is not None else None
+    if mark is None:
+        return None
+    upto = mark.kwargs.get("upto", mark.args[0] if mark.args else None)
+    return str(upto) if upto is not None else None
+
+
+_SESSION = pytest.StashKey[pytest.Session]()
+
+
+def remember(session: pytest.Session) -> None:
+    """Keep the pytest session where a signal handler finds it."""
+    session.config.stash[_SESSION] = session
+
+
+@contextlib.contextmanager
+def _uncaptured(config: pytest.Config) -> Iterator[None]:
+    manager = config.pluginmanager.getplugin("capturemanager")
+    with manager.global_and_fixture_disabled() if manager else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _timer_stopped(config: pytest.Config, item: pytest.Item | None) -> Iterator[None]:
+    """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
+    set-up or a teardown off half-way."""
+    if item is None or not config.pluginmanager.hasplugin("timeout"):
+        yield
+        return
+    held = getattr(item, "cancel_timeout", None) is not None
+    config.hook.pytest_timeout_cancel_timer(item=item)
+    try:
+        yield
+    finally:
+        module = sys.modules.get("pytest_timeout")
+        limits: Any = module._get_item_settings(item) if module else None
+        if held and limits is not None and limits.timeout and limits.timeout > 0:
+            config.hook.pytest_timeout_set_timer(item=item, settings=limits)
