@@ -149,7 +149,7 @@ def _listed(root: Path, timeout: float) -> list[str]:
     # --recurse-submodules goes with tracked files only; it brings the submodules' own tracked files.
     answer += _ls_files(root, ["--cached", "--recurse-submodules"], timeout)
     names = {os.fsdecode(name) for name in answer.split(b"\0") if name}
-    # Deleted but still in the index: not there, so not part. A submodule is a directory: its files are listed.
+    # Deleted but still in the index: not there, so not part. A submodule itself is a directory.
     return [name for name in names if (path := root / name).is_symlink() or path.is_file()]
 
 

@@ -1,0 +1,25 @@
+"""The filter nested_pve_yaml_set: a value into a YAML text, as data."""
+
+from ansible.errors import AnsibleFilterError
+
+
+def nested_pve_yaml_set(text, keys, value):
+    """`text` with `value` at the path `keys`; comments and order stay."""
+    try:
+        from pytest_nestedpve.yamlpath import YamlPathError, set_value
+    except ImportError as e:
+        raise AnsibleFilterError(
+            "putting the token into a YAML file needs the Python package pytest-nestedpve beside "
+            f"ansible-playbook: {e}"
+        ) from e
+    try:
+        return set_value(str(text), [str(key) for key in keys], str(value))
+    except YamlPathError as e:
+        raise AnsibleFilterError(str(e)) from e
+
+
+class FilterModule:
+    """What Ansible looks for."""
+
+    def filters(self):
+        return {"nested_pve_yaml_set": nested_pve_yaml_set}
