@@ -1,0 +1,362 @@
+"""One environment's identity, and its directory: state, keys, known hosts, ssh_config, audit log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve.errors import PveError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.settings import Settings
+
+RUN_ID = re.compile(r"[0-9a-f]{12}\Z")
+HARD_LIMIT = 24 * 3600
+"""Seconds after which a run is over whatever its lease says."""
+
+_KEY_LINE = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)) [A-Za-z0-9+/]+={0,3}\Z")
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+
+
+class RunDirectoryError(PveError):
+    """The run's directory or its lock cannot be made or used."""
+
+
+class BadHostKey(PveError):
+    """A host key is not exactly one line of `type base64`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Who a run is. Times are epoch seconds; the lease on the host is what counts (ownership.Lease).
+
+    `owner` is user@host for people, `client` a hash of machine-id and uid, `session` a nonce of this process.
+    """
+
+    id: str
+    owner: str
+    client: str
+    session: str
+    dir: Path
+    created: int
+    expires: int
+    hard: int
+
+    @classmethod
+    def create(cls, settings: Settings, rootdir: Path, now: float | None = None) -> Run:
+        """A new run with its directory made (0700) below `settings.run_dir`. Raises RunDirectoryError."""
+        moment = int(time.time() if now is None else now)
+        run_id = secrets.token_hex(6)
+        run = cls(
+            id=run_id,
+            owner=owner(),
+            client=client_hash(),
+            session=secrets.token_hex(8),
+            dir=Path(os.path.normpath(rootdir / settings.run_dir / run_id)),
+            created=moment,
+            expires=moment + int(settings.lease),
+            hard=moment + HARD_LIMIT,
+        )
+        run.directory.make()
+        return run
+
+    @property
+    def tag(self) -> str:
+        """The tag of the run's VMs, for people."""
+        return f"npve-{self.id}"
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.dir)
+
+
+def owner() -> str:
+    """user@host of this process, cut to what is safe in a line of JSON and a table."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return re.sub(r"[^A-Za-z0-9._@-]", "_", f"{user}@{socket.gethostname()}")[:80]
+
+
+def client_hash() -> str:
+    """The same for all sessions of one user on one machine: 16 hex digits of a hash of machine-id and uid."""
+    machine = ""
+    for name in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            machine = Path(name).read_text(encoding="ascii", errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{32}", machine):
+            break
+    else:
+        machine = _own_machine_id()
+    return hashlib.sha256(f"nested-pve:{machine}:{os.getuid()}".encode()).hexdigest()[:16]
+
+
+def state_home() -> Path:
+    """Where the locks of sessions live, whatever the project: $XDG_STATE_HOME/nested-pve."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "nested-pve"
+
+
+def _own_machine_id() -> str:
+    # Without a machine-id (a container, as a rule) one of our own: no other machine may look like this one.
+    path = state_home() / "machine-id"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="ascii") as file:
+            file.write(secrets.token_hex(16))
+        return path.read_text(encoding="ascii").strip()
+    except OSError as e:
+        raise RunDirectoryError(
+            f"this machine has no /etc/machine-id, and {path} cannot be kept instead: {e}; make one of them"
+        ) from e
+
+
+class SessionLock:
+    """A lock file held while a session lives: a free one proves, on the same client, that it is dead.
+
+    It lies outside the project, so that a session in any directory can ask. `flock` goes with the last copy
+    of the open file, also after SIGKILL.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.path = state_home() / "locks" / f"{run_id}.lock"
+        self._fd: int | None = None
+
+    def acquire(self) -> None:
+        """Raises RunDirectoryError when another session holds it."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as e:
+            raise RunDirectoryError(f"cannot make the session's lock file {self.path}: {e}") from e
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(fd)
+            raise RunDirectoryError(f"another session works on this run: {self.path} is locked") from e
+        self._fd = fd
+
+    def release(self, *, remove: bool = True) -> None:
+        """Give it up. `remove=False` keeps the file: something is left, and a later session may ask whose."""
+        if self._fd is None:
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds it."""
+        return self._fd is not None
+
+    @staticmethod
+    def alive(run_id: str) -> bool | None:
+        """True: a session on this client holds the lock; False: it is dead; None: not known here."""
+        path = state_home() / "locks" / f"{run_id}.lock"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return False
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of one run: 0700, its files 0600."""
+
+    path: Path
+
+    @property
+    def key(self) -> Path:
+        return self.path / "key"
+
+    @property
+    def public_key(self) -> Path:
+        return self.path / "key.pub"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.path / "known_hosts"
+
+    @property
+    def ssh_config(self) -> Path:
+        return self.path / "ssh_config"
+
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit.jsonl"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.path / "artifacts"
+
+    def make(self) -> None:
+        """Make it, and tell git to ignore the directory of all runs. Raises RunDirectoryError."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ignore = self.path.parent / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="ascii")
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self.artifacts.mkdir(mode=0o700, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as e:
+            raise RunDirectoryError(
+                f"cannot make the run's directory {self.path}: {e}; nested_pve_run_dir names another place"
+            ) from e
+
+    def write(self, name: str, data: str | bytes) -> Path:
+        """Write a file of the directory (0600) in one step."""
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return target
+
+    def save_state(self, facts: Mapping[str, Any]) -> None:
+        """Keep the facts by phase in state.json."""
+        self.write("state.json", json.dumps(facts, indent=1, default=str) + "\n")
+
+    def load_state(self) -> dict[str, dict[str, Any]]:
+        """The facts by phase; empty when there are none. Raises RunDirectoryError when the file is broken."""
+        path = self.path / "state.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as e:
+            raise RunDirectoryError(f"cannot read {path}: {e}") from e
+        if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+            raise RunDirectoryError(f"{path}: expected an object of objects by phase")
+        return found
+
+    def ensure_key(self, comment: str) -> str:
+        """The run's public key line; the ed25519 pair is made at the first call."""
+        if not (self.key.exists() and self.public_key.exists()):
+            from cryptography.hazmat.primitives import serialization
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+            private = Ed25519PrivateKey.generate()
+            public = private.public_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+            )
+            self.write(
+                "key",
+                private.private_bytes(
+                    serialization.Encoding.PEM,
+                    serialization.PrivateFormat.OpenSSH,
+                    serialization.NoEncryption(),
+                ),
+            )
+            self.write("key.pub", f"{public.decode()} {comment}\n")
+        return self.public_key.read_text(encoding="ascii").strip()
+
+    def pin_host_keys(self, alias: str, keys: Sequence[str]) -> None:
+        """Make `keys` the only known ones of `alias` in the run's known_hosts. Raises BadHostKey."""
+        if not _ALIAS.match(alias):
+            raise BadHostKey(f"{alias[:60]!r} is no name for known_hosts")
+        clean = [_one_key(key) for key in keys]
+        if not clean:
+            raise BadHostKey(f"no host key to pin for {alias}")
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.known_hosts.read_text(encoding="ascii").splitlines()
+        lines = [line for line in lines if line.split(" ", 1)[0] != alias]
+        lines += [f"{alias} {key}" for key in dict.fromkeys(clean)]
+        self.write("known_hosts", "\n".join(lines) + "\n")
+
+    def write_ssh_config(
+        self,
+        outer_alias: str,
+        outer_config: Path | None,
+        nested_ip: str,
+        nested_name: str,
+        leaf_ip: str | None = None,
+        leaf_name: str | None = None,
+    ) -> Path:
+        """An ssh_config that reaches the nested PVE through the outer host, and the leaf through the nested.
+
+        `outer_alias` is what reaches the outer host in `outer_config` (None: the user's own). Nothing of
+        that file applies to the two guests: they are offered the run's key and checked against its keys only.
+        """
+        blocks = list(self._guest_block(nested_name, "nested", nested_ip, outer_alias))
+        names = [nested_name, "nested"]
+        if leaf_ip and leaf_name:
+            blocks += self._guest_block(leaf_name, "leaf", leaf_ip, nested_name)
+            names += [leaf_name, "leaf"]
+        blocks.append("Host * " + " ".join(f"!{name}" for name in dict.fromkeys(names)))
+        if outer_config is not None:
+            blocks.append(f"    Include {_quoted(outer_config)}")
+        else:
+            blocks += ["    Include ~/.ssh/config", "    Include /etc/ssh/ssh_config"]
+        return self.write("ssh_config", "\n".join(blocks) + "\n")
+
+    def _guest_block(self, name: str, short: str, ip: str, jump: str) -> Iterator[str]:
+        import ipaddress
+
+        if not _ALIAS.match(name):
+            raise RunDirectoryError(f"{name[:60]!r} is no name for an ssh_config")
+        if not re.fullmatch(r"[A-Za-z0-9._@:\[\]-]+", jump) or jump.startswith("-"):
+            raise RunDirectoryError(f"{jump[:60]!r} is no name for a jump host")
+        yield f"Host {name} {short}"
+        for key, value in {
+            "HostName": str(ipaddress.ip_address(ip)),
+            "User": "root",
+            "IdentityFile": _quoted(self.key, percent=True),
+            "IdentitiesOnly": "yes",
+            "IdentityAgent": "none",
+            "ForwardAgent": "no",
+            "PreferredAuthentications": "publickey",
+            "UserKnownHostsFile": _quoted(self.known_hosts, percent=True),
+            "GlobalKnownHostsFile": "none",
+            "HostKeyAlias": name,
+            "StrictHostKeyChecking": "yes",
+            "ProxyJump": jump,
+        }.items():
+            yield f"    {key} {value}"
+        yield ""
+
+
+def _one_key(key: str) -> str:
+    # A second line, or anything in front, would be a further entry of known_hosts that the guest chooses.
+    clean = " ".join(key.strip(" \n").split(" ")[:2])
+    if "\n" in key.strip("\n") or not _KEY_LINE.match(clean):
+        raise BadHostKey(f"expected one host key, 'type base64'; found {key[:80]!r}")
+    return clean
+
+
+def _quoted(path: Path, *, percent: bool = False) -> str:
+    text = str(path)
+    if '"' in text or "\n" in text or "\\" in text:
+        raise RunDirectoryError(
+            f"a path with quotes, backslashes or line ends cannot stand in an ssh_config: {text!r}"
+        )
+    return f'"{text.replace("%", "%%") if percent else text}"'
