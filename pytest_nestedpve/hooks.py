@@ -20,5 +20,5 @@ def pytest_nestedpve_phases(phases: list[Phase], config: pytest.Config) -> None:
 
 @pytest.hookspec(firstresult=True)
 def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost | None:
-    """Return the outer host, instead of the one that the setting `host` names. Called when the host is first
-    needed: in the set-up of the first phase, by a teardown, or by --nested-destroy-only. May raise PveError."""
+    """Return the outer host, instead of the one that the setting `host` names. Called when the host is
+    first needed: in the first phase, by a teardown, or by --nested-destroy-only. May raise PveError."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nestedpve import exits
-from pytest_nestedpve.session import KEY, HostMissing, NestedSession, PhaseFailure, remember, wanted
+from pytest_nestedpve.session import KEY, NO_HOST, NestedSession, NoHostFailure, PhaseFailure, remember
 from pytest_nestedpve.settings import Settings, SettingsError, load
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def begin(session: pytest.Session) -> None:
     config.pluginmanager.register(SessionHooks(nested), "nestedpve-session")
     config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
     config.add_cleanup(nested.close)
+    if getattr(option, "htmlpath", None) and nested.host_is_named():
+        nested.register_report()  # pytest-html asks for its columns now
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         nested.family = worker.get("nestedpve_session")
@@ -73,7 +75,7 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
 
 
 def adopt_worker(node: Any) -> None:
-    """Give an xdist worker what the runs of this session have in common, so that the controller finds them."""
+    """Give an xdist worker what the runs of this session have in common, for the controller's sweep."""
     nested = of(node.config)
     if nested.family is None:
         import secrets
@@ -81,6 +83,7 @@ def adopt_worker(node: Any) -> None:
         nested.family = secrets.token_hex(8)
     if nested.settings.host is not None:
         nested.take_signals()
+        nested.register_report()
     node.workerinput["nestedpve_session"] = nested.family
 
 
@@ -132,7 +135,7 @@ class SessionHooks:
             dry_run.show(self.nested, chosen)
             return True
         if chosen and not self.nested.host_is_named() and not hasattr(self.config, "workerinput"):
-            raise pytest.UsageError(str(HostMissing()))
+            raise pytest.UsageError(f"nested-pve: {NO_HOST}")
         return None
 
     # -- each test ---------------------------------------------------------------------------
@@ -143,9 +146,11 @@ class SessionHooks:
         steps = sys.modules.get("pytest_nestedpve.steps")
         if steps is not None and isinstance(item, steps.StepItem):
             self._before_step(item, steps)
-        elif self.nested.handed_out and "nested_pve" in getattr(item, "fixturenames", ()):
-            # The fixture is there; this test may want more of it than those before.
-            self.nested.ensure(wanted(item))
+        elif "nested_pve" in getattr(item, "fixturenames", ()) and not self.config.option.setupplan:
+            # Not in the fixture: its value is shared by tests that want more or less of it, and so
+            # would be its failure.
+            self.nested.open()
+            self.nested.ensure_for(item)
 
     def _before_step(self, item: Any, steps: Any) -> None:
         from pytest_nestedpve.phases import needed_before
@@ -164,7 +169,9 @@ class SessionHooks:
             return
         first = steps.PREFIX + cause.phase
         what = first if first in depends else f"the phase {cause.phase}"
-        pytest.skip(f"{item.name} depends on {what}, which failed: {_one_line(cause.cause)}")
+        raise pytest.skip.Exception(
+            f"{item.name} depends on {what}, which failed: {_one_line(cause.cause)}", _use_item_location=True
+        )
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -174,10 +181,12 @@ class SessionHooks:
         if uses(item):
             setattr(report, exits.USES, True)
         error = call.excinfo.value if call.excinfo is not None else None
-        broken = getattr(error, "broken", None)
-        if isinstance(error, HostMissing):
+        broken = error.broken if isinstance(error, PhaseFailure) else None
+        if error is not None and broken is None:
+            broken = self.nested.faults.get(error)
+        if isinstance(error, NoHostFailure):
             setattr(report, exits.CAUSE, exits.NO_HOST)
-        elif broken is not None and hasattr(broken, "phase"):
+        elif broken is not None:
             setattr(report, exits.CAUSE, broken.phase)
             self.nested.shown.setdefault(broken.phase, item.nodeid)
         return report
@@ -239,7 +248,7 @@ class SessionHooks:
 
 
 class LastHooks:
-    """What comes after every other plugin's end of session: the guard, and the sweep behind xdist's workers."""
+    """What comes after every other plugin's end of session: the guard, and the sweep behind workers."""
 
     def __init__(self, nested: NestedSession) -> None:
         self.nested = nested
@@ -252,6 +261,3 @@ class LastHooks:
 def _one_line(text: str) -> str:
     joined = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     return joined if len(joined) <= 400 else joined[:397] + "…"
-
-
-__all__ = ["PhaseFailure", "SessionHooks", "begin", "uses"]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,11 +34,11 @@ NO_HOST = (
 )
 
 
-class HostMissing(PveError):
-    """Something needs the outer host, and none was named."""
+class NoHostFailure(pytest.fail.Exception):
+    """A test needs the outer host, and none was named; shown without a traceback."""
 
     def __init__(self) -> None:
-        super().__init__(NO_HOST)
+        super().__init__(NO_HOST, False)
 
 
 class PhaseFailure(pytest.fail.Exception):
@@ -61,10 +62,10 @@ class NestedSession:
         self.environment: Environment | None = None
         self.runner: PhaseRunner | None = None
         self.shown: dict[str, str] = {}  # phase that failed: the test that reported it first
+        self.faults: dict[BaseException, Broken] = {}
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
-        self.handed_out = False  # somebody has the fixture nested_pve
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
         self._finished = False
@@ -108,7 +109,7 @@ class NestedSession:
         """The outer host; raises PveError."""
         host = self.config.hook.pytest_nestedpve_host(config=self.config, settings=self.settings)
         if host is None:
-            raise HostMissing
+            raise PveError(NO_HOST)
         self.on_close.append(host.close)
         found: PveHost = host
         return found
@@ -132,7 +133,7 @@ class NestedSession:
         if self.opened:
             return
         if not self.host_is_named():
-            raise HostMissing
+            raise NoHostFailure
         if self._finished:
             raise PhaseFailure(
                 PhaseBroken(Broken("teardown", "the environment is torn down already"), wanted="")
@@ -178,8 +179,29 @@ class NestedSession:
 
     def _add_listeners(self, runner: PhaseRunner) -> None:
         from pytest_nestedpve.progress import ProgressListener
+        from pytest_nestedpve.report.session import ReportListener
 
+        assert self.environment is not None
+        self.register_report()
+        runner.listeners.append(ReportListener(self.environment.run.dir))
         runner.listeners.append(ProgressListener(self.config))
+
+    def register_report(self) -> None:
+        """Have the report's hooks take part in this session."""
+        from pytest_nestedpve.report.session import SessionReport
+
+        if self.config.pluginmanager.hasplugin("nestedpve-report"):
+            return
+        report = SessionReport(
+            self.config, self._run_directory, mask=self._mask, finishing_command=self.finishing_command
+        )
+        self.config.pluginmanager.register(report, "nestedpve-report")
+
+    def _run_directory(self) -> Path | None:
+        return self.environment.run.dir if self.environment is not None else None
+
+    def _mask(self, text: str) -> str:
+        return self.environment.audit.masker.mask(text) if self.environment is not None else text
 
     def settle(self, work: Callable[[PhaseRunner, str], None]) -> None:
         """Run phases on behalf of the current test, outside pytest-timeout's limit for it.
@@ -192,9 +214,11 @@ class NestedSession:
             with _timer_stopped(self.config, self.item):
                 work(self.runner, by)
         except PhaseBroken as error:
-            if error.expected:
+            if error.expected or error.__cause__ is None:
                 raise PhaseFailure(error) from None
-            raise
+            # A fault in the code of a phase: its own traceback says most.
+            self.faults[error.__cause__] = error.broken
+            raise error.__cause__ from None
 
     def step(self, item: Any) -> Callable[[], None]:
         """Do what the step `item` needs; return what does the step itself."""
@@ -220,9 +244,9 @@ class NestedSession:
         runner = self.runner
         return call
 
-    def ensure(self, upto: str | None) -> None:
-        """Set up as far as the phase `upto` (None: completely)."""
-        name = self.target(upto)
+    def ensure_for(self, item: pytest.Item | None) -> None:
+        """Set up as far as the test wants it."""
+        name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
 
@@ -231,8 +255,7 @@ class NestedSession:
         from pytest_nestedpve.environment import NestedPve
 
         assert self.environment is not None
-        self.ensure(wanted(self.item))
-        self.handed_out = True
+        self.ensure_for(self.item)
         return NestedPve(self.environment)
 
     def failed_need(self, phase_name: str) -> Broken | None:
@@ -336,6 +359,7 @@ class _StateKeeper:
     def phase_finished(
         self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
     ) -> None:
+        del phase, seconds, facts, cause
         if status != "failed":
             self._environment.run.directory.save_state(self._environment.facts)
 

@@ -31,7 +31,8 @@ class SignalGuard:
     """Installed once, before the first object is made on a host; removed when the session is over.
 
     `stop(text)` asks the session to end after the current test, for the case that the exception raised
-    by the handler is swallowed on its way. `say(text)` writes a line to the terminal, from inside a signal handler.
+    by the handler is swallowed on its way. `say(text)` writes a line to the terminal, from inside a
+    signal handler.
     `give_up(signum)` must not return: the third Ctrl-C calls it.
     """
 

@@ -52,7 +52,7 @@ def expand(collector: pytest.Module, phases: Any) -> list[pytest.Item]:
 
 
 def in_order(items: list[pytest.Item], phases: Any, uses: Callable[[pytest.Item], bool]) -> list[pytest.Item]:
-    """`items` with the steps in the order of the phases, file by file, before the first user of the fixtures."""
+    """`items` with the steps in the order of the phases, file by file, before the fixtures' first user."""
     steps = [item for item in items if isinstance(item, StepItem)]
     if not steps:
         return items
