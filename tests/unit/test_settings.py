@@ -1,0 +1,224 @@
+"""Settings: which source wins, what is refused, and that an error names where the value came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_nestedpve import options, values
+from pytest_nestedpve.settings import PROFILE_KEYS, Settings, SettingsError, load
+
+
+def settings(
+    pytester: pytest.Pytester, *args: str, ini: str = "", env: dict[str, str] | None = None
+) -> Settings:
+    pytester.makeini("[pytest]\n" + ini)
+    return load(pytester.parseconfig(*args), env or {})
+
+
+def test_nothing_said_means_the_documented_defaults(pytester: pytest.Pytester) -> None:
+    found = settings(pytester)
+    assert found.host is None
+    assert (found.cores, found.memory, found.disk) == (2, 8192, 64)
+    assert found.name_patterns == ("nested-pve*",)
+    assert found.vmid_ranges == ((99900, 99999),)
+    assert found.run_dir == pytester.path / ".nested-pve" / "runs"
+    assert found.lease == 1800
+
+
+def test_command_line_beats_environment_beats_ini_beats_profile(pytester: pytest.Pytester) -> None:
+    ini = "nested_pve_storage = from-ini\nnested_pve_bridge = vmbr7\nnested_pve_cores = 3\n"
+    env = {"NESTED_PVE_STORAGE": "from-env", "NESTED_PVE_CORES": "4"}
+    found = settings(pytester, "-o", "nested_pve_storage=from-line", ini=ini, env=env)
+    found = found.with_profile({"bridge": "vmbr9", "image": "local:import/x.raw", "storage": "from-host"})
+    assert found.storage == "from-line"
+    assert found.cores == 4
+    assert found.bridge == "vmbr7"
+    assert found.image == "local:import/x.raw"
+    assert found.origin("storage") == "-o nested_pve_storage"
+    assert found.origin("cores") == "environment variable NESTED_PVE_CORES"
+    assert found.origin("bridge").startswith("nested_pve_bridge in ")
+    assert found.origin("image") == "/etc/nested-pve.ini"
+
+
+def test_pve_host_on_the_command_line_beats_the_environment(pytester: pytest.Pytester) -> None:
+    found = settings(
+        pytester, "--pve-host", "father", ini="nested_pve_host = lab", env={"NESTED_PVE_HOST": "x"}
+    )
+    assert found.host == "father"
+    assert found.origin("host") == "--pve-host"
+
+
+def test_an_empty_value_counts_as_not_set(pytester: pytest.Pytester) -> None:
+    found = settings(pytester, ini="nested_pve_host = father", env={"NESTED_PVE_HOST": ""})
+    assert found.host == "father"
+    assert settings(pytester, "-o", "nested_pve_host=", ini="nested_pve_host = father").host is None
+
+
+def test_a_host_may_not_choose_what_the_client_runs(pytester: pytest.Pytester) -> None:
+    found = settings(pytester)
+    for key in {key.name for key in options.KEYS} - PROFILE_KEYS:
+        with pytest.raises(SettingsError, match=key):
+            found.with_profile({key: "x"})
+
+
+def test_the_profile_does_not_add_an_image_to_a_chosen_template(pytester: pytest.Pytester) -> None:
+    found = settings(pytester, ini="nested_pve_template = 9000")
+    assert found.with_profile({"image": "local:import/x.raw"}).image is None
+
+
+def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> None:
+    with pytest.raises(SettingsError, match=r"mirror in /etc/nested-pve\.ini: expected an address"):
+        settings(pytester).with_profile({"mirror": "ftp://x"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("name_pattern", "*", "three literal characters"),
+        ("name_pattern", "ne*", "three literal characters"),
+        ("name_pattern", "nested pve!*;", "found"),
+        ("name_pattern", "nested-pve", "does not match the names"),
+        ("name_pattern", "nested-pve-??", "does not match the names"),
+        ("vmid_range", "99999-99900", "ends before it begins"),
+        ("vmid_range", "1-50", "begin at 100"),
+        ("vmid_range", "90000-99999", "holds 10000 ids"),
+        ("vmid_range", "1000-1600,3000-3600", "holds 1202 ids"),
+        ("vmid_range", "abc", "expected VM ids"),
+        ("vmid_range", "100-200-300", "expected VM ids"),
+        ("host", "-oProxyCommand=x", "expected what ssh takes"),
+        ("host", "a b", "expected what ssh takes"),
+        ("host", "lab:../x", "expected 'lab' or 'lab:NAME'"),
+        ("cores", "0", "from 1 to 512"),
+        ("cores", "two", "from 1 to 512"),
+        ("memory", "8X", "amount of memory"),
+        ("disk", "64M", "size in GiB"),
+        ("ipconfig", "ip=10.0.0.5", "ip=dhcp"),
+        ("ipconfig", "ip=10.0.0.300/24", "ip=dhcp"),
+        ("ipconfig", "address=1", "ip=dhcp"),
+        ("vm_options", "kvm", "key=value"),
+        ("vm_options", "kvm=0 kvm=1", "given twice"),
+        ("vm_options", 'args="-cpu', "do not close"),
+        ("extra_vars", "{", "JSON object"),
+        ("extra_vars", "a-b=1", "variable name"),
+        ("sources", "nameonly", "name=path"),
+        ("sources", "a=/does/not/exist", "no directory"),
+        ("secrets", "missing.txt", "can be read"),
+        ("playbook_dir", "missing", "directory that exists"),
+        ("roles_path", "missing", "directory that exists"),
+        ("bootstrap", "nowhere:make", "name of a source"),
+        ("token_path", "nowhere:x.yaml:a.b", "name of a source"),
+        ("token_path", "x", "name:file.yaml:path"),
+        ("mirror", "debian", "http://"),
+        ("pve_repository_key_sha256", "abc", "64 hexadecimal"),
+        ("force_stop", "maybe", "true or false"),
+        ("timeout_scale", "0", "from 0.01"),
+        ("timeout_scale", "nan", "from 0.01"),
+        ("lease", "-1", "above 0"),
+        ("storage", "../etc", "id of a storage"),
+        ("bridge", "vmbr0;id", "name of a bridge"),
+        ("pool_parent", "a b", "id of a pool"),
+    ],
+)
+@pytest.mark.parametrize("source", ["ini", "environment", "command line"])
+def test_a_malformed_value_is_refused_and_its_source_named(
+    pytester: pytest.Pytester, key: str, value: str, says: str, source: str
+) -> None:
+    ini, env, args, origin = "", {}, [], ""
+    if source == "ini":
+        ini, origin = f"nested_pve_{key} = {value}\n", f"nested_pve_{key} in {pytester.path}/tox.ini"
+    elif source == "environment":
+        env, origin = {f"NESTED_PVE_{key.upper()}": value}, f"environment variable NESTED_PVE_{key.upper()}"
+    else:
+        args, origin = ["-o", f"nested_pve_{key}={value}"], f"-o nested_pve_{key}"
+    with pytest.raises(SettingsError) as caught:
+        settings(pytester, *args, ini=ini, env=env)
+    assert str(caught.value).startswith(origin + ": ")
+    assert says in str(caught.value)
+
+
+def test_any_is_allowed_as_a_range(pytester: pytest.Pytester) -> None:
+    found = settings(pytester, ini="nested_pve_vmid_range = any")
+    assert found.any_id
+    assert not settings(pytester).any_id
+
+
+def test_patterns_and_ranges_take_lists(pytester: pytest.Pytester) -> None:
+    found = settings(
+        pytester,
+        ini="nested_pve_name_pattern = nested-pve*,child-pve*\nnested_pve_vmid_range = 99800-99999, 500",
+    )
+    assert found.name_patterns == ("nested-pve*", "child-pve*")
+    assert found.vmid_ranges == ((99800, 99999), (500, 500))
+    assert found.name_prefix == "nested-pve"
+
+
+def test_sources_are_paths_or_git_addresses(pytester: pytest.Pytester) -> None:
+    pytester.mkdir("site")
+    found = settings(
+        pytester,
+        ini="nested_pve_sources =\n    site=site\n    a=https://git.example/x/y.git@feature/z\n"
+        "    b=git@git.example:x/y.git@v1\n    c=ssh://git@git.example/x.git\n",
+    )
+    assert found.sources == (
+        values.Source("site", str(pytester.path / "site")),
+        values.Source("a", "https://git.example/x/y.git", "feature/z"),
+        values.Source("b", "git@git.example:x/y.git", "v1"),
+        values.Source("c", "ssh://git@git.example/x.git"),
+    )
+    assert [each.is_git for each in found.sources] == [False, True, True, True]
+
+
+def test_relative_paths_start_from_the_ini_file_or_the_working_directory(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pytester.mkdir("sub") / "secret").write_text("x")
+    (pytester.path / "secret").write_text("x")
+    assert settings(pytester, ini="nested_pve_secrets = secret").secrets == (pytester.path / "secret",)
+    monkeypatch.chdir(pytester.path / "sub")
+    config = pytester.parseconfig("-o", "nested_pve_secrets=secret", "-c", "../tox.ini")
+    assert load(config, {}).secrets == (Path(config.invocation_params.dir) / "secret",)
+
+
+def test_variables_keep_their_types(pytester: pytest.Pytester) -> None:
+    found = settings(pytester, ini="nested_pve_extra_vars =\n    a=true\n    b=1\n    c=text\n    d=[1, 2]\n")
+    assert found.extra_vars == {"a": True, "b": 1, "c": "text", "d": [1, 2]}
+    found = settings(pytester, env={"NESTED_PVE_EXTRA_VARS": '{"a": {"b": null}}'})
+    assert found.extra_vars == {"a": {"b": None}}
+
+
+def test_a_password_in_an_address_is_not_repeated(pytester: pytest.Pytester) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings(pytester, env={"NESTED_PVE_HTTP_PROXY": "socks://alice:hunter2@proxy"})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--nested-run", "abc", "--nested-destroy-only"], "12 hexadecimal"),
+        (["--nested-run", "0123456789ab"], "only goes with --nested-destroy-only"),
+        (["--nested-yes"], "only goes with --nested-destroy-only"),
+        (["--nested-json", "x.json"], "only goes with"),
+        (["--nested-json", "no/such/x.json", "--nested-dry-run"], "there is no directory"),
+        (["--context-file", "no/such/x.json"], "there is no directory"),
+        (["--nested-destroy-only", "--nested-dry-run", "--nested-yes"], "contradict"),
+        (["--nested-destroy-only", "--collect-only"], "contradict"),
+        (["--nested-destroy-only", "-k", "x"], "-k selects nothing"),
+    ],
+)
+def test_contradicting_options_are_refused(pytester: pytest.Pytester, args: list[str], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        settings(pytester, *args)
+
+
+def test_image_and_template_of_the_same_user_contradict(pytester: pytest.Pytester) -> None:
+    with pytest.raises(SettingsError, match="both set"):
+        settings(pytester, ini="nested_pve_image = local:import/x.raw\nnested_pve_template = 9000")
+
+
+def test_every_key_is_a_field_and_says_what_it_is() -> None:
+    for key in options.KEYS:
+        assert hasattr(Settings(), key.target), key
+        assert len(key.help) > 15
