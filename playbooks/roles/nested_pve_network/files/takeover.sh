@@ -61,7 +61,12 @@ mv $state/interfaces.new /etc/network/interfaces
 systemctl enable networking.service
 ip addr flush dev "$nic" scope global
 ip route flush dev "$nic"
-ifreload -a || echo "ifreload ended with $?"
+# Through its service, because the DHCP client stays in the control group of what started it.
+if systemctl is-active --quiet networking.service; then
+    systemctl reload networking.service || ifreload -a || echo "ifreload ended with $?"
+else
+    systemctl restart networking.service || ifreload -a || echo "ifreload ended with $?"
+fi
 
 count=0
 while [ -z "$(address)" ]; do
@@ -69,8 +74,6 @@ while [ -z "$(address)" ]; do
     [ "$count" -le "$limit" ] || restore "the bridge $bridge got no address within $limit s: $(ifquery --running "$bridge" 2>&1 | tr '\n' ' ')"
     sleep 1
 done
-# ifupdown2's service counts as run, so that a later restart of it does not take the interfaces down first
-systemctl start networking.service
 # the neighbours learn at once where the address is now
 command -v arping >/dev/null && arping -c 1 -A -I "$bridge" "$(address | cut -d/ -f1)" >/dev/null 2>&1
 echo "ok $(address)" > $result
