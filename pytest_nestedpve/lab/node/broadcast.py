@@ -1,0 +1,145 @@
+"""/cluster/resources: what pvestatd last broadcast, every ten seconds, not what is (facts 16, 56).
+
+A VM made since has no name and status "unknown"; a VM of an id used before shows the dead one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from typing import Any
+
+from . import access, cluster_fs, guests, paths, volumes
+from .access import Caller
+from .store import store
+
+CYCLE = 10.0
+OLD = 120.0  # after that without a broadcast everything is "unknown"
+
+
+def tick() -> None:
+    """One broadcast: what every guest is now."""
+    db = store()
+    rows = {}
+    for guest in guests.every():
+        now = guests.status(guest, full=False)
+        if guests.paused(guest.vmid):
+            now["status"] = "paused"
+        rows[str(guest.vmid)] = {
+            "maxcpu": now["cpus"],
+            "diskread": 0,
+            "diskwrite": 0,
+            "template": 1 if guest.template else 0,
+            **{k: now[k] for k in ("cpu", "disk", "maxdisk", "maxmem", "mem", "memhost", "name")},
+            **{k: now[k] for k in ("netin", "netout", "status", "uptime")},
+        }
+    spaces = {}
+    for name, about in volumes.storages().items():
+        if str(about.get("disable", "0")) != "1":
+            with contextlib.suppress(OSError):
+                total, used, _ = volumes.usage(name)
+                spaces[name] = {"maxdisk": total, "disk": used}
+    db.put("broadcast", "last", {"time": time.time(), "guests": rows, "storages": spaces})
+
+
+def guest_row(vmid: int, conf: dict[str, str], last: dict[str, Any]) -> dict[str, Any]:
+    """The row of a guest in /cluster/resources and among a pool's members."""
+    row: dict[str, Any] = {"id": f"qemu/{vmid}", "node": paths.node(), "type": "qemu", "vmid": vmid}
+    row |= last["guests"].get(str(vmid), {"status": "unknown"})
+    for key in ("lock", "tags"):
+        if conf.get(key):
+            row[key] = conf[key]
+    if (pool := store().pool_of(vmid)) is not None:
+        row["pool"] = pool
+    if store().get("ha", f"vm:{vmid}") is not None:
+        row["hastate"] = "started"
+    return row
+
+
+def last() -> dict[str, Any]:
+    found = store().get("broadcast", "last") or {}
+    if time.time() - found.get("time", 0.0) > OLD:
+        return {"time": 0.0, "guests": {}, "storages": {}}
+    return found
+
+
+def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
+    seen = last()
+    rows: list[dict[str, Any]] = []
+
+    def may(path: str, *privs: str) -> bool:
+        return caller.is_root or access.has(caller, path, privs, any_of=True)
+
+    if only is None:
+        for pool in store().all("pool"):
+            if may(f"/pool/{pool}", "Pool.Audit"):
+                rows.append({"id": f"/pool/{pool}", "pool": pool, "type": "pool"})
+    if only in (None, "vm"):
+        for guest in guests.every():
+            if may(f"/vms/{guest.vmid}", "VM.Audit"):
+                rows.append(guest_row(guest.vmid, guest.conf, seen))
+        for vmid, body in store().all("lxc").items():
+            if may(f"/vms/{vmid}", "VM.Audit"):
+                rows.append(container_row(int(vmid), body, seen))
+    if only in (None, "node"):
+        from .handlers.nodes import node_row
+
+        rows.append(node_row(caller))
+    if only in (None, "storage"):
+        for name, about in volumes.storages().items():
+            if may(f"/storage/{name}", "Datastore.Audit", "Datastore.AllocateSpace"):
+                rows.append(_storage_row(name, about, seen))
+    if only in (None, "network") and may("/sdn/zones/localnetwork", "SDN.Audit"):
+        rows.append(
+            {
+                "id": f"network/{paths.node()}/zone/localnetwork",
+                "network": "localnetwork",
+                "network-type": "zone",
+                "node": paths.node(),
+                "status": "ok",
+                "type": "network",
+            }
+        )
+    return rows
+
+
+def container_row(vmid: int, body: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    row = {"id": f"lxc/{vmid}", "node": paths.node(), "type": "lxc", "vmid": vmid, "status": "stopped"}
+    row |= {"name": body.get("hostname", f"CT{vmid}"), "template": 0, "uptime": 0}
+    if (pool := store().pool_of(vmid)) is not None:
+        row["pool"] = pool
+    return row
+
+
+def _storage_row(name: str, about: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "content": about.get("content", ""),
+        "id": f"storage/{paths.node()}/{name}",
+        "node": paths.node(),
+        "plugintype": about["type"],
+        "shared": int(about.get("shared", 0)),
+        "status": "available" if name in seen["storages"] else "unknown",
+        "storage": name,
+        "type": "storage",
+    }
+    return row | seen["storages"].get(name, {})
+
+
+def serve() -> int:
+    """pvestatd.service: broadcast until told to end."""
+    stop = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    while True:
+        if cluster_fs.is_up():
+            try:
+                tick()
+            except Exception as e:
+                print(f"status update error: {e}", file=sys.stderr, flush=True)
+        if signal.sigtimedwait(stop, CYCLE) is not None:
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

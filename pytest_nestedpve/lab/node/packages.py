@@ -1,0 +1,192 @@
+"""The stand-ins as Debian packages, under the real packages' names and versions.
+
+`repo.py` builds and signs them. Debian's own postfix, chrony and open-iscsi stay the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HOME = "/usr/share/nestedpve-lab"
+VERSIONS = {
+    "proxmox-ve": "9.2.0",
+    "pve-manager": "9.2.11",
+    "pve-cluster": "9.1.6",
+    "qemu-server": "9.2.6",
+    "libpve-storage-perl": "9.1.7",
+    "libpve-access-control": "9.1.1",
+    "proxmox-default-kernel": "2.1.0",
+    "proxmox-kernel-6.17": "6.17.2-1",
+    "proxmox-archive-keyring": "4.0",
+    "nestedpve-lab-node": "9.2.11",
+}
+
+
+@dataclass(frozen=True)
+class DebSpec:
+    """A package to build. `files`: absolute path → (content, mode); `depends`, `provides` as in a control
+    file; `conffiles` are those of `files` that dpkg treats as configuration."""
+
+    name: str
+    version: str
+    depends: str = ""
+    files: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    postinst: str = ""
+    prerm: str = ""
+    provides: str = ""
+    conffiles: tuple[str, ...] = ()
+    architecture: str = "all"
+    description: str = "Stand-in of the nestedpve lab"
+
+
+def _door(module: str) -> tuple[bytes, int]:
+    """A command: a thin script over a module of the package."""
+    text = (
+        "#!/usr/bin/python3\n"
+        "import sys\n\n"
+        f"sys.path.insert(0, {HOME!r})\n"
+        f"from nestedpve_node.{module} import main\n\n"
+        "sys.exit(main())\n"
+    )
+    return text.encode(), 0o755
+
+
+def _unit(description: str, service: str, *, after: str = "", wants: str = "") -> tuple[bytes, int]:
+    text = f"[Unit]\nDescription={description}\n"
+    text += f"After={after}\n" if after else ""
+    text += f"Wants={wants}\n" if wants else ""
+    text += f"\n[Service]\n{service}\n\n[Install]\nWantedBy=multi-user.target\n"
+    return text.encode(), 0o644
+
+
+def _enable(*units: str, then: str = "") -> str:
+    """A postinst that enables and starts units where systemd runs (not while an image is being made)."""
+    lines = ["#!/bin/sh", "set -e", 'if [ "$1" = configure ]; then']
+    lines += [f"    deb-systemd-helper enable {unit} >/dev/null || true" for unit in units]
+    lines += ["    if [ -d /run/systemd/system ]; then", "        systemctl daemon-reload"]
+    lines += [f"        deb-systemd-invoke restart {unit} || true" for unit in units]
+    if then:
+        lines.append(f"        {then}")
+    return "\n".join([*lines, "    fi", "fi", "exit 0", ""])
+
+
+def _disable(*units: str) -> str:
+    lines = ["#!/bin/sh", "set -e", 'if [ "$1" = remove ] && [ -d /run/systemd/system ]; then']
+    return "\n".join([*lines, *(f"    systemctl stop {unit} || true" for unit in units), "fi", "exit 0", ""])
+
+
+def code_files() -> Iterator[tuple[str, tuple[bytes, int]]]:
+    """This package's own files, where nodes have them."""
+    here = Path(__file__).parent
+    for file in sorted(here.rglob("*")):
+        if file.suffix in (".py", ".json") and "__pycache__" not in file.parts:
+            yield f"{HOME}/nestedpve_node/{file.relative_to(here)}", (file.read_bytes(), 0o644)
+
+
+_ENTERPRISE = b"""Types: deb
+URIs: https://enterprise.proxmox.com/debian/pve
+Suites: trixie
+Components: pve-enterprise
+Signed-By: /usr/share/keyrings/proxmox-archive-keyring.gpg
+"""
+_PYTHON = "/usr/bin/python3 -m nestedpve_node"
+_ENVIRONMENT = f"Environment=PYTHONPATH={HOME}"
+
+
+def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
+    """All stand-ins. `keyring`: the lab repository's public key in binary form, shipped as Proxmox's is."""
+
+    def spec(name: str, depends: str = "", **more: object) -> DebSpec:
+        return DebSpec(name, VERSIONS[name], depends, **more)  # type: ignore[arg-type]
+
+    node = spec(
+        "nestedpve-lab-node",
+        "python3 (>= 3.11), openssl, openssh-client, iproute2, util-linux, mount",
+        files=dict(code_files()),
+        description="The lab's API, tasks and machines behind the stand-in commands",
+    )
+    cluster = spec(
+        "pve-cluster",
+        "nestedpve-lab-node, libpve-access-control",
+        files={
+            "/usr/bin/pvecm": _door("cli_pvecm"),
+            "/lib/systemd/system/pve-cluster.service": _unit(
+                "The Proxmox VE cluster filesystem",
+                f"Type=notify\n{_ENVIRONMENT}\nExecStart={_PYTHON}.cluster_fs\n"
+                "ExecStartPost=-/usr/bin/pvecm updatecerts --silent\nTimeoutStopSec=10",
+                after="network-online.target local-fs.target cloud-init.service",
+                wants="network-online.target",
+            ),
+        },
+        postinst=_enable("pve-cluster.service"),
+        prerm=_disable("pve-cluster.service"),
+    )
+    manager = spec(
+        "pve-manager",
+        "pve-cluster, qemu-server, libpve-storage-perl, libpve-access-control, proxmox-archive-keyring",
+        files={
+            "/usr/bin/pvesh": _door("cli_pvesh"),
+            "/usr/bin/pveversion": _door("cli_pveversion"),
+            "/etc/apt/sources.list.d/pve-enterprise.sources": (_ENTERPRISE, 0o644),
+            "/lib/systemd/system/pveproxy.service": _unit(
+                "PVE API Proxy Server",
+                f"Type=simple\n{_ENVIRONMENT}\nExecStartPre=-/usr/bin/pvecm updatecerts --silent\n"
+                f"ExecStart={_PYTHON}.proxy\nExecReload=/bin/kill -HUP $MAINPID\nKillMode=mixed\n"
+                "Restart=on-failure\nRestartSec=1",
+                after="pve-cluster.service network.target ssh.service pvedaemon.service",
+                wants="pve-cluster.service pvedaemon.service",
+            ),
+            # pveproxy runs the API itself here; the unit is there for who asks for it.
+            "/lib/systemd/system/pvedaemon.service": _unit(
+                "PVE API Daemon", "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true", after="pve-cluster.service"
+            ),
+            "/lib/systemd/system/pvestatd.service": _unit(
+                "PVE Status Daemon",
+                f"Type=simple\n{_ENVIRONMENT}\nExecStart={_PYTHON}.broadcast\nRestart=on-failure\nRestartSec=1",
+                after="pve-cluster.service",
+                wants="pve-cluster.service",
+            ),
+        },
+        conffiles=("/etc/apt/sources.list.d/pve-enterprise.sources",),
+        # Without a running cluster file system the package cannot be configured, as with the real one.
+        postinst=_enable(
+            "pvedaemon.service", "pvestatd.service", "pveproxy.service", then="/usr/bin/pvecm updatecerts --silent"
+        ),
+        prerm=_disable("pveproxy.service", "pvestatd.service", "pvedaemon.service"),
+    )
+    server = spec(
+        "qemu-server",
+        "nestedpve-lab-node, pve-cluster, libpve-storage-perl",
+        files={
+            "/usr/sbin/qm": _door("cli_qm"),
+            "/lib/systemd/system/pve-guests.service": _unit(
+                "PVE guests",
+                f"Type=oneshot\nRemainAfterExit=yes\n{_ENVIRONMENT}\n"
+                f"ExecStart={_PYTHON}.autostart start\nExecStop={_PYTHON}.autostart stop",
+                after="pve-cluster.service pvestatd.service",
+                wants="pve-cluster.service",
+            ),
+        },
+        postinst=_enable("pve-guests.service"),
+        prerm=_disable("pve-guests.service"),
+    )
+    storage = spec("libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _door("cli_pvesm")})
+    access = spec("libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("cli_pveum")})
+    keys = spec(
+        "proxmox-archive-keyring",
+        files={"/usr/share/keyrings/proxmox-archive-keyring.gpg": (keyring, 0o644)} if keyring else {},
+    )
+    return [
+        node,
+        cluster,
+        manager,
+        server,
+        storage,
+        access,
+        keys,
+        spec("proxmox-kernel-6.17"),
+        spec("proxmox-default-kernel", "proxmox-kernel-6.17"),
+        spec("proxmox-ve", "pve-manager, qemu-server, pve-cluster, proxmox-default-kernel, proxmox-archive-keyring"),
+    ]

@@ -1,0 +1,57 @@
+"""Where a node keeps things, and what it is called. NESTEDPVE_NODE_ROOT moves everything (for tests)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+VERSION = "9.2.11"
+RELEASE = "9.2"
+REPOID = "14a22df35955d97d"
+KERNEL = "6.17.2-1-pve"
+QEMU = "10.0.13"
+
+
+def root() -> Path:
+    return Path(os.environ.get("NESTEDPVE_NODE_ROOT", "/"))
+
+
+def at(path: str) -> Path:
+    """The place of an absolute path of the node on this machine."""
+    return root() / path.lstrip("/")
+
+
+def shown(path: Path | str) -> str:
+    """The path as the node's user sees it."""
+    base = str(root())
+    text = str(path)
+    return text if base == "/" else "/" + text.removeprefix(base).lstrip("/")
+
+
+def node() -> str:
+    """The node's name: the first label of the host name."""
+    return os.environ.get("NESTEDPVE_NODE_NAME") or socket.gethostname().split(".")[0]
+
+
+def database() -> Path:
+    return at("/var/lib/pve-cluster/config.db")
+
+
+def delays() -> dict[str, float]:
+    """How slow the node shall be: `cli_delay_s`, `stop_s`, `destroy_s` of /etc/nestedpve-lab.json, seconds."""
+    try:
+        loaded = json.loads(at("/etc/nestedpve-lab.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: float(value) for key, value in loaded.items() if isinstance(value, (int, float))}
+
+
+def pause(name: str) -> None:
+    """Be as slow as `nestedpve-lab set` wants; a wait that nothing wakes, for slowness is its purpose."""
+    import threading
+
+    seconds = delays().get(name, 0.0)
+    if seconds > 0:
+        threading.Event().wait(seconds)
