@@ -70,7 +70,7 @@ class PhaseBroken(Exception):
 class AuditSink(Protocol):
     """What the runner needs of the audit log."""
 
-    def write(self, event: str, **fields: Any) -> Any: ...
+    def write(self, event: str, /, **fields: Any) -> Any: ...
 
 
 class Listener(Protocol):

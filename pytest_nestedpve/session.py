@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from _pytest.outcomes import Failed
 
 from pytest_nestedpve import exits
 from pytest_nestedpve.phases import Broken, Phase, PhaseBroken, PhaseRunner, check, needed_before
@@ -17,7 +18,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.environment import Environment, NestedPve
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
 
@@ -34,14 +35,14 @@ NO_HOST = (
 )
 
 
-class NoHostFailure(pytest.fail.Exception):
+class NoHostFailure(Failed):
     """A test needs the outer host, and none was named; shown without a traceback."""
 
     def __init__(self) -> None:
         super().__init__(NO_HOST, False)
 
 
-class PhaseFailure(pytest.fail.Exception):
+class PhaseFailure(Failed):
     """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
 
     def __init__(self, error: PhaseBroken) -> None:
@@ -117,7 +118,8 @@ class NestedSession:
     def observe(self, result: Any) -> None:
         """Write a command that was run on a host to the audit log."""
         runner = self.runner
-        if runner is not None:
+        # API calls are in the log already, by path.
+        if runner is not None and " pvesh " not in f" {result.command[:40]} ":
             runner.audit.write(
                 "call", phase=runner.current, transport="ssh", cmd=result.command, rc=result.rc, ms=result.ms
             )
@@ -250,7 +252,7 @@ class NestedSession:
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
 
-    def nested_pve(self) -> Any:
+    def nested_pve(self) -> NestedPve:
         """The value of the fixture: set up as far as the current test wants it."""
         from pytest_nestedpve.environment import NestedPve
 
@@ -297,6 +299,8 @@ class NestedSession:
                 self.environment.run.directory.write(FINISHED, "left\n" if left else "clean\n")
             if self._lock is not None:
                 self._lock.release(remove=not left)
+            with contextlib.suppress(Exception):
+                self.environment.close()
             for close in reversed(self.on_close):
                 with contextlib.suppress(Exception):
                     close()

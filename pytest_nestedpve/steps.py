@@ -64,8 +64,8 @@ def in_order(items: list[pytest.Item], phases: Any, uses: Callable[[pytest.Item]
     others = [item for item in items if not isinstance(item, StepItem)]
     first = next((number for number, item in enumerate(others) if uses(item)), None)
     before_steps = 0
-    for item in items:
-        if isinstance(item, StepItem):
+    for each in items:
+        if isinstance(each, StepItem):
             break
         before_steps += 1
     at = before_steps if first is None else min(first, before_steps)

@@ -14,14 +14,10 @@ from pytest_nestedpve.pve.errors import PveError
 
 class Log:
     def __init__(self) -> None:
-        self.lines: list[tuple[str, Any]] = []
+        self.lines: list[tuple[str, str, str | None]] = []
 
-    def write(self, event: str, **fields: Any) -> None:
-        self.lines.append(
-            (event, fields.get("phase"), fields.get("status"))
-            if event == "phase_end"
-            else (event, fields.get("phase"))
-        )  # type: ignore[arg-type]
+    def write(self, event: str, /, **fields: Any) -> None:
+        self.lines.append((event, fields["phase"], fields.get("status")))
 
 
 def runner(*phases: Phase) -> PhaseRunner:
@@ -111,9 +107,9 @@ def test_every_start_has_its_end_in_the_log() -> None:
         r.ensure_all()
     assert isinstance(r.audit, Log)
     assert r.audit.lines == [
-        ("phase_start", "a"),
+        ("phase_start", "a", None),
         ("phase_end", "a", "done"),
-        ("phase_start", "b"),
+        ("phase_start", "b", None),
         ("phase_end", "b", "failed"),
     ]
 
