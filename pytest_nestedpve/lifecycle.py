@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +57,10 @@ def collect_steps(collector: pytest.Module) -> list[pytest.Item]:
     from pytest_nestedpve import steps
     from pytest_nestedpve.phases import PhaseListError
 
+    nested = of(collector.config)
+    nested.has_steps = True
     try:
-        return steps.expand(collector, of(collector.config).phases)
+        return steps.expand(collector, nested.phases)
     except PhaseListError as e:
         raise collector.CollectError(f"nested-pve: {e}") from e
 
@@ -118,7 +119,7 @@ class SessionHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if "pytest_nestedpve.steps" in sys.modules:
+        if self.nested.has_steps:
             from pytest_nestedpve import steps
 
             session.items[:] = steps.in_order(session.items, self.nested.phases, uses)
@@ -143,16 +144,16 @@ class SessionHooks:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.nested.item = item
-        steps = sys.modules.get("pytest_nestedpve.steps")
-        if steps is not None and isinstance(item, steps.StepItem):
-            self._before_step(item, steps)
+        if self.nested.has_steps and hasattr(item, "phase_name"):
+            self._before_step(item)
         elif "nested_pve" in getattr(item, "fixturenames", ()) and not self.config.option.setupplan:
             # Not in the fixture: its value is shared by tests that want more or less of it, and so
             # would be its failure.
             self.nested.open()
             self.nested.ensure_for(item)
 
-    def _before_step(self, item: Any, steps: Any) -> None:
+    def _before_step(self, item: Any) -> None:
+        from pytest_nestedpve import steps
         from pytest_nestedpve.phases import needed_before
 
         nested = self.nested

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,8 +50,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[pytest.Item] | None:
-    sentinel = sys.modules.get("pytest_nestedpve.steps")
-    if sentinel is None or obj is not sentinel or not isinstance(collector, pytest.Module):
+    # By name: nothing is imported for projects that do not have it.
+    if type(obj) is not ModuleType or obj.__name__ != "pytest_nestedpve.steps":
+        return None
+    if not isinstance(collector, pytest.Module):
         return None
     from pytest_nestedpve import lifecycle
 

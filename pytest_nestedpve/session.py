@@ -62,6 +62,7 @@ class NestedSession:
         self.item: pytest.Item | None = None
         self.environment: Environment | None = None
         self.runner: PhaseRunner | None = None
+        self.has_steps = False  # a test file holds the sentinel
         self.shown: dict[str, str] = {}  # phase that failed: the test that reported it first
         self.faults: dict[BaseException, Broken] = {}
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them

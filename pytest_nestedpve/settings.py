@@ -190,6 +190,7 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
                 + ("it is a directory" if path.is_dir() else f"there is no directory {path.parent}")
             )
         paths[dest] = path
+    _check_context(paths["context_file"])
     return {
         "destroy_only": option("--nested-destroy-only"),
         "dry_run": option("--nested-dry-run"),
@@ -197,6 +198,20 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         "run_id": run_id,
         **paths,
     }
+
+
+def _check_context(path: Path | None) -> None:
+    """A context file that is there holds a JSON object; one that is not will be made."""
+    if path is None or not path.exists():
+        return
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise SettingsError(f"--context-file: cannot read {path}: {e}") from e
+    if not isinstance(found, dict):
+        raise SettingsError(f"--context-file: expected a JSON object in {path}, found {type(found).__name__}")
 
 
 def _check_together(settings: Settings, config: pytest.Config) -> None:
@@ -210,11 +225,12 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
         if settings.json_file and not settings.dry_run:
             raise SettingsError("--nested-json only goes with --nested-destroy-only or --nested-dry-run")
     else:
-        if config.option.collectonly:
-            raise SettingsError(
-                "--nested-destroy-only and --collect-only contradict each other; to see what would be "
-                "destroyed, use --nested-destroy-only --nested-dry-run"
-            )
+        for name in ("collect-only", "setup-only", "setup-plan"):
+            if getattr(config.option, name.replace("-", ""), False):
+                raise SettingsError(
+                    f"--nested-destroy-only and --{name} contradict each other; to see what would be "
+                    "destroyed, use --nested-destroy-only --nested-dry-run"
+                )
         if config.option.keyword and _typed(config, "-k"):
             raise SettingsError(
                 "--nested-destroy-only collects no tests, so -k selects nothing; "
