@@ -144,7 +144,9 @@ def check(caller: Caller, path: str, privs: Sequence[str], *, any_of: bool = Fal
             raise NotAllowed(f"{path}, {priv}")
 
 
-def check_guest(caller: Caller, vmid: int, pool: str | None, privs: Sequence[str], *, any_of: bool = False) -> None:
+def check_guest(
+    caller: Caller, vmid: int, pool: str | None, privs: Sequence[str], *, any_of: bool = False
+) -> None:
     """The same on a guest, or on the pool it is about to be made in."""
     if pool and (caller.is_root or has(caller, f"/pool/{pool}", privs, any_of=any_of)):
         return
@@ -216,7 +218,18 @@ def _fill(template: str, params: Mapping[str, Any]) -> str:
 
 def known_paths() -> Iterable[str]:
     """The ACL paths that `GET /access/permissions` looks at."""
-    fixed = {"/", "/access", "/access/groups", "/access/realm", "/mapping", "/nodes", "/pool", "/sdn", "/storage", "/vms"}
+    fixed = {
+        "/",
+        "/access",
+        "/access/groups",
+        "/access/realm",
+        "/mapping",
+        "/nodes",
+        "/pool",
+        "/sdn",
+        "/storage",
+        "/vms",
+    }
     return sorted(fixed | {row[0] for row in store().rows("SELECT DISTINCT path FROM acl")})
 
 

@@ -27,13 +27,17 @@ IPCONFIG = {
     "gw6": {"format": "ipv6", "optional": 1, "type": "string", "requires": "ip6"},
 }
 _VOLUME = {"format": "pve-volume-id", "optional": 1, "type": "string"}
-CICUSTOM = {name: _VOLUME for name in ("meta", "network", "user", "vendor")}
+CICUSTOM = dict.fromkeys(("meta", "network", "user", "vendor"), _VOLUME)
 _TEXT = {"type": "string", "optional": 1}
-SMBIOS1: dict[str, Any] = {
-    name: _TEXT for name in ("version", "serial", "manufacturer", "product", "sku", "family")
-}
+SMBIOS1: dict[str, Any] = dict.fromkeys(
+    ("version", "serial", "manufacturer", "product", "sku", "family"), _TEXT
+)
 SMBIOS1 |= {
-    "uuid": {"type": "string", "optional": 1, "pattern": "[a-fA-F0-9]{8}(?:-[a-fA-F0-9]{4}){3}-[a-fA-F0-9]{12}"},
+    "uuid": {
+        "type": "string",
+        "optional": 1,
+        "pattern": "[a-fA-F0-9]{8}(?:-[a-fA-F0-9]{4}){3}-[a-fA-F0-9]{12}",
+    },
     "base64": {"type": "boolean", "optional": 1},
 }
 STARTUP = {
@@ -187,7 +191,9 @@ def _configid(text: str) -> str | None:
 
 def _volume(text: str) -> str | None:
     return (
-        None if re.fullmatch(rf"(?:{STORAGE.pattern}):(\S+)", text, re.I) else f"unable to parse volume ID '{text}'"
+        None
+        if re.fullmatch(rf"(?:{STORAGE.pattern}):(\S+)", text, re.I)
+        else f"unable to parse volume ID '{text}'"
     )
 
 
@@ -198,7 +204,9 @@ def _volume_or_path(text: str) -> str | None:
 
 
 def _urlencoded(text: str) -> str | None:
-    bad = re.search(r"[^A-Za-z0-9\-_.!~*'()%/:@&=+$,;?#\[\]]", text) or re.search(r"%(?![0-9A-Fa-f]{2})", text)
+    bad = re.search(r"[^A-Za-z0-9\-_.!~*'()%/:@&=+$,;?#\[\]]", text) or re.search(
+        r"%(?![0-9A-Fa-f]{2})", text
+    )
     return f"invalid urlencoded string: {text}" if bad else None
 
 
@@ -272,8 +280,12 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
         6, ("dhcp", "auto"), "value does not look like a valid ipv6 network configuration"
     ),
     "CIDR": _cidr,
-    "disk-size": lambda text: None if size(text) is not None else "value does not look like a valid disk size",
-    "pve-userid": _matches(r"[^\s:/]+@[A-Za-z][A-Za-z0-9.\-_]+", "value '{}' does not look like a valid user name"),
+    "disk-size": lambda text: (
+        None if size(text) is not None else "value does not look like a valid disk size"
+    ),
+    "pve-userid": _matches(
+        r"[^\s:/]+@[A-Za-z][A-Za-z0-9.\-_]+", "value '{}' does not look like a valid user name"
+    ),
     "pve-tokenid": _matches(
         r"[^\s:/]+@[A-Za-z][A-Za-z0-9.\-_]+![A-Za-z][A-Za-z0-9.\-_]+",
         "value '{}' does not look like a valid token ID",

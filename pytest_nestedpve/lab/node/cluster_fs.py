@@ -213,7 +213,20 @@ def _root_keys() -> None:
     own = home / "id_rsa"
     if not own.exists():
         subprocess.run(
-            ["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-C", f"root@{paths.node()}", "-f", str(own)],
+            [
+                "ssh-keygen",
+                "-q",
+                "-t",
+                "rsa",
+                "-b",
+                "2048",
+                "-N",
+                "",
+                "-C",
+                f"root@{paths.node()}",
+                "-f",
+                str(own),
+            ],
             check=True,
         )
     kept = fs() / "priv/authorized_keys"

@@ -140,7 +140,9 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
             ),
             # pveproxy runs the API itself here; the unit is there for who asks for it.
             "/lib/systemd/system/pvedaemon.service": _unit(
-                "PVE API Daemon", "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true", after="pve-cluster.service"
+                "PVE API Daemon",
+                "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true",
+                after="pve-cluster.service",
             ),
             "/lib/systemd/system/pvestatd.service": _unit(
                 "PVE Status Daemon",
@@ -152,7 +154,10 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         conffiles=("/etc/apt/sources.list.d/pve-enterprise.sources",),
         # Without a running cluster file system the package cannot be configured, as with the real one.
         postinst=_enable(
-            "pvedaemon.service", "pvestatd.service", "pveproxy.service", then="/usr/bin/pvecm updatecerts --silent"
+            "pvedaemon.service",
+            "pvestatd.service",
+            "pveproxy.service",
+            then="/usr/bin/pvecm updatecerts --silent",
         ),
         prerm=_disable("pveproxy.service", "pvestatd.service", "pvedaemon.service"),
     )
@@ -173,7 +178,9 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         prerm=_disable("pve-guests.service"),
     )
     storage = spec("libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _door("cli_pvesm")})
-    access = spec("libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("cli_pveum")})
+    access = spec(
+        "libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("cli_pveum")}
+    )
     keys = spec(
         "proxmox-archive-keyring",
         files={"/usr/share/keyrings/proxmox-archive-keyring.gpg": (keyring, 0o644)} if keyring else {},
@@ -188,5 +195,8 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         keys,
         spec("proxmox-kernel-6.17"),
         spec("proxmox-default-kernel", "proxmox-kernel-6.17"),
-        spec("proxmox-ve", "pve-manager, qemu-server, pve-cluster, proxmox-default-kernel, proxmox-archive-keyring"),
+        spec(
+            "proxmox-ve",
+            "pve-manager, qemu-server, pve-cluster, proxmox-default-kernel, proxmox-archive-keyring",
+        ),
     ]

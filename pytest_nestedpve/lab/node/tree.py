@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import socket
 from collections.abc import Callable, Mapping
@@ -16,7 +17,19 @@ from .errors import NotImplementedHere, PveFailure, Unsupported
 
 Handler = Callable[[Caller, dict[str, Any]], Any]
 HANDLERS: dict[tuple[str, str], Handler] = {}
-MODULES = ("cluster", "nodes", "qemu", "config", "power", "agent", "snapshot", "clone", "storage", "pools", "users")
+MODULES = (
+    "cluster",
+    "nodes",
+    "qemu",
+    "config",
+    "power",
+    "agent",
+    "snapshot",
+    "clone",
+    "storage",
+    "pools",
+    "users",
+)
 
 
 def api(verb: str, path: str) -> Callable[[Handler], Handler]:
@@ -29,10 +42,10 @@ def api(verb: str, path: str) -> Callable[[Handler], Handler]:
     return register
 
 
+@functools.cache
 def _load() -> None:
-    if not HANDLERS:
-        for name in MODULES:
-            importlib.import_module(f".handlers.{name}", __package__)
+    for name in MODULES:
+        importlib.import_module(f".handlers.{name}", __package__)
 
 
 def find(verb: str, address: str) -> tuple[schema.Method, dict[str, str]]:
@@ -74,7 +87,9 @@ def _local(name: str) -> str:
     except OSError as e:
         text = e.strerror or str(e)
         raise PveFailure(
-            f"hostname lookup '{name}' failed - failed to get address info for: {name}: {text}", rc=11, status=595
+            f"hostname lookup '{name}' failed - failed to get address info for: {name}: {text}",
+            rc=11,
+            status=595,
         ) from e
     raise Unsupported(f"proxying to node '{name}'")
 

@@ -12,7 +12,13 @@ from .errors import PveFailure, Unsupported
 from .store import store
 
 IMPLICIT_CONTENT = "backup,iso,vztmpl,snippets,images,rootdir"
-FOLDERS = {"iso": "template/iso", "vztmpl": "template/cache", "backup": "dump", "snippets": "snippets", "import": "import"}
+FOLDERS = {
+    "iso": "template/iso",
+    "vztmpl": "template/cache",
+    "backup": "dump",
+    "snippets": "snippets",
+    "import": "import",
+}
 ENDINGS = {
     "iso": r"\.(iso|img)",
     "vztmpl": r"\.tar\.(gz|xz|zst)",
@@ -26,7 +32,12 @@ def storages() -> dict[str, dict[str, Any]]:
     """Storage definitions by id; without storage.cfg there is an implicit `local` [basic-024]."""
     found = store().all("storage")
     if "local" not in found:
-        found["local"] = {"type": "dir", "path": "/var/lib/vz", "content": IMPLICIT_CONTENT, "prune-backups": "keep-all=1"}
+        found["local"] = {
+            "type": "dir",
+            "path": "/var/lib/vz",
+            "content": IMPLICIT_CONTENT,
+            "prune-backups": "keep-all=1",
+        }
     return dict(sorted(found.items()))
 
 
@@ -102,8 +113,10 @@ def formatting(file: Path, size: int, fmt: str, extra: str = "") -> str:
     """The line qemu-img prints."""
     place = paths.shown(file)
     if fmt == "qcow2":
-        cluster = "cluster_size=131072 extended_l2=on preallocation=off" if extra else (
-            "cluster_size=65536 extended_l2=off preallocation=metadata"
+        cluster = (
+            "cluster_size=131072 extended_l2=on preallocation=off"
+            if extra
+            else ("cluster_size=65536 extended_l2=off preallocation=metadata")
         )
         return (
             f"Formatting '{place}', fmt=qcow2 {cluster} compression_type=zlib size={size}{extra}"
@@ -136,7 +149,11 @@ def users_of(volid: str) -> list[Path]:
     found = []
     images = folder(name) / "images"
     for file in images.glob("*/*"):
-        if not file.name.startswith(".") and disks.state_dir(file).is_dir() and disks.info(file)["parent"] == str(base):
+        if (
+            not file.name.startswith(".")
+            and disks.state_dir(file).is_dir()
+            and disks.info(file)["parent"] == str(base)
+        ):
             found.append(file)
     return found
 
@@ -186,7 +203,11 @@ def listing(name: str, *, vmid: int | None = None, of: str | None = None) -> lis
         if of not in (None, what) or (what not in content(name)) or not (base / place).is_dir():
             continue
         for file in sorted((base / place).iterdir()):
-            if not file.is_file() or file.name.startswith(".") or not re.search(ENDINGS[what] + "$", file.name):
+            if (
+                not file.is_file()
+                or file.name.startswith(".")
+                or not re.search(ENDINGS[what] + "$", file.name)
+            ):
                 continue
             fmt = {"snippets": "snippet", "vztmpl": "t" + file.suffix[1:]}.get(what) or file_format(file.name)
             row = {

@@ -1,0 +1,280 @@
+"""What the commands share: options checked against the API's table, usage lines, errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import cluster_fs, format, paths, schema, tasks, tree
+from .access import ROOT
+from .errors import BadParameters, PveFailure
+
+BOOLEAN = {"type": "boolean", "optional": 1}
+TEXT = {"type": "string", "optional": 1}
+FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
+    "output-format": {"type": "string", "optional": 1, "enum": list(format.FORMATS)},
+    "human-readable": BOOLEAN,
+    "noborder": BOOLEAN,
+    "noheader": BOOLEAN,
+    "quiet": BOOLEAN,
+}
+
+
+class Usage(PveFailure):
+    """A command line that cannot be read; `text` has all its lines."""
+
+    def for_cli(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: an API method with arguments in fixed places, some values fixed, and a printer."""
+
+    verb: str
+    path: str
+    args: tuple[str, ...] = ()
+    fixed: Mapping[str, str] | None = None
+    show: Callable[[Any, dict[str, Any]], None] | None = None
+    extra: Mapping[str, Mapping[str, Any]] | None = None  # options beside the method's
+    formats: bool = False
+    mirror: bool = True  # the exit code is the task's
+    rest: str | None = None  # takes all further words under this name
+
+
+def options_of(command: Command) -> dict[str, Mapping[str, Any]]:
+    method = schema.method(command.verb, command.path)
+    own = dict(method.parameters) if method else {}
+    own |= dict(command.extra or {})
+    if command.formats:
+        own |= FORMAT_OPTIONS
+    taken = {*command.args, *(command.fixed or {}), "node", *([command.rest] if command.rest else [])}
+    return {name: definition for name, definition in own.items() if name not in taken}
+
+
+def usage(name: str, command: Command) -> str:
+    words = [name, *(f"<{argument}>" for argument in command.args)]
+    if command.rest:
+        words.append("[<extra-args>]")
+    known = options_of(command)
+    for option in sorted(known):
+        if not known[option].get("optional") and "[n]" not in option:
+            words.append(f"--{option} <{known[option].get('type', 'string')}>")
+    optional = [o for o in known if o not in FORMAT_OPTIONS]
+    if not command.args and not command.rest:
+        words.append("")
+    if optional:
+        words.append("[OPTIONS]")
+    if command.formats:
+        words.append("[FORMAT_OPTIONS]")
+    return " ".join(words) + "\n"
+
+
+def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
+    """The values of a command line, by name."""
+    known = options_of(command)
+    values: dict[str, Any] = {}
+    words: list[str] = []
+    unknown: list[str] = []
+    index = 0
+    while index < len(argv):
+        word = argv[index]
+        index += 1
+        if word == "--":
+            words += argv[index:]
+            break
+        match = re.fullmatch(r"--?([A-Za-z][\w\-]*)(?:=(.*))?", word, re.S)
+        if match is None or (command.rest and len(words) > len(command.args)):
+            words.append(word)
+            continue
+        name, value = match[1], match[2]
+        full, definition = _lookup(known, name)
+        if full is None:
+            unknown.append(f"Unknown option: {name}\n")
+            continue
+        if value is None:
+            following = argv[index] if index < len(argv) else None
+            if definition.get("type") == "boolean":
+                value = "1"
+                if following is not None and not following.startswith("-"):
+                    value, index = following, index + 1
+            elif following is None:
+                unknown.append(f"Option {name} requires an argument\n")
+                continue
+            else:
+                value, index = following, index + 1
+        if definition.get("type") == "array":
+            values.setdefault(full, []).append(value)
+        elif full in values and str(definition.get("format", "")).endswith("-list"):
+            values[full] += "," + value
+        else:
+            values[full] = value
+    if unknown:
+        raise Usage("".join(unknown) + f"400 unable to parse option\n{line}", rc=2)
+    if len(words) < len(command.args):
+        raise Usage(f"400 not enough arguments\n{line}", rc=2)
+    values |= dict(zip(command.args, words, strict=False))
+    left = words[len(command.args) :]
+    if command.rest:
+        if left:
+            values[command.rest] = left
+    elif left:
+        raise Usage(f"400 too many arguments\n{line}", rc=255)
+    return values
+
+
+def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | None, Mapping[str, Any]]:
+    """An option by its name, by another case, or by a beginning that only it has."""
+    if name in known:
+        return name, known[name]
+    if match := re.fullmatch(r"(.*?)(\d+)", name):
+        pattern = match[1] + "[n]"
+        if pattern in known:
+            return name, known[pattern]
+    for test in (str.__eq__, str.startswith):
+        fitting = [other for other in known if "[n]" not in other and test(other.lower(), name.lower())]
+        if len(fitting) == 1:
+            return fitting[0], known[fitting[0]]
+    return None, {}
+
+
+def style_of(values: dict[str, Any]) -> format.Style:
+    """Take the FORMAT_OPTIONS out of the values."""
+    for name, definition in FORMAT_OPTIONS.items():
+        if name in values and name == "output-format" and values[name] not in format.FORMATS:
+            words = f"value '{values[name]}' does not have a value in the enumeration '{', '.join(definition['enum'])}'"
+            raise BadParameters({name: words})
+    flag = lambda name, default: str(values.pop(name, default)) == "1"  # noqa: E731
+    return format.Style(
+        output=values.pop("output-format", "text"),
+        border=not flag("noborder", "0"),
+        header=not flag("noheader", "0"),
+        human=flag("human-readable", "1"),
+        quiet=flag("quiet", "0"),
+        unicode=format.unicode_locale(),
+    )
+
+
+def outcome(started: tasks.Started) -> int:
+    """Say how a task ended on stderr; 255 if it failed."""
+    sys.stdout.flush()
+    if started.warnings:
+        print(f"Task finished with {started.warnings} warning(s)!", file=sys.stderr)
+    if started.error:
+        print(started.error, file=sys.stderr)
+        return 255
+    return 0
+
+
+def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int:
+    """A sub-command, from its words to its exit code."""
+    line = usage(name, command)
+    try:
+        values = parse(argv, command, line)
+        style = style_of(values) if command.formats else format.Style(unicode=format.unicode_locale())
+        values |= dict(command.fixed or {})
+        own = {key: values.pop(key) for key in list(values) if key in (command.extra or {})}
+        address = command.path
+        if "{node}" in address:
+            values["node"] = paths.node()
+        for part in re.findall(r"{(\w+)}", address):
+            address = address.replace("{" + part + "}", str(values.pop(part)))
+        found = _call(command, address, values, rc)
+    except BadParameters as e:
+        sys.stdout.flush()
+        sys.stderr.write(e.for_cli() + line)
+        return e.rc
+    if isinstance(found, tasks.Started):
+        code = outcome(found)
+        return code if command.mirror else 0
+    if command.show is not None:
+        command.show(found, values | own)
+    elif command.formats:
+        method = schema.method(command.verb, command.path)
+        sys.stdout.write(format.render(found, style, method.returns if method else None))
+    return 0
+
+
+def _call(command: Command, address: str, values: dict[str, Any], rc: int) -> Any:
+    method = schema.method(command.verb, command.path)
+    if method is not None:
+        # Arguments in the address are parameters like the others: check them in PVE's order.
+        inside = re.findall(r"{(\w+)}", command.path)
+        pieces = dict(zip(command.path.split("/"), address.split("/"), strict=False))
+        schema.check(method, {**values, **{p: pieces.get("{" + p + "}", "") for p in inside}}, rc=rc)
+    return tree.call(command.verb, address, values, ROOT, rc=rc)
+
+
+def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int:
+    """The frame of every command: as slow as asked for, pmxcfs up, errors on stderr, exit code."""
+    paths.pause("cli_delay_s")
+    try:
+        if needs_cluster:
+            cluster_fs.require()
+            _warn_of_stale_tokens()
+        code = body(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except PveFailure as e:
+        sys.stdout.flush()
+        sys.stderr.write(e.for_cli())
+        return e.rc
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 255
+
+
+def _warn_of_stale_tokens() -> None:
+    from .handlers.users import stale_tokens
+
+    for who in stale_tokens() * 3:
+        print(f"user config - ignore invalid acl token '{who}'", file=sys.stderr)
+
+
+def dispatch(
+    program: str,
+    commands: Mapping[str, Command | Callable[[list[str]], int]],
+    argv: list[str],
+    *,
+    rc: int = 2,
+) -> int:
+    """Find the sub-command (of one, two or three words) and run it."""
+    if argv and argv[0] == "help":
+        sys.stdout.write(overview(program, commands))
+        return 0
+    for count in (3, 2, 1):
+        name = " ".join(argv[:count])
+        if len(argv) >= count and name in commands:
+            found = commands[name]
+            if isinstance(found, Command):
+                return run(found, f"{program} {name}", argv[count:], rc=rc)
+            return found(argv[count:])
+    said = (
+        "no command specified"
+        if not argv
+        else f"unknown command '{program} {' '.join(_asked(commands, argv))}'"
+    )
+    sys.stderr.write(f"ERROR: {said}\n{overview(program, commands)}")
+    return 255
+
+
+def _asked(commands: Mapping[str, Any], argv: list[str]) -> list[str]:
+    groups = {name.split()[0] for name in commands if " " in name}
+    return argv[:2] if argv[0] in groups else argv[:1]
+
+
+def overview(program: str, commands: Mapping[str, Any]) -> str:
+    lines = []
+    for name, command in commands.items():
+        text = (
+            usage(f"{program} {name}", command).rstrip("\n")
+            if isinstance(command, Command)
+            else f"{program} {name}"
+        )
+        lines.append(("USAGE: " if not lines else "       ") + text)
+    head = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n"
+    return head + "".join("       " + line[7:] + "\n" for line in lines)

@@ -1,0 +1,89 @@
+"""pveum: users, tokens, roles, ACLs, pools at the prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from . import cli, format
+from .cli import Command
+
+USER, TOKEN = "/access/users/{userid}", "/access/users/{userid}/token/{tokenid}"
+
+
+def main() -> int:
+    return cli.door(lambda argv: cli.dispatch("pveum", COMMANDS, argv, rc=255))
+
+
+def _permissions(found: dict[str, dict[str, int]], values: dict[str, Any]) -> None:
+    output = values.get("output-format", "text")
+    style = format.Style(output, unicode=format.unicode_locale())
+    if output != "text":
+        sys.stdout.write(format.render(found, style))
+        return
+    rows = [
+        [path, "\n".join(f"{priv} (*)" for priv in sorted(privs))] for path, privs in sorted(found.items())
+    ]
+    sys.stdout.write(format.draw(["ACL path", "Permissions"], rows, style))
+    if rows:
+        print("Permissions marked with '(*)' have the 'propagate' flag set.")
+
+
+_OUTPUT = {"output-format": cli.FORMAT_OPTIONS["output-format"]}
+_ACL = Command("PUT", "/access/acl", ("path",), fixed={"delete": "0"})
+
+
+def _token_permissions(argv: list[str]) -> int:
+    command = Command("", "", args=("userid", "tokenid"), extra={"path": cli.TEXT, **_OUTPUT})
+    values = cli.parse(
+        argv, command, "pveum user token permissions <userid> <tokenid> [OPTIONS] [FORMAT_OPTIONS]\n"
+    )
+    from . import access, tree
+
+    call = {"userid": f"{values['userid']}!{values['tokenid']}"}
+    if "path" in values:
+        call["path"] = values["path"]
+    _permissions(tree.call("GET", "/access/permissions", call, access.ROOT), values)
+    return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "acl delete": Command("PUT", "/access/acl", ("path",), fixed={"delete": "1"}),
+    "acl list": Command("GET", "/access/acl", formats=True),
+    "acl modify": _ACL,
+    "group list": Command("GET", "/access/groups", formats=True),
+    "pool add": Command("POST", "/pools", ("poolid",)),
+    "pool delete": Command("DELETE", "/pools/{poolid}", ("poolid",)),
+    "pool list": Command("GET", "/pools", formats=True),
+    "pool modify": Command("PUT", "/pools/{poolid}", ("poolid",)),
+    "realm list": Command("GET", "/access/domains", formats=True),
+    "role add": Command("POST", "/access/roles", ("roleid",)),
+    "role delete": Command("DELETE", "/access/roles/{roleid}", ("roleid",)),
+    "role list": Command("GET", "/access/roles", formats=True),
+    "role modify": Command("PUT", "/access/roles/{roleid}", ("roleid",)),
+    "user token add": Command("POST", TOKEN, ("userid", "tokenid"), formats=True),
+    "user token delete": Command("DELETE", TOKEN, ("userid", "tokenid"), formats=True),
+    "user token list": Command("GET", USER + "/token", ("userid",), formats=True),
+    "user token modify": Command("PUT", TOKEN, ("userid", "tokenid"), formats=True),
+    "user token permissions": _token_permissions,
+    "user token remove": Command("DELETE", TOKEN, ("userid", "tokenid"), formats=True),
+    "user add": Command("POST", "/access/users", ("userid",)),
+    "user delete": Command("DELETE", USER, ("userid",)),
+    "user list": Command("GET", "/access/users", formats=True),
+    "user modify": Command("PUT", USER, ("userid",)),
+    "user permissions": Command("GET", "/access/permissions", ("userid",), show=_permissions, extra=_OUTPUT),
+}
+for _old, _new in (
+    ("aclmod", "acl modify"),
+    ("acldel", "acl delete"),
+    ("useradd", "user add"),
+    ("usermod", "user modify"),
+    ("userdel", "user delete"),
+    ("roleadd", "role add"),
+    ("rolemod", "role modify"),
+    ("roledel", "role delete"),
+):
+    COMMANDS[_old] = COMMANDS[_new]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""qm: a VM at the prompt. The exit code is the task's."""
+
+from __future__ import annotations
+
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from . import access, cli, disks, format, guests, locks, options, paths, tree, volumes
+from .cli import BOOLEAN, TEXT, Command
+from .errors import PveFailure, Unsupported
+
+VM = "/nodes/{node}/qemu/{vmid}"
+ONE = ("vmid",)
+
+
+def main() -> int:
+    return cli.door(lambda argv: cli.dispatch("qm", COMMANDS, _keys(argv)))
+
+
+def _keys(argv: list[str]) -> list[str]:
+    """`--sshkeys FILE`: qm reads the file and passes its text."""
+    words = list(argv)
+    for index, word in enumerate(words[:-1]):
+        if word in ("--sshkeys", "-sshkeys", "--sshkey", "-sshkey") and words[index + 1]:
+            try:
+                text = Path(words[index + 1]).read_text()
+            except OSError as e:
+                raise PveFailure(f"can't open '{words[index + 1]}' - {e.strerror}", rc=2) from e
+            words[index + 1] = quote(text, safe="")
+    return words
+
+
+def _list(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
+    if not rows:
+        return
+    print(f"{'VMID':>10} {'NAME':<20} {'STATUS':<10} {'MEM(MB)':<10} {'BOOTDISK(GB)':>12} {'PID':<10}")
+    for row in sorted(rows, key=lambda row: int(row["vmid"])):
+        status = "paused" if guests.paused(row["vmid"]) else row["status"]
+        memory, disk = row["maxmem"] // 1024**2, row["maxdisk"] / 1024**3
+        name, pid = row["name"], row.get("pid", 0)
+        print(f"{row['vmid']:>10} {name:<20} {status:<10} {memory:<10} {disk:>12.2f} {pid:<10}")
+
+
+def _status(now: dict[str, Any], values: dict[str, Any]) -> None:
+    if str(values.get("verbose", "0")) != "1":
+        word = now["qmpstatus"] if now["status"] == "running" else now["status"]
+        print(f"status: {word}")
+        return
+    skip = ("cpu", "ha", "agent")
+    for key in sorted(now):
+        if key == "nics":
+            print("nics:")
+            for name, about in sorted(now[key].items()):
+                print(f"\t{name}:")
+                for what in sorted(about):
+                    print(f"\t\t{what}: {about[what]}")
+        elif key not in skip:
+            print(f"{key}: {now[key]}")
+
+
+def _config(found: dict[str, Any], values: dict[str, Any]) -> None:
+    for key in sorted(found):
+        if key != "digest":
+            value = guests.encode(str(found[key])) if key == "description" else found[key]
+            print(f"{key}: {value}")
+
+
+def _pending(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
+    for row in sorted(rows, key=lambda row: str(row["key"])):
+        if row["key"] == "digest":
+            continue
+        encode = guests.encode if row["key"] == "description" else str
+        if "value" in row:
+            print(f"{'del' if row.get('delete') else 'cur'} {row['key']}: {encode(str(row['value']))}")
+        if "pending" in row:
+            print(f"new {row['key']}: {encode(str(row['pending']))}")
+
+
+def _snapshots(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
+    by_parent: dict[str | None, list[dict[str, Any]]] = {}
+    names = {row["name"] for row in rows}
+    for row in rows:
+        parent = row.get("parent") if row.get("parent") in names else None
+        by_parent.setdefault(parent, []).append(row)
+    deep = _depth(by_parent, None, 0)
+    longest = max(len(row["name"]) for row in rows)
+
+    def show(parent: str | None, depth: int) -> None:
+        order = sorted(by_parent.get(parent, []), key=lambda row: row.get("snaptime", 1 << 62))
+        for row in order:
+            prefix = " " * depth + "`-> "
+            width = max(23, longest + deep) + 3 - depth
+            when = (
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["snaptime"]))
+                if "snaptime" in row
+                else ""
+            )
+            text = row["description"].split("\n")[0] or "no-description"
+            print(f"{prefix}{row['name']:<{width}} {when:<22} {text}")
+            show(row["name"], depth + 1)
+
+    show(None, 0)
+
+
+def _depth(by_parent: dict[str | None, list[dict[str, Any]]], parent: str | None, now: int) -> int:
+    return max([now, *(_depth(by_parent, row["name"], now + 1) for row in by_parent.get(parent, []))])
+
+
+def _json(found: Any, values: dict[str, Any]) -> None:
+    if found is not None:
+        if isinstance(found, (dict, list)):
+            sys.stdout.write(format.render(found, format.Style("json-pretty")))
+        else:
+            print(found)
+
+
+def _agent(found: dict[str, Any], values: dict[str, Any]) -> None:
+    result = found["result"]
+    if result not in ({}, None):
+        _json(result, values)
+
+
+def _text(found: str, values: dict[str, Any]) -> None:
+    sys.stdout.write(found)
+
+
+def _guest_exec(argv: list[str]) -> int:
+    own = {"timeout": {"type": "integer", "optional": 1}, "synchronous": BOOLEAN, "pass-stdin": BOOLEAN}
+    command = Command("POST", VM + "/agent/exec", args=ONE, extra=own, rest="command")
+    line = "qm guest exec <vmid> [<extra-args>] [OPTIONS]\n"
+    values = cli.parse(argv, command, line)
+    vmid = str(values["vmid"])
+    call: dict[str, Any] = {"command": values.get("command", [])}
+    if str(values.get("pass-stdin", "0")) == "1":
+        call["input-data"] = sys.stdin.read()
+    node = paths.node()
+    if not call["command"]:
+        raise cli.Usage(f"400 not enough arguments\n{line}", rc=2)
+    started = tree.call("POST", f"/nodes/{node}/qemu/{vmid}/agent/exec", call, access.ROOT)
+    if str(values.get("synchronous", "1")) == "1":
+        end = time.monotonic() + float(values.get("timeout", 30))
+        while True:
+            status = tree.call(
+                "GET", f"/nodes/{node}/qemu/{vmid}/agent/exec-status", {"pid": started["pid"]}, access.ROOT
+            )
+            if status.get("exited"):
+                _json(status, {})
+                return 0
+            if time.monotonic() >= end:
+                print("timeout reached, returning pid", file=sys.stderr)
+                break
+            threading.Event().wait(0.2)
+    _json(started, {})
+    return 0
+
+
+def _import(argv: list[str]) -> int:
+    own = {"format": TEXT, "target-disk": TEXT}
+    command = Command("", "", args=("vmid", "source", "storage"), extra=own)
+    values = cli.parse(argv, command, "qm disk import <vmid> <source> <storage> [OPTIONS]\n")
+    vmid, source, storage = int(values["vmid"]), values["source"], values["storage"]
+    guest = guests.load(vmid)
+    volume = ":" in source and not source.startswith("/")
+    file = volumes.path(source) if volume else Path(source)
+    if not file.is_file():
+        raise PveFailure(f"{source}: non-existent or non-regular file", rc=2)
+    volumes.storage(storage)
+    if "images" not in volumes.content(storage):
+        raise PveFailure(f"storage {storage} does not support vm images")
+    if "target-disk" in values:
+        raise Unsupported("--target-disk")
+
+    def work() -> None:
+        from .handlers.config import add_unused
+
+        print(f"importing disk '{source}' to VM {vmid} ...", flush=True)
+        made: list[str] = []
+        try:
+            with locks.guest(vmid):
+                guest = guests.load(vmid)
+                guest.check_lock()
+                fmt = values.get("format", "raw")
+                volid = f"{storage}:{vmid}/{volumes.next_name(storage, vmid, fmt)}"
+                options.copy_in(file, volid, fmt, announce=False, made=made)
+                key = add_unused(guest, volid)
+                guest.save()
+        except BaseException:
+            options.take_back(made)
+            raise
+        print(f"{key}: successfully imported disk '{volid}'", flush=True)
+
+    guest.check_lock()
+    return cli.outcome(tree.task(access.ROOT, "qmimport", vmid, work))
+
+
+def _rescan(argv: list[str]) -> int:
+    print("rescan volumes...")
+    from .handlers.config import add_unused
+
+    for guest in guests.every():
+        with locks.guest(guest.vmid):
+            known = options.volids(guest.conf)
+            for name in volumes.storages():
+                for row in volumes.listing(name, vmid=guest.vmid, of="images"):
+                    if row["volid"] not in known and "cloudinit" not in row["volid"]:
+                        key = add_unused(guest, row["volid"])
+                        print(
+                            f"VM {guest.vmid} add unreferenced volume '{row['volid']}' as '{key}' to config"
+                        )
+            for key, value in guest.drives().items():
+                volid = value.split(",")[0]
+                if ":" in volid and volumes.path(volid).exists() and "size=" in value:
+                    size = volumes.short_size(disks.info(volumes.path(volid))["size"])
+                    guest.conf[key] = ",".join(
+                        p if not p.startswith("size=") else f"size={size}" for p in value.split(",")
+                    )
+            guest.save()
+    return 0
+
+
+def _unlock(argv: list[str]) -> int:
+    values = cli.parse(argv, Command("", "", args=ONE), "qm unlock <vmid>\n")
+    with locks.guest(int(values["vmid"])):
+        guest = guests.load(values["vmid"])
+        if guest.conf.pop("lock", None) is not None:
+            guest.save()
+    return 0
+
+
+def _wait(argv: list[str]) -> int:
+    command = Command("", "", args=ONE, extra={"timeout": {"type": "integer", "optional": 1}})
+    values = cli.parse(argv, command, "qm wait <vmid> [OPTIONS]\n")
+    vmid = int(values["vmid"])
+    guests.find(vmid, rc=2)
+    end = time.monotonic() + float(values.get("timeout", 1e9))
+    while guests.running(vmid):
+        if time.monotonic() >= end:
+            raise PveFailure("wait failed - got timeout")
+        threading.Event().wait(0.5)
+    return 0
+
+
+def _migrate(argv: list[str]) -> int:
+    values = cli.parse(
+        argv,
+        Command("POST", VM + "/migrate", args=("vmid", "target")),
+        "qm migrate <vmid> <target> [OPTIONS]\n",
+    )
+    if values["target"] != paths.node():
+        raise PveFailure(f"no such cluster node '{values['target']}'", rc=2)
+    sys.stderr.write(
+        "400 Parameter verification failed.\ntarget: target is local node.\nqm migrate <vmid> <target> [OPTIONS]\n"
+    )
+    return 255
+
+
+def _refused(name: str, *arguments: str) -> Any:
+    def body(argv: list[str]) -> int:
+        if argv and argv[0].isdigit():
+            guests.load(argv[0])
+        raise Unsupported(f"qm {name}")
+
+    return body
+
+
+def _passwd(argv: list[str]) -> int:
+    values = cli.parse(
+        argv,
+        Command("", "", args=("vmid", "username"), extra={"crypted": BOOLEAN}),
+        "qm guest passwd <vmid> <username> [OPTIONS]\n",
+    )
+    words = sys.stdin.read().splitlines()
+    call = {
+        "username": values["username"],
+        "password": words[0] if words else "",
+        "crypted": values.get("crypted", "0"),
+    }
+    path = f"/nodes/{paths.node()}/qemu/{values['vmid']}/agent/set-user-password"
+    tree.call("POST", path, call, access.ROOT)
+    return 0
+
+
+def _cleanup(argv: list[str]) -> int:
+    return 0  # called by qmeventd, which the lab does without
+
+
+COMMANDS: dict[str, Any] = {
+    "cloudinit dump": Command("GET", VM + "/cloudinit/dump", ("vmid", "type"), show=_text),
+    "cloudinit pending": Command("GET", VM + "/cloudinit", ONE, show=_pending),
+    "cloudinit update": Command("PUT", VM + "/cloudinit", ONE),
+    "disk move": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
+    "disk resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
+    "disk unlink": Command("PUT", VM + "/unlink", ONE),
+    "disk import": _import,
+    "disk rescan": _rescan,
+    "guest cmd": Command("POST", VM + "/agent", ("vmid", "command"), show=_agent),
+    "guest exec-status": Command("GET", VM + "/agent/exec-status", ("vmid", "pid"), show=_json),
+    "guest passwd": _passwd,
+    "guest exec": _guest_exec,
+    "clone": Command("POST", VM + "/clone", ("vmid", "newid")),
+    "config": Command("GET", VM + "/config", ONE, show=_config),
+    "create": Command("POST", "/nodes/{node}/qemu", ONE),
+    "delsnapshot": Command("DELETE", VM + "/snapshot/{snapname}", ("vmid", "snapname")),
+    "destroy": Command("DELETE", VM, ONE),
+    "list": Command("GET", "/nodes/{node}/qemu", show=_list),
+    "listsnapshot": Command("GET", VM + "/snapshot", ONE, show=_snapshots),
+    "migrate": _migrate,
+    "pending": Command("GET", VM + "/pending", ONE, show=_pending),
+    "reboot": Command("POST", VM + "/status/reboot", ONE),
+    "reset": Command("POST", VM + "/status/reset", ONE),
+    "resume": Command("POST", VM + "/status/resume", ONE),
+    "rollback": Command("POST", VM + "/snapshot/{snapname}/rollback", ("vmid", "snapname")),
+    "set": Command("PUT", VM + "/config", ONE),
+    "shutdown": Command("POST", VM + "/status/shutdown", ONE),
+    "snapshot": Command("POST", VM + "/snapshot", ("vmid", "snapname")),
+    "start": Command("POST", VM + "/status/start", ONE),
+    "status": Command("GET", VM + "/status/current", ONE, show=_status, extra={"verbose": BOOLEAN}),
+    "stop": Command("POST", VM + "/status/stop", ONE),
+    "suspend": Command("POST", VM + "/status/suspend", ONE),
+    "template": Command("POST", VM + "/template", ONE, mirror=False),
+    "unlock": _unlock,
+    "wait": _wait,
+    "cleanup": _cleanup,
+    "agent": Command("POST", VM + "/agent", ("vmid", "command"), show=_agent),
+    "importdisk": _import,
+    "rescan": _rescan,
+    "move_disk": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
+    "move-disk": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
+    "resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
+    "unlink": Command("PUT", VM + "/unlink", ONE),
+    "monitor": _refused("monitor"),
+    "terminal": _refused("terminal"),
+    "sendkey": _refused("sendkey"),
+    "showcmd": _refused("showcmd"),
+    "importovf": _refused("importovf"),
+    "import": _refused("import"),
+    "vncproxy": _refused("vncproxy"),
+    "remote-migrate": _refused("remote-migrate"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/version and /cluster: status, resources, next id, tasks, options, HA resources, backup jobs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .. import access, broadcast, cluster_fs, paths, tasks
+from ..access import Caller
+from ..errors import BadParameters, PveFailure
+from ..store import store
+from ..tree import api
+from .nodes import task_row
+
+
+@api("GET", "/version")
+def version(caller: Caller, params: dict[str, Any]) -> Any:
+    return {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+
+
+@api("GET", "/cluster/status")
+def status(caller: Caller, params: dict[str, Any]) -> Any:
+    """A stand-alone node has no `cluster` entry (facts 36)."""
+    access.check(caller, "/", ["Sys.Audit"])
+    node = paths.node()
+    row = {
+        "id": f"node/{node}",
+        "name": node,
+        "type": "node",
+        "local": 1,
+        "nodeid": 0,
+        "online": 1,
+        "level": "",
+    }
+    if (found := cluster_fs.address()) is not None:
+        row["ip"] = found
+    return [row]
+
+
+@api("GET", "/cluster/resources")
+def resources(caller: Caller, params: dict[str, Any]) -> Any:
+    return broadcast.resources(caller, params.get("type"))
+
+
+def taken(vmid: int) -> str | None:
+    """ "VM" or "CT" if the id is in use."""
+    if store().get("qemu", vmid) is not None:
+        return "VM"
+    return "CT" if store().get("lxc", vmid) is not None else None
+
+
+@api("GET", "/cluster/nextid")
+def nextid(caller: Caller, params: dict[str, Any]) -> Any:
+    if "vmid" in params:
+        kind = taken(int(params["vmid"]))
+        if kind:
+            raise BadParameters({"vmid": f"{kind} {params['vmid']} already exists"})
+        return str(params["vmid"])
+    return str(next(vmid for vmid in range(100, 1_000_000) if not taken(vmid)))
+
+
+@api("GET", "/cluster/tasks")
+def cluster_tasks(caller: Caller, params: dict[str, Any]) -> Any:
+    """Recent tasks; to a token only those that it may see."""
+    rows = []
+    for task in tasks.every()[:50]:
+        if not caller.is_root and task.user != caller.user and not access.has(caller, "/", ["Sys.Audit"]):
+            continue
+        row = task_row(task)
+        row.pop("pid"), row.pop("pstart")
+        row["saved"] = "0" if task.running else "1"
+        rows.append(row)
+    return rows
+
+
+@api("GET", "/cluster/options")
+def options(caller: Caller, params: dict[str, Any]) -> Any:
+    return {"allowed-tags": [], "description": "", "mac_prefix": "BC:24:11"}
+
+
+@api("GET", "/cluster/replication")
+def replication(caller: Caller, params: dict[str, Any]) -> Any:
+    return []
+
+
+@api("GET", "/cluster/backup")
+def backup_jobs(caller: Caller, params: dict[str, Any]) -> Any:
+    return [{"id": key, **body} for key, body in store().all("job").items()]
+
+
+@api("POST", "/cluster/backup")
+def add_backup_job(caller: Caller, params: dict[str, Any]) -> Any:
+    """Kept for what destroy --purge edits; the lab never runs one."""
+    name = params.pop("id", None) or f"backup-{len(store().all('job')):08x}"
+    if store().get("job", name) is not None:
+        raise PveFailure(f"Job '{name}' already exists")
+    body = {"type": "vzdump", "enabled": 1, **params}
+    store().put("job", name, body)
+
+
+@api("DELETE", "/cluster/backup/{id}")
+def drop_backup_job(caller: Caller, params: dict[str, Any]) -> Any:
+    if not store().drop("job", params["id"]):
+        raise BadParameters({"id": f"No such job '{params['id']}'"})
+
+
+def _sid(text: str) -> str:
+    return text if ":" in text else f"vm:{text}"
+
+
+@api("GET", "/cluster/ha/resources")
+def ha_resources(caller: Caller, params: dict[str, Any]) -> Any:
+    return [{"sid": sid, **body} for sid, body in store().all("ha").items()]
+
+
+@api("POST", "/cluster/ha/resources")
+def add_ha(caller: Caller, params: dict[str, Any]) -> Any:
+    sid = _sid(params["sid"])
+    if store().get("qemu", sid.partition(":")[2]) is None:
+        raise PveFailure(f"resource '{sid}' does not exist")
+    if store().get("ha", sid) is not None:
+        raise PveFailure(f"resource ID '{sid}' already defined")
+    store().put("ha", sid, {"state": params.get("state", "started"), "type": "vm"})
+
+
+@api("DELETE", "/cluster/ha/resources/{sid}")
+def drop_ha(caller: Caller, params: dict[str, Any]) -> Any:
+    sid = _sid(params["sid"])
+    if not store().drop("ha", sid):
+        raise PveFailure(f"cannot delete service '{sid}', not HA managed!")
+
+
+@api("GET", "/cluster/ha/status/current")
+def ha_status(caller: Caller, params: dict[str, Any]) -> Any:
+    node = paths.node()
+    return [
+        {"id": "quorum", "node": node, "quorate": 1, "status": "OK", "type": "quorum"},
+        {
+            "armed-state": "standby",
+            "id": "fencing",
+            "node": node,
+            "status": "standby (CRM watchdog standby)",
+            "type": "fencing",
+        },
+    ]
+
+
+def forget_everywhere(vmid: int) -> None:
+    """destroy --purge: out of backup jobs and HA."""
+    with store().change() as db:
+        for key, body in db.all("job").items():
+            ids = [part for part in re.split(r"[,;\s]+", str(body.get("vmid", ""))) if part]
+            if str(vmid) in ids:
+                rest = ",".join(part for part in ids if part != str(vmid))
+                if rest:
+                    db.put("job", key, {**body, "vmid": rest})
+                else:
+                    db.drop("job", key)
+        db.drop("ha", f"vm:{vmid}")

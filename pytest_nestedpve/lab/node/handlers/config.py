@@ -1,0 +1,271 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/nodes/N/qemu/ID/config, pending, cloudinit, resize, unlink: reading and changing a VM's options."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .. import checks, cloudinit, disks, guests, locks, machine, options, schema, volumes
+from ..access import Caller
+from ..errors import BadParameters, PveFailure, Unsupported
+from ..guests import DRIVES, NETS, Guest
+from ..tree import api, task
+
+HERE = "/nodes/{node}/qemu/{vmid}"
+# What a running VM takes at once; the rest is pending until it was off.
+AT_ONCE = re.compile(
+    r"lock|name|onboot|shares|startup|description|protection|vmstatestorage|hookscript|tags|template|ci\w+|"
+    r"nameserver|searchdomain|sshkeys|ipconfig\d+|net\d+|scsi\d+|virtio\d+|ide\d+|sata\d+|unused\d+"
+)
+
+
+@api("GET", HERE + "/config")
+def read(caller: Caller, params: dict[str, Any]) -> Any:
+    guest = guests.load(params["vmid"])
+    digest = guest.digest()
+    if "snapshot" in params:
+        values = guest.snapshots.get(params["snapshot"])
+        if values is None:
+            raise PveFailure(f"snapshot '{params['snapshot']}' does not exist")
+    elif params.get("current") == "1":
+        values = guest.conf
+    else:
+        values = {**guest.conf, **{k: v for k, v in guest.pending.items() if v is not None}}
+        for key in (k for k, v in guest.pending.items() if v is None):
+            values.pop(key, None)
+    _verify(values)
+    shown = {key: guests.typed(key, guests.masked(key, value)) for key, value in values.items()}
+    return shown | {"digest": digest}
+
+
+def _verify(values: dict[str, str]) -> None:
+    """PVE checks its own answer: `lock: destroyed` fails there (facts 59)."""
+    method = schema.method("POST", "/nodes/{node}/qemu")
+    definition = method.definition("lock") if method else None
+    if "lock" in values and definition and (error := checks.value(definition, values["lock"])):
+        raise BadParameters({"lock": error}, rc=255, text="Result verification failed")
+
+
+@api("GET", HERE + "/pending")
+def pending(caller: Caller, params: dict[str, Any]) -> Any:
+    guest = guests.load(params["vmid"])
+    rows: list[dict[str, Any]] = []
+    for key in sorted({*guest.conf, *guest.pending}):
+        row: dict[str, Any] = {"key": key}
+        if key in guest.conf:
+            row["value"] = guests.typed(key, guests.masked(key, guest.conf[key]))
+        if key in guest.pending:
+            value = guest.pending[key]
+            if value is None:
+                row["delete"] = 1
+            else:
+                row["pending"] = guests.typed(key, guests.masked(key, value))
+        rows.append(row)
+    return [*rows, {"key": "digest", "value": guest.digest()}]
+
+
+@api("PUT", HERE + "/config")
+def update_now(caller: Caller, params: dict[str, Any]) -> Any:
+    _update(caller, params, background=False)
+
+
+@api("POST", HERE + "/config")
+def update_as_task(caller: Caller, params: dict[str, Any]) -> Any:
+    return _update(caller, params, background=True)
+
+
+def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
+    vmid = int(params["vmid"])
+    given = {key: str(value) for key, value in params.items() if key not in options.NOT_OPTIONS}
+    deleted = [name for name in re.split(r"[,;\s]+", params.get("delete", "")) if name]
+    revert = [name for name in re.split(r"[,;\s]+", params.get("revert", "")) if name]
+    if not given and not deleted and not revert:
+        raise PveFailure("no options specified")
+    method = schema.method("POST", "/nodes/{node}/qemu")
+    for name in deleted:
+        if not method or method.definition(name) is None or name in options.NOT_OPTIONS:
+            raise BadParameters({"delete": f"unknown option '{name}'"}, rc=255)
+        if name in given:
+            words = f"you can't use '-{name}' and '-delete {name}' at the same time"
+            raise BadParameters({"delete": words}, rc=255)
+    options.check_rights(caller, vmid, None, [*given, *deleted, *revert], given)
+    options.check_storage(caller, vmid, given)
+    if "hookscript" in given and not volumes.path(given["hookscript"]).exists():
+        raise BadParameters({"hookscript": f"script '{given['hookscript']}' does not exist\n"})
+    if "tags" in given or "tags" in deleted:
+        options.check_tags(caller, vmid)
+    skip = params.get("skiplock") == "1"
+    before = guests.load(vmid)
+    before.check_digest(params.get("digest"))
+    line = f"update VM {vmid}:" + "".join(
+        f" -{key} {'<hidden>' if key == 'cipassword' else params[key]}"
+        for key in sorted(params)
+        if key not in ("node", "vmid", "digest")
+    )
+
+    def work() -> None:
+        with locks.guest(vmid, rc=4, quiet=not caller.sync and not background):
+            guest = guests.load(vmid)
+            guest.check_digest(params.get("digest"))
+            only_lock = set(deleted) | set(given) <= {"lock"} and caller.is_root and not given
+            guest.check_lock(skip=skip or only_lock)
+            if caller.sync or background:
+                print(line, flush=True)
+            _apply(guest, given, deleted, revert, force=params.get("force") == "1")
+
+    if background:
+        return task(caller, "qmconfig", vmid, work)
+    work()
+    return None
+
+
+def _apply(
+    guest: Guest, given: dict[str, str], deleted: list[str], revert: list[str], *, force: bool
+) -> None:
+    on = guests.running(guest.vmid)
+    guests.settle(guest)
+    for name in revert:
+        guest.pending.pop(name, None)
+    for name in deleted:
+        if name not in guest.conf and name not in guest.pending:
+            import sys
+
+            print(f"cannot delete '{name}' - not set in current configuration!", file=sys.stderr)
+        elif on and not AT_ONCE.fullmatch(name):
+            guest.pending[name] = None
+        else:
+            delete_option(guest, name, force=force)
+    made: list[str] = []
+    try:
+        drives = {name: value for name, value in given.items() if DRIVES.fullmatch(name)}
+        for name in drives:
+            _retire(guest, name)
+        options.make_drives(guest, drives, made=made)
+    except BaseException:
+        options.take_back(made)
+        raise
+    for name, value in given.items():
+        if name in drives:
+            continue
+        value = options.normal(name, value, guest)
+        if name == "template" and value == "0":
+            guest.conf.pop("template", None)
+        elif on and not AT_ONCE.fullmatch(name):
+            guest.pending[name] = value
+            if guest.conf.get(name) == value:
+                del guest.pending[name]
+        elif value == "" and name == "description":
+            guest.conf.pop(name, None)
+        else:
+            if on and NETS.fullmatch(name):
+                machine.set_link(
+                    guest.vmid, int(name[3:]), up=options.net_parts(value).get("link_down") != "1"
+                )
+            guest.conf[name] = value
+    guest.save()
+
+
+def _retire(guest: Guest, name: str) -> None:
+    """A disk option that is about to be overwritten: its volume becomes unused."""
+    if name in guest.conf:
+        delete_option(guest, name, force=False)
+
+
+def delete_option(guest: Guest, name: str, *, force: bool) -> None:
+    value = guest.conf.pop(name, None)
+    guest.pending.pop(name, None)
+    if value is None:
+        return
+    volid = value.split(",")[0]
+    if re.fullmatch(r"unused\d+", name) or (DRIVES.fullmatch(name) and ":" in volid):
+        mine = ":" in volid and volumes.owner(volid) == guest.vmid
+        if re.fullmatch(r"unused\d+", name) or force or "cloudinit" in volid:
+            if mine and not any(
+                volid in text for other in guest.snapshots.values() for text in other.values()
+            ):
+                disks.free(volumes.path(volid))
+                folder = volumes.path(volid).parent
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        elif mine and "media=cdrom" not in value:
+            add_unused(guest, volid)
+
+
+def add_unused(guest: Guest, volid: str) -> str:
+    number = next(n for n in range(256) if f"unused{n}" not in guest.conf)
+    guest.conf[f"unused{number}"] = volid
+    return f"unused{number}"
+
+
+@api("PUT", HERE + "/unlink")
+def unlink(caller: Caller, params: dict[str, Any]) -> Any:
+    inner = {"node": params["node"], "vmid": params["vmid"], "delete": params["idlist"]}
+    if params.get("force") == "1":
+        inner["force"] = "1"
+    _update(caller, inner, background=False)
+
+
+@api("PUT", HERE + "/resize")
+def resize(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid, name = int(params["vmid"]), params["disk"]
+    guest = guests.load(vmid)
+    guest.check_digest(params.get("digest"))
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.load(vmid)
+            guest.check_lock(skip=params.get("skiplock") == "1")
+            if name not in guest.conf:
+                raise PveFailure(f"disk '{name}' does not exist")
+            volid = guest.conf[name].split(",")[0]
+            file = volumes.path(volid)
+            now = int(disks.info(file)["size"])
+            relative, amount = params["size"].startswith("+"), checks.size(params["size"].lstrip("+")) or 0
+            wanted = now + amount if relative else amount
+            if wanted < now:
+                raise PveFailure("shrinking disks is not supported")
+            if wanted > now:
+                disks.resize(file, wanted)
+                print("Image resized.", flush=True)
+            parts = options.drive_parts(guest.conf[name])
+            parts.pop("file")
+            parts["size"] = volumes.short_size(wanted)
+            guest.conf[name] = volid + "".join(f",{key}={parts[key]}" for key in sorted(parts))
+            guest.save()
+
+    return task(caller, "resize", vmid, work)
+
+
+@api("POST", HERE + "/move_disk")
+def move_disk(caller: Caller, params: dict[str, Any]) -> Any:
+    guests.load(params["vmid"])
+    if "storage" in params:
+        volumes.storage(params["storage"])
+    raise Unsupported("move_disk")
+
+
+# -- cloud-init
+
+
+@api("GET", HERE + "/cloudinit")
+def cloudinit_pending(caller: Caller, params: dict[str, Any]) -> Any:
+    guest = guests.load(params["vmid"])
+    names = [k for k in guest.conf if k in cloudinit.OPTIONS or k.startswith("ipconfig") or k == "name"]
+    return [{"key": key, "value": guests.masked(key, guest.conf[key])} for key in sorted(names)]
+
+
+@api("PUT", HERE + "/cloudinit")
+def cloudinit_update(caller: Caller, params: dict[str, Any]) -> Any:
+    """Write the drive anew; a running machine sees it at its next start."""
+    with locks.guest(int(params["vmid"])):
+        guest = guests.load(params["vmid"])
+        if cloudinit.drive(guest) is None:
+            return
+        print("generating cloud-init ISO", flush=True) if caller.sync else None
+        cloudinit.seed(guest)
+
+
+@api("GET", HERE + "/cloudinit/dump")
+def cloudinit_dump(caller: Caller, params: dict[str, Any]) -> Any:
+    return cloudinit.dump(guests.load(params["vmid"]), params["type"])

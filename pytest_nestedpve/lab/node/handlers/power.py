@@ -1,0 +1,251 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/nodes/N/qemu/ID/status: start, stop, shutdown, reboot, reset, suspend, resume, current."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from .. import checks, cloudinit, disks, guests, locks, machine, options, paths, tasks, volumes
+from ..access import Caller
+from ..errors import PveFailure, Unsupported
+from ..guests import NETS, Guest
+from ..store import store
+from ..tree import api, task
+
+HERE = "/nodes/{node}/qemu/{vmid}/status"
+
+
+@api("GET", HERE)
+def index(caller: Caller, params: dict[str, Any]) -> Any:
+    return [
+        {"subdir": name} for name in ("current", "start", "stop", "reset", "shutdown", "suspend", "reboot")
+    ]
+
+
+@api("GET", HERE + "/current")
+def current(caller: Caller, params: dict[str, Any]) -> Any:
+    guest = guests.load(params["vmid"])
+    now = guests.status(guest)
+    managed = store().get("ha", f"vm:{guest.vmid}")
+    now["ha"] = {"managed": 1, "state": None} if managed else {"managed": 0}
+    if agent_enabled(guest):
+        now["agent"] = 1
+    return now
+
+
+def agent_enabled(guest: Guest) -> bool:
+    first = guest.conf.get("agent", "0").split(",")[0].removeprefix("enabled=")
+    return checks.as_boolean(first) == "1"
+
+
+@api("POST", HERE + "/start")
+def start(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    skip = params.get("skiplock") == "1"
+    if store().get("ha", f"vm:{vmid}") is not None and caller.sync:
+        print(f"Requesting HA start for VM {vmid}", flush=True)
+    return task(caller, "qmstart", vmid, lambda: start_now(vmid, skip=skip))
+
+
+def start_now(vmid: int, *, skip: bool = False) -> None:
+    """Start a VM, in a worker."""
+    with locks.guest(vmid):
+        guest = guests.load(vmid)
+        if guest.template:
+            raise PveFailure("you can't start a vm if it's a template")
+        guest.check_lock(skip=skip, but=("suspended",))
+        if guests.running(vmid):
+            raise PveFailure(f"VM {vmid} already running")
+        boot(guest)
+
+
+def boot(guest: Guest) -> None:
+    """Apply what is pending, check what the machine needs, and start it (the caller has the lock)."""
+    guests.settle(guest)
+    spec = machine_spec(guest)
+    try:
+        machine.start(spec)
+    except machine.MachineError as e:
+        raise PveFailure(f"start failed: {e}") from e
+    if guest.lock == "suspended":
+        del guest.conf["lock"]
+        guest.save()
+    store().put("runtime", guest.vmid, {"paused": 0, "started": time.time()})
+
+
+def machine_spec(guest: Guest) -> machine.MachineSpec:
+    """What is booted: the first disk of the boot order, the cards, the cloud-init drive."""
+    if guest.conf.get("kvm", "1") != "0" and not paths.at("/dev/kvm").exists():
+        raise PveFailure(
+            "KVM virtualisation configured, but not available. Either disable in VM configuration or enable in BIOS."
+        )
+    for value in guest.drives().values():
+        volid = value.split(",")[0]
+        if ":" in volid and not volumes.path(volid).exists():
+            raise PveFailure(f"volume '{volid}' does not exist")
+    nics = []
+    for key in sorted((k for k in guest.conf if NETS.fullmatch(k)), key=lambda k: int(k[3:])):
+        parts = options.net_parts(guest.conf[key])
+        bridge = parts.get("bridge", "vmbr0")
+        if not paths.at(f"/sys/class/net/{bridge}/bridge").exists():
+            raise PveFailure(f"bridge '{bridge}' does not exist")
+        down = parts.get("link_down") == "1"
+        nics.append(machine.Nic(int(key[3:]), parts.get("macaddr", ""), bridge, link_down=down))
+    seed = None
+    if cloudinit.drive(guest) is not None:
+        seed = cloudinit.seed(guest)
+        print("generating cloud-init ISO", flush=True)
+    drive = guests.boot_drive(guest)
+    disk = str(volumes.path(guest.conf[drive].split(",")[0])) if drive else None
+    if disk is not None and not disks.bootable(disk):
+        disk = None
+    smbios = checks.split(checks.SMBIOS1, guest.conf.get("smbios1", ""))
+    return machine.MachineSpec(
+        vmid=guest.vmid,
+        name=guest.name,
+        uuid=smbios.get("uuid", ""),
+        memory=guests.memory(guest.conf),
+        disk=disk,
+        nics=tuple(nics),
+        seed=seed,
+        agent=agent_enabled(guest),
+    )
+
+
+def off(vmid: int) -> None:
+    """The machine is off now: pending values apply."""
+    store().drop("runtime", vmid)
+    if store().get("qemu", vmid) is not None:
+        guests.settle(guests.load(vmid))
+
+
+def _stop_now(vmid: int) -> None:
+    paths.pause("stop_s")
+    machine.stop(vmid)
+    off(vmid)
+
+
+@api("POST", HERE + "/stop")
+def stop(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    if store().get("ha", f"vm:{vmid}") is not None and caller.sync:
+        print(f"Requesting HA stop for VM {vmid}", flush=True)
+
+    def work() -> None:
+        if params.get("overrule-shutdown") == "1":
+            others = [t for t in tasks.every() if t.running and t.type == "qmshutdown" and t.id == str(vmid)]
+            for other in others:
+                tasks.stop(other.upid)
+            if others:
+                print("overruled qmshutdown tasks: " + ", ".join(t.upid for t in others), flush=True)
+        with locks.guest(vmid):
+            guest = guests.find(vmid)
+            if not guests.running(vmid):
+                return
+            guest.check_lock(skip=params.get("skiplock") == "1")
+            _stop_now(vmid)
+
+    return task(caller, "qmstop", vmid, work)
+
+
+def _shutdown(vmid: int, timeout: float, *, force: bool) -> None:
+    if machine.shutdown(vmid, timeout):
+        off(vmid)
+    elif force:
+        _stop_now(vmid)
+    else:
+        raise PveFailure("VM quit/powerdown failed - got timeout")
+
+
+@api("POST", HERE + "/shutdown")
+def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    if store().get("qemu", vmid) is not None and guests.paused(vmid):
+        if params.get("forceStop") != "1":
+            raise PveFailure("VM is paused - cannot shutdown", rc=29)
+        return stop(caller, {**params, "overrule-shutdown": "0"})
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.find(vmid)
+            guest.check_lock(skip=params.get("skiplock") == "1")
+            if not guests.running(vmid):
+                print(f"VM {vmid} not running", file=sys.stderr)
+                return
+            _shutdown(vmid, float(params.get("timeout", 60)), force=params.get("forceStop") == "1")
+
+    return task(caller, "qmshutdown", vmid, work)
+
+
+@api("POST", HERE + "/reboot")
+def reboot(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    guests.find(vmid, rc=2)
+    if guests.paused(vmid):
+        raise PveFailure("VM is paused - cannot shutdown", rc=29)
+    if not guests.running(vmid):
+        raise PveFailure(f"VM {vmid} not running", rc=2)
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.find(vmid)
+            guest.check_lock()
+            if not guests.running(vmid):
+                raise PveFailure(f"VM {vmid} not running", rc=2)
+            _shutdown(vmid, float(params.get("timeout", 60)), force=False)
+            boot(guests.load(vmid))
+
+    return task(caller, "qmreboot", vmid, work)
+
+
+def _needs_running(vmid: int) -> Guest:
+    guest = guests.find(vmid, rc=2)
+    if not guests.running(vmid):
+        raise PveFailure(f"VM {vmid} not running", rc=2)
+    return guest
+
+
+@api("POST", HERE + "/reset")
+def reset(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    _needs_running(vmid)
+
+    def work() -> None:
+        with locks.guest(vmid):
+            _needs_running(vmid).check_lock(skip=params.get("skiplock") == "1")
+            machine.reset(vmid)
+
+    return task(caller, "qmreset", vmid, work)
+
+
+@api("POST", HERE + "/suspend")
+def suspend(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    _needs_running(vmid)
+    if params.get("todisk") == "1":
+        raise Unsupported("suspend to disk")
+
+    def work() -> None:
+        with locks.guest(vmid):
+            _needs_running(vmid).check_lock(skip=params.get("skiplock") == "1", but=("backup",))
+            machine.suspend(vmid)
+            store().put("runtime", vmid, {"paused": 1})
+
+    return task(caller, "qmpause", vmid, work)
+
+
+@api("POST", HERE + "/resume")
+def resume(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    _needs_running(vmid)
+
+    def work() -> None:
+        with locks.guest(vmid):
+            _needs_running(vmid)
+            if guests.paused(vmid):
+                machine.resume(vmid)
+            store().put("runtime", vmid, {"paused": 0})
+
+    return task(caller, "qmresume", vmid, work)

@@ -1,0 +1,233 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/nodes/N/qemu: the list, create, destroy, the index of one."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from .. import access, disks, guests, locks, machine, options, paths, tasks, volumes
+from ..access import Caller
+from ..errors import NotAllowed, PveFailure, Unsupported
+from ..guests import Guest
+from ..store import store
+from ..tree import api, task
+from . import pools
+from .cluster import forget_everywhere, taken
+
+HERE = "/nodes/{node}/qemu/{vmid}"
+INDEX = [
+    "config",
+    "cloudinit",
+    "pending",
+    "status",
+    "unlink",
+    "vncproxy",
+    "termproxy",
+    "migrate",
+    "resize",
+    "move",
+    "rrd",
+    "rrddata",
+    "monitor",
+    "agent",
+    "snapshot",
+    "spiceproxy",
+    "sendkey",
+    "firewall",
+    "mtunnel",
+    "remote_migrate",
+]
+
+
+@api("GET", "/nodes/{node}/qemu")
+def index(caller: Caller, params: dict[str, Any]) -> Any:
+    full = params.get("full") == "1"
+    return [
+        guests.status(guest, full=full)
+        for guest in guests.every()
+        if caller.is_root or access.has(caller, f"/vms/{guest.vmid}", ["VM.Audit"])
+    ]
+
+
+@api("GET", HERE)
+def one(caller: Caller, params: dict[str, Any]) -> Any:
+    """The index exists for any id: no test of existence (facts 7)."""
+    return [{"subdir": name} for name in INDEX]
+
+
+@api("POST", "/nodes/{node}/qemu")
+def create(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid, pool = int(params["vmid"]), params.get("pool")
+    if "archive" in params:
+        raise Unsupported("restoring a backup")
+    given = {key: str(value) for key, value in params.items() if key not in options.NOT_OPTIONS}
+    if pool is not None:
+        pools.require(pool)
+    if not caller.is_root:
+        _may_create(caller, vmid, pool)
+        options.check_rights(caller, vmid, pool, given, given)
+    options.check_storage(caller, vmid, given)
+    for name in ("sshkeys", "net0"):
+        if name in given:
+            options.normal(name, given[name], Guest(vmid))
+    _reserve(vmid, caller)
+
+    def work() -> None:
+        made: list[str] = []
+        try:
+            with locks.guest(vmid):
+                _create(caller, vmid, given, made)
+                if pool is not None:
+                    pools.add_guest(pool, vmid)
+        except BaseException as e:
+            options.take_back(made)
+            guests.remove(vmid)
+            if isinstance(e, PveFailure):
+                raise PveFailure(f"unable to create VM {vmid} - {e.for_cli().rstrip()}") from e
+            raise
+        if params.get("start") == "1":
+            from .power import start_now
+
+            try:
+                start_now(vmid)
+            except PveFailure as e:
+                tasks.warn(f"unable to start VM {vmid} - {e.text}")
+
+    return task(caller, "qmcreate", vmid, work)
+
+
+def _may_create(caller: Caller, vmid: int, pool: str | None) -> None:
+    if access.has(caller, f"/vms/{vmid}", ["VM.Allocate"]):
+        return
+    if pool is not None and access.has(caller, f"/pool/{pool}", ["VM.Allocate"]):
+        return
+    raise NotAllowed()
+
+
+def _reserve(vmid: int, caller: Caller) -> None:
+    """`lock: create` and nothing else, until the worker is through (facts 50)."""
+    with locks.guest(vmid, quiet=not caller.sync):
+        if kind := taken(vmid):
+            raise PveFailure(
+                f"unable to create VM {vmid} - {kind} {vmid} already exists on node '{paths.node()}'"
+            )
+        Guest(vmid, {"lock": "create"}).save()
+
+
+def _create(caller: Caller, vmid: int, given: dict[str, str], made: list[str]) -> None:
+    if "tags" in given:
+        options.check_tags(caller, vmid)
+    guest = Guest(vmid)
+    options.make_drives(guest, given, made=made)
+    for name, value in given.items():
+        if name not in guest.conf:
+            guest.conf[name] = options.normal(name, value, guest)
+    guest.conf.setdefault("smbios1", f"uuid={uuid.uuid4()}")
+    if guest.conf.get("vmgenid", "1") == "1":
+        guest.conf["vmgenid"] = str(uuid.uuid4())
+    elif guest.conf["vmgenid"] == "0":
+        del guest.conf["vmgenid"]
+    guest.conf.setdefault("boot", options.default_boot(guest.conf))
+    if not guest.conf.get("description"):
+        guest.conf.pop("description", None)
+    guest.conf["meta"] = f"creation-qemu={paths.QEMU},ctime={int(time.time())}"
+    guest.save()
+
+
+@api("DELETE", HERE)
+def destroy(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    skip, purge = params.get("skiplock") == "1", params.get("purge") == "1"
+    guest = guests.load(vmid)
+    _not_protected(guest)
+    managed = store().get("ha", f"vm:{vmid}") is not None
+    if managed and not purge:
+        raise PveFailure(f"unable to remove VM {vmid} - used in HA resources and purge parameter not set.")
+    _not_running(vmid)
+
+    def work() -> None:
+        with locks.guest(vmid):
+            # Whatever has the id by now goes, without another look at the caller's rights (facts 52).
+            guest = guests.load(vmid)
+            guest.check_lock(skip=skip)
+            _not_protected(guest)
+            _not_running(vmid)
+            paths.pause("destroy_s")
+            _destroy(guest, unreferenced=params.get("destroy-unreferenced-disks") == "1")
+            if purge:
+                print(f"purging VM {vmid} from related configurations..", flush=True)
+                forget_everywhere(vmid)
+            pools.remove_guest(vmid)
+            guests.remove(vmid)
+            machine.forget(vmid)
+
+    return task(caller, "qmdestroy", vmid, work)
+
+
+def _not_protected(guest: Guest) -> None:
+    if guest.conf.get("protection") == "1":
+        raise PveFailure(f"can't remove VM {guest.vmid} - protection mode enabled")
+
+
+def _not_running(vmid: int) -> None:
+    if guests.running(vmid):
+        raise PveFailure(f"VM {vmid} is running - destroy failed", rc=25)
+
+
+def _destroy(guest: Guest, *, unreferenced: bool) -> None:
+    volids: list[str] = []
+    for conf in (guest.conf, *guest.snapshots.values()):
+        volids += [volid for volid in options.volids(conf) if volid not in volids]
+    mine = []
+    for volid in volids:
+        try:
+            if volumes.owner(volid) == guest.vmid and volumes.path(volid):
+                mine.append(volid)
+        except PveFailure as e:
+            tasks.warn(f"failed to get path and owner of volume '{volid}': {e.text}")
+    for volid in mine:
+        if volumes.path(volid).name.startswith("base-") and volumes.users_of(volid):
+            raise PveFailure(f"base volume '{volid}' is still in use by linked cloned")
+    for volid in mine:
+        volumes.free(volid)
+    if unreferenced:
+        for name in volumes.storages():
+            for row in volumes.listing(name, vmid=guest.vmid, of="images"):
+                volumes.free(row["volid"])
+    Guest(guest.vmid, {"lock": "destroyed"}).save()
+
+
+@api("POST", HERE + "/template")
+def template(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid = int(params["vmid"])
+    with locks.guest(vmid, quiet=not caller.sync):
+        guest = guests.load(vmid)
+        guest.check_lock()
+        if guest.snapshots:
+            raise PveFailure("unable to create template, because VM contains snapshots")
+        if guest.template:
+            raise PveFailure("you can't convert a template to a template")
+        if guests.running(vmid):
+            raise PveFailure("you can't convert a VM to template if VM is running")
+        if "disk" in params and params["disk"] not in guest.conf:
+            raise PveFailure(f"disk '{params['disk']}' does not exist")
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.settle(guests.load(vmid))
+            guest.conf["template"] = "1"
+            for key, value in guest.drives().items():
+                volid = value.split(",")[0]
+                if "media=cdrom" in value or ":" not in volid or "/vm-" not in volid:
+                    continue
+                new = disks.to_template(volumes.path(volid))
+                base = volid.rpartition("/")[0]
+                store_name, rest = volumes.split(base)
+                parts = rest.split("/")
+                kept = f"{store_name}:{'/'.join(parts)}/{new.name}"
+                guest.conf[key] = value.replace(volid, kept)
+            guest.save()
+
+    return task(caller, "qmtemplate", vmid, work)

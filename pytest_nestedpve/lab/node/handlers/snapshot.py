@@ -1,0 +1,188 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/nodes/N/qemu/ID/snapshot: list, take, roll back, delete."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .. import disks, guests, locks, machine, volumes
+from ..access import Caller
+from ..errors import PveFailure, Unsupported
+from ..guests import Guest
+from ..tree import api, task
+from .power import boot, off
+
+HERE = "/nodes/{node}/qemu/{vmid}/snapshot"
+NOT_KEPT = ("lock", "parent", "digest", "template", "description", "snaptime", "snapstate")
+
+
+@api("GET", HERE)
+def index(caller: Caller, params: dict[str, Any]) -> Any:
+    guest = guests.load(params["vmid"])
+    rows = []
+    for name, values in guest.snapshots.items():
+        row = {
+            "description": values.get("description", ""),
+            "name": name,
+            "snaptime": int(values.get("snaptime", 0)),
+            "vmstate": 1 if "vmstate" in values else 0,
+        }
+        rows.append(row | ({"parent": values["parent"]} if "parent" in values else {}))
+    now: dict[str, Any] = {"description": "You are here!", "digest": guest.digest(), "name": "current"}
+    now["running"] = 1 if guests.running(guest.vmid) else 0
+    return [*rows, now | ({"parent": guest.conf["parent"]} if "parent" in guest.conf else {})]
+
+
+def _drives(guest: Guest) -> dict[str, str]:
+    """Volumes that a snapshot takes: no CD-ROMs."""
+    found = {}
+    for key, value in guest.drives().items():
+        volid = value.split(",")[0]
+        if ":" in volid and "media=cdrom" not in value:
+            found[key] = volid
+    return found
+
+
+def _snapshot(guest: Guest, name: str) -> dict[str, str]:
+    values = guest.snapshots.get(name)
+    if values is None:
+        raise PveFailure(f"snapshot '{name}' does not exist")
+    return values
+
+
+@api("POST", HERE)
+def take(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid, name = int(params["vmid"]), params["snapname"]
+    if name == "current":
+        raise PveFailure("unable to use snapshot name 'current' (reserved name)", rc=2)
+    guests.load(vmid)
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.load(vmid)
+            guest.check_lock()
+            if guest.template:
+                raise PveFailure("can't take snapshot of a template")
+            if name in guest.snapshots:
+                raise PveFailure(f"snapshot name '{name}' already used")
+            drives = _drives(guest)
+            for volid in drives.values():
+                if disks.info(volumes.path(volid))["format"] != "qcow2":
+                    raise PveFailure("snapshot feature is not available")
+            if params.get("vmstate") == "1" and guests.running(vmid):
+                raise Unsupported("saving the RAM of a running VM")
+            _take(guest, name, drives, params.get("description", ""))
+
+    return task(caller, "qmsnapshot", vmid, work)
+
+
+def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> None:
+    values = {key: value for key, value in guest.conf.items() if key not in NOT_KEPT}
+    if "parent" in guest.conf:
+        values["parent"] = guest.conf["parent"]
+    if description:
+        values["description"] = description
+    values["snaptime"] = str(int(time.time()))
+    guest.conf["lock"] = "snapshot"
+    guest.save()
+    done: list[str] = []
+    try:
+        with machine.frozen(guest.vmid):
+            for key, volid in drives.items():
+                print(f"snapshotting 'drive-{key}' ({volid})", flush=True)
+                disks.snapshot(volumes.path(volid), name)
+                done.append(volid)
+    except BaseException as e:
+        for volid in done:
+            disks.delete_snapshot(volumes.path(volid), name)
+        guest.conf.pop("lock", None)
+        guest.save()
+        if isinstance(e, disks.DiskError):
+            raise PveFailure(str(e)) from e
+        raise
+    guest.conf.pop("lock")
+    guest.snapshots[name] = values
+    guest.conf["parent"] = name
+    guest.save()
+
+
+@api("GET", HERE + "/{snapname}")
+def one(caller: Caller, params: dict[str, Any]) -> Any:
+    return [{"cmd": "rollback"}, {"cmd": "config"}]
+
+
+@api("GET", HERE + "/{snapname}/config")
+def read(caller: Caller, params: dict[str, Any]) -> Any:
+    values = _snapshot(guests.load(params["vmid"]), params["snapname"])
+    return {key: guests.typed(key, guests.masked(key, value)) for key, value in values.items()}
+
+
+@api("PUT", HERE + "/{snapname}/config")
+def describe(caller: Caller, params: dict[str, Any]) -> Any:
+    with locks.guest(int(params["vmid"]), quiet=not caller.sync):
+        guest = guests.load(params["vmid"])
+        values = _snapshot(guest, params["snapname"])
+        if "description" in params:
+            values["description"] = params["description"]
+        guest.save()
+
+
+@api("POST", HERE + "/{snapname}/rollback")
+def rollback(caller: Caller, params: dict[str, Any]) -> Any:
+    """Name, tags, memory and protection come back; the description stays as it is now (facts 55)."""
+    vmid, name = int(params["vmid"]), params["snapname"]
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.load(vmid)
+            values = _snapshot(guest, name)
+            if guest.template:
+                raise PveFailure("unable to rollback vm: vm is a template")
+            guest.check_lock()
+            if guests.running(vmid):
+                machine.stop(vmid)
+                off(vmid)
+                guest = guests.load(vmid)
+            kept = {key: guest.conf[key] for key in ("description",) if key in guest.conf}
+            for volid in _drives(Guest(vmid, values)).values():
+                try:
+                    disks.rollback(volumes.path(volid), name)
+                except disks.DiskError as e:
+                    raise PveFailure(str(e)) from e
+            restored = {k: v for k, v in values.items() if k not in NOT_KEPT}
+            guest.conf = {**restored, **kept, "parent": name}
+            guest.pending = {}
+            guest.save()
+            if params.get("start") == "1":
+                boot(guest)
+
+    return task(caller, "qmrollback", vmid, work)
+
+
+@api("DELETE", HERE + "/{snapname}")
+def delete(caller: Caller, params: dict[str, Any]) -> Any:
+    vmid, name = int(params["vmid"]), params["snapname"]
+
+    def work() -> None:
+        with locks.guest(vmid):
+            guest = guests.load(vmid)
+            values = _snapshot(guest, name)
+            force = params.get("force") == "1"
+            guest.check_lock(skip=force)
+            for volid in _drives(Guest(vmid, values)).values():
+                try:
+                    disks.delete_snapshot(volumes.path(volid), name)
+                except disks.DiskError as e:
+                    if not force:
+                        raise PveFailure(str(e)) from e
+            del guest.snapshots[name]
+            for other in (guest.conf, *guest.snapshots.values()):
+                if other.get("parent") == name:
+                    if "parent" in values:
+                        other["parent"] = values["parent"]
+                    else:
+                        del other["parent"]
+            guest.save()
+
+    return task(caller, "qmdelsnapshot", vmid, work)

@@ -1,0 +1,317 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""/storage and /nodes/N/storage: definitions, status, content, allocation, downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from .. import access, checks, cluster_fs, disks, paths, volumes
+from ..access import Caller
+from ..errors import BadParameters, PveFailure, Unsupported
+from ..store import store
+from ..tree import api, task
+
+HERE = "/nodes/{node}/storage"
+
+
+def _digest() -> str:
+    return hashlib.sha1(_text().encode()).hexdigest()
+
+
+def _text() -> str:
+    """storage.cfg; empty while `local` is implicit."""
+    lines = []
+    for name, body in store().all("storage").items():
+        lines.append(f"{body['type']}: {name}\n\tpath {body['path']}\n")
+        lines += [f"\t{key} {body[key]}\n" for key in sorted(body) if key not in ("type", "path")]
+        lines.append("\n")
+    return "".join(lines)
+
+
+def _render() -> None:
+    cluster_fs.show("storage.cfg", _text())
+
+
+def _definition(name: str) -> dict[str, Any]:
+    body = dict(volumes.storages()[name])
+    body.setdefault("priority", 0) if store().get("storage", name) is None else None
+    return {"storage": name, "digest": _digest(), **body}
+
+
+@api("GET", "/storage")
+def definitions(caller: Caller, params: dict[str, Any]) -> Any:
+    return [
+        _definition(name)
+        for name in volumes.storages()
+        if caller.is_root or access.has(caller, f"/storage/{name}", ["Datastore.Allocate"])
+    ]
+
+
+@api("GET", "/storage/{storage}")
+def definition(caller: Caller, params: dict[str, Any]) -> Any:
+    volumes.storage(params["storage"], enabled=False)
+    return _definition(params["storage"])
+
+
+def _settings(params: dict[str, Any]) -> dict[str, Any]:
+    skip = ("node", "storage", "type", "delete", "digest")
+    return {key: value for key, value in params.items() if key not in skip}
+
+
+@api("POST", "/storage")
+def add(caller: Caller, params: dict[str, Any]) -> Any:
+    name = params["storage"]
+    if name in volumes.storages():
+        raise PveFailure(f"create storage failed: storage ID '{name}' already defined")
+    if params["type"] != "dir":
+        raise Unsupported(f"storage type '{params['type']}'")
+    if "path" not in params:
+        raise BadParameters({"path": "property is missing and it is not optional"}, rc=255)
+    body = {"type": "dir", "content": "images,rootdir,vztmpl,iso,backup,snippets", **_settings(params)}
+    store().put("storage", name, body)
+    _make_folders(name, body)
+    _render()
+    return {"storage": name, "type": "dir"}
+
+
+def _make_folders(name: str, body: dict[str, Any]) -> None:
+    base = paths.at(str(body["path"]))
+    for what in str(body.get("content", "")).split(","):
+        folder = {"images": "images", "rootdir": "private", **volumes.FOLDERS}.get(what)
+        if folder:
+            (base / folder).mkdir(parents=True, exist_ok=True)
+
+
+@api("PUT", "/storage/{storage}")
+def change(caller: Caller, params: dict[str, Any]) -> Any:
+    name = params["storage"]
+    if name not in volumes.storages():
+        raise PveFailure(f"update storage failed: storage '{name}' does not exist")
+    body = dict(volumes.storages()[name])
+    body.update(_settings(params))
+    for key in filter(None, re.split(r"[,;\s]+", params.get("delete", ""))):
+        body.pop(key, None)
+    store().put("storage", name, body)
+    _make_folders(name, body)
+    _render()
+    return {"storage": name, "type": body["type"]}
+
+
+@api("DELETE", "/storage/{storage}")
+def drop(caller: Caller, params: dict[str, Any]) -> Any:
+    if params["storage"] not in volumes.storages():
+        raise PveFailure(f"delete storage failed: storage '{params['storage']}' does not exist")
+    store().drop("storage", params["storage"])
+    store().run("DELETE FROM acl WHERE path=?", f"/storage/{params['storage']}")
+    _render()
+
+
+def status_of(name: str) -> dict[str, Any]:
+    body = volumes.storages()[name]
+    enabled = str(body.get("disable", "0")) != "1"
+    row: dict[str, Any] = {"active": 0, "content": body.get("content", ""), "enabled": int(enabled)}
+    row |= {"shared": int(body.get("shared", 0)), "type": body["type"]}
+    if enabled:
+        total, used, avail = volumes.usage(name)
+        row |= {"active": 1, "avail": avail, "total": total, "used": used}
+    return row
+
+
+@api("GET", HERE)
+def index(caller: Caller, params: dict[str, Any]) -> Any:
+    rows = []
+    if "storage" in params and params["storage"] not in volumes.storages():
+        raise BadParameters({"storage": "No such storage."}, rc=255)
+    for name in volumes.storages():
+        if "storage" in params and name != params["storage"]:
+            continue
+        if not caller.is_root and not access.has(
+            caller, f"/storage/{name}", ["Datastore.Audit", "Datastore.AllocateSpace"], any_of=True
+        ):
+            continue
+        wanted = set(filter(None, params.get("content", "").split(",")))
+        if wanted and not wanted & volumes.content(name):
+            continue
+        row = status_of(name) | {"storage": name}
+        if params.get("enabled") == "1" and not row["enabled"]:
+            continue
+        if row.get("total"):
+            row["used_fraction"] = row["used"] / row["total"]
+        rows.append(row)
+    return rows
+
+
+@api("GET", HERE + "/{storage}")
+def one(caller: Caller, params: dict[str, Any]) -> Any:
+    names = (
+        "content",
+        "download-url",
+        "file-restore",
+        "import-metadata",
+        "prunebackups",
+        "rrd",
+        "rrddata",
+        "status",
+        "upload",
+    )
+    return [{"subdir": name} for name in names]
+
+
+@api("GET", HERE + "/{storage}/status")
+def status(caller: Caller, params: dict[str, Any]) -> Any:
+    volumes.storage(params["storage"], enabled=False)
+    return status_of(params["storage"])
+
+
+@api("GET", HERE + "/{storage}/content")
+def content(caller: Caller, params: dict[str, Any]) -> Any:
+    name = params["storage"]
+    volumes.storage(name)
+    vmid = int(params["vmid"]) if "vmid" in params else None
+    rows = volumes.listing(name, vmid=vmid, of=params.get("content"))
+    if caller.is_root or access.has(caller, f"/storage/{name}", ["Datastore.Allocate"]):
+        return rows
+    return [row for row in rows if _may_see(caller, row)]
+
+
+def _may_see(caller: Caller, row: dict[str, Any]) -> bool:
+    owner = row.get("vmid")
+    return owner is None or access.has(caller, f"/vms/{owner}", ["VM.Audit"])
+
+
+def _full(params: dict[str, Any]) -> str:
+    volid = params["volume"]
+    return volid if ":" in volid else f"{params['storage']}:{volid}"
+
+
+@api("POST", HERE + "/{storage}/content")
+def allocate(caller: Caller, params: dict[str, Any]) -> Any:
+    name, vmid = params["storage"], int(params["vmid"])
+    volumes.storage(name)
+    fmt = params.get("format") or (volumes.file_format(params["filename"]) if params["filename"] else "raw")
+    file = params["filename"]
+    match = re.fullmatch(r"vm-(\d+)-\S+", file) if file else None
+    if file and match is None:
+        raise PveFailure(f"illegal name '{file}' - should be 'vm-{vmid}-*'")
+    size = checks.size(params["size"]) or 0
+    if params["size"].isdigit():
+        size = int(params["size"]) * 1024
+    volid = f"{name}:{vmid}/{file or volumes.next_name(name, vmid, fmt)}"
+    volumes.allocate(volid, size, fmt) if caller.sync else _quietly(volid, size, fmt)
+    return volid
+
+
+def _quietly(volid: str, size: int, fmt: str) -> None:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        volumes.allocate(volid, size, fmt)
+
+
+@api("GET", HERE + "/{storage}/content/{volume}")
+def volume(caller: Caller, params: dict[str, Any]) -> Any:
+    volid = _full(params)
+    volumes.storage(volumes.split(volid)[0])
+    file = volumes.path(volid)
+    if not caller.is_root and (owner := volumes.owner(volid)) is not None:
+        access.check(caller, f"/vms/{owner}", ["VM.Audit"])
+    if not file.is_file():
+        raise PveFailure(f"volume_size_info on '{volid}' failed", rc=255)
+    about = disks.info(file)
+    return {
+        "format": about["format"],
+        "path": paths.shown(file),
+        "size": about["size"],
+        "used": about["used"],
+    }
+
+
+@api("DELETE", HERE + "/{storage}/content/{volume}")
+def free(caller: Caller, params: dict[str, Any]) -> Any:
+    volid = _full(params)
+    name = volumes.split(volid)[0]
+    volumes.storage(name)
+    owner = volumes.owner(volid)
+    if not caller.is_root:
+        if volumes.kind(volid) == "images":
+            access.check(caller, f"/storage/{name}", ["Datastore.Allocate"])
+        else:
+            access.check(caller, f"/storage/{name}", ["Datastore.AllocateTemplate"])
+    volumes.path(volid)
+
+    def work() -> None:
+        file = volumes.path(volid)
+        if volumes.kind(volid) == "images":
+            volumes.free(volid)
+        elif file.exists():
+            file.unlink()
+        else:
+            print(f"disk image '{paths.shown(file)}' does not exist")
+        print(f"Removed volume '{volid}'", flush=True)
+
+    return task(caller, "imgdel", f"{owner}@{name}" if owner else f"{volid.replace(':', '%3A')}@{name}", work)
+
+
+@api("POST", HERE + "/{storage}/download-url")
+def download(caller: Caller, params: dict[str, Any]) -> Any:
+    """Fetch a file; the same words as wget's task (facts 70)."""
+    name, kind = params["storage"], params["content"]
+    volumes.storage(name)
+    if kind not in volumes.content(name):
+        raise PveFailure(f"can't upload to storage '{name}' - content type '{kind}' is not configured")
+    file = re.sub(r"[^-a-zA-Z0-9_.]", "_", params["filename"].rpartition("/")[2])
+    if not re.search(volumes.ENDINGS[kind] + "$", file):
+        words = "wrong file extension" if kind != "import" else "invalid filename or wrong extension"
+        raise BadParameters({"filename": words}, rc=255)
+    target = volumes.folder(name) / volumes.FOLDERS[kind] / file
+
+    def work() -> None:
+        _download(params["url"], target, params.get("checksum"), params.get("checksum-algorithm", "sha256"))
+
+    return task(caller, "download", file, work)
+
+
+def _hash(file: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
+    with open(file, "rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _download(url: str, target: Path, checksum: str | None, algorithm: str) -> None:
+    if target.exists():
+        if checksum and _hash(target, algorithm) == checksum.lower():
+            print("OK, got correct file already, no need to download", flush=True)
+            return
+        raise PveFailure(f"refusing to override existing file '{paths.shown(target)}'")
+    print(f"downloading {url} to {paths.shown(target)}", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + f".tmp_dwnl.{id(target)}")
+    try:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as out:
+                shutil.copyfileobj(answer, out)
+        except urllib.error.HTTPError as e:
+            print(f"{e.code} {e.reason}", flush=True)
+            raise PveFailure("download failed: exit code 8") from e
+        except OSError as e:
+            print(str(e), flush=True)
+            raise PveFailure("download failed: exit code 4") from e
+        if checksum:
+            print("calculating checksum...", flush=True)
+            found = _hash(temporary, algorithm)
+            if found != checksum.lower():
+                raise PveFailure(f"checksum mismatch: got '{found}' != expect '{checksum}'")
+            print("OK, checksum verified", flush=True)
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"download of '{url}' to '{paths.shown(target)}' finished", flush=True)
