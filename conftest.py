@@ -1,3 +1,26 @@
 """What this repository's own test runs need beyond the plugin itself."""
 
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
 pytest_plugins = ["pytester"]
+
+EXAMPLE_SECRET = Path(__file__).parent / "examples" / "secrets.yaml"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the secret that `nested_pve_secrets` in pytest.ini names: git ignores it, so a clone has none."""
+    del config
+    if EXAMPLE_SECRET.exists():
+        return
+    EXAMPLE_SECRET.parent.mkdir(exist_ok=True)
+    draft = EXAMPLE_SECRET.with_name(f".{EXAMPLE_SECRET.name}.{os.getpid()}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        out.write("# Made by conftest.py; stands for a file that a project keeps out of git.\n")
+        out.write(f"example: {secrets.token_hex(16)}\n")
+    draft.replace(EXAMPLE_SECRET)

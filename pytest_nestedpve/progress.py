@@ -1,4 +1,4 @@
-"""What the current phase is at, live: one line that is updated on a terminal, plain lines now and then elsewhere."""
+"""What the current phase is at, live: one updated line on a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -50,13 +50,15 @@ class ProgressListener:
             self._open()
 
     def _open(self) -> None:
-        manager = self._config.pluginmanager.getplugin("capturemanager")
         import sys
 
-        with manager.global_and_fixture_disabled() if manager else contextlib.nullcontext():
+        manager = self._config.pluginmanager.getplugin("capturemanager")
+        with (
+            manager.global_and_fixture_disabled() if manager else contextlib.nullcontext(),
             # Only where the reporter writes to a real file; in-process runs of pytest write elsewhere.
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                self._out = os.dup(sys.stdout.fileno())
+            contextlib.suppress(OSError, ValueError, AttributeError),
+        ):
+            self._out = os.dup(sys.stdout.fileno())
         if self._out >= 0:
             self._live = os.isatty(self._out) and os.environ.get("TERM", "") not in ("", "dumb")
             self._config.add_cleanup(self.close)

@@ -14,7 +14,7 @@ REPORT_NAME = "report.html"
 
 
 def write_report(run_directory: Path) -> Path:
-    """Write `report.html` from `audit.jsonl` in `run_directory` (mode 0600, replaced in one step); return its path.
+    """Write `report.html` from `audit.jsonl` in `run_directory`; return its path. Mode 0600, in one step.
 
     Raises OSError when the log cannot be read or the page cannot be written. Lines that are no JSON (a
     process was killed while it wrote) are passed over.

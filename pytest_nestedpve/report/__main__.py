@@ -1,4 +1,4 @@
-"""`python -m pytest_nestedpve.report RUN_DIRECTORY`: write the report of a run, also of one that was killed."""
+"""`python -m pytest_nestedpve.report RUN_DIRECTORY`: the report of a run, also of one that was killed."""
 
 from __future__ import annotations
 

@@ -253,7 +253,12 @@ def _host_recap(host: str, counts: object) -> HostRecap:
         return int(sum(_number(values.get(name)) or 0 for name in names))
 
     return HostRecap(
-        host, count("ok"), count("changed"), count("unreachable", "dark"), count("failed", "failures"), count("skipped")
+        host,
+        ok=count("ok"),
+        changed=count("changed"),
+        unreachable=count("unreachable", "dark"),
+        failed=count("failed", "failures"),
+        skipped=count("skipped"),
     )
 
 

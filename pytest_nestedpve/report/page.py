@@ -1,4 +1,4 @@
-"""The report as HTML: a page of its own, or a section inside pytest-html's. Everything that came from outside is escaped."""
+"""The report as HTML: a page of its own, or a section of pytest-html's. What came from outside is escaped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def _templates() -> Environment:
         return files("pytest_nestedpve.report").joinpath("templates", name).read_text(encoding="utf-8")
 
     environment = Environment(
-        loader=FunctionLoader(load), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(load),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
     environment.filters["clock"] = _clock
@@ -89,5 +93,5 @@ def standalone(report: RunReport) -> str:
 
 
 def section(reports: Sequence[RunReport], links: Sequence[str] = ()) -> str:
-    """HTML for pytest-html's summary: one section per run. `links` are paths of the pages, in the same order."""
+    """HTML for pytest-html's summary, a section per run. `links` are paths of their pages, in that order."""
     return _render("embedded.html.j2", reports, links=list(links) + [""] * (len(reports) - len(links)))

@@ -7,7 +7,7 @@ directory; the controller writes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.phases import Phase
     from pytest_nestedpve.report.model import RunReport
 
-#: Attribute of a test report: the directory of the run that the test used (crosses from worker to controller).
+#: Attribute of a test report: the directory of the test's run. It crosses from worker to controller.
 RUN_DIRECTORY = "nestedpve_run_directory"
 
 
@@ -35,20 +35,26 @@ class ReportListener:
 
     def phase_started(self, phase: Phase) -> None:
         """Nothing to write yet."""
+        del phase
 
     def phase_finished(
         self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
     ) -> None:
         """Write the page. A full disk must not fail the phase."""
+        del phase, status, seconds, facts, cause
         with contextlib.suppress(OSError):
             write_report(self._directory)
 
     def progress(self, text: str) -> None:
         """Not worth a page."""
+        del text
 
 
 class SessionReport:
-    """pytest hooks. `run_directory()` is the run of this process, None before there is one; `mask` hides its secrets."""
+    """pytest hooks. `run_directory()` is the run of this process, None before there is one.
+
+    `mask` hides its secrets; `finishing_command()` finishes a teardown that left something.
+    """
 
     def __init__(
         self,
@@ -85,12 +91,12 @@ class SessionReport:
     # -- tests --------------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
-        report: Any = yield
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
         directory = self._own()
         if directory is not None:
             setattr(report, RUN_DIRECTORY, str(directory))
-        return report  # type: ignore[return-value]
+        return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         directory = getattr(report, RUN_DIRECTORY, None)
@@ -180,7 +186,8 @@ def phase_text(report: pytest.TestReport) -> str:
 
     words = []
     with contextlib.suppress(TypeError, ValueError):
-        words.append(duration(float(properties[PROPERTY_SECONDS])) if PROPERTY_SECONDS in properties else "")
+        if PROPERTY_SECONDS in properties:
+            words.append(duration(float(properties[PROPERTY_SECONDS])))
     if properties.get(PROPERTY_STATUS) == "proved":
         words.append("found done")
     by = properties.get(PROPERTY_DONE_BY)

@@ -35,7 +35,9 @@ def failure_lines(report: RunReport, run_directory: Path, finishing_command: str
     assert step is not None
     first, *rest = step.cause.splitlines() or ["no reason was given"]
     config = shlex.quote(str(run_directory / "ssh_config"))
-    reach = f"ssh -F {config} nested" if (run_directory / "ssh_config").exists() else "the outer host's web interface"
+    reach = "the outer host's web interface"
+    if (run_directory / "ssh_config").exists():
+        reach = f"ssh -F {config} nested"
     clean = "nothing to do, the teardown proved that nothing is left"
     if report.left or not report.proved_empty:
         clean = finishing_command or f"pytest --nested-destroy-only --nested-run {report.run}"

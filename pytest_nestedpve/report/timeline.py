@@ -66,7 +66,7 @@ def timeline(steps: Sequence[Step], ended: float) -> str:
         left = 100 * (step.start - begin) / span
         width = min(100 - left, max(0.4, 100 * seconds / span))
         title = f"{step.name}: {step.status}, {duration(step.seconds)}"
-        # The label stands where the bar begins, or ends where the bar ends when it would run out of the picture.
+        # The label begins where the bar does, or ends where it ends when it would run out of the picture.
         x, anchor = (left, "start") if left < 55 else (min(100.0, left + width), "end")
         parts.append(
             f'<g class="{escape(step.status, quote=True)}"><title>{escape(title)}</title>'
