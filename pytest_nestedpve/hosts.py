@@ -82,7 +82,8 @@ def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | 
         ssh.close()
         raise SshError(
             f"{resolved.target.text} accepts the login, but runs no commands: `true` ended with "
-            f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). Does its account force a command?"
+            f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
+            "Does the account force a command?"
         )
     return PveHost(resolved.name, ssh, PveshApi(ssh))
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,11 +160,22 @@ def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadl
 
 
 def _authenticate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
+    problems: list[str] = []
+    with _agent_keys(target, problems) as agent:
+        _offer(transport, target, _keys(target, agent, problems), problems, deadline)
+
+
+def _offer(
+    transport: paramiko.Transport,
+    target: SshTarget,
+    keys: Iterator[tuple[str, Any]],
+    problems: list[str],
+    deadline: Deadline,
+) -> None:
     import paramiko
 
     tried: list[str] = []
-    problems: list[str] = []
-    for name, key in _keys(target, problems):
+    for name, key in keys:
         if deadline.expired:
             raise HostUnreachable(f"the login at {target.text} took longer than {deadline.limit:g} s")
         transport.auth_timeout = max(0.1, deadline.remaining())
@@ -200,9 +211,9 @@ def _authenticate(transport: paramiko.Transport, target: SshTarget, deadline: De
     )
 
 
-def _keys(target: SshTarget, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _keys(target: SshTarget, agent: tuple[Any, ...], problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Keys in the order of OpenSSH: the agent's that are configured, the agent's others, files."""
-    in_agent = {key.asbytes(): key for key in _agent_keys(target, problems)}
+    in_agent = {key.asbytes(): key for key in agent}
     files = [(path, _public_blob(path)) for path in target.identity_files]
     named = {blob for _, blob in files if blob}
     for blob, key in in_agent.items():
@@ -263,27 +274,28 @@ def _comment(key: Any) -> str:
     return str(getattr(key, "comment", "") or knownhosts.fingerprint(key.asbytes()))
 
 
-def _agent_keys(target: SshTarget, problems: list[str]) -> tuple[Any, ...]:
-    if not target.allow_agent or target.identity_agent == "none":
-        return ()
+@contextmanager
+def _agent_keys(target: SshTarget, problems: list[str]) -> Iterator[tuple[Any, ...]]:
+    """The keys of the SSH agent, none if there is none; they sign only within the block."""
     path = target.identity_agent or "SSH_AUTH_SOCK"
     if path in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK"):
         path = os.environ.get("SSH_AUTH_SOCK", "")
-    if not path:
-        return ()
+    if not target.allow_agent or path in ("", "none"):
+        yield ()
+        return
     from paramiko.agent import AgentSSH
 
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(30)  # an agent may ask its user before it signs
-    agent = AgentSSH()
-    try:
-        sock.connect(os.path.expanduser(path))
-        agent._connect(sock)  # type: ignore[attr-defined]
-    except Exception as error:
-        sock.close()
-        problems.append(f"the SSH agent at {path} cannot be used: {error}")
-        return ()
-    return tuple(agent.get_keys())
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)  # an agent may ask its user before it signs
+        agent = AgentSSH()
+        keys: tuple[Any, ...] = ()
+        try:
+            sock.connect(os.path.expanduser(path))
+            agent._connect(sock)  # type: ignore[attr-defined]
+            keys = tuple(agent.get_keys())
+        except Exception as error:
+            problems.append(f"the SSH agent at {path} cannot be used: {error}")
+        yield keys
 
 
 def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:

@@ -149,10 +149,11 @@ class Sshd:
         assert self.process is not None
         return _descendants(self.process.pid)
 
-    def stop(self) -> None:
+    def stop(self, *, spare_commands: bool = False) -> None:
+        """Kill the server and its sessions, and (unless spared) the commands that run in them."""
         if self.process is None:
             return
-        pids = self.children()
+        pids = [pid for pid in self.children() if not spare_commands or _name(pid).startswith("sshd")]
         self.process.kill()
         self.process.wait()
         for pid in pids:
@@ -161,6 +162,13 @@ class Sshd:
             except ProcessLookupError:
                 continue
         self.process = None
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def _descendants(pid: int) -> list[int]:
