@@ -1,0 +1,47 @@
+"""`python -m benchmarks [NAME…] [--json FILE]`: measure, print, and write rows. Status 1 if a limit is passed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import command, modules, round_trip
+from benchmarks.rows import Row, show
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "modules": modules.measure,
+    "command": command.measure,
+    "round_trip": round_trip.measure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all rows pass, else 1; argparse's 2 for usage."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    rows: list[Row] = []
+    broken = False
+    for name in options.names or BENCHMARKS:
+        try:
+            found = BENCHMARKS[name]()
+        except RuntimeError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            broken = True
+            continue
+        show(found)
+        rows += found
+    if options.json is not None:
+        options.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    return 0 if not broken and all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

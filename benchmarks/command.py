@@ -1,0 +1,56 @@
+"""A command over a connection that is open: ours, and OpenSSH over a ControlMaster, to one sshd on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.rows import Row
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "unit"))
+
+ROUNDS = 40
+LIMIT_MS = 10.0
+LIMIT_RATIO = 0.5
+
+
+def _times(run: Callable[[], object]) -> tuple[float, ...]:
+    run()
+    found = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        run()
+        found.append(1000 * (time.perf_counter() - started))
+    return tuple(round(each, 2) for each in found)
+
+
+def measure() -> list[Row]:
+    """Two rows: the limit in milliseconds, and the ratio."""
+    from sshd import Sshd  # the tests' own server
+
+    from pytest_nestedpve.pve.ssh import SshConnection
+
+    # A control socket's path is at most about 100 characters long.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="bench") as name:
+        folder = Path(name)
+        server = Sshd(folder / "sshd").start()
+        try:
+            config = folder / "ssh_config"
+            config.write_text(
+                server.config_block("bench", "ControlMaster auto", f"ControlPath {folder}/m", "ControlPersist 60")
+            )
+            openssh = ["ssh", "-F", str(config), "bench"]
+            baseline = _times(lambda: subprocess.run([*openssh, "true"], check=True, capture_output=True))
+            subprocess.run([*openssh[:-1], "-O", "exit", "bench"], check=False, capture_output=True)
+            with SshConnection(server.target()) as connection:
+                ours = _times(lambda: connection.run("true"))
+        finally:
+            server.stop()
+    return [
+        Row("warm_command", "ms", ours, (), LIMIT_MS),
+        Row("warm_command_against_controlmaster", "ms", ours, baseline, LIMIT_RATIO, "ratio"),
+    ]

@@ -1,0 +1,53 @@
+"""The cold round trip on the lab, phase by phase, from its audit log, with what bounds each phase."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.rows import Row
+from pytest_nestedpve.report.model import RunReport, Step, read_audit
+
+ROOT = Path(__file__).parent.parent
+
+
+def measure() -> list[Row]:
+    """A row per phase and teardown phase, and the sum; raises RuntimeError when the round trip is not green."""
+    with tempfile.TemporaryDirectory(prefix="bench-runs-") as name:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-o", f"nested_pve_run_dir={name}"],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the round trip ended with status {done.returncode}:\n{done.stdout[-3000:]}")
+        log = next(Path(name).glob("*/audit.jsonl"))
+        return rows(read_audit(log))
+
+
+def rows(report: RunReport) -> list[Row]:
+    """The rows of a run."""
+    found = [
+        Row(f"round_trip.{step.name}", "s", (round(step.seconds or 0.0, 2),), note=bound(step))
+        for step in (*report.steps, *report.teardown_steps)
+    ]
+    return [*found, Row("round_trip", "s", (round(report.seconds, 2),), note="first line of the log to the last")]
+
+
+def bound(step: Step) -> str:
+    """Where the time of a phase went: Ansible, commands, and the rest, which is waiting."""
+    whole = step.seconds or 0.0
+    playbooks = sum(each.seconds or 0.0 for each in step.playbooks)
+    parts = {
+        f"Ansible, {len(step.playbooks)} playbook(s)": playbooks,
+        f"{step.calls} commands over SSH": step.call_seconds,
+    }
+    shown = [f"{seconds:.1f} s {what}" for what, seconds in parts.items() if seconds >= 0.05]
+    rest = whole - playbooks - step.call_seconds
+    if rest >= 0.05:
+        shown.append(f"{rest:.1f} s between them: waiting for the guest, or work on this machine")
+    return ", ".join(shown) or "nothing to speak of"

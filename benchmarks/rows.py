@@ -1,0 +1,79 @@
+"""One measured row, and what it takes to pass."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def machine() -> str:
+    """Where it was measured: cores, processor architecture, kernel, Python."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.release()}, Python {platform.python_version()}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`limit` bounds the median of ours (`limit_on="ours"`), its distance from the baseline's ("difference") or
+    their ratio ("ratio"); None: measured only. `note` says what was measured, or what bounds it.
+    """
+
+    name: str
+    unit: str
+    ours: tuple[float, ...]
+    baseline: tuple[float, ...] = ()
+    limit: float | None = None
+    limit_on: str = "ours"
+    note: str = ""
+
+    @property
+    def ratio_median(self) -> float | None:
+        """Median of ours over median of the baseline."""
+        if not self.ours or not self.baseline or not statistics.median(self.baseline):
+            return None
+        return statistics.median(self.ours) / statistics.median(self.baseline)
+
+    @property
+    def measured(self) -> float | None:
+        """What the limit is compared with."""
+        if not self.ours:
+            return None
+        if self.limit_on == "ratio":
+            return self.ratio_median
+        ours = statistics.median(self.ours)
+        return ours - statistics.median(self.baseline) if self.limit_on == "difference" else ours
+
+    @property
+    def passed(self) -> bool:
+        """Within the limit; without measurements nothing passes."""
+        measured = self.measured
+        return measured is not None and (self.limit is None or measured <= self.limit)
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as written to a file."""
+        fields = asdict(self)
+        return {
+            **fields,
+            "ours": list(self.ours),
+            "baseline": list(self.baseline),
+            "ratio_median": self.ratio_median,
+            "passed": self.passed,
+            "machine": machine(),
+        }
+
+    def line(self) -> str:
+        """The row for people."""
+        found = "not measured" if not self.ours else f"{statistics.median(self.ours):.3g} {self.unit}"
+        against = f" (baseline {statistics.median(self.baseline):.3g})" if self.baseline else ""
+        limit = "" if self.limit is None else f", {self.limit_on} at most {self.limit:g}"
+        verdict = "" if self.limit is None else "ok      " if self.passed else "TOO MUCH"
+        return f"{verdict:8} {self.name:34} {found}{against}{limit}" + (f"  [{self.note}]" if self.note else "")
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the rows."""
+    for row in rows:
+        print(row.line(), flush=True)

@@ -1,0 +1,199 @@
+"""The rules of the house, kept by machine: who may import whom, how long a module may be, which words never occur."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "pytest_nestedpve"
+LONGEST = 500
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _import_nodes(
+    tree: ast.AST, *, inside_functions: bool, for_types: bool
+) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif _is_type_checking(node):
+            if for_types:
+                yield from _import_nodes(node, inside_functions=inside_functions, for_types=for_types)
+        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from _import_nodes(node, inside_functions=inside_functions, for_types=for_types)
+
+
+def imports(name: str, *, inside_functions: bool = False, for_types: bool = False) -> set[str]:
+    """Full names that a module imports when it is loaded; also inside functions, or for types only, if wanted."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in _import_nodes(tree, inside_functions=inside_functions, for_types=for_types):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        else:
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            found.update({start, *(f"{start}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: {other for other in imports(name) if other in MODULES and other != name} for name in MODULES}
+    # A package's __init__ is loaded before its modules; what it imports of them is no way back to itself.
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            pytest.fail("import cycle: " + " -> ".join([*trail[trail.index(name) :], name]))
+        if name in done:
+            return
+        for other in sorted(graph[name]):
+            visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_outgrows_one_idea(name: str) -> None:
+    lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{name} has {lines} lines: it holds more than one idea"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_says_what_it_is_for(name: str) -> None:
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
+
+
+def _all(name: str) -> set[str]:
+    return imports(name, inside_functions=True, for_types=True)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.pve")])
+def test_what_talks_to_a_host_knows_nothing_of_pytest(name: str) -> None:
+    below = {"pytest_nestedpve", "pytest_nestedpve.pve", "pytest_nestedpve.timing"}
+    for other in _all(name):
+        assert not re.match(r"_?pytest(\.|$)", other), f"{name} imports {other}"
+        if other.startswith("pytest_nestedpve"):
+            inside = other.startswith("pytest_nestedpve.pve.") or other.startswith("pytest_nestedpve.timing.")
+            assert inside or other in below, f"{name} imports {other}, which lies above it"
+
+
+def test_only_the_place_that_finds_hosts_knows_the_lab() -> None:
+    users = {
+        name
+        for name in MODULES
+        if not name.startswith("pytest_nestedpve.lab")
+        and any(other.startswith("pytest_nestedpve.lab") for other in _all(name))
+    }
+    assert users <= {"pytest_nestedpve.hosts"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.lab.node.")])
+def test_what_runs_on_the_labs_nodes_needs_only_the_standard_library(name: str) -> None:
+    for other in _all(name):
+        top = other.split(".")[0]
+        assert top in sys.stdlib_module_names or other.startswith("pytest_nestedpve.lab.node"), other
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            # The folder is another package on the nodes.
+            assert not (node.module or "").startswith("pytest_nestedpve"), f"{name}: {ast.unparse(node)}"
+
+
+def tracked() -> list[Path]:
+    """Text files that git knows."""
+    names = subprocess.run(
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout.decode()
+    return [path for name in names.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+FORBIDDEN = {
+    "an SSH client that takes any host key": r"Auto" r"AddPolicy|Warning" r"Policy",
+    "host keys that are not checked": r"StrictHostKey" r"Checking[= ]*[\"']?(no\b|accept-new)",
+    "host keys that are forgotten": r"UserKnownHosts" r"File[= ]*/dev/null",
+    "Ansible without host keys": r"host_key_" r"checking *= *(False|false)",
+    "TLS that is not verified": r"verify *= *" r"False|CERT_" r"NONE",
+    "packages that are not verified": r"trusted" r"=yes",
+    "the address of a package registry": r"https?://[a-z0-9.-]*(pypi|debian|npmjs|pythonhosted)[a-z0-9.-]*",
+    "a path of one machine": r"(?:^|[^a-zA-Z0-9_.])/(?:wo" r"rk|fa" r"rm)/",
+}
+CODE_ONLY = {
+    "work put off": r"# *(TO" r"DO|FIX" r"ME|X" r"XX)\b",
+    "a test that is not run": r"pytest\.mark\.(sk" r"ip|xf" r"ail)\(",
+}
+
+
+@pytest.mark.parametrize("what", [*FORBIDDEN, *CODE_ONLY])
+def test_nowhere_in_the_repository(what: str) -> None:
+    pattern = re.compile(FORBIDDEN.get(what) or CODE_ONLY[what], re.MULTILINE)
+    found = []
+    for path in tracked():
+        place = path.relative_to(ROOT)
+        if place == Path("tests/unit/test_house.py") or (what in CODE_ONLY and path.suffix != ".py"):
+            continue
+        # Documentation and tests may name what is forbidden, and recordings hold what a host said.
+        if what not in ("the address of a package registry", "a path of one machine") and what in FORBIDDEN:
+            if place.parts[0] not in ("pytest_nestedpve", "playbooks", "benchmarks", "examples"):
+                continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{place}:{number}: {line.strip()[:120]}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if pattern.search(line)
+        ]
+    assert not found, f"{what}:\n" + "\n".join(found)
+
+
+def test_nothing_sleeps_where_it_could_wait_for_something() -> None:
+    found = [name for name, path in MODULES.items() if "time.sl" + "eep(" in path.read_text(encoding="utf-8")]
+    assert not found
+
+
+HEAVY = ("paramiko", "ansible_runner", "urllib3", "jinja2", "ruamel", "cryptography", "yaml", "requests")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("pytest_nestedpve.lab")])
+def test_heavy_libraries_are_imported_at_first_use(name: str) -> None:
+    loaded = {other.split(".")[0] for other in imports(name)}
+    assert not loaded & set(HEAVY), f"{name} imports {loaded & set(HEAVY)} when it is loaded"
+
+
+def test_an_unused_plugin_costs_at_most_fifteen_modules() -> None:
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks.modules import LIMIT, modules
+    finally:
+        sys.path.remove(str(ROOT))
+    bare = modules()
+    ours = modules("pytest_nestedpve.plugin")
+    assert len(ours) - len(bare) <= LIMIT, sorted(ours - bare)
