@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,16 @@ class Node:
 
 
 @pytest.fixture(name="node")
-def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     root = tmp_path / "node"
-    for folder in ("run", "dev", "sys/class/net/vmbr0/bridge", "var/lib/vz/import", "var/lib/vz/snippets", "etc"):
+    for folder in (
+        "run",
+        "dev",
+        "sys/class/net/vmbr0/bridge",
+        "var/lib/vz/import",
+        "var/lib/vz/snippets",
+        "etc",
+    ):
         (root / folder).mkdir(parents=True)
     (root / "dev/kvm").touch()
     (root / "run/pve-cluster.pid").write_text(f"{os.getpid()}\n")
@@ -138,4 +145,4 @@ def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     for name in ("forget", "reset", "suspend", "resume", "set_link"):
         monkeypatch.setattr(machine, name, machines.nothing)
     monkeypatch.setattr(machine, "frozen", lambda vmid: contextlib.nullcontext(vmid))
-    yield Node(root, machines)
+    return Node(root, machines)

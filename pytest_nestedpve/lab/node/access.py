@@ -61,7 +61,7 @@ def secret_hash(value: str) -> str:
 
 
 def authenticate(header: str) -> Caller | None:
-    """The caller of an `Authorization: PVEAPIToken=USER!NAME=VALUE` header; None if it is not valid (any more)."""
+    """The caller of an `Authorization: PVEAPIToken=USER!NAME=VALUE` header; None if it is not valid."""
     match = re.fullmatch(r"PVEAPIToken=([^!\s]+)!([^=\s]+)=(\S+)", header.strip())
     if match is None:
         return None

@@ -53,8 +53,6 @@ def guest_row(vmid: int, conf: dict[str, str], last: dict[str, Any]) -> dict[str
             row[key] = conf[key]
     if (pool := store().pool_of(vmid)) is not None:
         row["pool"] = pool
-    if store().get("ha", f"vm:{vmid}") is not None:
-        row["hastate"] = "started"
     return row
 
 
@@ -82,7 +80,7 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
                 rows.append(guest_row(guest.vmid, guest.conf, seen))
         for vmid, body in store().all("lxc").items():
             if may(f"/vms/{vmid}", "VM.Audit"):
-                rows.append(container_row(int(vmid), body, seen))
+                rows.append(container_row(int(vmid), body))
     if only in (None, "node"):
         from .handlers.nodes import node_row
 
@@ -105,7 +103,7 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def container_row(vmid: int, body: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+def container_row(vmid: int, body: dict[str, Any]) -> dict[str, Any]:
     row = {"id": f"lxc/{vmid}", "node": paths.node(), "type": "lxc", "vmid": vmid, "status": "stopped"}
     row |= {"name": body.get("hostname", f"CT{vmid}"), "template": 0, "uptime": 0}
     if (pool := store().pool_of(vmid)) is not None:
@@ -124,7 +122,8 @@ def _storage_row(name: str, about: dict[str, Any], seen: dict[str, Any]) -> dict
         "storage": name,
         "type": "storage",
     }
-    return row | seen["storages"].get(name, {})
+    row |= seen["storages"].get(name, {})
+    return row
 
 
 def serve() -> int:

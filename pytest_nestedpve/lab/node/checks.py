@@ -236,8 +236,8 @@ def _config_address(version: int, special: tuple[str, ...], words: str) -> Calla
         try:
             network = ipaddress.ip_interface(text)
         except ValueError:
-            return words + "\n"
-        return None if network.version == version and "/" in text else words + "\n"
+            return words
+        return None if network.version == version and "/" in text else words
 
     return check
 

@@ -48,7 +48,7 @@ class Command:
 
 def options_of(command: Command) -> dict[str, Mapping[str, Any]]:
     method = schema.method(command.verb, command.path)
-    own = dict(method.parameters) if method else {}
+    own: dict[str, Mapping[str, Any]] = dict(method.parameters) if method else {}
     own |= dict(command.extra or {})
     if command.formats:
         own |= FORMAT_OPTIONS
@@ -146,9 +146,13 @@ def style_of(values: dict[str, Any]) -> format.Style:
     """Take the FORMAT_OPTIONS out of the values."""
     for name, definition in FORMAT_OPTIONS.items():
         if name in values and name == "output-format" and values[name] not in format.FORMATS:
-            words = f"value '{values[name]}' does not have a value in the enumeration '{', '.join(definition['enum'])}'"
+            known = ", ".join(definition["enum"])
+            words = f"value '{values[name]}' does not have a value in the enumeration '{known}'"
             raise BadParameters({name: words})
-    flag = lambda name, default: str(values.pop(name, default)) == "1"  # noqa: E731
+
+    def flag(name: str, default: str) -> bool:
+        return str(values.pop(name, default)) == "1"
+
     return format.Style(
         output=values.pop("output-format", "text"),
         border=not flag("noborder", "0"),
@@ -268,7 +272,7 @@ def _asked(commands: Mapping[str, Any], argv: list[str]) -> list[str]:
 
 
 def overview(program: str, commands: Mapping[str, Any]) -> str:
-    lines = []
+    lines: list[str] = []
     for name, command in commands.items():
         text = (
             usage(f"{program} {name}", command).rstrip("\n")
@@ -277,4 +281,9 @@ def overview(program: str, commands: Mapping[str, Any]) -> str:
         )
         lines.append(("USAGE: " if not lines else "       ") + text)
     head = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n"
-    return head + "".join("       " + line[7:] + "\n" for line in lines)
+    text, group = "", None
+    for name, line in zip(commands, lines, strict=True):
+        first = name.split()[0] if " " in name else ""
+        text += ("\n" if first != group else "") + "       " + line[7:] + "\n"
+        group = first
+    return head + text

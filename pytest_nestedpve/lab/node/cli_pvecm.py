@@ -45,8 +45,8 @@ def _main(argv: list[str]) -> int:
     if word == "updatecerts":
         own = {"force": cli.BOOLEAN, "silent": cli.BOOLEAN, "unmerge-known-hosts": cli.BOOLEAN}
         values = cli.parse(rest, cli.Command("", "", extra=own), "pvecm updatecerts  [OPTIONS]\n")
-        flag = lambda name: str(values.get(name, "0")) == "1"  # noqa: E731
-        cluster_fs.update_certificates(force=flag("force"), silent=flag("silent"))
+        force, silent = (str(values.get(name, "0")) == "1" for name in ("force", "silent"))
+        cluster_fs.update_certificates(force=force, silent=silent)
         return 0
     if word == "apiver":
         print("1")

@@ -10,6 +10,7 @@ from .errors import BadParameters, PveFailure
 VERBS = {"get": "GET", "create": "POST", "set": "PUT", "delete": "DELETE"}
 USAGE = """ERROR: {}
 USAGE: pvesh <COMMAND> [ARGS] [OPTIONS]
+
        pvesh create <api_path> [OPTIONS] [FORMAT_OPTIONS]
        pvesh delete <api_path> [OPTIONS] [FORMAT_OPTIONS]
        pvesh get <api_path> [OPTIONS] [FORMAT_OPTIONS]
@@ -145,7 +146,8 @@ def _usage(argv: list[str]) -> int:
             if not d.get("optional") and name not in method.uri_parameters and "[n]" not in name
         ]
         optional = [n for n, d in method.parameters.items() if d.get("optional")]
-        print(f"USAGE: pvesh {word} {address}{''.join(needed)} {'[OPTIONS]' if optional else ''}\n")
+        middle = "".join(needed) or " "
+        print(f"USAGE: pvesh {word} {address}{middle}{' [OPTIONS]' if optional else ''}")
     return 0
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001, ARG005, UP031 (printers have one signature)
 """pvesm: storages and volumes at the prompt."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def main() -> int:
 def _status(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
     width = max([len(row["storage"]) for row in rows], default=4) + 1
     head = ("Name", "Type", "Status", "Total (KiB)", "Used (KiB)", "Available (KiB)", "%")
-    print("%-*s %10s %10s %15s %15s %15s %8s" % (width, *head))  # noqa: UP031
+    print("%-*s %10s %10s %15s %15s %15s %8s" % (width, *head))
     for row in sorted(rows, key=lambda row: str(row["storage"])):
         status = "active" if row["active"] else "disabled" if not row["enabled"] else "inactive"
         total, used, free = (row.get(key, 0) // 1024 for key in ("total", "used", "avail"))
@@ -25,7 +26,7 @@ def _status(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
         print(
             "%-*s %10s %10s %15d %15d %15d %8s"
             % (width, row["storage"], row["type"], status, total, used, free, share)
-        )  # noqa: UP031
+        )
 
 
 def _list(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
@@ -34,13 +35,13 @@ def _list(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
     rows = sorted(rows, key=lambda row: str(row["volid"]))
     name = max(len(row["volid"]) for row in rows)
     size = max(4, *(len(str(row["size"])) for row in rows))
-    print("%-*s %-7s %-9s %*s %s" % (name, "Volid", "Format", "Type", size, "Size", "VMID"))  # noqa: UP031
+    print("%-*s %-7s %-9s %*s %s" % (name, "Volid", "Format", "Type", size, "Size", "VMID"))
     for row in rows:
         vmid = row.get("vmid", "")
         print(
             "%-*s %-7s %-9s %*s %s"
             % (name, row["volid"], row["format"], row["content"], size, row["size"], vmid)
-        )  # noqa: UP031
+        )
 
 
 def _alloc(argv: list[str]) -> int:
@@ -49,10 +50,13 @@ def _alloc(argv: list[str]) -> int:
     if checks.size(values["size"]) is None:
         words = "value does not match the regex pattern"
         sys.stderr.write(
-            f"400 Parameter verification failed.\nsize: {words}\npvesm alloc <storage> <vmid> <filename> <size> [OPTIONS]\n"
+            f"400 Parameter verification failed.\nsize: {words}\n"
+            "pvesm alloc <storage> <vmid> <filename> <size> [OPTIONS]\n"
         )
         return 2
-    call = {key: values[key] for key in ("vmid", "filename", "size", "format") if key in values}
+    call: dict[str, Any] = {
+        key: values[key] for key in ("vmid", "filename", "size", "format") if key in values
+    }
     volid = tree.call("POST", f"/nodes/{paths.node()}/storage/{values['storage']}/content", call, access.ROOT)
     print(f"successfully created '{volid}'")
     return 0

@@ -1,12 +1,11 @@
+# ruff: noqa: ARG001 (printers have one signature)
 """qm: a VM at the prompt. The exit code is the task's."""
 
 from __future__ import annotations
 
-
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,7 +27,7 @@ def _keys(argv: list[str]) -> list[str]:
     for index, word in enumerate(words[:-1]):
         if word in ("--sshkeys", "-sshkeys", "--sshkey", "-sshkey") and words[index + 1]:
             try:
-                text = Path(words[index + 1]).read_text()
+                text = paths.at(words[index + 1]).read_text()
             except OSError as e:
                 raise PveFailure(f"can't open '{words[index + 1]}' - {e.strerror}", rc=2) from e
             words[index + 1] = quote(text, safe="")
@@ -94,14 +93,14 @@ def _snapshots(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
         order = sorted(by_parent.get(parent, []), key=lambda row: row.get("snaptime", 1 << 62))
         for row in order:
             prefix = " " * depth + "`-> "
-            width = max(23, longest + deep) + 3 - depth
+            width = max(27, longest + deep) - depth
             when = (
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["snaptime"]))
                 if "snaptime" in row
                 else ""
             )
             text = row["description"].split("\n")[0] or "no-description"
-            print(f"{prefix}{row['name']:<{width}} {when:<22} {text}")
+            print(f"{prefix}{row['name']:<{width}} {when:<23} {text}")
             show(row["name"], depth + 1)
 
     show(None, 0)
@@ -126,7 +125,7 @@ def _agent(found: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _text(found: str, values: dict[str, Any]) -> None:
-    sys.stdout.write(found)
+    print(found)
 
 
 def _guest_exec(argv: list[str]) -> int:
@@ -166,12 +165,12 @@ def _import(argv: list[str]) -> int:
     vmid, source, storage = int(values["vmid"]), values["source"], values["storage"]
     guest = guests.load(vmid)
     volume = ":" in source and not source.startswith("/")
-    file = volumes.path(source) if volume else Path(source)
-    if not file.is_file():
-        raise PveFailure(f"{source}: non-existent or non-regular file", rc=2)
+    file = volumes.path(source) if volume else paths.at(source)
     volumes.storage(storage)
     if "images" not in volumes.content(storage):
         raise PveFailure(f"storage {storage} does not support vm images")
+    if not file.is_file():
+        raise PveFailure(f"{source}: non-existent or non-regular file", rc=2)
     if "target-disk" in values:
         raise Unsupported("--target-disk")
 
@@ -254,7 +253,8 @@ def _migrate(argv: list[str]) -> int:
     if values["target"] != paths.node():
         raise PveFailure(f"no such cluster node '{values['target']}'", rc=2)
     sys.stderr.write(
-        "400 Parameter verification failed.\ntarget: target is local node.\nqm migrate <vmid> <target> [OPTIONS]\n"
+        "400 Parameter verification failed.\ntarget: target is local node.\n"
+        "qm migrate <vmid> <target> [OPTIONS]\n"
     )
     return 255
 

@@ -139,7 +139,7 @@ def update_certificates(*, force: bool = False, silent: bool = False) -> None:
     prepare()
     ca, key = fs() / "pve-root-ca.pem", fs() / "priv/pve-root-ca.key"
     if not ca.exists() or not key.exists():
-        _make_ca(ca, key)
+        _make_ca(key)
     own = fs() / "nodes" / paths.node()
     if force or not (own / "pve-ssl.pem").exists():
         if force and not silent:
@@ -160,7 +160,7 @@ def _new_key(file: Path, mode: int) -> None:
     file.chmod(mode)
 
 
-def _make_ca(ca: Path, key: Path) -> None:
+def _make_ca(key: Path) -> None:
     _new_key(key, 0o600)
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "ca.cnf"

@@ -147,12 +147,10 @@ def draw(
         for n, name in enumerate(columns)
     ]
 
-    def pad(text: str, n: int, heading: bool = False) -> str:
-        return (
-            text.rjust(widths[n])
-            if columns[n] in right and not heading
-            else (text.rjust(widths[n]) if columns[n] in right else text.ljust(widths[n]))
-        )
+    def pad(text: str, n: int) -> str:
+        if columns[n] in right:
+            return text.rjust(widths[n])
+        return text if not style.border and n == len(columns) - 1 else text.ljust(widths[n])
 
     if not style.border:
         lines = [" ".join(pad(name, n) for n, name in enumerate(columns))] if style.header else []

@@ -40,7 +40,7 @@ def database() -> Path:
 
 
 def delays() -> dict[str, float]:
-    """How slow the node shall be: `cli_delay_s`, `stop_s`, `destroy_s` of /etc/nestedpve-lab.json, seconds."""
+    """How slow the node shall be, from /etc/nestedpve-lab.json: `cli_delay_s`, `stop_s`, `destroy_s`."""
     try:
         loaded = json.loads(at("/etc/nestedpve-lab.json").read_text())
     except (OSError, ValueError):

@@ -108,7 +108,8 @@ class Handler(BaseHTTPRequestHandler):
     def _page(self, path: str) -> None:
         """There is no web interface; who asks for it gets told so (and knows that the proxy answers)."""
         if path in ("/", "/index.html"):
-            text = f"<html><body>pve-manager {paths.VERSION}: the web interface is not supported by the lab</body></html>\n"
+            words = f"pve-manager {paths.VERSION}: the web interface is not supported by the lab"
+            text = f"<html><body>{words}</body></html>\n"
             return self._send(200, "OK", text.encode(), "text/html; charset=utf-8")
         return self._send(404, "Not Found", b"", "text/plain")
 
@@ -177,7 +178,7 @@ class Server(socketserver.ForkingMixIn, socketserver.TCPServer):
         with contextlib.suppress(OSError, ssl.SSLError):
             request.settimeout(Handler.timeout)
             with self.context.wrap_socket(request, server_side=True) as secure:
-                self.RequestHandlerClass(secure, client_address, self)
+                Handler(secure, client_address, self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], (OSError, ssl.SSLError)):
@@ -194,8 +195,8 @@ def serve(port: int = PORT) -> int:
         return 1
     server = Server(port)
     server.load()
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    signal.signal(signal.SIGHUP, lambda number, frame: server.load())
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGHUP, lambda *_: server.load())
     server.serve_forever(poll_interval=0.5)
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from typing import Any
@@ -104,11 +105,9 @@ _open: dict[tuple[int, str], Store] = {}
 
 
 def store() -> Store:
-    """The store of this process (a connection must not cross a fork)."""
-    import os
-
+    """The store of this process. A connection must not cross a fork: not be used there, and not be
+    closed there either (SQLite would tidy up under its owner), so a parent's stays in the table."""
     key = (os.getpid(), str(paths.database()))
     if key not in _open:
-        _open.clear()
         _open[key] = Store()
     return _open[key]

@@ -129,6 +129,9 @@ def _follow(pipe: Any, sync: bool) -> Started:
         elif head[:1] == b"O":
             sys.stdout.write(text)
             sys.stdout.flush()
+        elif head[:1] == b"X":
+            sys.stdout.flush()
+            sys.stderr.write(text)
         elif head[:1] == b"S":
             status = text
         elif head[:1] == b"E":
@@ -153,19 +156,20 @@ def _exactly(pipe: Any, count: int) -> bytes:
 
 
 class _Tee:
-    """The worker's stdout: the log, and who started it as long as that one listens."""
+    """The worker's stdout or stderr: the log, and who started it as long as that one listens."""
 
     encoding = "utf-8"
     errors = "replace"
 
-    def __init__(self, log: Any, pipe: int | None) -> None:
+    def __init__(self, log: Any, pipe: int | None, kind: bytes = b"O") -> None:
         self._log = log
         self._pipe = pipe
+        self._kind = kind
 
     def write(self, text: str) -> int:
         self._log.write(text)
         self._log.flush()
-        self.send(b"O", text)
+        self.send(self._kind, text)
         return len(text)
 
     def send(self, kind: bytes, text: str) -> None:
@@ -198,6 +202,9 @@ def _be_worker(
 ) -> None:  # never returns
     global _worker
     os.setsid()
+    # Nothing of who started us stays open: not its connection, not its locks.
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 4096)
     now = int(time.time())
     pid, pstart = os.getpid(), process_start(os.getpid()) or 0
     node = paths.node()
@@ -212,13 +219,14 @@ def _be_worker(
     )
     tee = _Tee(log, pipe)
     tee.send(b"U", upid)
+    errors = _Tee(log, pipe if sync else None, b"X")
     if not sync:
         os.close(pipe)
         tee._pipe = None
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
-    sys.stdout = sys.stderr = tee  # type: ignore[assignment]
+    sys.stdout, sys.stderr = tee, errors
     status = "unexpected status"
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -242,7 +250,7 @@ def _be_worker(
         os._exit(0)
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def _interrupt(*_: Any) -> None:
     raise Interrupted
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG001 (every handler has the same signature)
 """/nodes/N/qemu/ID/clone: full and linked."""
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
     if taken(new):
         raise PveFailure(f"unable to create VM {new}: config file already exists", rc=2)
     if not full:
-        _can_link(guest, source)
+        _can_link(source)
     if not caller.is_root:
         _check_rights(caller, source, params.get("storage"))
     Guest(new, {"lock": "clone"}).save()
@@ -76,7 +75,7 @@ def _disks(conf: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _can_link(guest: Guest, source: dict[str, str]) -> None:
+def _can_link(source: dict[str, str]) -> None:
     for key, value in sorted(_disks(source).items()):
         volid = value.split(",")[0]
         if "media=cdrom" not in value and not volumes.path(volid).name.startswith("base-"):
@@ -146,7 +145,7 @@ def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str
 
 def _linked(volid: str, new: int, key: str, made: list[str]) -> str:
     print(f"create linked clone of drive {key} ({volid})", flush=True)
-    name, rest = volumes.split(volid)
+    name, _ = volumes.split(volid)
     base = volumes.path(volid)
     owner = base.parent.name
     file = volumes.next_name(name, new, "qcow2")

@@ -148,7 +148,7 @@ def _apply(
     for name, value in given.items():
         if name in drives:
             continue
-        value = options.normal(name, value, guest)
+        value = options.normal(name, value)
         if name == "template" and value == "0":
             guest.conf.pop("template", None)
         elif on and not AT_ONCE.fullmatch(name):
@@ -209,12 +209,11 @@ def unlink(caller: Caller, params: dict[str, Any]) -> Any:
 @api("PUT", HERE + "/resize")
 def resize(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, name = int(params["vmid"]), params["disk"]
-    guest = guests.load(vmid)
-    guest.check_digest(params.get("digest"))
 
     def work() -> None:
         with locks.guest(vmid):
             guest = guests.load(vmid)
+            guest.check_digest(params.get("digest"))
             guest.check_lock(skip=params.get("skiplock") == "1")
             if name not in guest.conf:
                 raise PveFailure(f"disk '{name}' does not exist")

@@ -55,7 +55,7 @@ def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
             rows.append(row)
         container = store().get("lxc", vmid)
         if container is not None and only in (None, "lxc"):
-            rows.append(broadcast.container_row(vmid, container, seen))
+            rows.append(broadcast.container_row(vmid, container))
     for name in (store().get("pool", pool) or {}).get("storages", []):
         if only in (None, "storage"):
             rows += [row for row in broadcast.resources(access.ROOT, "storage") if row["storage"] == name]
@@ -75,8 +75,11 @@ def index(caller: Caller, params: dict[str, Any]) -> Any:
         if not exists(pool):
             raise PveFailure(f"pool '{pool}' does not exist")
         return [_shown(pool) | {"members": _members(pool, params.get("type"))}]
-    may = lambda pool: caller.is_root or access.has(caller, f"/pool/{pool}", ["Pool.Audit"])  # noqa: E731
-    return [_shown(pool) for pool in store().all("pool") if may(pool)]
+    return [
+        _shown(pool)
+        for pool in store().all("pool")
+        if caller.is_root or access.has(caller, f"/pool/{pool}", ["Pool.Audit"])
+    ]
 
 
 @api("GET", "/pools/{poolid}")
@@ -84,8 +87,7 @@ def read(caller: Caller, params: dict[str, Any]) -> Any:
     pool = params["poolid"]
     if not exists(pool):
         raise PveFailure(f"pool '{pool}' does not exist")
-    shown = _shown(pool) | {"members": _members(pool, params.get("type"))}
-    return shown
+    return _shown(pool) | {"members": _members(pool, params.get("type"))}
 
 
 @api("POST", "/pools")
@@ -106,27 +108,29 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
 @api("PUT", "/pools")
 def update(caller: Caller, params: dict[str, Any]) -> Any:
     pool = params["poolid"]
-    fail = lambda text: PveFailure(f"update pools failed: {text}")  # noqa: E731
     with store().change() as db:
         body = db.get("pool", pool)
         if body is None:
-            raise fail(f"pool '{pool}' does not exist")
+            raise PveFailure(f"update pools failed: pool '{pool}' does not exist")
         if "comment" in params:
             body["comment"] = params["comment"]
         for vmid in map(int, filter(None, re.split(r"[,;\s]+", params.get("vms", "")))):
             try:
                 access.check(caller, f"/vms/{vmid}", ["Permissions.Modify", "VM.Allocate"], any_of=True)
             except NotAllowed as e:
-                raise fail(f"403 {e.text}") from e
+                raise PveFailure(f"update pools failed: 403 {e.text}") from e
             now = db.pool_of(vmid)
             if params.get("delete") == "1":
                 if now != pool:
-                    raise fail(f"VM {vmid} is not a pool member")
+                    raise PveFailure(f"update pools failed: VM {vmid} is not a pool member")
                 db.run("DELETE FROM member WHERE vmid=?", vmid)
             elif now == pool:
-                raise fail(f"VM {vmid} is already a pool member")
+                raise PveFailure(f"update pools failed: VM {vmid} is already a pool member")
             elif now is not None and params.get("allow-move") != "1":
-                raise fail(f"VM {vmid} belongs already to pool '{now}' and 'allow-move' is not set")
+                raise PveFailure(
+                    f"update pools failed: VM {vmid} belongs already to pool '{now}'"
+                    " and 'allow-move' is not set"
+                )
             else:
                 db.run("INSERT OR REPLACE INTO member VALUES (?, ?)", vmid, pool)
         for name in filter(None, re.split(r"[,;\s]+", params.get("storage", ""))):
@@ -147,20 +151,21 @@ def update_by_path(caller: Caller, params: dict[str, Any]) -> Any:
 @api("DELETE", "/pools")
 def delete(caller: Caller, params: dict[str, Any]) -> Any:
     pool = params["poolid"]
-    fail = lambda text: PveFailure(f"delete pool failed: {text}")  # noqa: E731
     with store().change() as db:
         body = db.get("pool", pool)
         if body is None:
-            raise fail(f"pool '{pool}' does not exist")
+            raise PveFailure(f"delete pool failed: pool '{pool}' does not exist")
         # An id without a VM does not count [ownB-062].
         inside = [vmid for vmid in db.members(pool) if db.get("qemu", vmid) or db.get("lxc", vmid)]
         if inside:
-            raise fail(f"pool '{pool}' is not empty (contains VM {inside[0]})")
+            raise PveFailure(f"delete pool failed: pool '{pool}' is not empty (contains VM {inside[0]})")
         if body["storages"]:
-            raise fail(f"pool '{pool}' is not empty (contains storage '{body['storages'][0]}')")
+            raise PveFailure(
+                f"delete pool failed: pool '{pool}' is not empty (contains storage '{body['storages'][0]}')"
+            )
         below = [other for other in db.all("pool") if other.startswith(pool + "/")]
         if below:
-            raise fail(f"pool '{pool}' is not empty (contains pool '{below[0]}')")
+            raise PveFailure(f"delete pool failed: pool '{pool}' is not empty (contains pool '{below[0]}')")
         db.run("DELETE FROM member WHERE pool=?", pool)
         db.run("DELETE FROM acl WHERE path=?", f"/pool/{pool}")
         db.drop("pool", pool)

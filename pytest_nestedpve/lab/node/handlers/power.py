@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -65,6 +66,9 @@ def boot(guest: Guest) -> None:
     """Apply what is pending, check what the machine needs, and start it (the caller has the lock)."""
     guests.settle(guest)
     spec = machine_spec(guest)
+    if spec.memory * 1024**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        print("kvm: cannot set up guest memory 'pc.ram': Cannot allocate memory", flush=True)
+        raise PveFailure("start failed: QEMU exited with code 1")
     try:
         machine.start(spec)
     except machine.MachineError as e:
@@ -79,7 +83,8 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
     """What is booted: the first disk of the boot order, the cards, the cloud-init drive."""
     if guest.conf.get("kvm", "1") != "0" and not paths.at("/dev/kvm").exists():
         raise PveFailure(
-            "KVM virtualisation configured, but not available. Either disable in VM configuration or enable in BIOS."
+            "KVM virtualisation configured, but not available."
+            " Either disable in VM configuration or enable in BIOS."
         )
     for value in guest.drives().values():
         volid = value.split(",")[0]
@@ -169,10 +174,14 @@ def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
 
     def work() -> None:
         with locks.guest(vmid):
-            guest = guests.find(vmid)
+            try:
+                guest = guests.find(vmid)
+            except PveFailure as e:
+                print(e.text + "\n", file=sys.stderr)
+                raise
             guest.check_lock(skip=params.get("skiplock") == "1")
             if not guests.running(vmid):
-                print(f"VM {vmid} not running", file=sys.stderr)
+                print(f"VM {vmid} not running\n", file=sys.stderr)
                 return
             _shutdown(vmid, float(params.get("timeout", 60)), force=params.get("forceStop") == "1")
 
@@ -182,11 +191,14 @@ def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
 @api("POST", HERE + "/reboot")
 def reboot(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
-    guests.find(vmid, rc=2)
+    try:
+        _needs_running(vmid)
+    except PveFailure as e:
+        if caller.sync:
+            print(e.text + "\n", file=sys.stderr)
+        raise
     if guests.paused(vmid):
         raise PveFailure("VM is paused - cannot shutdown", rc=29)
-    if not guests.running(vmid):
-        raise PveFailure(f"VM {vmid} not running", rc=2)
 
     def work() -> None:
         with locks.guest(vmid):

@@ -71,7 +71,7 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
     options.check_storage(caller, vmid, given)
     for name in ("sshkeys", "net0"):
         if name in given:
-            options.normal(name, given[name], Guest(vmid))
+            options.normal(name, given[name])
     _reserve(vmid, caller)
 
     def work() -> None:
@@ -123,7 +123,7 @@ def _create(caller: Caller, vmid: int, given: dict[str, str], made: list[str]) -
     options.make_drives(guest, given, made=made)
     for name, value in given.items():
         if name not in guest.conf:
-            guest.conf[name] = options.normal(name, value, guest)
+            guest.conf[name] = options.normal(name, value)
     guest.conf.setdefault("smbios1", f"uuid={uuid.uuid4()}")
     if guest.conf.get("vmgenid", "1") == "1":
         guest.conf["vmgenid"] = str(uuid.uuid4())

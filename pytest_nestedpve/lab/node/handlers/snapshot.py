@@ -11,7 +11,7 @@ from ..access import Caller
 from ..errors import PveFailure, Unsupported
 from ..guests import Guest
 from ..tree import api, task
-from .power import boot, off
+from .power import agent_enabled, boot, off
 
 HERE = "/nodes/{node}/qemu/{vmid}/snapshot"
 NOT_KEPT = ("lock", "parent", "digest", "template", "description", "snaptime", "snapstate")
@@ -88,6 +88,7 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
     guest.save()
     done: list[str] = []
     try:
+        _say_if_not_frozen(guest)
         with machine.frozen(guest.vmid):
             for key, volid in drives.items():
                 print(f"snapshotting 'drive-{key}' ({volid})", flush=True)
@@ -105,6 +106,15 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
     guest.snapshots[name] = values
     guest.conf["parent"] = name
     guest.save()
+
+
+def _say_if_not_frozen(guest: Guest) -> None:
+    """The machine as a whole stands still during the snapshot; PVE also asks the agent to flush."""
+    if guests.running(guest.vmid) and agent_enabled(guest):
+        try:
+            machine.agent(guest.vmid, "guest-ping", None, 1.0)
+        except machine.AgentError:
+            print("skipping guest filesystem freeze - agent configured but not running?", flush=True)
 
 
 @api("GET", HERE + "/{snapname}")

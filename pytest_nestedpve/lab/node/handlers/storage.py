@@ -172,7 +172,7 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
 @api("GET", HERE + "/{storage}/content")
 def content(caller: Caller, params: dict[str, Any]) -> Any:
     name = params["storage"]
-    volumes.storage(name)
+    volumes.storage(name, rc=2)
     vmid = int(params["vmid"]) if "vmid" in params else None
     rows = volumes.listing(name, vmid=vmid, of=params.get("content"))
     if caller.is_root or access.has(caller, f"/storage/{name}", ["Datastore.Allocate"]):

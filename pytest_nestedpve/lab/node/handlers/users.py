@@ -45,6 +45,8 @@ def prune() -> None:
 def render() -> None:
     """user.cfg, for a person's eyes."""
     e, db = guests.encode, store()
+    if db.get("user", "root@pam") is None:
+        db.put("user", "root@pam", {**ROOT_USER, "expire": 0})  # as it stands in the first user.cfg written
     lines = [
         f"user:{name}:{body.get('enable', 1)}:{body.get('expire', 0)}:{e(body.get('firstname', ''))}:"
         f"{e(body.get('lastname', ''))}:{e(body.get('email', ''))}:{e(body.get('comment', ''))}::"
@@ -337,7 +339,6 @@ def acl_list(caller: Caller, params: dict[str, Any]) -> Any:
 @api("PUT", "/access/acl")
 def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
     path, delete = params["path"], params.get("delete") == "1"
-    fail = lambda text: PveFailure(f"update ACL failed: {text}")  # noqa: E731
     if not access.valid_path(path):
         raise BadParameters({"path": f"invalid ACL path '{path}'"})
     lists = {kind: _items(params.get(kind + "s", "")) for kind in ("user", "group", "token")}
@@ -346,14 +347,14 @@ def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
     with store().change() as db:
         for role in _items(params["roles"]):
             if access.role_privileges(role) is None:
-                raise fail(f"role '{role}' does not exist")
+                raise PveFailure(f"update ACL failed: role '{role}' does not exist")
             if not caller.is_root and not access.permissions(caller, path) >= (
                 access.role_privileges(role) or set()
             ):
                 raise NotAllowed(f"{path}, {role}")
             for kind, names in lists.items():
                 for who in names:
-                    _known(kind, who, fail)
+                    _known(kind, who)
                     if delete:
                         db.run(
                             "DELETE FROM acl WHERE path=? AND kind=? AND who=? AND role=?",
@@ -376,14 +377,14 @@ def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
     render()
 
 
-def _known(kind: str, who: str, fail: Any) -> None:
+def _known(kind: str, who: str) -> None:
     if kind == "user" and who not in users():
-        raise fail(f"user '{who}' does not exist")
+        raise PveFailure(f"update ACL failed: user '{who}' does not exist")
     if kind == "group" and store().get("group", who) is None:
-        raise fail(f"group '{who}' does not exist")
+        raise PveFailure(f"update ACL failed: group '{who}' does not exist")
     if kind == "token" and store().get("token", who) is None:
         user, _, name = who.partition("!")
-        raise fail(f"no such token '{name}' for user '{user}'")
+        raise PveFailure(f"update ACL failed: no such token '{name}' for user '{user}'")
 
 
 def _items(text: str) -> list[str]:

@@ -1,0 +1,254 @@
+"""Tokens, pools and ACLs on a stand-in node, over HTTPS: what a run's token may and may not."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from standin_support import Node, _node  # noqa: F401 (a fixture)
+
+from pytest_nestedpve.lab.node import cluster_fs, proxy
+
+POOL = "npve-1a2b3c4d5e6f"
+TOKEN = f"root@pam!{POOL}"
+
+
+@dataclass
+class Client:
+    """Strict HTTPS with an API token."""
+
+    port: int
+    context: ssl.SSLContext
+    header: str = ""
+
+    def call(self, verb: str, path: str, **params: Any) -> tuple[int, str, Any]:
+        """(status, reason, decoded body or None)."""
+        connection = http.client.HTTPSConnection("localhost", self.port, context=self.context, timeout=20)
+        headers = {"Authorization": self.header} if self.header else {}
+        body = None
+        if params and verb in ("POST", "PUT"):
+            body, headers["Content-Type"] = urlencode(params), "application/x-www-form-urlencoded"
+        elif params:
+            path += "?" + urlencode(params)
+        connection.request(verb, "/api2/json" + path, body=body, headers=headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, answer.reason, json.loads(data) if data else None
+
+    def data(self, verb: str, path: str, **params: Any) -> Any:
+        status, reason, body = self.call(verb, path, **params)
+        assert status == 200, (status, reason, body)
+        return body["data"]
+
+    def wait(self, upid: str) -> str:
+        """The exit status of a task."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            status = self.data("GET", f"/nodes/father/tasks/{upid}/status")
+            if status["status"] == "stopped":
+                return str(status["exitstatus"])
+        raise AssertionError(f"{upid} did not end")
+
+    def as_token(self, value: str, name: str = TOKEN) -> Client:
+        return Client(self.port, self.context, f"PVEAPIToken={name}={value}")
+
+
+KEYS = (
+    "var/lib/pve-cluster/fs/priv/pve-root-ca.key",
+    "var/lib/pve-cluster/fs/nodes/father/pve-ssl.key",
+    "root/.ssh/id_rsa",
+    "root/.ssh/id_rsa.pub",
+)
+_kept: dict[str, bytes] = {}
+
+
+def make_certificates(node: Node) -> None:
+    """`pvecm updatecerts`, with the keys of the test before: making them is what takes time."""
+    for name, content in _kept.items():
+        file = node.file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        file.chmod(0o600)
+    cluster_fs.update_certificates(silent=True)
+    _kept.update({name: node.file(name).read_bytes() for name in KEYS})
+
+
+@pytest.fixture(name="https")
+def _https(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setattr(proxy, "FAILED_DELAY", 0.0)
+    make_certificates(node)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            proxy.serve(port)
+        finally:
+            os._exit(0)
+    context = ssl.create_default_context(cafile=str(cluster_fs.fs() / "pve-root-ca.pem"))
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        except OSError:
+            continue
+    yield Client(port, context)
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+def new_token(node: Node, name: str = POOL, *options: str) -> str:
+    made = node.ok("pveum", "user", "token", "add", "root@pam", name, *options, "--output-format", "json")
+    return str(json.loads(made)["value"])
+
+
+@pytest.fixture(name="run")
+def _run(node: Node, https: Client) -> Client:
+    """A run's token with its rights on its pool, storage and bridge."""
+    value = new_token(node)
+    node.ok("pveum", "pool", "add", POOL, "--comment", "lease")
+    for path, role in (
+        (f"/pool/{POOL}", "PVEVMAdmin"),
+        (f"/pool/{POOL}", "PVEPoolAdmin"),
+        ("/storage/local", "PVEDatastoreUser"),
+        ("/sdn/zones/localnetwork/vmbr0", "PVESDNUser"),
+    ):
+        node.ok("pveum", "acl", "modify", path, "--tokens", TOKEN, "--roles", role)
+    return https.as_token(value)
+
+
+def test_the_certificate_is_the_nodes_own_and_nobody_comes_in_without_a_token(https: Client) -> None:
+    assert https.call("GET", "/version")[:2] == (401, "No ticket")
+    assert https.as_token("00000000-0000-0000-0000-000000000000").call("GET", "/version") == (
+        401,
+        "Authentication failed!",
+        None,
+    )
+
+
+def test_a_pool_token_lives_a_vms_whole_life(node: Node, run: Client) -> None:
+    upid = run.data("POST", "/nodes/father/qemu", vmid=101, pool=POOL, kvm=0, name="a1", description="mark")
+    assert upid.endswith(f":qmcreate:101:{TOKEN}:")
+    assert run.wait(upid) == "OK"
+    assert run.data("GET", "/nodes/father/qemu/101/config")["description"] == "mark"
+    assert run.data("PUT", "/nodes/father/qemu/101/config", tags="npve;run") is None
+    config = "/nodes/father/qemu/101/config"
+    upid = run.data("POST", config, scsi0="local:1,format=qcow2", net0="virtio,bridge=vmbr0")
+    assert run.wait(upid) == "OK"
+    for verb, path, params in (
+        ("POST", "/snapshot", {"snapname": "s1"}),
+        ("POST", "/snapshot/s1/rollback", {}),
+        ("POST", "/status/start", {}),
+        ("POST", "/status/stop", {}),
+    ):
+        assert run.wait(run.data(verb, "/nodes/father/qemu/101" + path, **params)) == "OK"
+    assert run.data("GET", "/pools", poolid=POOL)[0]["members"][0]["vmid"] == 101
+    assert run.wait(run.data("DELETE", "/nodes/father/qemu/101")) == "OK"
+    assert node.ok("qm", "list") == ""
+    assert run.data("PUT", "/pools", poolid=POOL, comment="renewed") is None
+    assert run.data("DELETE", "/pools", poolid=POOL) is None
+
+
+def test_tags_at_create_fail_for_a_pool_token_and_leave_nothing(node: Node, run: Client) -> None:
+    upid = run.data("POST", "/nodes/father/qemu", vmid=101, pool=POOL, kvm=0, tags="npve")
+    words = "unable to create VM 101 - 403 Permission check failed (/vms/101, VM.Config.Options)"
+    assert run.wait(upid) == words
+    assert node.ok("qm", "list") == ""
+
+
+def test_a_foreign_vm_is_behind_the_fence(node: Node, run: Client) -> None:
+    node.ok("qm", "create", "101", "--name", "foreign", "--kvm", "0")
+    vm = "/nodes/father/qemu/101"
+    for verb, path, privilege in (
+        ("GET", vm + "/config", "VM.Audit"),
+        ("GET", vm + "/status/current", "VM.Audit"),
+        ("POST", vm + "/status/stop", "VM.PowerMgmt"),
+        ("DELETE", vm, "VM.Allocate"),
+    ):
+        assert run.call(verb, path)[:2] == (403, f"Permission check failed (/vms/101, {privilege})")
+    assert run.call("GET", vm)[0] == 200
+    assert run.data("GET", "/nodes/father/qemu") == []
+    assert run.call("PUT", "/pools", poolid=POOL, vms=101)[:2] == (
+        500,
+        "update pools failed: 403 Permission check failed (/vms/101, Permissions.Modify|VM.Allocate)",
+    )
+    assert run.call("POST", "/nodes/father/qemu", vmid=102, kvm=0)[:2] == (403, "Permission check failed")
+    assert run.call("GET", "/nodes/father/status")[:2] == (
+        403,
+        "Permission check failed (/nodes/father, Sys.Audit)",
+    )
+
+
+def test_only_root_itself_sets_args_locks_and_skiplock(node: Node, https: Client) -> None:
+    helper = https.as_token(new_token(node, "helper", "--privsep", "0"), "root@pam!helper")
+    node.ok("qm", "create", "101", "--kvm", "0")
+    config = "/nodes/father/qemu/101/config"
+    assert helper.call("PUT", config, args="-S")[:2] == (500, "only root can set 'args' config")
+    assert helper.call("PUT", config, delete="lock")[:2] == (500, "only root can set 'lock' config")
+    status, _, body = helper.call("DELETE", "/nodes/father/qemu/101", skiplock=1)
+    assert (status, body["errors"]) == (400, {"skiplock": "Only root may use this option."})
+    assert helper.call("POST", "/nodes/father/qemu", vmid=5)[2]["errors"] == {
+        "vmid": "invalid format - value does not look like a valid VM ID\n"
+    }
+
+
+def test_a_token_ends_at_once_when_it_expires_or_is_removed(node: Node, run: Client) -> None:
+    assert run.data("GET", "/version")["version"] == "9.2.11"
+    node.ok("pveum", "user", "token", "modify", "root@pam", POOL, "--expire", str(int(time.time()) - 5))
+    assert run.call("GET", "/version")[:2] == (401, "Authentication failed!")
+    node.ok("pveum", "user", "token", "modify", "root@pam", POOL, "--expire", "0")
+    assert run.call("GET", "/version")[0] == 200
+    node.ok("pveum", "user", "token", "remove", "root@pam", POOL)
+    assert run.call("GET", "/version")[:2] == (401, "Authentication failed!")
+    warned = node.run("qm", "list")
+    assert f"user config - ignore invalid acl token '{TOKEN}'" in warned.stderr
+
+
+def test_a_token_stops_its_own_task_and_no_others(node: Node, run: Client, https: Client) -> None:
+    other = https.as_token(new_token(node, "other"), "root@pam!other")
+    upid = run.data("POST", "/nodes/father/qemu", vmid=101, pool=POOL, kvm=0)
+    run.wait(upid)
+    assert other.call("DELETE", f"/nodes/father/tasks/{upid}")[:2] == (
+        403,
+        "Permission check failed (/nodes/father, Sys.Modify)",
+    )
+    assert other.call("GET", f"/nodes/father/tasks/{upid}/status")[0] == 403
+    listed = run.data("GET", "/nodes/father/tasks", vmid=101)
+    assert (listed[0]["user"], listed[0]["tokenid"]) == ("root@pam", POOL)
+    assert run.data("GET", "/nodes/father/tasks", userfilter=TOKEN) == []
+
+
+def test_roots_keys_move_behind_the_link_with_their_content(node: Node) -> None:
+    home = node.file("/root/.ssh")
+    home.mkdir(parents=True)
+    (home / "authorized_keys").write_text("ssh-ed25519 AAAA admin\n")
+    cluster_fs.update_certificates(silent=True)
+    link = home / "authorized_keys"
+    assert os.readlink(link) == "/etc/pve/priv/authorized_keys"
+    kept = (cluster_fs.fs() / "priv/authorized_keys").read_text().splitlines()
+    assert kept[0] == "ssh-ed25519 AAAA admin"
+    assert kept[1] == (home / "id_rsa.pub").read_text().strip()
+
+
+def test_a_node_whose_name_is_a_loopback_address_has_no_cluster_file_system(
+    node: Node, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del node
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", ("127.0.1.1", 0))]
+    )
+    assert cluster_fs.serve() == 255
+    assert "Unable to resolve node name 'father' to a non-loopback IP address" in capsys.readouterr().err
