@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME…] [--json FILE]`: measure, print, and write rows. Status 1 if a limit is passed."""
+"""`python -m benchmarks [NAME…] [--json FILE]`: measure, print, write rows. Status 1 if a limit is broken."""
 
 from __future__ import annotations
 

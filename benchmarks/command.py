@@ -1,4 +1,4 @@
-"""A command over a connection that is open: ours, and OpenSSH over a ControlMaster, to one sshd on loopback."""
+"""A command over an open connection: ours, and OpenSSH over a ControlMaster, to one sshd on loopback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def measure() -> list[Row]:
         try:
             config = folder / "ssh_config"
             config.write_text(
-                server.config_block("bench", "ControlMaster auto", f"ControlPath {folder}/m", "ControlPersist 60")
+                server.config_block(
+                    "bench", "ControlMaster auto", f"ControlPath {folder}/m", "ControlPersist 60"
+                )
             )
             openssh = ["ssh", "-F", str(config), "bench"]
             baseline = _times(lambda: subprocess.run([*openssh, "true"], check=True, capture_output=True))

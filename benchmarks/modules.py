@@ -34,9 +34,10 @@ def modules(*plugins: str) -> set[str]:
             "PYTHONPATH": name,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        arguments = [word for plugin in ("module_counter", *plugins) for word in ("-p", plugin)]
+        arguments = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        arguments += [word for plugin in ("module_counter", *plugins) for word in ("-p", plugin)]
         subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments, name],
+            [sys.executable, "-m", "pytest", *arguments, name],
             cwd=name,
             env=env,
             check=True,

@@ -12,13 +12,14 @@ from typing import Any
 
 def machine() -> str:
     """Where it was measured: cores, processor architecture, kernel, Python."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.release()}, Python {platform.python_version()}"
+    python = f"Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.release()}, {python}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`limit` bounds the median of ours (`limit_on="ours"`), its distance from the baseline's ("difference") or
-    their ratio ("ratio"); None: measured only. `note` says what was measured, or what bounds it.
+    """`limit` bounds the median of ours (`limit_on="ours"`), its distance from the baseline's ("difference")
+    or their ratio ("ratio"); None: measured only. `note` says what was measured, or what bounds it.
     """
 
     name: str
@@ -70,7 +71,8 @@ class Row:
         against = f" (baseline {statistics.median(self.baseline):.3g})" if self.baseline else ""
         limit = "" if self.limit is None else f", {self.limit_on} at most {self.limit:g}"
         verdict = "" if self.limit is None else "ok      " if self.passed else "TOO MUCH"
-        return f"{verdict:8} {self.name:34} {found}{against}{limit}" + (f"  [{self.note}]" if self.note else "")
+        note = f"  [{self.note}]" if self.note else ""
+        return f"{verdict:8} {self.name:34} {found}{against}{limit}{note}"
 
 
 def show(rows: Sequence[Row]) -> None:

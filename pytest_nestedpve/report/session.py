@@ -178,7 +178,7 @@ class SessionReport:
 
 
 def phase_text(report: pytest.TestReport) -> str:
-    """What the column says: `12 s`, `0.3 s, found done`, `done by tests/…`; empty for a test without phases."""
+    """What the column says: `12 s`, `0.3 s, found done`, `done by tests/…`; empty without phases."""
     properties = {str(name): value for name, value in getattr(report, "user_properties", ())}
     if PROPERTY_PHASE not in properties and PROPERTY_SECONDS not in properties:
         return ""

@@ -31,7 +31,10 @@ def clone(tmp_path: Path) -> Path:
     for program in (python, lab):
         program.chmod(0o755)
     ready = subprocess.run(
-        ["sh", "-c", "(cat pyproject.toml; python3 -V) | cksum"], cwd=tmp_path, capture_output=True, check=True
+        ["sh", "-c", "(cat pyproject.toml; python3 -V) | cksum"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
     )
     (tmp_path / ".venv" / ".ready").write_bytes(ready.stdout)
     return tmp_path
@@ -40,7 +43,13 @@ def clone(tmp_path: Path) -> Path:
 def run(clone: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("NESTED_PVE_")}
     return subprocess.run(
-        command, cwd=clone, env={**clean, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command,
+        cwd=clone,
+        env={**clean, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
