@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
-from pytest_nestedpve.lab.node import cluster_fs, proxy
+from pytest_nestedpve.lab.node import cluster_fs, proxy, store
 
 POOL = "npve-1a2b3c4d5e6f"
 TOKEN = f"root@pam!{POOL}"
@@ -91,6 +91,7 @@ def _https(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    store.release()
     pid = os.fork()
     if pid == 0:
         try:

@@ -101,12 +101,18 @@ class Store:
         return [row[0] for row in self.rows("SELECT vmid FROM member WHERE pool=? ORDER BY vmid", pool)]
 
 
+def release() -> None:
+    """Close this process's connections, before a fork; the next `store()` opens one anew."""
+    for opened in _open.values():
+        opened.close()
+    _open.clear()
+
+
 _open: dict[tuple[int, str], Store] = {}
 
 
 def store() -> Store:
-    """The store of this process. A connection must not cross a fork: not be used there, and not be
-    closed there either (SQLite would tidy up under its owner), so a parent's stays in the table."""
+    """The store of this process, opened at first use. Nothing of SQLite may cross a fork: `release` first."""
     key = (os.getpid(), str(paths.database()))
     if key not in _open:
         _open[key] = Store()

@@ -22,7 +22,7 @@ from typing import Any
 
 from . import paths
 from .errors import BadParameters, PveFailure
-from .store import store
+from .store import release, store
 
 _worker: Worker | None = None
 
@@ -95,6 +95,7 @@ def start(kind: str, ident: str, user: str, work: Callable[[], Any], *, sync: bo
     """Run `work` as a task. With `sync` its output goes to our stdout too, and its end is awaited."""
     sys.stdout.flush()
     sys.stderr.flush()
+    release()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
