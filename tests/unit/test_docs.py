@@ -1,0 +1,184 @@
+"""The documentation is true: examples are run, tables compared with the code, links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nestedpve import builtin, options
+from pytest_nestedpve.options import KEYS
+from pytest_nestedpve.settings import PROFILE_KEYS, Settings
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+_BLOCK = re.compile(r"<!-- (file|run)(?:: ?| )?(.*?) ?-->\n```\w*\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block with a comment in front that says what to do with it."""
+
+    kind: str
+    argument: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    for kind, argument, text in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        yield Block(kind, argument.strip(), text)
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    assert words[0] == "pytest", command
+    ours = ("NESTED_PVE_", "PYTEST")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        [sys.executable, "-m", *words, "-p", "no:randomly", "-p", "no:cacheprovider"],
+        cwd=folder,
+        env={**clean, "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def shown(expected: str, output: str) -> str | None:
+    """The first line of `expected` that does not follow in `output`; `...` stands for anything."""
+    rest = output.splitlines()
+    for line in expected.splitlines():
+        if line.strip() in ("...", ""):
+            continue
+        pattern = ".*".join(re.escape(part) for part in line.rstrip().split("..."))
+        place = next((n for n, each in enumerate(rest) if re.fullmatch(pattern, each.rstrip())), None)
+        if place is None:
+            return line
+        rest = rest[place + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
+def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page):
+        if block.kind == "file":
+            (tmp_path / block.argument).write_text(block.text)
+            continue
+        status = int((re.search(r"status=(\d+)", block.argument) or [0, 0])[1])
+        command, _, expected = block.text.removeprefix("$ ").partition("\n")
+        done = run(command, tmp_path)
+        output = done.stdout + done.stderr
+        assert done.returncode == status, f"$ {command}\n{output}"
+        missing = shown(expected, output)
+        assert missing is None, f"$ {command}\nexpected the line {missing!r} in:\n{output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert re.match(r"https?:", target) or (page.parent / target).exists(), target
+
+
+def settings_rows() -> list[str]:
+    """The table of docs/settings.md, as the code would write it."""
+    return [
+        f"| `{key.name}` | {key.help}{' ◆' if key.profile else ''} |".replace("||", "|") for key in KEYS
+    ]
+
+
+def test_every_setting_is_documented_as_it_is() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    found = [line for line in page.splitlines() if re.match(r"\| `[a-z_0-9]+` \|", line)]
+    assert found == settings_rows(), "docs/settings.md should have:\n" + "\n".join(settings_rows())
+
+
+def _options() -> dict[str, str]:
+    """The command line options of the plugin, with their help."""
+    found: dict[str, str] = {}
+
+    class Group:
+        def addoption(self, *names: str, help: str = "", **_: Any) -> None:
+            if help != argparse.SUPPRESS:
+                found.update(dict.fromkeys(names, help))
+
+    class Parser:
+        group = Group()
+
+        def getgroup(self, *_: str) -> Group:
+            return self.group
+
+        def addini(self, *_: Any, **__: Any) -> None:
+            return None
+
+    parser: Any = Parser()
+    options.register(parser)
+    return found
+
+
+def test_every_option_is_documented_and_no_page_names_one_that_does_not_exist() -> None:
+    known = _options()
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    for name in known:
+        assert f"| `{name}" in page, f"docs/settings.md does not document {name}"
+    for each in PAGES:
+        text = each.read_text(encoding="utf-8")
+        for name in re.findall(r"--(?:nested-[a-z-]+|pve-host|context-file)", text):
+            assert name in known, f"{each.name} names {name}, which does not exist"
+
+
+def test_no_page_names_a_setting_that_does_not_exist() -> None:
+    known = {key.ini for key in KEYS} | {key.env for key in KEYS}
+    fixtures = {"nested_pve_phases", "nested_pve_run", "nested_pve_version"}
+    environment = {"NESTED_PVE_CACHE"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"\b(?:nested_pve_[a-z0-9_]+|NESTED_PVE_[A-Z0-9_]+)\b", text):
+            assert name in known | fixtures | environment, f"{page.name} names {name}"
+
+
+def test_the_profile_is_documented_with_exactly_its_keys() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    marked = {line.split("`")[1] for line in page.splitlines() if line.rstrip().endswith("◆ |")}
+    assert marked == set(PROFILE_KEYS)
+
+
+def test_the_defaults_in_the_page_are_the_codes() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    defaults = Settings()
+    assert f"default {defaults.memory}" in page
+    assert f"default {defaults.disk}" in page
+    assert f"default {defaults.name_patterns[0]}" in page
+    low, high = defaults.vmid_ranges[0]
+    assert f"default {low}-{high}" in page
+
+
+def test_the_phases_are_documented_in_their_order() -> None:
+    page = (ROOT / "docs" / "phases.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == [p.name for p in builtin.default_phases()]
+
+
+def test_phases_that_are_not_built_are_named_as_such() -> None:
+    from pytest_nestedpve.builtin import phases
+
+    missing = [name for name, _ in getattr(phases, "_TO_COME", ())]
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    named = re.search(r"\*\*Phases that this version does not have:\*\*([^.]*)\.", page)
+    found = re.findall(r"`([a-z_]+)`", named[1]) if named else []
+    assert found == missing, "docs/limits.md names others than the code: " + ", ".join(f"`{n}`" for n in missing)
+
+
+def test_every_playbook_is_documented() -> None:
+    page = (ROOT / "docs" / "phases.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "playbooks").glob("*.yml")):
+        assert f"| `{path.name}` |" in page
