@@ -177,7 +177,7 @@ class Environment:
         """The run's ssh_config for what is known now of the nested PVE and the leaf."""
         outer = self.outer
         target = getattr(outer.ssh, "target", None)
-        config = getattr(outer, "ssh_config", None)
+        config = getattr(outer.ssh, "ssh_config", None)
         return self.run.directory.write_ssh_config(
             (getattr(target, "alias", "") or outer.name),
             Path(config) if config else None,

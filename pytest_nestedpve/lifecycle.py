@@ -72,7 +72,10 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
     nested = of(config)
     resolved = hosts.resolve(name)
     nested.on_close.append(resolved.close)
-    return hosts.connect(resolved, nested.observe)
+    host = hosts.connect(resolved, nested.observe)
+    # Whoever writes an ssh_config for the guests behind the host needs the file that reaches the host.
+    setattr(host.ssh, "ssh_config", resolved.ssh_config)  # noqa: B010
+    return host
 
 
 def adopt_worker(node: Any) -> None:
@@ -159,7 +162,8 @@ class SessionHooks:
         nested = self.nested
         needed = needed_before(nested.phases, item.phase_name)
         depends = [name for name in (steps.PREFIX + need for need in needed) if name in nested.ran]
-        if self.config.pluginmanager.hasplugin("dependency"):
+        # It is "dependency" as an entry point and "pytest_dependency" with -p.
+        if any(self.config.pluginmanager.hasplugin(name) for name in ("dependency", "pytest_dependency")):
             item.add_marker(
                 pytest.mark.dependency(name=item.name, scope="session", depends=depends), append=False
             )

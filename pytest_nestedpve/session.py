@@ -400,7 +400,7 @@ def _uncaptured(config: pytest.Config) -> Iterator[None]:
 def _timer_stopped(config: pytest.Config, item: pytest.Item | None) -> Iterator[None]:
     """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
     set-up or a teardown off half-way."""
-    if item is None or not config.pluginmanager.hasplugin("timeout"):
+    if item is None or not hasattr(config.hook, "pytest_timeout_cancel_timer"):
         yield
         return
     held = getattr(item, "cancel_timeout", None) is not None

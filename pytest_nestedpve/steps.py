@@ -44,7 +44,7 @@ def expand(collector: pytest.Module, phases: Any) -> list[pytest.Item]:
     for phase in phases:
         item = StepItem.from_parent(collector, name=PREFIX + phase.name, callobj=_body(phase.name))
         item.phase_name = phase.name
-        if collector.config.pluginmanager.hasplugin("timeout"):
+        if hasattr(collector.config.hook, "pytest_timeout_set_timer"):
             # A step is bounded by its phase's own limit, which also says what it was waiting for.
             item.add_marker(pytest.mark.timeout(0))
         made.append(item)

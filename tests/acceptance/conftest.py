@@ -1,0 +1,208 @@
+"""Whole pytest runs on the in-memory host: a project of one sentinel, its phases from the hook."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
+
+PHASES = (
+    "preflight",
+    "provision",
+    "start_vm",
+    "wait_ip",
+    "ensure_pve",
+    "setup_network",
+    "setup_ssh",
+    "setup_repos",
+    "download_image",
+    "leaf_provision",
+    "leaf_start",
+    "leaf_wait_ip",
+    "sync_repos",
+    "verify_ssh_chain",
+)
+
+CONFTEST = f"""
+import dataclasses, os, sys, threading
+from pathlib import Path
+import pytest
+sys.path.insert(0, {str(TESTS)!r})
+from memory_host import MemoryHost, memory_phases
+from pytest_nestedpve.pve.errors import PveError
+
+HERE = Path(__file__).parent
+
+def pytest_nestedpve_host(config, settings):
+    return MemoryHost(HERE / "host.json").connect()
+
+def wrapped(phase):
+    def do(environment):
+        with (HERE / "done").open("a") as out:
+            out.write(phase.name + "\\n")
+        if os.environ.get("FAIL") == phase.name and not (HERE / "mended").exists():
+            raise PveError(phase.name + " went wrong on purpose")
+        if os.environ.get("FAULT") == phase.name:
+            raise KeyError("a fault in " + phase.name)
+        facts = phase.do(environment)
+        if os.environ.get("HANG") == phase.name:
+            environment.audit.write("call", phase=phase.name, cmd="hanging")
+            threading.Event().wait(60)
+        return facts
+    return dataclasses.replace(phase, do=do)
+
+def pytest_nestedpve_phases(phases, config):
+    phases[:] = [wrapped(phase) for phase in memory_phases()]
+"""
+
+STEPS = "from pytest_nestedpve import steps\n"
+USERS = """
+import os, threading
+import pytest
+
+def test_unrelated():
+    pass
+
+@pytest.mark.nested_pve(upto="wait_ip")
+def test_part(nested_pve):
+    assert nested_pve.vmid
+
+def test_whole(nested_pve_run, nested_pve):
+    assert nested_pve.name.endswith(nested_pve_run.environment.run.id)
+    if os.environ.get("HANG") == "test":
+        nested_pve_run.environment.audit.write("call", phase="test", cmd="hanging")
+        threading.Event().wait(60)
+"""
+
+
+@dataclass
+class Project:
+    """A directory with a test project, whose outer host is `host.json` beside it."""
+
+    path: Path
+    env: dict[str, str] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()  # beside our own and pytest-dependency: a run starts in half the time
+
+    def write(self, **files: str) -> None:
+        for name, text in files.items():
+            (self.path / f"{name}.py").write_text(text)
+
+    def command(self, *args: str) -> list[str]:
+        plugins = ("pytest_nestedpve.plugin", "pytest_dependency", *self.plugins)
+        loads = [word for plugin in plugins for word in ("-p", plugin)]
+        return [sys.executable, "-m", "pytest", *loads, "-rsfE", *args]
+
+    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
+        """A run in the background, its output in one pipe."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
+        return subprocess.Popen(
+            self.command(*args),
+            cwd=self.path,
+            env={
+                **clean,
+                "XDG_STATE_HOME": str(self.path / "state"),
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                **self.env,
+                **env,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A run started from a background shell would inherit an ignored INT.
+            preexec_fn=_default_signals,
+        )
+
+    def run(self, *args: str, **env: str) -> Result:
+        process = self.start(*args, **env)
+        output, _ = process.communicate(timeout=120)
+        return Result(process.returncode, output)
+
+    def done(self) -> list[str]:
+        """The phases whose action ran, in order, over all runs so far."""
+        path = self.path / "done"
+        return path.read_text().split() if path.exists() else []
+
+    def audits(self) -> list[list[dict[str, Any]]]:
+        """The audit logs of all runs."""
+        logs = []
+        for path in sorted((self.path / ".nested-pve" / "runs").glob("*/audit.jsonl")):
+            logs.append([json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")])
+        return logs
+
+    def wait_for(self, process: subprocess.Popen[str], limit: float = 60.0, **wanted: str) -> None:
+        """Until a line with these fields stands in an audit log, or the process ends."""
+        pause = threading.Event()
+        for _ in range(int(limit / 0.02)):
+            if any(all(line.get(k) == v for k, v in wanted.items()) for log in self.audits() for line in log):
+                return
+            if process.poll() is not None:
+                raise AssertionError(f"the run ended before {wanted}: {process.communicate()[0]}")
+            pause.wait(0.02)
+        process.kill()
+        raise AssertionError(f"no line {wanted} within {limit} s: {process.communicate()[0]}")
+
+    def left(self) -> list[str]:
+        """What the host holds that a run of ours made: VMs, pools, volumes, snippets."""
+        from memory_host import MemoryHost
+
+        api = MemoryHost(self.path / "host.json").connect().api
+        found = [f"vm {vm['vmid']}" for vm in api.get("/cluster/resources", type="vm")]
+        found += [f"pool {pool['poolid']}" for pool in api.get("/pools") if "npve-" in pool["poolid"]]
+        node = api.get("/nodes")[0]["node"]
+        for storage in api.get(f"/nodes/{node}/storage"):
+            for volume in api.get(f"/nodes/{node}/storage/{storage['storage']}/content"):
+                if volume.get("vmid") or "npve-" in volume["volid"]:
+                    found.append(f"volume {volume['volid']}")
+        return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    ret: int
+    output: str
+
+    def outcomes(self) -> dict[str, str]:
+        """PASSED, FAILED, … by test; needs -v."""
+        words = {"PASSED", "FAILED", "SKIPPED", "ERROR"}
+        found = {}
+        for line in self.output.splitlines():
+            parts = line.split()
+            if len(parts) >= 2 and "::" in parts[0] and parts[1] in words:
+                found[parts[0].split("::")[1]] = parts[1]
+        return found
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def make_project(path: Path) -> Project:
+    """The project of these tests in an empty directory."""
+    path.mkdir(parents=True, exist_ok=True)
+    project = Project(path)
+    project.write(conftest=CONFTEST, test_steps=STEPS, test_users=USERS)
+    (path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """A project; whatever a test does with it, nothing of ours may be left on its host."""
+    made = make_project(tmp_path / "project")
+    yield made
+    assert made.left() == []
