@@ -175,7 +175,8 @@ def test_phases_that_are_not_built_are_named_as_such() -> None:
     page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
     named = re.search(r"\*\*Phases that this version does not have:\*\*([^.]*)\.", page)
     found = re.findall(r"`([a-z_]+)`", named[1]) if named else []
-    assert found == missing, "docs/limits.md names others than the code: " + ", ".join(f"`{n}`" for n in missing)
+    names = ", ".join(f"`{name}`" for name in missing)
+    assert found == missing, f"docs/limits.md should name: {names}"
 
 
 def test_every_playbook_is_documented() -> None:

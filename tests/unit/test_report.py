@@ -61,11 +61,14 @@ def whole() -> Log:
     )
     log.now += 61
     log.add("phase_end", phase="ensure_pve", status="done", ms=61_000, facts={"version": "9.2.1"})
-    log.phase("discover", 0.5)
-    log.phase("destroy", 2)
-    log.add("teardown", vmid=99901, name="nested-pve-x", outcome="destroyed")
-    log.add("teardown", what="second discovery", outcome="clean")
-    return log
+    log.add("teardown", phase="discover", status="start", host="father")
+    log.now += 0.5
+    log.add("teardown", phase="discover", status="found", vmid=99901, cause="in the run's pool")
+    log.now += 3
+    log.add("teardown", phase="cleanup_inner", status="clean")
+    log.now += 2
+    log.add("teardown", phase="destroy", status="gone", vmid=99901, host="father")
+    return log.add("teardown", phase="destroy", status="clean", host="father")
 
 
 def broken() -> Log:
@@ -82,14 +85,30 @@ def test_the_log_becomes_steps_in_order_with_what_each_did() -> None:
         ("provision", "done", 3.0),
         ("ensure_pve", "done", 61.0),
     ]
-    assert [step.name for step in report.teardown_steps] == ["discover", "destroy"]
+    assert [(step.name, step.status, step.seconds) for step in report.teardown_steps] == [
+        ("discover", "done", 0.5),
+        ("cleanup_inner", "done", 3.0),
+        ("destroy", "done", 2.0),
+    ]
     assert (report.run, report.host, report.pve_version) == (RUN, "father", "9.2.1")
     assert report.verdict == "passed"
     installed = report.steps[2]
     assert (installed.calls, installed.call_seconds) == (1, 0.5)
     assert installed.playbooks[0].name == "pve-install.yml"
     assert installed.playbooks[0].recap[0].changed == 9
-    assert report.teardown[0].what == "nested-pve-x (99901)"
+    assert [(line.what, line.outcome) for line in report.teardown[::2]] == [
+        ("VM 99901", "found"),
+        ("VM 99901", "destroyed"),
+    ]
+
+
+def test_clean_inside_is_no_proof_that_the_host_is_clean() -> None:
+    log = whole()
+    del log.entries[-1]
+    report = log.report()
+    assert not report.proved_empty
+    assert report.teardown_steps[-1].status == "interrupted"
+    assert "before the teardown proved that nothing is left" in standalone(report)
 
 
 def test_a_run_whose_log_ends_inside_a_phase_is_reported_as_interrupted(tmp_path: Path) -> None:
@@ -190,7 +209,7 @@ def test_odd_log_lines_are_passed_over(tmp_path: Path) -> None:
 def test_after_a_failure_the_summary_says_cause_log_in_go_on_and_clean_up(tmp_path: Path) -> None:
     (tmp_path / "ssh_config").write_text("")
     log = broken()
-    log.add("teardown", what="second discovery", outcome="clean")
+    log.add("teardown", phase="destroy", status="clean")
     text = "\n".join(summary_lines(log.report(), tmp_path / "report.html"))
     assert "first cause, in setup_network: vmbr0 has no address" in text
     assert f"ssh -F {tmp_path}/ssh_config nested" in text
@@ -220,7 +239,7 @@ def test_the_timeline_stays_inside_its_picture() -> None:
     elements = Elements()
     elements.feed(picture)
     bars = [attributes for tag, attributes in elements.found if tag == "rect"]
-    assert len(bars) == 5
+    assert len(bars) == 6
     for bar in bars:
         x, width = (float(str(bar[name]).rstrip("%")) for name in ("x", "width"))
         assert 0 <= x <= 100
