@@ -1,4 +1,4 @@
-"""The audit log of a run: one JSON object a line, masked and flushed; reports and the zombie proof read it."""
+"""The audit log of a run: one JSON object a line, masked; reports and the zombie proof read it."""
 
 from __future__ import annotations
 

@@ -282,7 +282,8 @@ def renew(
 class Proof:
     """Whether a VM is this run's, by what its configuration, status and pool said just now.
 
-    `reason` says why not; `gone`: there is no such VM; `unreadable`: PVE refuses to print it. `status` is PVE's; `lock` the lock property; `config` the configuration proved.
+    `reason` says why not; `gone`: there is no such VM; `unreadable`: PVE refuses to print it.
+    `status` is PVE's; `lock` the lock property; `config` the configuration proved.
     """
 
     ok: bool

@@ -1,0 +1,76 @@
+"""Which guests of a host may belong to a run: by pool, by range and name, by marker; nothing remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.ownership import in_range, name_matches, parse_marker, pool_name, read_pool
+from pytest_nestedpve.pve.errors import NotFound, PveError, UnreadableAnswer
+from pytest_nestedpve.pve.guests import guest_config, list_guests
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A VM that may be the run's. `why` says what speaks for it; whether it is, ownership.prove says.
+
+    `bare` is the lock of a configuration that says nothing but that lock: a create or a destroy that was
+    killed, or one that still works.
+    """
+
+    vmid: int
+    node: str
+    why: str
+    bare: str | None = None
+
+
+def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int] = ()) -> list[Candidate]:
+    """The candidates of one run, by id. `extra` are further ids to look at (a context file's).
+
+    /cluster/resources is a broadcast up to ten seconds old in which a new VM has no name (recorded on
+    PVE 9.2), so the configuration of every entry in range is read unless its name speaks against it.
+    Raises PveError when the host cannot be asked.
+    """
+    found: dict[int, Candidate] = {}
+    pool = read_pool(host.api, pool_name(settings, run_id))
+    for kind, vmid, node in pool.members if pool is not None else ():
+        if kind == "qemu":
+            found[vmid] = Candidate(vmid, node, "it is in the run's pool", _bare(host, node, vmid))
+    wanted = set(extra)
+    for guest in list_guests(host.api):
+        if guest.kind != "qemu" or guest.vmid in found:
+            continue
+        if not in_range(settings, guest.vmid) and guest.vmid not in wanted:
+            continue
+        if guest.name is not None and not name_matches(settings, guest.name) and guest.vmid not in wanted:
+            continue
+        try:
+            config = guest_config(host.api, guest.node, guest.vmid)
+        except NotFound:
+            continue
+        except UnreadableAnswer:
+            found[guest.vmid] = Candidate(guest.vmid, guest.node, "its destroy was cut off", "destroyed")
+            continue
+        marker = parse_marker(config.get("description"))
+        if marker is not None and marker.run == run_id:
+            found[guest.vmid] = Candidate(guest.vmid, guest.node, "its marker names the run")
+        elif set(config) <= {"lock", "digest"} and config.get("lock"):
+            found[guest.vmid] = Candidate(
+                guest.vmid, guest.node, "its configuration is nothing but a lock", str(config["lock"])
+            )
+    return [found[vmid] for vmid in sorted(found)]
+
+
+def _bare(host: PveHost, node: str, vmid: int) -> str | None:
+    try:
+        config = guest_config(host.api, node, vmid)
+    except NotFound:
+        return None
+    except PveError:
+        return "destroyed"
+    return str(config["lock"]) if set(config) <= {"lock", "digest"} and config.get("lock") else None

@@ -1,0 +1,377 @@
+"""A PVE host in memory: memory_model's rules behind the API's paths and a few commands, kept in a JSON file.
+
+The file is locked for each call, so that several processes and threads may share one host.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from memory_model import BROADCAST, Model, State, fail, new_state
+
+from pytest_nestedpve.pve.errors import CommandTimeout
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.ssh import CommandResult
+
+Route = Callable[..., Any]
+
+
+class MemoryHost:
+    """The host that the JSON file holds; made with new_state at first use."""
+
+    def __init__(self, path: Path, node: str = "father") -> None:
+        self.path = path
+        self.name = node
+        if not path.exists():
+            with self.open() as model:
+                del model
+
+    @contextmanager
+    def open(self) -> Iterator[Model]:
+        """The model, for reading and changing; saved at the end, also after an error."""
+        with self.path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            text = self.path.read_text() if self.path.exists() else ""
+            model = Model(json.loads(text) if text else new_state(self.name))
+            model.settle()
+            try:
+                yield model
+            finally:
+                temporary = self.path.with_suffix(".new")
+                temporary.write_text(json.dumps(model.state))
+                temporary.replace(self.path)
+
+    def connect(self) -> PveHost:
+        """The host as the package knows one."""
+        return PveHost(self.name, MemorySsh(self), MemoryApi(self), self.name)
+
+    def fault(self, method: str, path: str, *, do: str = "fail", text: str = "", times: int = 1) -> None:
+        """Have calls (`path` is a pattern that must match whole) fail, or work with the reply `lose`d."""
+        with self.open() as model:
+            model.state["faults"].append(
+                {"method": method, "path": path, "do": do, "text": text, "times": times}
+            )
+
+    def configuration(self, vmid: int) -> str:
+        """The configuration file of a VM, for comparisons."""
+        with self.open() as model:
+            return model.text(vmid)
+
+
+class MemoryApi:
+    """The API tree of a MemoryHost."""
+
+    transport = "memory"
+
+    def __init__(self, host: MemoryHost) -> None:
+        self._host = host
+
+    def get(self, path: str, /, **params: Any) -> Any:
+        return self._call("GET", path, params)
+
+    def post(self, path: str, /, **params: Any) -> Any:
+        return self._call("POST", path, params)
+
+    def put(self, path: str, /, **params: Any) -> Any:
+        return self._call("PUT", path, params)
+
+    def delete(self, path: str, /, **params: Any) -> Any:
+        return self._call("DELETE", path, params)
+
+    def _call(self, method: str, path: str, params: State) -> Any:
+        given = {k: int(v) if isinstance(v, bool) else v for k, v in params.items() if v is not None}
+        with self._host.open() as model:
+            model.state["commands"].append(f"{method} {path} {' '.join(sorted(given))}".strip())
+            fault = _fault(model, method, path)
+            if fault is not None and fault["do"] == "fail":
+                raise fail(fault["text"])
+            for verb, pattern, route in ROUTES:
+                match = re.fullmatch(pattern, path)
+                if verb == method and match:
+                    answer = route(model, given, *match.groups())
+                    if fault is not None:
+                        raise CommandTimeout(f"{method} {path}: no reply")
+                    return json.loads(json.dumps(answer))
+        raise fail(f"No '{method}' handler defined for '{path}'", 1)
+
+
+def _fault(model: Model, method: str, path: str) -> State | None:
+    for each in model.state["faults"]:
+        if each["times"] > 0 and each["method"] == method and re.fullmatch(each["path"], path):
+            each["times"] -= 1
+            return dict(each)
+    return None
+
+
+# -- routes: (model, parameters, parts of the path) -------------------------------------------------
+
+
+def _resources(model: Model, params: State) -> list[State]:
+    found = []
+    for key, vm in model.state["vms"].items():
+        vmid, config = int(key), vm["config"]
+        entry: State = {"id": f"{vm['kind']}/{vmid}", "vmid": vmid, "node": vm["node"], "type": vm["kind"]}
+        entry["status"] = "running" if vm["running"] else "stopped"
+        for name in ("lock", "tags"):
+            if config.get(name):
+                entry[name] = config[name]
+        if model.pool_of(vmid):
+            entry["pool"] = model.pool_of(vmid)
+        ghost = model.state["ghosts"].get(key)
+        if vm.get("born", 0) + BROADCAST > model.now:
+            entry["status"] = "unknown"
+            if ghost and ghost["until"] > model.now:
+                entry["name"] = ghost["name"]
+        else:
+            entry |= {"name": config.get("name", f"VM {vmid}"), "template": int(config.get("template", 0))}
+        found.append(entry)
+    if params.get("type") == "vm":
+        return found
+    return [{"id": f"node/{model.node}", "node": model.node, "type": "node", "status": "online"}, *found]
+
+
+def _pools(model: Model, params: State) -> list[State]:
+    pools = model.state["pools"]
+    wanted = params.get("poolid")
+    if wanted is None:
+        return [{"poolid": name, "comment": pool["comment"]} for name, pool in pools.items()]
+    if wanted not in pools:
+        raise fail(f"pool '{wanted}' does not exist", 2)
+    members = [
+        {"type": vm["kind"], "vmid": vmid, "node": vm["node"], "id": f"{vm['kind']}/{vmid}"}
+        for vmid in pools[wanted]["vms"]
+        if (vm := model.state["vms"].get(str(vmid)))
+    ]
+    return [{"poolid": wanted, "comment": pools[wanted]["comment"], "members": members}]
+
+
+def _make_pool(model: Model, params: State) -> None:
+    name = params["poolid"]
+    parent = name.rpartition("/")[0]
+    if parent and parent not in model.state["pools"]:
+        raise fail(f"parent '{parent}' of pool '{name}' does not exist", 2)
+    if name in model.state["pools"]:
+        raise fail(f"create pool failed: pool '{name}' already exists")
+    model.state["pools"][name] = {"comment": params.get("comment", ""), "vms": []}
+
+
+def _set_pool(model: Model, params: State) -> None:
+    if params["poolid"] not in model.state["pools"]:
+        raise fail(f"pool '{params['poolid']}' does not exist", 2)
+    if "comment" in params:
+        model.state["pools"][params["poolid"]]["comment"] = params["comment"]
+
+
+def _drop_pool(model: Model, params: State) -> None:
+    name = params["poolid"]
+    if name not in model.state["pools"]:
+        raise fail(f"pool '{name}' does not exist", 2)
+    if model.state["pools"][name]["vms"]:
+        inside = model.state["pools"][name]["vms"][0]
+        raise fail(f"delete pool failed: pool '{name}' is not empty (contains VM {inside})")
+    del model.state["pools"][name]
+
+
+def _create(model: Model, params: State, node: str) -> str:
+    vmid = model.begin_create(node, params)
+    effect = {"do": "create", "vmid": vmid, "node": node, "params": params}
+    return model.fork("qmcreate", str(vmid), effect)
+
+
+def _destroy(model: Model, params: State, node: str, vmid: str) -> str:
+    if not params.get("skiplock"):
+        model.begin_destroy(node, int(vmid), params)
+    effect = {"do": "destroy", "vmid": int(vmid), "node": node, "params": params}
+    return model.fork("qmdestroy", vmid, effect)
+
+
+def _status(model: Model, _params: State, node: str, vmid: str) -> State:
+    vm = model.vm(node, int(vmid))
+    managed = int(f"vm:{vmid}" in model.state["ha"])
+    shown: State = {"vmid": int(vmid), "status": "running" if vm["running"] else "stopped"}
+    shown |= {"qmpstatus": "paused" if vm["paused"] else shown["status"], "ha": {"managed": managed}}
+    for name in ("name", "lock", "template"):
+        if vm["config"].get(name):
+            shown[name] = vm["config"][name]
+    return shown
+
+
+def _task(do: str) -> Route:
+    def route(model: Model, params: State, node: str, vmid: str) -> str:
+        effect = {"do": do, "vmid": int(vmid), "node": node, "params": params}
+        return model.fork(f"qm{do}", vmid, effect)
+
+    return route
+
+
+def _put_config(model: Model, params: State, node: str, vmid: str) -> None:
+    model.update(node, int(vmid), params)
+
+
+def _config(model: Model, _params: State, node: str, vmid: str) -> State:
+    return model.config(node, int(vmid))
+
+
+def _shown_task(task: State) -> State:
+    shown = {"upid": task["upid"], "type": task["type"], "id": task["id"], "starttime": int(task["start"])}
+    if task["end"] is not None:
+        shown |= {"endtime": int(task["end"]) or 1, "status": task["exit"]}
+    return shown
+
+
+def _tasks(model: Model, params: State, _node: str) -> list[State]:
+    wanted = str(params.get("vmid", ""))
+    found = [each for each in model.state["tasks"] if not wanted or each["id"] == wanted]
+    if params.get("source") == "active":
+        found = [each for each in found if each["end"] is None]
+    return [_shown_task(each) for each in reversed(found)]
+
+
+def _find_task(model: Model, upid: str) -> State:
+    for each in model.state["tasks"]:
+        if each["upid"] == upid:
+            return dict(each)
+    raise fail(f"no such task '{upid}'")
+
+
+def _task_status(model: Model, _params: State, _node: str, upid: str) -> State:
+    task = _find_task(model, upid)
+    if task["end"] is None:
+        return {"upid": upid, "status": "running"}
+    return {"upid": upid, "status": "stopped", "exitstatus": task["exit"]}
+
+
+def _stop_task(model: Model, _params: State, _node: str, upid: str) -> None:
+    for each in model.state["tasks"]:
+        if each["upid"] == upid and each["end"] is None:
+            model.abort(each)
+
+
+def _storages(model: Model, _params: State, _node: str = "") -> list[State]:
+    return [
+        {"storage": name, "active": 1, "enabled": 1, "used": 0, **entry}
+        for name, entry in model.state["storages"].items()
+    ]
+
+
+def _content(model: Model, params: State, _node: str, storage: str) -> list[State]:
+    found = [
+        {"volid": volid, **entry}
+        for volid, entry in model.state["volumes"].items()
+        if volid.startswith(f"{storage}:")
+    ]
+    base = str(model.state["storages"][storage].get("path", ""))
+    for path in model.state["files"]:
+        if path.startswith(f"{base}/snippets/"):
+            volid = f"{storage}:{path.removeprefix(base + '/')}"
+            found.append({"volid": volid, "content": "snippets", "format": "snippet", "size": 1, "vmid": None})
+    if params.get("content"):
+        found = [each for each in found if each["content"] == params["content"]]
+    if params.get("vmid"):
+        found = [each for each in found if each["vmid"] == int(params["vmid"])]
+    return [{key: value for key, value in each.items() if value is not None} for each in found]
+
+
+def _drop_volume(model: Model, _params: State, node: str, storage: str, volid: str) -> str:
+    model.state["files"].pop(model.path_of(volid), None)
+    if volid in model.state["sticky"]:
+        return model.fork("imgdel", storage, {"do": "fail", "node": node, "params": {"text": "unlink failed"}})
+    return model.fork("imgdel", storage, {"do": "imgdel", "node": node, "params": {"volid": volid}})
+
+
+_VM = r"/nodes/([^/]+)/qemu/(\d+)"
+ROUTES: tuple[tuple[str, str, Route], ...] = (
+    ("GET", "/version", lambda _m, _p: {"release": "9.2", "version": "9.2.11", "repoid": "14a22df35955d97d"}),
+    ("GET", "/cluster/status", lambda m, _p: [{"type": "node", "name": m.node, "local": 1, "online": 1}]),
+    ("GET", "/cluster/resources", _resources),
+    ("GET", "/cluster/backup", lambda m, _p: m.state["backup"]),
+    ("GET", "/cluster/replication", lambda m, _p: m.state["replication"]),
+    ("GET", "/cluster/ha/resources", lambda m, _p: [{"sid": sid} for sid in m.state["ha"]]),
+    ("GET", "/nodes", lambda m, _p: [{"node": m.node, "status": "online"}]),
+    ("GET", "/pools", _pools),
+    ("POST", "/pools", _make_pool),
+    ("PUT", "/pools", _set_pool),
+    ("DELETE", "/pools", _drop_pool),
+    ("POST", r"/nodes/([^/]+)/qemu", _create),
+    ("GET", f"{_VM}/config", _config),
+    ("PUT", f"{_VM}/config", _put_config),
+    ("POST", f"{_VM}/config", _task("config")),
+    ("GET", f"{_VM}/status/current", _status),
+    ("POST", f"{_VM}/status/start", _task("start")),
+    ("POST", f"{_VM}/status/stop", _task("stop")),
+    ("POST", f"{_VM}/clone", _task("clone")),
+    ("POST", f"{_VM}/template", _task("template")),
+    ("POST", f"{_VM}/snapshot", _task("snapshot")),
+    ("DELETE", _VM, _destroy),
+    ("GET", r"/nodes/([^/]+)/tasks", _tasks),
+    ("GET", r"/nodes/([^/]+)/tasks/([^/]+)/status", _task_status),
+    ("GET", r"/nodes/([^/]+)/tasks/([^/]+)/log", lambda _m, _p, _n, _u: [{"n": 1, "t": "no content"}]),
+    ("DELETE", r"/nodes/([^/]+)/tasks/([^/]+)", _stop_task),
+    ("GET", r"/nodes/([^/]+)/storage", _storages),
+    ("GET", "/storage", _storages),
+    ("GET", r"/nodes/([^/]+)/storage/([^/]+)/content", _content),
+    ("DELETE", r"/nodes/([^/]+)/storage/([^/]+)/content/(.+)", _drop_volume),
+)
+
+
+class MemorySsh:
+    """A login at a MemoryHost that knows a few commands."""
+
+    def __init__(self, host: MemoryHost) -> None:
+        self._host = host
+
+    def run(
+        self, command: Any, *, stdin: bytes | None = None, timeout: float = 60.0, secret: bool = False
+    ) -> CommandResult:
+        del stdin, timeout, secret
+        text = command if isinstance(command, str) else shlex.join(command)
+        words = shlex.split(text)
+        out, rc = "", 0
+        with self._host.open() as model:
+            match words:
+                case ["date", "+%s"]:
+                    out = f"{int(model.now)}\n"
+                case ["id", "-u"]:
+                    out = "0\n"
+                case ["cat", path] if path in model.state["files"]:
+                    out = model.state["files"][path]
+                case ["rm", "-f", "--", path]:
+                    model.state["files"].pop(path, None)
+                case _:
+                    rc = 127
+        said = b"" if rc == 0 else f"bash: {words[0]}: command not found\n".encode()
+        return CommandResult(text, rc, out.encode(), said, 0.1)
+
+    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
+        del mode
+        content = data if isinstance(data, bytes) else Path(str(data)).read_bytes()
+        with self._host.open() as model:
+            model.state["files"][remote] = content.decode()
+
+    def get(self, remote: str, limit: int = 1 << 20) -> bytes:
+        with self._host.open() as model:
+            return str(model.state["files"][remote]).encode()[:limit]
+
+    def open_channel(self, host: str, port: int) -> Any:
+        raise CommandTimeout(f"no network behind this host: {host}:{port}")
+
+    def close(self) -> None:
+        pass
+
+
+def at(moment: float) -> int:
+    """Epoch seconds `moment` from now."""
+    return int(time.time() + moment)
+
+
+from memory_phases import memory_phases  # noqa: E402 (for whoever imports the host)
+
+__all__ = ["MemoryApi", "MemoryHost", "MemorySsh", "at", "memory_phases"]
