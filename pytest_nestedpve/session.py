@@ -13,7 +13,15 @@ import pytest
 from _pytest.outcomes import Failed
 
 from pytest_nestedpve import exits
-from pytest_nestedpve.phases import Broken, Phase, PhaseBroken, PhaseRunner, check, needed_before
+from pytest_nestedpve.phases import (
+    Broken,
+    Phase,
+    PhaseBroken,
+    PhaseListError,
+    PhaseRunner,
+    check,
+    needed_before,
+)
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
@@ -142,6 +150,12 @@ class NestedSession:
                 PhaseBroken(Broken("teardown", "the environment is torn down already"), wanted="")
             )
         self.take_signals()
+        try:
+            self._open()
+        except (PveError, PhaseListError) as e:
+            raise Failed(f"nested-pve: {e}", pytrace=False) from e
+
+    def _open(self) -> None:
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
         from pytest_nestedpve.run import Run, SessionLock

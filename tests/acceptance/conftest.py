@@ -11,9 +11,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from memory_host import MemoryHost
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
@@ -153,11 +156,20 @@ class Project:
         process.kill()
         raise AssertionError(f"no line {wanted} within {limit} s: {process.communicate()[0]}")
 
-    def left(self) -> list[str]:
-        """What the host holds that a run of ours made: VMs, pools, volumes, snippets."""
+    def host(self) -> MemoryHost:
+        """The outer host of this project."""
         from memory_host import MemoryHost
 
-        api = MemoryHost(self.path / "host.json").connect().api
+        return MemoryHost(self.path / "host.json")
+
+    def slow(self, **seconds: float) -> None:
+        """Have the host's tasks of these kinds take so long."""
+        with self.host().open() as model:
+            model.state["delays"].update(seconds)
+
+    def left(self) -> list[str]:
+        """What the host holds that a run of ours made: VMs, pools, volumes, snippets."""
+        api = self.host().connect().api
         found = [f"vm {vm['vmid']}" for vm in api.get("/cluster/resources", type="vm")]
         found += [f"pool {pool['poolid']}" for pool in api.get("/pools") if "npve-" in pool["poolid"]]
         node = api.get("/nodes")[0]["node"]

@@ -26,10 +26,11 @@ def interrupt(path: Path, case: str, place: str) -> tuple[Project, Result]:
     """A run that gets the signals of `case` at `place`."""
     project = make_project(path)
     names = {"INT twice": ["INT", "INT"], "INT then TERM": ["INT", "TERM"]}.get(case, [case])
+    project.slow(qmdestroy=0.4)
     arguments = ["-q", "-p", "no:cacheprovider", "test_users.py" if place == "test" else "test_steps.py"]
     process = project.start(*arguments, HANG=place)
     if place == "teardown":
-        project.wait_for(process, event="phase_start", phase="destroy")
+        project.wait_for(process, event="teardown", status="found")
     else:
         project.wait_for(process, cmd="hanging")
     for number, name in enumerate(names):
@@ -64,10 +65,11 @@ def test_an_interrupted_session_leaves_nothing(
 
 def test_the_third_interrupt_gives_up_and_prints_the_command(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project")
-    process = project.start("-q", "test_steps.py", HANG="start_vm", SLOW_TEARDOWN="1")
+    project.slow(qmdestroy=3)
+    process = project.start("-q", "test_steps.py", HANG="start_vm")
     project.wait_for(process, cmd="hanging")
     process.send_signal(signal.SIGINT)
-    project.wait_for(process, event="phase_start", phase="discover")
+    project.wait_for(process, event="teardown", status="found")
     process.send_signal(signal.SIGINT)
     threading.Event().wait(0.2)
     process.send_signal(signal.SIGINT)
