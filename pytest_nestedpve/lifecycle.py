@@ -261,6 +261,8 @@ class LastHooks:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         self.nested.finish()
+        if self.nested.family is not None and not hasattr(self.nested.config, "workerinput"):
+            self.nested.sweep()
 
 
 def _one_line(text: str) -> str:

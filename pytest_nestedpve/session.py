@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KEY = pytest.StashKey["NestedSession"]()
 
-#: Files in a run's directory: which xdist session it belongs to, and that its teardown has been.
+#: Files in a run's directory: which xdist session it belongs to; what its teardown left, once it has been.
 FAMILY = "session"
 FINISHED = "finished"
 
@@ -76,6 +76,7 @@ class NestedSession:
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
+        self.swept: list[str] = []  # what xdist's workers left
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
         self._finished = False
@@ -311,19 +312,32 @@ class NestedSession:
             left = self.left()
             self.tally.left = self.tally.left or bool(left)
             with contextlib.suppress(Exception):
-                self.environment.run.directory.write(FINISHED, "left\n" if left else "clean\n")
+                self.environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in left))
             if self._lock is not None:
                 self._lock.release(remove=not left)
             with contextlib.suppress(Exception):
                 self.environment.close()
-            for close in reversed(self.on_close):
-                with contextlib.suppress(Exception):
-                    close()
-            self.on_close.clear()
+            self._close_hosts()
+
+    def _close_hosts(self) -> None:
+        for close in reversed(self.on_close):
+            with contextlib.suppress(Exception):
+                close()
+        self.on_close.clear()
+
+    def sweep(self) -> None:
+        """As xdist's controller: finish what its workers were cut off from."""
+        self.guard.counting = True
+        from pytest_nestedpve.sweep import sweep
+
+        self.swept = sweep(self)
+        self.tally.left = self.tally.left or bool(self.swept)
+        self._close_hosts()
 
     def left(self) -> list[str]:
         """What the teardown left on the host, a line each; empty when it is clean."""
         lines = [str(each) for each in getattr(self.teardown_report, "left", ())]
+        lines += self.swept
         if self.teardown_error is not None:
             lines.append(f"unknown, the teardown itself failed: {self.teardown_error}")
         return lines
@@ -360,10 +374,16 @@ class NestedSession:
     def close(self) -> None:
         """The last thing of a session: signals as before, the lines' descriptor closed."""
         self.finish()
+        if self.environment is not None:
+            self.environment.audit.close()
         self.guard.remove()
         if self._stderr != 2:
             os.close(self._stderr)
             self._stderr = 2
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 class _StateKeeper:

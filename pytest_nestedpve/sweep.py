@@ -1,0 +1,85 @@
+"""Behind xdist's workers: the controller finds the runs of its session and tears down what was cut off."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.session import FAMILY, FINISHED
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session import NestedSession
+
+
+def runs_of(nested: NestedSession) -> list[Path]:
+    """The directories of the runs that this session's workers made."""
+    found = []
+    if nested.family is not None and nested.settings.run_dir.is_dir():
+        for path in sorted(nested.settings.run_dir.iterdir()):
+            with contextlib.suppress(OSError):
+                if (path / FAMILY).read_text(encoding="ascii") == nested.family:
+                    found.append(path)
+    return found
+
+
+def sweep(nested: NestedSession) -> list[str]:
+    """Finish each of those runs; what is left on the host, a line each."""
+    left: list[str] = []
+    for path in runs_of(nested):
+        finished = path / FINISHED
+        if finished.exists():
+            left += [f"run {path.name}: {line}" for line in finished.read_text(encoding="utf-8").splitlines()]
+            continue
+        try:
+            lines = _finish(nested, path)
+        except Exception as error:
+            lines = [f"unknown, the teardown itself failed: {type(error).__name__}: {error}"]
+        left += [f"run {path.name}: {line}" for line in lines]
+    return left
+
+
+def _finish(nested: NestedSession, path: Path) -> list[str]:
+    from pytest_nestedpve.audit import AuditLog
+    from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.run import Run, RunDirectory, SessionLock
+    from pytest_nestedpve.teardown import teardown
+
+    lock = SessionLock(path.name)
+    lock.acquire()
+    audit = AuditLog(path / "audit.jsonl", path.name)
+    run = Run(id=path.name, owner="", client="", session="", dir=path, created=0, expires=0, hard=0)
+    environment = Environment(
+        settings=nested.settings,
+        run=run,
+        connect=nested.connect,
+        audit=audit,
+        progress=_unheard,
+        rootdir=nested.config.rootpath,
+    )
+    try:
+        environment.settings = nested.settings.with_profile(_profile(environment.outer))
+        environment.facts = RunDirectory(path).load_state()
+        lines = [str(each) for each in teardown(environment).left]
+        run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
+        lock.release(remove=not lines)
+        return lines
+    finally:
+        lock.release(remove=False)
+        environment.close()
+        audit.close()
+
+
+def _profile(host: Any) -> dict[str, str]:
+    """The host's profile, for `pool_parent`; one that cannot be read was told by preflight."""
+    from pytest_nestedpve.hosts import host_profile
+    from pytest_nestedpve.pve.errors import PveError
+
+    try:
+        return host_profile(host)
+    except PveError:
+        return {}
+
+
+def _unheard(_text: str) -> None:
+    """Nobody watches the progress of a sweep."""
