@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,16 +33,30 @@ class TeardownReport:
 def teardown(env: Environment) -> TeardownReport:
     """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked."""
     audit, run, host = env.audit, env.run, env.outer
-    audit.write("teardown", phase="discover", status="start", host=host.name)
-    candidates = discover(host, env.settings, run.id)
-    for each in candidates:
-        audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
-    _inner_first(env, candidates)
-    report = clear(env, host, candidates)
+    with _phase(env, "discover", "what may be the run's is looked for"):
+        candidates = discover(host, env.settings, run.id)
+        for each in candidates:
+            audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
+    with _phase(env, "cleanup_inner", "guests inside the nested PVE go first"):
+        _inner_first(env, candidates)
+    with _phase(env, "destroy", "proved, stopped, proved, destroyed; then looked for again"):
+        report = clear(env, host, candidates)
     for line in report.left:
         audit.write("leak", status="left", cause=line, host=host.name)
     audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
     return report
+
+
+@contextlib.contextmanager
+def _phase(env: Environment, name: str, title: str) -> Iterator[None]:
+    env.audit.write("phase_start", phase=name, title=title)
+    started, status = time.monotonic(), "failed"
+    try:
+        yield
+        status = "done"
+    finally:
+        took = round((time.monotonic() - started) * 1000, 1)
+        env.audit.write("phase_end", phase=name, status=status, ms=took)
 
 
 def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> TeardownReport:
