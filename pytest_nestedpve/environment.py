@@ -100,7 +100,9 @@ class Environment:
 
         with self._lock:
             if self._outer is None:
-                self._outer = audited(self._connect(), self.audit)
+                host = self._connect()
+                self._outer = audited(host, self.audit)
+                self._outer.ssh_config = host.ssh_config
             return self._outer
 
     @property
@@ -177,10 +179,9 @@ class Environment:
         """The run's ssh_config for what is known now of the nested PVE and the leaf."""
         outer = self.outer
         target = getattr(outer.ssh, "target", None)
-        config = getattr(outer.ssh, "ssh_config", None)
         return self.run.directory.write_ssh_config(
-            (getattr(target, "alias", "") or outer.name),
-            Path(config) if config else None,
+            getattr(target, "alias", "") or outer.name,
+            outer.ssh_config,
             self.ip,
             str(self.fact("provision", "name")),
             self.facts.get("leaf_wait_ip", {}).get("ip"),

@@ -85,7 +85,9 @@ def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | 
             f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
             "Does the account force a command?"
         )
-    return PveHost(resolved.name, ssh, PveshApi(ssh))
+    host = PveHost(resolved.name, ssh, PveshApi(ssh))
+    host.ssh_config = resolved.ssh_config
+    return host
 
 
 def host_profile(host: PveHost) -> dict[str, str]:

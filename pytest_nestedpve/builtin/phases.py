@@ -1,4 +1,4 @@
-"""The fourteen phases in their order. Those that are not built yet fail, and say so."""
+"""The list of phases: names, limits, probes and actions, in their order."""
 
 from __future__ import annotations
 
@@ -6,51 +6,217 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
 
+LEAF_MEMORY = 1024  # MiB
+LEAF_DISK = 8  # GiB
 
-class NotBuilt(PveError):
-    """This version does not have the phase."""
-
-
-def _missing(name: str) -> Callable[[Environment], Mapping[str, Any] | None]:
-    def do(_env: Environment) -> Mapping[str, Any] | None:
-        raise NotBuilt(
-            f"this version has no built-in phase {name} yet; a project can bring its own by the hook "
-            "pytest_nestedpve_phases"
-        )
-
-    return do
+Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 
-def _preflight(env: Environment) -> Mapping[str, Any] | None:
+def default_phases() -> list[Phase]:
+    """The fourteen phases. Limits and usual times are nominal seconds (usual: on an idle real host)."""
+    return [
+        Phase("preflight", "look at the outer host", _preflight, timeout=180, usual=12),
+        Phase("provision", "make the VM", _provision, _probe_provision, timeout=1500, usual=40),
+        Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180, usual=4),
+        Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960, usual=60),
+        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, timeout=3600, usual=600),
+        Phase("setup_network", "give it its bridge", _network, _probe_network, timeout=900, usual=40),
+        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, timeout=600, usual=15),
+        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, timeout=2700, usual=40),
+        Phase("download_image", "bring the leaf's image", _image, _probe_image, timeout=1800, usual=30),
+        Phase("leaf_provision", "make the VM inside", _leaf, _probe_leaf, timeout=1500, usual=30),
+        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), timeout=180, usual=4),
+        Phase("leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960, usual=60),
+        Phase("sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, timeout=900, usual=15),
+        Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300, usual=10),
+    ]
+
+
+# Imports stand in the functions: the list alone is needed to collect tests, and must cost nothing.
+
+
+def _level(role: str) -> Any:
+    from pytest_nestedpve.builtin import guest
+
+    return guest.NESTED if role == "nested" else guest.LEAF
+
+
+def _preflight(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.builtin.preflight import preflight
 
     return preflight(env)
 
 
-_TO_COME = (
-    ("provision", "a VM in the run's pool, with image and cloud-init"),
-    ("start_vm", "the VM starts"),
-    ("wait_ip", "the guest agent says the address and the host key"),
-    ("ensure_pve", "PVE is there and healthy"),
-    ("setup_network", "the network card becomes a port of vmbr0"),
-    ("setup_ssh", "the run's key pair, also on the nested node"),
-    ("setup_repos", "sources, secrets, certificate, API token"),
-    ("download_image", "the leaf's image on the nested PVE"),
-    ("leaf_provision", "a VM inside the VM"),
-    ("leaf_start", "the leaf starts"),
-    ("leaf_wait_ip", "the leaf's address and host key"),
-    ("sync_repos", "sources on to the leaf"),
-    ("verify_ssh_chain", "host keys verified on every hop"),
-)
+def _provision(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import guest
+
+    settings, found = env.settings, env.facts["preflight"]
+    shape = guest.Shape(
+        storage=found["storage"],
+        bridge=found["bridge"],
+        cores=settings.cores,
+        memory=settings.memory,
+        disk=settings.disk,
+        keys=(env.run.directory.ensure_key(f"nested-pve run {env.run.id}"),),
+        ipconfig=settings.ipconfig,
+        image=found["image"],
+        template=found["template"],
+        format=found["format"],
+        snippets=found["snippets"],
+        options=settings.vm_options,
+    )
+    return guest.provision(env, guest.NESTED, shape)
 
 
-def default_phases() -> list[Phase]:
-    """The phases of the package, in order."""
-    phases = [Phase("preflight", "the host has what is needed", _preflight, timeout=120.0, usual=5.0)]
-    phases += [Phase(name, title, _missing(name)) for name, title in _TO_COME]
-    return phases
+def _probe_provision(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import guest
+
+    return guest.probe_provision(env, guest.NESTED)
+
+
+def _leaf(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import guest, image
+    from pytest_nestedpve.builtin.preflight import disk_format
+    from pytest_nestedpve.pve.answers import entries
+
+    settings, inner = env.settings, env.inner
+    listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=image.STORAGE, format=True))
+    own = env.facts.get("setup_ssh", {}).get("root_public_key")
+    public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
+    shape = guest.Shape(
+        storage=image.STORAGE,
+        bridge="vmbr0",
+        cores=1,
+        memory=LEAF_MEMORY,
+        disk=LEAF_DISK,
+        keys=(public, own) if own else (public,),
+        image=env.fact("download_image", "volid"),
+        format=disk_format(listed[0]) if listed else None,
+        snippets=image.STORAGE,
+        options=settings.leaf_options,
+    )
+    return guest.provision(env, guest.LEAF, shape)
+
+
+def _probe_leaf(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import guest
+
+    return guest.probe_provision(env, guest.LEAF)
+
+
+def _start(role: str) -> Action:
+    def start(env: Environment) -> Mapping[str, Any]:
+        from pytest_nestedpve.builtin import guest
+
+        return guest.start(env, _level(role))
+
+    return start
+
+
+def _probe_start(role: str) -> Action:
+    def probe(env: Environment) -> Mapping[str, Any] | None:
+        from pytest_nestedpve.builtin import guest
+
+        return guest.probe_start(env, _level(role))
+
+    return probe
+
+
+def _wait(role: str, limit: float) -> Action:
+    def wait(env: Environment) -> Mapping[str, Any]:
+        from pytest_nestedpve.builtin import address
+
+        return address.wait_ip(env, _level(role), limit)
+
+    return wait
+
+
+def _probe_ip(role: str) -> Action:
+    def probe(env: Environment) -> Mapping[str, Any] | None:
+        from pytest_nestedpve.builtin import address
+
+        return address.probe_ip(env, _level(role))
+
+    return probe
+
+
+def _ensure_pve(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.ensure_pve(env, 3400)
+
+
+def _probe_pve(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.probe_pve(env)
+
+
+def _network(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.setup_network(env, 600)
+
+
+def _probe_network(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.probe_network(env)
+
+
+def _ssh(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.setup_ssh(env, 540)
+
+
+def _probe_ssh(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.probe_ssh(env)
+
+
+def _repos(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.setup_repos(env, 2600)
+
+
+def _probe_repos(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.probe_repos(env)
+
+
+def _image(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import image
+
+    return image.download_image(env, 1700)
+
+
+def _probe_image(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import image
+
+    return image.probe_image(env)
+
+
+def _sync(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.sync_repos(env, 850)
+
+
+def _probe_sync(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.builtin import setup
+
+    return setup.probe_sync(env)
+
+
+def _chain(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.builtin import chain
+
+    return chain.verify_ssh_chain(env, 280)

@@ -90,7 +90,8 @@ def preflight(env: Environment) -> dict[str, Any]:
     if looker.findings:
         raise PreflightError(host.name, looker.findings)
     what = f"image {facts['image']}" if facts["image"] else f"template {facts['template']}"
-    did = f"PVE {facts['version']} on {host.name}, storage {facts['storage']}, bridge {facts['bridge']}, {what}"
+    where = f"storage {facts['storage']}, bridge {facts['bridge']}"
+    did = f"PVE {facts['version']} on {host.name}, {where}, {what}"
     return {**facts, "did": did}
 
 
@@ -219,7 +220,7 @@ def _virtualisation(looker: _Looker, host: PveHost, settings: Settings) -> None:
     elif not host.run(["test", "-e", "/dev/kvm"], timeout=20).ok:
         looker.add(
             "nested virtualisation", "/dev/kvm", "none",
-            "Switch virtualisation on in the firmware; or do without (slow): `nested_pve_vm_options = kvm=0`.",
+            "Switch it on in the firmware; or do without (slow): `nested_pve_vm_options = kvm=0`.",
         )  # fmt: skip
 
 
@@ -352,7 +353,8 @@ def _named_image(
     if there is None or not usable(there):
         names = ", ".join(sorted(str(each.get("storage")) for each in storages)) or "none"
         looker.add(
-            "image", f"{image} ({origin}) on a storage of {node}", f"no usable storage {storage!r} among {names}",
+            "image", f"{image} ({origin}) on a storage of {node}",
+            f"no usable storage {storage!r} among {names}",
             "Set nested_pve_image to a volume that is there.",
         )  # fmt: skip
         return None

@@ -39,7 +39,12 @@ class SshLike(Protocol):
 
 
 class PveHost:
-    """Anything reachable over SSH that answers `pvesh`."""
+    """Anything reachable over SSH that answers `pvesh`.
+
+    `ssh_config` is the file that ssh needs to reach it by its name; None: the user's own will do.
+    """
+
+    ssh_config: Path | None = None
 
     def __init__(self, name: str, ssh: SshLike, api: Api, node: str | None = None) -> None:
         self.name = name

@@ -1,0 +1,68 @@
+"""Making the nested VM from a template: into the run's pool, marked at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.creation import Created, NoFreeId, _free_ids, guest_name
+from pytest_nestedpve.ownership import TAG, Marker, new_uuid, pool_name
+from pytest_nestedpve.pve.answers import text
+from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.errors import AlreadyExists, ApiError, TaskFailed
+from pytest_nestedpve.pve.tasks import wait_task
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.run import Run
+    from pytest_nestedpve.settings import Settings
+
+CLONE_LIMIT = 900.0
+_TRIES = 10
+
+
+def clone_marked(
+    host: PveHost, run: Run, settings: Settings, template: int, *, role: str = "nested", storage: str | None
+) -> Created:
+    """Clone `template`: linked where its storage can, else a full copy on `storage`.
+
+    A clone copies description, tags and protection of its template (recordings of PVE 9.2): the
+    description is given with the call, the rest is set right afterwards, with the uuid of the marker,
+    since PVE gives each clone one of its own choice. Raises NoFreeId, PveError.
+    """
+    name, node = guest_name(settings, run, role), host.node
+    full = False
+    for vmid, _ in zip(_free_ids(host, settings), range(_TRIES), strict=False):
+        marker = Marker(run.id, vmid, new_uuid(), role)
+        call: dict[str, Any] = {
+            "newid": vmid, "name": name, "pool": pool_name(settings, run), "description": marker.to_text(),
+        }  # fmt: skip
+        for _attempt in (1, 2):
+            try:
+                _clone(host, node, template, call | ({"full": True, "storage": storage} if full else {}))
+                break
+            except ApiError as e:
+                reason = e.reason if isinstance(e, TaskFailed) else e
+                if isinstance(reason, AlreadyExists):
+                    vmid = 0
+                    break
+                if full or "linked clone" not in str(e).lower():
+                    raise
+                full = True
+        if not vmid:
+            continue
+        path = f"/nodes/{node}/qemu/{vmid}/config"
+        host.api.put(path, smbios1=f"uuid={marker.uuid}", tags=f"{TAG};{run.tag}", protection=0, onboot=0)
+        return Created(vmid, node, name, marker.uuid)
+    raise NoFreeId(
+        f"expected a free VM id on {host.name} for a clone of {template}, found none in the range; clear "
+        "orphans by `pytest --nested-destroy-only`, or widen nested_pve_vmid_range"
+    )
+
+
+def _clone(host: PveHost, node: str, template: int, call: dict[str, Any]) -> None:
+    with call_limit(CLONE_LIMIT):
+        upid = text(host.api.post(f"/nodes/{node}/qemu/{template}/clone", **call))
+        if upid:
+            wait_task(host.api, upid, timeout=CLONE_LIMIT)
