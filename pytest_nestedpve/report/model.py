@@ -175,7 +175,6 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
     open_steps: dict[str, _OpenStep] = {}
     teardown: list[TeardownLine] = []
     left: list[TeardownLine] = []
-    ends = _TeardownSpans()
     proved_empty = False
 
     for entry in entries:
@@ -207,9 +206,6 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
             if playbook is not None and current is not None:
                 current.playbooks.append(playbook)
         elif event == "teardown":
-            ends.add(phase, str(entry.get("status") or ""), now)
-            if entry.get("status") == "start":
-                continue
             line = _teardown_line(entry, now)
             teardown.append(line)
             if line.outcome == "clean" and phase in ("", "destroy"):
@@ -218,7 +214,6 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
             left.append(_teardown_line(entry, now))
 
     closed.extend(opened.close(None, None) for opened in open_steps.values())
-    closed.extend(ends.steps(bool(left)))
     closed.sort(key=lambda step: step.start)
     return RunReport(
         run=run,
@@ -232,33 +227,6 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         left=tuple(left),
         proved_empty=proved_empty and not left,
     )
-
-
-class _TeardownSpans:
-    """When the parts of the teardown began and ended, told from its lines."""
-
-    def __init__(self) -> None:
-        self._spans: dict[str, tuple[float, float]] = {}
-        self._ended = False
-        self._before: float | None = None
-
-    def add(self, phase: str, status: str, at: float) -> None:
-        if phase not in TEARDOWN_PHASES:
-            return
-        began = self._spans.get(phase, (at if self._before is None else self._before, at))[0]
-        self._spans[phase] = (began, at)
-        self._before = at
-        self._ended = self._ended or (phase == "destroy" and status in ("clean", "left"))
-
-    def steps(self, left: bool) -> Iterable[Step]:
-        for number, (phase, (began, ended)) in enumerate(self._spans.items(), 1):
-            last = number == len(self._spans)
-            status = "done"
-            if last and not self._ended:
-                status = "interrupted"
-            elif last and left:
-                status = "failed"
-            yield Step(phase, "", status, began, None if status == "interrupted" else ended - began)
 
 
 def _playbook(entry: Mapping[str, Any]) -> Playbook | None:

@@ -19,8 +19,15 @@ from pytest_nestedpve.report.model import build  # noqa: E402
 
 @pytest.mark.parametrize(
     ("limit", "on", "passed"),
-    [(3.0, "ours", True), (1.9, "ours", False), (0.5, "ratio", True), (0.4, "ratio", False)]
-    + [(-2.0, "difference", True), (-2.1, "difference", False), (None, "ours", True)],
+    [
+        (3.0, "ours", True),
+        (1.9, "ours", False),
+        (0.5, "ratio", True),
+        (0.4, "ratio", False),
+        (-2.0, "difference", True),
+        (-2.1, "difference", False),
+        (None, "ours", True),
+    ],
 )
 def test_a_limit_bounds_the_median_the_difference_or_the_ratio(
     limit: float | None, on: str, passed: bool

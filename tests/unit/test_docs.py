@@ -168,17 +168,6 @@ def test_the_phases_are_documented_in_their_order() -> None:
     assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == [p.name for p in builtin.default_phases()]
 
 
-def test_phases_that_are_not_built_are_named_as_such() -> None:
-    from pytest_nestedpve.builtin import phases
-
-    missing = [name for name, _ in getattr(phases, "_TO_COME", ())]
-    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
-    named = re.search(r"\*\*Phases that this version does not have:\*\*([^.]*)\.", page)
-    found = re.findall(r"`([a-z_]+)`", named[1]) if named else []
-    names = ", ".join(f"`{name}`" for name in missing)
-    assert found == missing, f"docs/limits.md should name: {names}"
-
-
 def test_every_playbook_is_documented() -> None:
     page = (ROOT / "docs" / "phases.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "playbooks").glob("*.yml")):

@@ -61,13 +61,14 @@ def whole() -> Log:
     )
     log.now += 61
     log.add("phase_end", phase="ensure_pve", status="done", ms=61_000, facts={"version": "9.2.1"})
-    log.add("teardown", phase="discover", status="start", host="father")
-    log.now += 0.5
     log.add("teardown", phase="discover", status="found", vmid=99901, cause="in the run's pool")
-    log.now += 3
+    log.phase("discover", 0.5)
     log.add("teardown", phase="cleanup_inner", status="clean")
-    log.now += 2
+    log.phase("cleanup_inner", 3)
+    log.add("phase_start", phase="destroy")
     log.add("teardown", phase="destroy", status="gone", vmid=99901, host="father")
+    log.now += 2
+    log.add("phase_end", phase="destroy", status="done", ms=2000)
     return log.add("teardown", phase="destroy", status="clean", host="father")
 
 
@@ -104,7 +105,7 @@ def test_the_log_becomes_steps_in_order_with_what_each_did() -> None:
 
 def test_clean_inside_is_no_proof_that_the_host_is_clean() -> None:
     log = whole()
-    del log.entries[-1]
+    del log.entries[-2:]
     report = log.report()
     assert not report.proved_empty
     assert report.teardown_steps[-1].status == "interrupted"
