@@ -32,12 +32,16 @@ _ZOMBIE_LOCKS = ("create", "destroyed")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate: "gone", "foreign" (not ours, untouched) or "left", with the reason."""
+    """What became of one candidate: "gone", "foreign" (not ours, untouched) or "left", with the reason.
+
+    `again`: whether a second try may change it; not for volumes that outlive their VM.
+    """
 
     vmid: int
     node: str
     result: str
     reason: str = ""
+    again: bool = True
 
 
 def destroy(
@@ -72,7 +76,7 @@ def destroy(
             break
         with ThreadPoolExecutor(max_workers=width, thread_name_prefix="destroy") as pool:
             outcomes.update({each.vmid: each for each in pool.map(one, waiting)})
-        left = {vmid for vmid, each in outcomes.items() if each.result == "left"}
+        left = {vmid for vmid, each in outcomes.items() if each.result == "left" and each.again}
         waiting = [each for each in waiting if each.vmid in left]
     return [outcomes[each.vmid] for each in candidates]
 
@@ -216,4 +220,4 @@ def _sweep_volumes(api: Api, outcome: Outcome, volumes: Iterable[str]) -> Outcom
             left.append(volid)
     if not left:
         return outcome
-    return Outcome(outcome.vmid, outcome.node, "left", f"volumes left: {', '.join(left)}")
+    return Outcome(outcome.vmid, outcome.node, "left", f"volumes left: {', '.join(left)}", again=False)

@@ -272,7 +272,9 @@ def _content(model: Model, params: State, _node: str, storage: str) -> list[Stat
     for path in model.state["files"]:
         if path.startswith(f"{base}/snippets/"):
             volid = f"{storage}:{path.removeprefix(base + '/')}"
-            found.append({"volid": volid, "content": "snippets", "format": "snippet", "size": 1, "vmid": None})
+            found.append(
+                {"volid": volid, "content": "snippets", "format": "snippet", "size": 1, "vmid": None}
+            )
     if params.get("content"):
         found = [each for each in found if each["content"] == params["content"]]
     if params.get("vmid"):
@@ -280,10 +282,40 @@ def _content(model: Model, params: State, _node: str, storage: str) -> list[Stat
     return [{key: value for key, value in each.items() if value is not None} for each in found]
 
 
+def _list(model: Model, _params: State, _node: str) -> list[State]:
+    found = []
+    for vmid, vm in model.state["vms"].items():
+        entry = {"vmid": int(vmid), "name": vm["config"].get("name", f"VM {vmid}"), "status": vm["status"]}
+        found.append(entry | ({"template": 1} if vm["config"].get("template") else {}))
+    return found
+
+
+def _storage(model: Model, _params: State, storage: str) -> State:
+    if storage not in model.state["storages"]:
+        raise fail(f"storage '{storage}' does not exist", 2)
+    return {"storage": storage, **model.state["storages"][storage]}
+
+
+def _network(model: Model, _params: State, _node: str) -> list[State]:
+    bridges = [
+        {"iface": name, "type": "bridge", "cidr": cidr, "active": 1}
+        for name, cidr in model.state["bridges"].items()
+    ]
+    return [{"iface": "eno1", "type": "eth", "active": 1}, *bridges]
+
+
+def _resize(model: Model, params: State, _node: str, vmid: str) -> None:
+    disk = model.state["vms"][vmid]["config"][params["disk"]].split(",")
+    kept = [part for part in disk if not part.startswith("size=")]
+    model.state["vms"][vmid]["config"][params["disk"]] = ",".join([*kept, f"size={params['size']}"])
+
+
 def _drop_volume(model: Model, _params: State, node: str, storage: str, volid: str) -> str:
     model.state["files"].pop(model.path_of(volid), None)
     if volid in model.state["sticky"]:
-        return model.fork("imgdel", storage, {"do": "fail", "node": node, "params": {"text": "unlink failed"}})
+        return model.fork(
+            "imgdel", storage, {"do": "fail", "node": node, "params": {"text": "unlink failed"}}
+        )
     return model.fork("imgdel", storage, {"do": "imgdel", "node": node, "params": {"volid": volid}})
 
 
@@ -300,6 +332,7 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("POST", "/pools", _make_pool),
     ("PUT", "/pools", _set_pool),
     ("DELETE", "/pools", _drop_pool),
+    ("GET", r"/nodes/([^/]+)/qemu", _list),
     ("POST", r"/nodes/([^/]+)/qemu", _create),
     ("GET", f"{_VM}/config", _config),
     ("PUT", f"{_VM}/config", _put_config),
@@ -317,6 +350,9 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("DELETE", r"/nodes/([^/]+)/tasks/([^/]+)", _stop_task),
     ("GET", r"/nodes/([^/]+)/storage", _storages),
     ("GET", "/storage", _storages),
+    ("GET", r"/storage/([^/]+)", _storage),
+    ("GET", r"/nodes/([^/]+)/network", _network),
+    ("PUT", f"{_VM}/resize", _resize),
     ("GET", r"/nodes/([^/]+)/storage/([^/]+)/content", _content),
     ("DELETE", r"/nodes/([^/]+)/storage/([^/]+)/content/(.+)", _drop_volume),
 )
@@ -340,7 +376,13 @@ class MemorySsh:
                 case ["date", "+%s"]:
                     out = f"{int(model.now)}\n"
                 case ["id", "-u"]:
-                    out = "0\n"
+                    out = f"{model.state.get('uid', 0)}\n"
+                case ["if", "[", "-e", path, *_]:  # how the host profile is read
+                    out = model.state["files"].get(path, "")
+                case ["test", "-e", path]:
+                    rc = 0 if path in model.state["files"] else 1
+                case ["mkdir", "-p", _]:
+                    pass
                 case ["cat", path] if path in model.state["files"]:
                     out = model.state["files"][path]
                 case ["rm", "-f", "--", path]:
