@@ -90,9 +90,7 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     base = f"/nodes/{made.node}/qemu/{made.vmid}"
     snippet = None
     if shape.snippets is not None:
-        snippet = vendor.write_snippet(
-            host, shape.snippets, env.run.id, vendor.user_data(env.settings)
-        )
+        snippet = vendor.write_snippet(host, shape.snippets, env.run.id, vendor.user_data(env.settings))
     config = host.api.get(f"{base}/config")
     wanted = _config(shape, config if isinstance(config, dict) else {}, snippet)
     if shape.template is not None:

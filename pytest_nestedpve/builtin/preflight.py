@@ -110,7 +110,7 @@ def _look(looker: _Looker, env: Environment, host: PveHost) -> dict[str, Any]:
     env.progress("storages, networks, guests")
     guests = looker.ask("guests", lambda: entries(host.api.get("/cluster/resources", type="vm"))) or []
     storages = looker.ask("storages", lambda: _storages(host, node)) or []
-    template = _template(looker, settings, guests, node)
+    template = _template(looker, host, settings, guests, node)
     storage = _storage(looker, settings, storages)
     snippets = None if settings.template else _snippets(looker, storages, storage)
     image = None if settings.template else _image(looker, host, node, settings, storages)
@@ -255,9 +255,7 @@ def disk_format(storage: dict[str, Any]) -> str | None:
     return "qcow2" if isinstance(supported, (list, tuple)) and "qcow2" in supported else None
 
 
-def _storage(
-    looker: _Looker, settings: Settings, storages: list[dict[str, Any]]
-) -> dict[str, Any] | None:
+def _storage(looker: _Looker, settings: Settings, storages: list[dict[str, Any]]) -> dict[str, Any] | None:
     able = [each for each in storages if usable(each) and "images" in contents(each)]
     names = ", ".join(sorted(str(each.get("storage")) for each in able)) or "none"
     if settings.storage is None:
@@ -295,9 +293,7 @@ def _storage(
     return found
 
 
-def _snippets(
-    looker: _Looker, storages: list[dict[str, Any]], chosen: dict[str, Any] | None
-) -> str | None:
+def _snippets(looker: _Looker, storages: list[dict[str, Any]], chosen: dict[str, Any] | None) -> str | None:
     able = [str(each["storage"]) for each in storages if usable(each) and "snippets" in contents(each)]
     for preferred in (chosen and chosen.get("storage"), "local"):
         if preferred in able:
@@ -433,11 +429,16 @@ def _bridge(looker: _Looker, host: PveHost, node: str, settings: Settings) -> st
 
 
 def _template(
-    looker: _Looker, settings: Settings, guests: list[dict[str, Any]], node: str
+    looker: _Looker, host: PveHost, settings: Settings, guests: list[dict[str, Any]], node: str
 ) -> int | None:
     if settings.template is None:
         return None
     wanted, origin = settings.template, settings.origin("template")
+    # /cluster/resources is a broadcast up to 10 s old, in which a new template is an unnamed VM.
+    live = looker.ask("template", lambda: entries(host.api.get(f"/nodes/{node}/qemu"))) or []
+    here = [{**each, "node": node, "type": "qemu"} for each in live]
+    elsewhere = [each for each in guests if each.get("node") != node]
+    guests = here + elsewhere
     same = [
         each for each in guests
         if each.get("type", "qemu") == "qemu"

@@ -5,6 +5,7 @@ Texts that PVE's format checks `die` with end in a newline; those of types and l
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
@@ -292,6 +293,19 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     ),
     "pve-roleid": _matches(r"[A-Za-z0-9.\-_]+", "role name '{}' contains invalid characters"),
 }
+
+
+def is_public_key(line: str) -> bool:
+    """Whether the line holds a key whose data is of the type it names (ssh-keygen looks deeper)."""
+    match = re.search(r"((?:ssh|ecdsa|sk)-[\w@.\-]+)\s+([A-Za-z0-9+/]+=*)", line)
+    if match is None:
+        return False
+    try:
+        data = base64.b64decode(match[2], validate=True)
+    except ValueError:
+        return False
+    kind = match[1].encode()
+    return data.startswith(len(kind).to_bytes(4, "big") + kind)
 
 
 def decode_keys(text: str) -> list[str]:

@@ -81,7 +81,7 @@ def code_files() -> Iterator[tuple[str, tuple[bytes, int]]]:
     """This package's own files, where nodes have them."""
     here = Path(__file__).parent
     for file in sorted(here.rglob("*")):
-        if file.suffix in (".py", ".json") and "__pycache__" not in file.parts:
+        if file.suffix in (".py", ".json", ".sh") and "__pycache__" not in file.parts:
             yield f"{HOME}/nestedpve_node/{file.relative_to(here)}", (file.read_bytes(), 0o644)
 
 
@@ -112,11 +112,11 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "nestedpve-lab-node, libpve-access-control",
         files={
             "/usr/bin/pvecm": _door("cli_pvecm"),
-            "/lib/systemd/system/pve-cluster.service": _unit(
+            "/usr/lib/systemd/system/pve-cluster.service": _unit(
                 "The Proxmox VE cluster filesystem",
                 f"Type=notify\n{_ENVIRONMENT}\nExecStart={_PYTHON}.cluster_fs\n"
                 "ExecStartPost=-/usr/bin/pvecm updatecerts --silent\nTimeoutStopSec=10",
-                after="network-online.target local-fs.target cloud-init.service",
+                after="network-online.target local-fs.target",
                 wants="network-online.target",
             ),
         },
@@ -130,7 +130,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
             "/usr/bin/pvesh": _door("cli_pvesh"),
             "/usr/bin/pveversion": _door("cli_pveversion"),
             "/etc/apt/sources.list.d/pve-enterprise.sources": (_ENTERPRISE, 0o644),
-            "/lib/systemd/system/pveproxy.service": _unit(
+            "/usr/lib/systemd/system/pveproxy.service": _unit(
                 "PVE API Proxy Server",
                 f"Type=simple\n{_ENVIRONMENT}\nExecStartPre=-/usr/bin/pvecm updatecerts --silent\n"
                 f"ExecStart={_PYTHON}.proxy\nExecReload=/bin/kill -HUP $MAINPID\nKillMode=mixed\n"
@@ -139,12 +139,12 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
                 wants="pve-cluster.service pvedaemon.service",
             ),
             # pveproxy runs the API itself here; the unit is there for who asks for it.
-            "/lib/systemd/system/pvedaemon.service": _unit(
+            "/usr/lib/systemd/system/pvedaemon.service": _unit(
                 "PVE API Daemon",
                 "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true",
                 after="pve-cluster.service",
             ),
-            "/lib/systemd/system/pvestatd.service": _unit(
+            "/usr/lib/systemd/system/pvestatd.service": _unit(
                 "PVE Status Daemon",
                 f"Type=simple\n{_ENVIRONMENT}\nExecStart={_PYTHON}.broadcast\nRestart=on-failure\nRestartSec=1",
                 after="pve-cluster.service",
@@ -166,7 +166,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "nestedpve-lab-node, pve-cluster, libpve-storage-perl",
         files={
             "/usr/sbin/qm": _door("cli_qm"),
-            "/lib/systemd/system/pve-guests.service": _unit(
+            "/usr/lib/systemd/system/pve-guests.service": _unit(
                 "PVE guests",
                 f"Type=oneshot\nRemainAfterExit=yes\n{_ENVIRONMENT}\n"
                 f"ExecStart={_PYTHON}.autostart start\nExecStop={_PYTHON}.autostart stop",

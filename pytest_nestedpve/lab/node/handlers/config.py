@@ -89,10 +89,10 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
         if name in given:
             words = f"you can't use '-{name}' and '-delete {name}' at the same time"
             raise BadParameters({"delete": words}, rc=255)
-    options.check_rights(caller, vmid, None, [*given, *deleted, *revert], given)
-    options.check_storage(caller, vmid, given)
     if "hookscript" in given and not volumes.path(given["hookscript"]).exists():
         raise BadParameters({"hookscript": f"script '{given['hookscript']}' does not exist\n"})
+    options.check_rights(caller, vmid, None, [*given, *deleted, *revert], given)
+    options.check_storage(caller, vmid, given)
     if "tags" in given or "tags" in deleted:
         options.check_tags(caller, vmid)
     skip = params.get("skiplock") == "1"

@@ -177,12 +177,21 @@ def content(caller: Caller, params: dict[str, Any]) -> Any:
     rows = volumes.listing(name, vmid=vmid, of=params.get("content"))
     if caller.is_root or access.has(caller, f"/storage/{name}", ["Datastore.Allocate"]):
         return rows
-    return [row for row in rows if _may_see(caller, row)]
+    return [row for row in rows if _may_see(caller, name, row, vmid)]
 
 
-def _may_see(caller: Caller, row: dict[str, Any]) -> bool:
+def _may_see(caller: Caller, name: str, row: dict[str, Any], asked: int | None) -> bool:
+    """A look at the storage shows ISOs and the like; disks of a guest need rights on it, unless they are
+    asked for by its id."""
     owner = row.get("vmid")
-    return owner is None or access.has(caller, f"/vms/{owner}", ["VM.Audit"])
+    if row["content"] in ("iso", "vztmpl", "import"):
+        return True
+    if owner is None:
+        return False
+    return owner == asked or (
+        access.has(caller, f"/storage/{name}", ["Datastore.Audit"])
+        and access.has(caller, f"/vms/{owner}", ["VM.Config.Disk"])
+    )
 
 
 def _full(params: dict[str, Any]) -> str:
