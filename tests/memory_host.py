@@ -285,7 +285,8 @@ def _content(model: Model, params: State, _node: str, storage: str) -> list[Stat
 def _list(model: Model, _params: State, _node: str) -> list[State]:
     found = []
     for vmid, vm in model.state["vms"].items():
-        entry = {"vmid": int(vmid), "name": vm["config"].get("name", f"VM {vmid}"), "status": vm["status"]}
+        entry = {"vmid": int(vmid), "name": vm["config"].get("name", f"VM {vmid}")}
+        entry["status"] = "running" if vm["running"] else "stopped"
         found.append(entry | ({"template": 1} if vm["config"].get("template") else {}))
     return found
 

@@ -1,0 +1,221 @@
+"""Making the VM: whose it is from its first moment, and what it is told at its first boot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_host import MemoryHost
+
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.builtin import guest, vendor
+from pytest_nestedpve.builtin.address import Impostor, check_address
+from pytest_nestedpve.builtin.phases import default_phases
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.ownership import parse_marker, prove
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.timing import Deadline
+
+MAC = "bc:24:11:00:00:01"
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    host = MemoryHost(tmp_path / "host.json")
+    with host.open() as model:
+        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
+    return host
+
+
+@pytest.fixture
+def make(tmp_path: Path, host: MemoryHost) -> Iterator[Callable[..., Environment]]:
+    with ExitStack() as stack:
+
+        def environment(**settings: Any) -> Environment:
+            chosen = replace(Settings(run_dir=tmp_path / "runs"), **settings)
+            run = Run.create(chosen, tmp_path)
+            audit = AuditLog(run.directory.audit, run.id)
+            stack.callback(audit.close)
+            return Environment(
+                settings=chosen,
+                run=run,
+                connect=host.connect,
+                audit=audit,
+                progress=lambda _: None,
+                rootdir=tmp_path,
+            )
+
+        yield environment
+
+
+Make = Callable[..., Environment]
+
+
+def do(env: Environment, *names: str) -> None:
+    for phase in default_phases():
+        if phase.name in names:
+            env.facts[phase.name] = dict(phase.do(env) or {})
+
+
+def config(host: MemoryHost, vmid: int) -> dict[str, Any]:
+    answer = host.connect().api.get(f"/nodes/father/qemu/{vmid}/config")
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_the_vm_is_proved_ours_and_gets_what_it_needs(make: Make, host: MemoryHost) -> None:
+    env = make(memory=4096, cores=3)
+    do(env, "preflight", "provision")
+    facts = env.facts["provision"]
+    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
+    made = config(host, facts["vmid"])
+    assert made["name"] == facts["name"] == f"nested-pve-{env.run.id}"
+    assert str(made["memory"]) == "4096"
+    assert str(made["cores"]) == "3"
+    assert made["cpu"] == "host"
+    assert "firewall=0" in made["net0"]
+    assert "bridge=vmbr0" in made["net0"]
+    assert facts["mac"] in made["net0"].lower()
+    assert guest.disk_size(made["scsi0"]) == 64
+    assert "qcow2" in made["scsi0"]
+    assert str(made["ciupgrade"]) == "0"
+    assert made["cicustom"] == f"vendor=local:snippets/npve-{env.run.id}-vendor.yaml"
+    assert unquote(made["sshkeys"]).split()[:2] == env.run.directory.ensure_key("").split()[:2]
+    assert made["tags"] == f"nestedpve;{env.run.tag}"
+
+
+def test_the_pool_is_made_first_and_the_vm_has_no_disk_at_first(make: Make, host: MemoryHost) -> None:
+    do(make(), "preflight", "provision")
+    with host.open() as model:
+        changes = [each for each in model.state["commands"] if not each.startswith("GET ")]
+    assert changes[0].startswith("POST /pools")
+    create = changes[1].split()
+    assert create[:2] == ["POST", "/nodes/father/qemu"]
+    assert "pool" in create
+    assert "description" in create
+    assert not [word for word in create if word.startswith(("scsi0", "ide", "virtio"))]
+
+
+def test_without_kvm_the_cpu_is_max_and_options_outrank_all(make: Make, host: MemoryHost) -> None:
+    env = make(vm_options={"kvm": "0", "machine": "q35"})
+    do(env, "preflight", "provision")
+    made = config(host, env.facts["provision"]["vmid"])
+    assert made["cpu"] == "max"
+    assert str(made["kvm"]) == "0"
+    assert made["machine"] == "q35"
+
+
+def test_the_probe_of_provision_says_no_until_the_disk_is_there(make: Make) -> None:
+    env = make()
+    assert guest.probe_provision(env, guest.NESTED) is None
+    do(env, "preflight", "provision")
+    assert guest.probe_provision(env, guest.NESTED) is not None
+    facts = env.facts["provision"]
+    env.outer.api.put(f"/nodes/father/qemu/{facts['vmid']}/config", delete="scsi0")
+    assert guest.probe_provision(env, guest.NESTED) is None
+
+
+def test_starting_twice_is_no_error_and_the_probe_sees_it_run(make: Make) -> None:
+    env = make()
+    do(env, "preflight", "provision")
+    assert guest.probe_start(env, guest.NESTED) is None
+    do(env, "start_vm")
+    assert guest.probe_start(env, guest.NESTED) is not None
+    do(env, "start_vm")
+
+
+def test_an_import_that_fails_leaves_a_vm_that_the_teardown_takes(make: Make, host: MemoryHost) -> None:
+    env = make()
+    do(env, "preflight")
+    host.fault("POST", r"/nodes/father/qemu/\d+/config", text="no space left on device")
+    with pytest.raises(Exception, match="no space left"):
+        do(env, "provision")
+    assert teardown(env).left == ()
+    with host.open() as model:
+        assert model.state["vms"] == {}
+        assert model.state["pools"] == {}
+        assert not [path for path in model.state["files"] if "npve-" in path]
+
+
+def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: MemoryHost) -> None:
+    api = host.connect().api
+    api.post("/nodes/father/qemu", vmid=9000, name="golden", description="theirs", tags="gold")
+    api.post("/nodes/father/qemu/9000/config", scsi0="local:8", net0="virtio,bridge=vmbr9")
+    api.post("/nodes/father/qemu/9000/template")
+    before = host.configuration(9000)
+    env = make(template="golden")
+    do(env, "preflight", "provision")
+    facts = env.facts["provision"]
+    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
+    marker = parse_marker(config(host, facts["vmid"])["description"])
+    assert marker is not None
+    assert marker.run == env.run.id
+    assert host.configuration(9000) == before
+
+
+def test_vendor_data_brings_the_agent_and_the_mirror() -> None:
+    text = vendor.user_data(Settings(mirror="http://mirror.example/debian", http_proxy="http://proxy:3128"))
+    head, _, body = text.partition("\n")
+    assert head == "#cloud-config"
+    data = json.loads(body)
+    assert data["apt"]["primary"] == [{"arches": ["default"], "uri": "http://mirror.example/debian"}]
+    assert data["apt"]["http_proxy"] == "http://proxy:3128"
+    script = data["runcmd"][0][2]
+    assert "command -v qemu-ga" in script
+    assert "install qemu-guest-agent" in script
+
+
+class Answers:
+    """A host that answers the two questions about addresses."""
+
+    def __init__(self, addresses: list[dict[str, Any]], neighbours: list[dict[str, Any]]) -> None:
+        self._answers = {"addr": addresses, "neigh": neighbours}
+
+    def run(self, command: list[str], **_: Any) -> CommandResult:
+        answer = next((text for word, text in self._answers.items() if word in command), [])
+        return CommandResult(" ".join(command), 0, json.dumps(answer).encode(), b"", 0.1)
+
+
+def answering(neighbour: str | None, local: str = "10.0.0.1") -> PveHost:
+    addresses = [{"ifname": "vmbr0", "addr_info": [{"local": local, "prefixlen": 24}]}]
+    entries = [{"dst": "10.0.0.50", "lladdr": neighbour, "state": ["REACHABLE"]}] if neighbour else []
+    return PveHost("father", Answers(addresses, entries), None, "father")  # type: ignore[arg-type]
+
+
+def test_an_address_that_belongs_to_the_card_is_accepted() -> None:
+    check_address(answering(MAC.upper()), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+
+
+def test_an_address_of_another_card_is_refused() -> None:
+    with pytest.raises(Impostor, match="nothing was sent there"):
+        check_address(answering("bc:24:11:99:99:99"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+
+
+def test_the_hosts_own_address_is_refused() -> None:
+    with pytest.raises(Impostor, match="has itself"):
+        check_address(answering(MAC, local="10.0.0.50"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0"])
+def test_an_address_of_no_machine_is_refused(ip: str) -> None:
+    with pytest.raises(Impostor):
+        check_address(answering(MAC), "vmbr0", ip, MAC, Deadline(5))
+
+
+def test_where_the_host_has_no_address_on_the_bridge_the_host_key_decides() -> None:
+    check_address(answering(None, local="192.0.2.1"), "vmbr0", "10.0.0.50", MAC, Deadline(5))

@@ -1,0 +1,291 @@
+"""Preflight says everything that is wrong with a host, at once, and what to do about each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_host import MemoryHost
+
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.builtin.preflight import PreflightError, disk_format, preflight
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.pve.errors import HostUnreachable
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
+
+NESTED = "/sys/module/kvm_intel/parameters/nested"
+PROFILE = "/etc/nested-pve.ini"
+GIB = 1024**3
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    host = MemoryHost(tmp_path / "host.json")
+    with host.open() as model:
+        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
+    return host
+
+
+@pytest.fixture
+def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Callable[..., Environment]]:
+    stack = ExitStack()
+
+    def make(**settings: Any) -> Environment:
+        chosen = replace(Settings(run_dir=tmp_path / "runs"), **settings)
+        run = Run.create(chosen, tmp_path)
+        audit = AuditLog(run.directory.audit, run.id)
+        stack.callback(audit.close)
+        return Environment(
+            settings=chosen,
+            run=run,
+            connect=host.connect,
+            audit=audit,
+            progress=lambda _: None,
+            rootdir=tmp_path,
+        )
+
+    with stack:
+        yield make
+
+
+Make = Callable[..., Environment]
+
+
+def findings(env: Environment) -> list[str]:
+    with pytest.raises(PreflightError) as caught:
+        preflight(env)
+    return [str(each) for each in caught.value.findings]
+
+
+def only(env: Environment, *words: str) -> str:
+    found = findings(env)
+    assert len(found) == 1, found
+    for word in words:
+        assert word in found[0]
+    return found[0]
+
+
+def test_a_host_as_it_should_be_names_what_will_be_used(environment: Make) -> None:
+    env = environment()
+    facts = preflight(env)
+    assert facts["version"] == "9.2.11"
+    assert facts["node"] == "father"
+    assert facts["storage"] == facts["snippets"] == "local"
+    assert facts["image"] == "local:import/debian-13-genericcloud-amd64.qcow2"
+    assert facts["bridge"] == "vmbr0"
+    assert facts["format"] == "qcow2"
+
+
+def test_all_findings_are_told_at_once(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["bridges"] = {}
+        model.state["volumes"] = {}
+        model.state["files"][NESTED] = "N\n"
+    found = findings(environment(storage="tank"))
+    assert [each.partition(":")[0] for each in found] == [
+        "nested virtualisation",
+        "storage",
+        "image",
+        "bridge",
+    ]
+
+
+def test_an_unknown_storage_is_told_with_those_there_are(environment: Make) -> None:
+    only(environment(storage="tank"), "'tank'", "with images: local", "nested_pve_storage")
+
+
+def test_a_storage_without_images_is_told_with_the_command_that_mends_it(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.state["storages"]["local"]["content"] = "iso,import,snippets"
+    only(
+        environment(storage="local"), "content images", "pvesm set local --content images,import,iso,snippets"
+    )
+
+
+def test_a_disabled_storage_is_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["storages"]["other"] = {"type": "dir", "content": "images", "active": 0, "enabled": 0}
+    only(environment(storage="other"), "not active", "pvesm status --storage other")
+
+
+def test_a_host_without_snippets_is_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["storages"]["local"]["content"] = "images,import"
+    only(environment(), "snippets", "pvesm set local --content images,import,snippets")
+
+
+def test_too_little_space_is_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["storages"]["local"]["avail"] = GIB
+    only(environment(), "8 GiB free on local", "1.0 GiB")
+
+
+def test_a_storage_whose_disks_take_their_room_at_once_needs_all_of_it(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.state["storages"]["vg"] = {"type": "lvm", "content": "images", "avail": 60 * GIB}
+    only(environment(storage="vg", disk=64), "64 GiB free on vg", "takes its room at once")
+
+
+def test_an_unknown_bridge_is_told(environment: Make) -> None:
+    only(environment(bridge="vmbr7"), "'vmbr7'", "there: vmbr0")
+
+
+def test_several_bridges_without_vmbr0_need_a_choice(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["bridges"] = {"lan": "", "dmz": ""}
+    only(environment(), "dmz, lan", "nested_pve_bridge")
+
+
+def test_a_missing_image_names_the_command_that_fetches_one(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["volumes"] = {}
+    found = only(environment(), "Debian cloud image", "none")
+    assert "pvesh create /nodes/father/storage/local/download-url --content import" in found
+
+
+def test_an_image_that_is_not_there_is_told_with_those_that_are(environment: Make) -> None:
+    only(environment(image="local:import/nosuch.qcow2"), "nosuch", "debian-13-genericcloud-amd64.qcow2")
+
+
+def test_an_image_in_content_iso_is_told(environment: Make) -> None:
+    only(environment(image="local:iso/debian.img"), "content import or images only")
+
+
+def test_an_image_on_an_unknown_storage_is_told(environment: Make) -> None:
+    only(environment(image="tank:import/x.qcow2"), "'tank'", "local")
+
+
+def test_the_newest_debian_among_the_import_volumes_is_taken(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        for name in (
+            "debian-12-genericcloud-amd64.qcow2",
+            "ubuntu-24.04.qcow2",
+            "debian-13-nocloud-amd64.qcow2",
+        ):
+            model.state["volumes"][f"local:import/{name}"] = {
+                "content": "import", "format": "qcow2", "size": 1, "vmid": None,
+            }  # fmt: skip
+    env = environment()
+    assert preflight(env)["image"] == "local:import/debian-13-genericcloud-amd64.qcow2"
+
+
+def test_a_full_range_is_told(environment: Make, host: MemoryHost) -> None:
+    api = host.connect().api
+    for vmid in (99900, 99901):
+        api.post("/nodes/father/qemu", vmid=vmid, name=f"other-{vmid}")
+    with host.open() as model:
+        model.state["offset"] = 60.0  # the broadcast has come round; the lease's clock is not asked here
+    only(environment(vmid_ranges=((99900, 99901),)), "99900-99901", "all of them are taken")
+
+
+def test_nested_virtualisation_that_is_off_is_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["files"][NESTED] = "N\n"
+    only(environment(), "kvm_intel's parameter nested", "options kvm_intel nested=1", "kvm=0")
+
+
+def test_a_host_without_kvm_is_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        del model.state["files"][NESTED]
+    only(environment(), "kvm_intel or kvm_amd loaded", "firmware")
+
+
+def test_without_kvm_nested_virtualisation_is_not_asked_for(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["files"] = {}
+    env = environment(vm_options={"kvm": "0"})
+    preflight(env)
+
+
+def test_another_user_than_root_is_told_and_no_more_is_asked(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["uid"] = 1000
+    only(environment(), "uid 1000", "root@HOST")
+    with host.open() as model:
+        assert model.state["commands"] == []
+
+
+def test_a_host_that_is_no_pve_is_told(environment: Make, host: MemoryHost) -> None:
+    host.fault("GET", "/version", text="bash: line 1: pvesh: command not found", times=9)
+    only(environment(), "Proxmox VE host", "pvesh")
+
+
+def test_an_old_pve_is_told(environment: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = environment()
+    get = env.outer.api.get
+    monkeypatch.setattr(
+        env.outer.api, "get", lambda path, **p: {"version": "8.1.4"} if path == "/version" else get(path, **p)
+    )
+    only(env, "PVE 8.2 or newer", "8.1.4")
+
+
+def test_an_unreachable_host_is_told(environment: Make) -> None:
+    def refuse() -> Any:
+        raise HostUnreachable("no route to father")
+
+    env = environment(host="father")
+    env._connect = refuse
+    only(env, "a login as root at father", "no route to father")
+
+
+def test_clocks_far_apart_are_told(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["offset"] = -4000.0
+    only(environment(), "clock", "behind")
+
+
+def test_the_hosts_profile_fills_what_nobody_set(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["files"][PROFILE] = "[nested-pve]\nmirror = http://mirror.example/debian\n"
+    env = environment()
+    preflight(env)
+    assert env.settings.mirror == "http://mirror.example/debian"
+    assert env.settings.origin("mirror") == f"{PROFILE} on father"
+
+
+@pytest.mark.parametrize(
+    "text", ["no section\n", "[nested-pve]\nsources = a=/etc\n", "[nested-pve]\nmirror = x y\n"]
+)
+def test_an_unreadable_profile_is_told(environment: Make, host: MemoryHost, text: str) -> None:
+    with host.open() as model:
+        model.state["files"][PROFILE] = text
+    only(environment(), "profile", PROFILE)
+
+
+def test_a_template_that_is_missing_is_told(environment: Make) -> None:
+    only(environment(template="9000"), "'9000'", "no such VM")
+
+
+def test_an_ordinary_vm_is_no_template(environment: Make, host: MemoryHost) -> None:
+    host.connect().api.post("/nodes/father/qemu", vmid=9000, name="golden")
+    only(environment(template="9000"), "an ordinary VM")
+
+
+def test_a_missing_parent_pool_is_told(environment: Make) -> None:
+    only(environment(pool_parent="team"), "'team'", "pveum pool add team")
+
+
+def test_an_answer_that_the_host_refuses_is_a_finding(environment: Make, host: MemoryHost) -> None:
+    host.fault("GET", "/nodes/father/network", text="403 Permission check failed", times=9)
+    only(environment(), "bridge", "Permission check failed")
+
+
+def test_the_disk_format_is_read_from_the_storages_own_answer() -> None:
+    assert disk_format({"formats": {"supported": ["raw", "qcow2"], "default": "raw"}}) == "qcow2"
+    assert disk_format({"formats": {"supported": ["raw"], "default": "raw"}}) is None
+    assert disk_format({"format": [{"raw": 1, "qcow2": 1, "subvol": 0}, "raw"]}) == "qcow2"
+    assert disk_format({"type": "lvmthin"}) is None
