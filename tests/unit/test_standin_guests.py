@@ -289,3 +289,13 @@ def test_a_person_finds_the_configuration_where_pve_has_it(node: Node) -> None:
     node.ok("qm", "destroy", "101")
     assert not node.file("/var/lib/pve-cluster/fs/nodes/father/qemu-server/101.conf").exists()
     assert "pool:lab:a%3Ab:::" in node.file("/var/lib/pve-cluster/fs/user.cfg").read_text()
+
+
+def test_a_container_takes_its_id_and_is_no_vm(node: Node) -> None:
+    place = node.file("/var/lib/pve-cluster/fs/nodes/father/lxc")
+    place.mkdir(parents=True)
+    (place / "200.conf").write_text("arch: amd64\nhostname: ct1\n")
+    assert resources(node)[200]["type"] == "lxc"
+    refused = node.run("qm", "create", "200")
+    assert refused.stderr == "unable to create VM 200 - CT 200 already exists on node 'father'\n"
+    assert node.run("qm", "status", "200").rc == 2

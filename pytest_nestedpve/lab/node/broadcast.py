@@ -78,9 +78,9 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
         for guest in guests.every():
             if may(f"/vms/{guest.vmid}", "VM.Audit"):
                 rows.append(guest_row(guest.vmid, guest.conf, seen))
-        for vmid, body in store().all("lxc").items():
+        for vmid, body in guests.containers().items():
             if may(f"/vms/{vmid}", "VM.Audit"):
-                rows.append(container_row(int(vmid), body))
+                rows.append(container_row(vmid, body))
     if only in (None, "node"):
         from .handlers.nodes import node_row
 
@@ -106,6 +106,7 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
 def container_row(vmid: int, body: dict[str, Any]) -> dict[str, Any]:
     row = {"id": f"lxc/{vmid}", "node": paths.node(), "type": "lxc", "vmid": vmid, "status": "stopped"}
     row |= {"name": body.get("hostname", f"CT{vmid}"), "template": 0, "uptime": 0}
+    row |= {key: body[key] for key in ("lock", "tags") if key in body}
     if (pool := store().pool_of(vmid)) is not None:
         row["pool"] = pool
     return row

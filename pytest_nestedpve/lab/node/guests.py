@@ -116,6 +116,19 @@ def every() -> list[Guest]:
     return sorted(found, key=lambda guest: guest.vmid)
 
 
+def containers() -> dict[int, dict[str, str]]:
+    """Containers: there are no commands for them, but a configuration that somebody writes to
+    /etc/pve/lxc/ID.conf takes the id and stands in the lists."""
+    from . import cluster_fs
+
+    found = {}
+    for file in sorted((cluster_fs.fs() / "nodes" / paths.node() / "lxc").glob("*.conf")):
+        if file.stem.isdigit():
+            lines = (line.partition(":") for line in file.read_text().splitlines() if ":" in line)
+            found[int(file.stem)] = {key.strip(): value.strip() for key, _, value in lines}
+    return found
+
+
 def remove(vmid: int) -> None:
     from . import cluster_fs
 

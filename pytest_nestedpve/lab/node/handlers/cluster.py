@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import access, broadcast, cluster_fs, paths, tasks
+from .. import access, broadcast, cluster_fs, guests, paths, tasks
 from ..access import Caller
 from ..errors import BadParameters, PveFailure
 from ..store import store
@@ -47,7 +47,7 @@ def taken(vmid: int) -> str | None:
     """ "VM" or "CT" if the id is in use."""
     if store().get("qemu", vmid) is not None:
         return "VM"
-    return "CT" if store().get("lxc", vmid) is not None else None
+    return "CT" if vmid in guests.containers() else None
 
 
 @api("GET", "/cluster/nextid")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import access, cluster_fs, paths, tasks
+from .. import access, cluster_fs, guests, paths, tasks
 from ..access import Caller
 from ..errors import BadParameters
 from ..tree import api
@@ -201,28 +201,13 @@ def services(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("GET", "/nodes/{node}/lxc")
 def containers(caller: Caller, params: dict[str, Any]) -> Any:
-    from ..store import store
-
     rows = []
-    for vmid, body in store().all("lxc").items():
+    for vmid, body in guests.containers().items():
         if caller.is_root or access.has(caller, f"/vms/{vmid}", ["VM.Audit"]):
-            row = {
-                "cpu": 0,
-                "cpus": 1,
-                "disk": 0,
-                "diskread": 0,
-                "diskwrite": 0,
-                "maxdisk": 0,
-                "maxmem": 512 * 1024**2,
-            }
-            row |= {
-                "maxswap": 0,
-                "mem": 0,
-                "name": body.get("hostname", f"CT{vmid}"),
-                "netin": 0,
-                "netout": 0,
-            }
-            rows.append(row | {"status": "stopped", "swap": 0, "type": "lxc", "uptime": 0, "vmid": int(vmid)})
+            row: dict[str, Any] = {"name": body.get("hostname", f"CT{vmid}"), "vmid": vmid, "type": "lxc"}
+            row |= dict.fromkeys(("cpu", "disk", "diskread", "diskwrite", "maxdisk", "maxswap", "mem"), 0)
+            row |= {"cpus": 1, "maxmem": int(body.get("memory", 512)) * 1024**2, "netin": 0, "netout": 0}
+            rows.append(row | {"status": "stopped", "swap": 0, "uptime": 0})
     return rows
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import access, broadcast, volumes
+from .. import access, broadcast, guests, volumes
 from ..access import Caller
 from ..errors import NotAllowed, PveFailure
 from ..store import store
 from ..tree import api
+from .cluster import taken
 
 
 def exists(pool: str) -> bool:
@@ -53,7 +54,7 @@ def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
             row = broadcast.guest_row(vmid, body["conf"], seen)
             row.pop("pool", None)
             rows.append(row)
-        container = store().get("lxc", vmid)
+        container = guests.containers().get(vmid)
         if container is not None and only in (None, "lxc"):
             rows.append(broadcast.container_row(vmid, container))
     for name in (store().get("pool", pool) or {}).get("storages", []):
@@ -156,7 +157,7 @@ def delete(caller: Caller, params: dict[str, Any]) -> Any:
         if body is None:
             raise PveFailure(f"delete pool failed: pool '{pool}' does not exist")
         # An id without a VM does not count [ownB-062].
-        inside = [vmid for vmid in db.members(pool) if db.get("qemu", vmid) or db.get("lxc", vmid)]
+        inside = [vmid for vmid in db.members(pool) if taken(vmid)]
         if inside:
             raise PveFailure(f"delete pool failed: pool '{pool}' is not empty (contains VM {inside[0]})")
         if body["storages"]:
