@@ -15,6 +15,9 @@ UPID = re.compile(
 )
 _UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z")
 _SHOWN = 300
+# What a change of a configuration says before its answer, which is none for `set` (recording config-022);
+# the values in it may hold line ends.
+_CHANGE = re.compile(r"update (?:VM|CT) \d+: ")
 
 
 def read_answer(text: str, *, call: str = "") -> Any:
@@ -37,6 +40,8 @@ def read_answer(text: str, *, call: str = "") -> Any:
             continue
     if upid is not None:
         return upid["upid"]
+    if _CHANGE.match(stripped):
+        return None
     shown = (
         stripped if len(stripped) <= _SHOWN else f"{stripped[: _SHOWN // 2]} […] {stripped[-_SHOWN // 2 :]}"
     )

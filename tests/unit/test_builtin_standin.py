@@ -1,0 +1,160 @@
+"""The phases against the lab's own stand-ins, by their real commands: what the one sends, the other takes."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from standin_support import DOORS, Answer, Node, _node  # noqa: F401 (a fixture)
+from test_standin_guests import IMAGE
+
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.builtin import address, guest
+from pytest_nestedpve.builtin.phases import default_phases
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.ownership import prove
+from pytest_nestedpve.pve.answers import read_answer
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.transport import PveshApi
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.timing import Deadline
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEc0000000000000000000000000000000000000000"
+
+
+class LocalSsh:
+    """Runs the node's commands in this process, and a few others as their files say."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        # The stand-ins are processes; in this one their state belongs to one thread.
+        self.thread = ThreadPoolExecutor(1)
+
+    def door(self, *words: str, stdin: str = "") -> Answer:
+        return self.thread.submit(lambda: self.node.run(*words, stdin=stdin)).result()
+
+    def run(self, command: Any, *, stdin: bytes | None = None, **_: Any) -> CommandResult:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+        text = command if isinstance(command, str) else shlex.join(command)
+        while words[0] == "env" or "=" in words[0]:
+            words.pop(0)
+        if words[0] in DOORS:
+            answer = self.door(*words, stdin=(stdin or b"").decode())
+            return CommandResult(text, answer.rc, answer.stdout.encode(), answer.stderr.encode(), 1.0)
+        out, rc = "", 0
+        match words:
+            case ["id", "-u"]:
+                out = "0\n"
+            case ["date", "+%s"]:
+                out = f"{int(time.time())}\n"
+            case ["cat", path] if path.startswith("/sys/"):
+                out = "Y\n"
+            case ["test", "-e", "/dev/kvm"] | ["if", *_]:
+                pass
+            case ["mkdir", "-p", path]:
+                self.node.file(path).mkdir(parents=True, exist_ok=True)
+            case _:
+                rc, out = 127, ""
+        return CommandResult(text, rc, out.encode(), b"", 1.0)
+
+    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
+        assert isinstance(data, bytes)
+        self.node.file(remote).write_bytes(data)
+        self.node.file(remote).chmod(mode)
+
+    def get(self, remote: str, limit: int = 1 << 20) -> bytes:
+        return self.node.file(remote).read_bytes()[:limit]
+
+    def open_channel(self, host: str, port: int) -> Any:
+        raise AssertionError(f"nothing to connect to: {host}:{port}")
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+
+@pytest.fixture
+def env(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Environment]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    node.file("/var/lib/vz/import/debian-13-genericcloud-amd64.raw").write_bytes(IMAGE)
+    ssh = LocalSsh(node)
+    assert ssh.door("pvesm", "set", "local", "--content", "images,import,snippets,iso").rc == 0
+    interfaces = node.file("/etc/network/interfaces")
+    interfaces.parent.mkdir(exist_ok=True)
+    interfaces.write_text("auto vmbr0\niface vmbr0 inet static\n\taddress 10.0.0.1/24\n\tbridge-ports none\n")
+    settings = replace(Settings(run_dir=tmp_path / "runs"), storage="local", disk=8, bridge="vmbr0")
+    run = Run.create(settings, tmp_path)
+    audit = AuditLog(run.directory.audit, run.id)
+    yield Environment(
+        settings=settings,
+        run=run,
+        connect=lambda: PveHost("father", ssh, PveshApi(ssh)),
+        audit=audit,
+        progress=lambda _: None,
+        rootdir=tmp_path,
+    )
+    ssh.close()
+    audit.close()
+
+
+def do(env: Environment, *names: str) -> None:
+    for phase in default_phases():
+        if phase.name in names:
+            env.facts[phase.name] = dict(phase.do(env) or {})
+
+
+def test_a_vm_is_made_started_proved_and_torn_down(env: Environment) -> None:
+    do(env, "preflight", "provision", "start_vm")
+    facts = env.facts["provision"]
+    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
+    assert guest.probe_provision(env, guest.NESTED) is not None
+    assert guest.probe_start(env, guest.NESTED) is not None
+    api = env.outer.api
+    config = api.get(f"/nodes/father/qemu/{facts['vmid']}/config")
+    assert guest.disk_size(config["scsi0"]) == 8
+    assert config["ide2"].startswith("local:")
+    assert teardown(env).left == ()
+    assert api.get("/nodes/father/qemu") == []
+    assert api.get("/pools") == []
+    assert api.get("/nodes/father/storage/local/content", content="snippets") == []
+
+
+def test_the_first_boots_end_and_its_warnings_come_through_the_agent(env: Environment, node: Node) -> None:
+    do(env, "preflight", "provision", "start_vm")
+    made = guest.made_of(env.facts["provision"])
+    asked: list[dict[str, Any]] = []
+
+    def agent(execute: str, arguments: dict[str, Any]) -> Any:
+        if execute == "guest-exec":
+            asked.append(arguments)
+            return {"pid": 77}
+        if execute == "guest-exec-status":
+            said = base64.b64encode(b"status: done\nrecoverable_errors:\nWARNING:\n\t- a deprecated key\n")
+            return {"exited": True, "exitcode": 2, "out-data": said.decode()}
+        return {}
+
+    node.machines.agents[made.vmid] = agent
+    state, words = address.wait_cloud_init(env.outer, made, Deadline(30))
+    assert (state, words) == ("done with warnings", "a deprecated key")
+    assert asked[0]["path"] == "/bin/sh"
+    assert asked[0]["arg"][0] == "-c"
+
+
+def test_what_a_change_of_a_configuration_says_is_no_answer() -> None:
+    # Recordings config-022 and config-024 of PVE 9.2.
+    assert read_answer("update VM 161: -memory 96\n") is None
+    upid = "UPID:father:000011CE:0008B6F1:6B04D45B:qmconfig:161:root@pam:"
+    assert read_answer(f'update VM 161: -memory 84\n"{upid}"\n') == upid
