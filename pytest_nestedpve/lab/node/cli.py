@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import cluster_fs, format, paths, schema, tasks, tree
+from . import cluster_fs, format, paths, schema, store, tasks, tree
 from .access import ROOT
 from .errors import BadParameters, PveFailure
 
@@ -230,6 +230,8 @@ def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 255
+    finally:
+        store.release()
 
 
 def _warn_of_stale_tokens() -> None:

@@ -43,6 +43,8 @@ def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = Fals
             yield
         finally:
             _held.pop(key, None)
+            # Said explicitly: a process forked meanwhile (a machine's supervisor) may have a copy.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

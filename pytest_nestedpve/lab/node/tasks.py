@@ -135,6 +135,7 @@ def _follow(pipe: Any, sync: bool) -> Started:
             sys.stderr.write(text)
         elif head[:1] == b"S":
             status = text
+            break  # the last word; a machine's supervisor may keep the pipe open
         elif head[:1] == b"E":
             error = text
         elif head[:1] == b"W":
