@@ -13,6 +13,7 @@ from pytest_nestedpve.pve.errors import PveError
 if TYPE_CHECKING:
     from pytest_nestedpve.ansible import PlaybookResult
     from pytest_nestedpve.audit import AuditLog
+    from pytest_nestedpve.lease import LeaseKeeper
     from pytest_nestedpve.pve.forward import Forward
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.pve.ssh import CommandResult, SshConnection
@@ -61,6 +62,7 @@ class Environment:
         self._leaf: SshConnection | None = None
         self._given_inner: PveHost | None = None
         self._on_close: list[Callable[[], None]] = []
+        self._lease: LeaseKeeper | None = None
 
     def __repr__(self) -> str:
         return f"<Environment of run {self.run.id}>"
@@ -90,6 +92,21 @@ class Environment:
         self.audit.masker.add(secret)
         if secret not in self.secrets:
             self.secrets.append(secret)
+
+    # -- lease ------------------------------------------------------------------------------------
+
+    def keep_lease(self) -> None:
+        """Renew the lease of the run's pool from now on, until `close`."""
+        from pytest_nestedpve.lease import LeaseKeeper
+
+        if self._lease is None:
+            self._lease = LeaseKeeper(self.outer, self.run, self.settings, self.audit)
+            self._lease.start()
+
+    def check_lease(self) -> None:
+        """Raises LeaseLost when the run's pool is not ours any more: then nothing more may be made."""
+        if self._lease is not None:
+            self._lease.check()
 
     # -- hosts ------------------------------------------------------------------------------------
 
@@ -195,7 +212,10 @@ class Environment:
         self._on_close.append(close)
 
     def close(self) -> None:
-        """End forwards and the logins at guests; the outer host's connection belongs to who made it."""
+        """End the lease's thread, forwards and the logins at guests; the outer host's connection belongs
+        to who made it."""
+        if self._lease is not None:
+            self._lease.stop()
         for close in reversed(self._on_close):
             with contextlib.suppress(Exception):
                 close()

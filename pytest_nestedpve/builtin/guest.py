@@ -72,6 +72,9 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     env.progress("making the run's pool")
     create_pool(host.api, env.run, settings, host_clock(host))
+    if level.role == "nested":
+        env.keep_lease()
+    env.check_lease()
     base_options: dict[str, Any] = {
         "memory": shape.memory, "cores": shape.cores, "ostype": "l26", "agent": "1",
     }  # fmt: skip

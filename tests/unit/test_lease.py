@@ -1,0 +1,74 @@
+"""A run that lives keeps its lease; one whose lease is gone makes nothing more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_host import MemoryHost
+
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.lease import LeaseKeeper
+from pytest_nestedpve.ownership import LeaseLost, create_pool, parse_lease, pool_name, read_pool
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.timing import Deadline, wait_until
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return MemoryHost(tmp_path / "host.json")
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, host: MemoryHost) -> Iterator[LeaseKeeper]:
+    settings = replace(Settings(run_dir=tmp_path / "runs"), lease=1.2)
+    run = Run.create(settings, tmp_path)
+    audit = AuditLog(run.directory.audit, run.id)
+    keeper = LeaseKeeper(host.connect(), run, settings, audit)
+    yield keeper
+    keeper.stop()
+    audit.close()
+
+
+def test_the_lease_is_renewed_until_the_keeper_stops(host: MemoryHost, keeper: LeaseKeeper) -> None:
+    api, run, settings = host.connect().api, keeper._run, keeper._settings
+    first = create_pool(api, run, settings, run.created - 100)
+    keeper.start()
+
+    def later() -> bool:
+        pool = read_pool(api, pool_name(settings, run))
+        lease = parse_lease(pool.comment) if pool else None
+        return lease is not None and lease.expires > first.expires
+
+    wait_until(later, deadline=Deadline(10), what="a renewal")
+    keeper.check()
+
+
+def test_a_lease_that_is_gone_is_known(keeper: LeaseKeeper) -> None:
+    keeper.start()  # there is no pool
+    wait_until(lambda: keeper.lost, deadline=Deadline(10), what="the loss to be noticed")
+    with pytest.raises(LeaseLost, match="nothing more is made"):
+        keeper.check()
+
+
+def test_a_host_that_does_not_answer_for_a_while_loses_nothing(host: MemoryHost, keeper: LeaseKeeper) -> None:
+    api, run, settings = host.connect().api, keeper._run, keeper._settings
+    first = create_pool(api, run, settings, run.created - 100)
+    host.fault("GET", "/pools", text="got timeout", times=2)
+    keeper.start()
+
+    def later() -> bool:
+        with host.open() as model:
+            lease = parse_lease(model.state["pools"][pool_name(settings, run)]["comment"])
+        return lease is not None and lease.expires > first.expires
+
+    wait_until(later, deadline=Deadline(10), what="a renewal after failures")
+    assert keeper.lost is None
