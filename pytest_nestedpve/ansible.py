@@ -52,6 +52,7 @@ _TASK_ENDS = {
     "runner_on_unreachable": "unreachable",
     "runner_on_skipped": "skipped",
 }
+_WAITS = ("wait_for_connection", "reboot")
 _TERM_GRACE = 15.0
 _TEXT_LIMIT = 2000
 
@@ -137,7 +138,7 @@ class PlaybookResult:
     @property
     def unreachable(self) -> bool:
         """A host did not answer; so its address may be another one by now."""
-        return any(recap.unreachable for recap in self.recap.values())
+        return any(task.status == "unreachable" for task in self.tasks)
 
     @property
     def ok(self) -> bool:
@@ -348,6 +349,8 @@ class _Collector:
         answer: Mapping[str, Any] = found if isinstance(found, dict) else {}
         changed = bool(answer.get("changed"))
         seconds = float(data.get("duration") or 0.0)
+        if status == "failed" and str(data.get("task_action", "")).rpartition(".")[2] in _WAITS:
+            status = "unreachable"  # Ansible counts it as failed, but what it says is that nobody answers
         ignored = status == "failed" and bool(data.get("ignore_errors"))
         self.tasks.append(TaskRecord(host, task, role, "ignored" if ignored else status, changed, seconds))
         if status in ("failed", "unreachable") and not ignored:
