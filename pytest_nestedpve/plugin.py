@@ -30,8 +30,13 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     if config.option.nested_destroy_only:
-        from pytest_nestedpve import destroy_items
-
+        try:
+            from pytest_nestedpve import destroy_items
+        except ImportError as e:
+            raise pytest.UsageError(
+                "--nested-destroy-only is not in this version yet; the pools named npve-* on the outer host "
+                "show what is left"
+            ) from e
         destroy_items.neutralise(config)
     return (yield)
 
