@@ -8,6 +8,7 @@ SSH masters included, along when it ends, is told to end, or loses its parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -128,6 +129,14 @@ def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
     return {f"ANSIBLE_{name}": value for name, value in settings.items() if value}
 
 
+def tell(out: int, message: dict[str, Any]) -> None:
+    """Write one line to the parent; a parent that is gone does not keep us from clearing up."""
+    data = json.dumps(message, default=str).encode() + b"\n"
+    with contextlib.suppress(BrokenPipeError):
+        while data:
+            data = data[os.write(out, data) :]
+
+
 def run(job: dict[str, Any], private: Path, out: int) -> int:
     import ansible_runner
 
@@ -136,10 +145,7 @@ def run(job: dict[str, Any], private: Path, out: int) -> int:
     os.environ.update(environment(job, private))
 
     def on_event(event: dict[str, Any]) -> bool:
-        line = json.dumps({"event": event.get("event"), "data": event.get("event_data")}, default=str) + "\n"
-        data = line.encode()
-        while data:
-            data = data[os.write(out, data) :]
+        tell(out, {"event": event.get("event"), "data": event.get("event_data")})
         return True
 
     runner = ansible_runner.run(
@@ -151,12 +157,13 @@ def run(job: dict[str, Any], private: Path, out: int) -> int:
         inventory=str(private / "inventory.json"),
         cmdline=shlex.join(["-e", f"@{private / 'vars.json'}", *job["arguments"]]),
         event_handler=on_event,
+        cancel_callback=lambda: False,  # without one, ansible-runner takes our SIGTERM handler away
         quiet=True,
         suppress_env_files=True,
         fact_cache_type="memory",
         settings={"pexpect_timeout": 1, "idle_timeout": None, "job_timeout": None},
     )
-    os.write(out, (json.dumps({"end": {"status": runner.status, "rc": runner.rc}}) + "\n").encode())
+    tell(out, {"end": {"status": runner.status, "rc": runner.rc}})
     return int(runner.rc)
 
 
@@ -192,7 +199,7 @@ def main() -> NoReturn:
         rc = run(job, private, out)
     except BaseException as e:  # reported to the parent, which raises it with the playbook's name
         # repr only: a traceback may show the job's variables
-        os.write(out, (json.dumps({"error": f"{type(e).__name__}: {e}"}) + "\n").encode())
+        tell(out, {"error": f"{type(e).__name__}: {e}"})
         rc = 1
     finish(rc)
 

@@ -75,7 +75,7 @@ def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
 
 
 def repos(
-    settings: Settings, facts: Facts, run: Run, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
+    settings: Settings, facts: Facts, _run: Run, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
 ) -> dict[str, Any]:
     """For nested-pve-repos.yml. `outer_keys`: public keys of the outer host's root, as lines.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from io import StringIO
@@ -41,8 +42,12 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
     yaml.preserve_quotes = True
     yaml.width = 1 << 20  # no folding of the user's long lines
     yaml.indent(**_indentation(text))
+    # What stands before the document (comments, directives, ---) the library does not keep, so we do.
+    start = re.search(r"\A(?:[#%][^\n]*\n|[ \t]*\r?\n)*---(?=\s)[^\S\n]*(?:\n|\Z)", text)
+    lead = text[: start.end()] if start else ""
+    body = text[len(lead) :]
     try:
-        document = yaml.load(text)
+        document = yaml.load(body)
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
@@ -52,10 +57,7 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
             f"{getattr(e, 'problem', None) or 'not readable'}{where}"
         ) from None
     if document is None:
-        document = CommentedMap()
-        lead = text if text.strip() and not text.strip().startswith("---") else ""
-    else:
-        lead = ""
+        document, lead = CommentedMap(), text
     place = document
     for depth, key in enumerate(keys):
         if not isinstance(place, dict):
@@ -73,10 +75,9 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
                 place[actual] = CommentedMap()
             place = place[actual]
     out = StringIO()
-    yaml.explicit_start = text.lstrip().startswith("---")
     yaml.dump(document, out)
     result = lead + ("\n" if lead and not lead.endswith("\n") else "") + out.getvalue()
-    return result.replace("\n", "\r\n") if "\r\n" in text else result
+    return result.replace("\r\n", "\n").replace("\n", "\r\n") if "\r\n" in text else result
 
 
 def set_in_file(path: Path, keys: Sequence[str], value: Any) -> bool:
@@ -130,7 +131,7 @@ def _indentation(text: str) -> dict[str, int]:
         if not bare.strip() or bare.startswith("#"):
             continue
         depth, before = len(line) - len(bare), len(previous) - len(previous.lstrip(" "))
-        if previous.rstrip().endswith(":"):
+        if previous.partition(" #")[0].rstrip().endswith(":"):
             if bare.startswith("- ") and depth >= before:
                 offset = max(offset, depth - before)
             elif depth > before and not previous.lstrip().startswith("- "):

@@ -1,0 +1,182 @@
+"""What of a source is packed, and what never is."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pytest_nestedpve.sources import Packed, SourceError, pack
+from pytest_nestedpve.values import Source
+
+GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=main"]
+
+
+def git(root: Path, *arguments: str) -> str:
+    done = subprocess.run([*GIT, "-C", str(root), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def write(root: Path, name: str, text: str = "x\n") -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def text_of(packed: Packed, name: str) -> str:
+    with tarfile.open(packed.archive) as tar:
+        file = tar.extractfile(name)
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    root = tmp_path / "repo"
+    root.mkdir()
+    git(root, "init", "-q")
+    write(root, ".gitignore", "*.secret\nbuilt/\n")
+    write(root, "tracked.txt", "first\n")
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "first")
+    return root
+
+
+def test_tracked_files_come_as_they_are_now(repo: Path, tmp_path: Path) -> None:
+    write(repo, "tracked.txt", "edited\n")
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    assert text_of(packed, "tracked.txt") == "edited\n"
+
+
+def test_untracked_files_come_along_and_ignored_ones_do_not(repo: Path, tmp_path: Path) -> None:
+    write(repo, "new.txt")
+    write(repo, "api.secret")
+    write(repo, "built/output")
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    assert packed.files == (".gitignore", "new.txt", "tracked.txt")
+
+
+def test_a_deleted_file_is_not_missed(repo: Path, tmp_path: Path) -> None:
+    (repo / "tracked.txt").unlink()
+    assert pack(Source("site", str(repo)), tmp_path / "out").files == (".gitignore",)
+
+
+@pytest.mark.parametrize(
+    "name", [".git/config", ".nested-pve/runs/x", ".venv/bin/python", "a/__pycache__/b.pyc", ".tox/log"]
+)
+def test_git_state_and_caches_never_come_along(repo: Path, tmp_path: Path, name: str) -> None:
+    write(repo, name)
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    assert packed.files == (".gitignore", "tracked.txt")
+
+
+def test_a_tracked_cache_does_not_come_along_either(repo: Path, tmp_path: Path) -> None:
+    write(repo, "__pycache__/x.pyc")
+    git(repo, "add", "-f", ".")
+    assert pack(Source("site", str(repo)), tmp_path / "out").files == (".gitignore", "tracked.txt")
+
+
+def test_a_directory_inside_a_repository_is_packed_from_itself(repo: Path, tmp_path: Path) -> None:
+    write(repo, "below/one.txt")
+    packed = pack(Source("site", str(repo / "below")), tmp_path / "out")
+    assert packed.files == ("one.txt",)
+
+
+def test_an_ignored_directory_named_on_purpose_is_packed_whole(repo: Path, tmp_path: Path) -> None:
+    write(repo, "built/result.bin")
+    assert pack(Source("site", str(repo / "built")), tmp_path / "out").files == ("result.bin",)
+
+
+def test_a_directory_without_git_is_packed_but_for_caches(tmp_path: Path) -> None:
+    root = tmp_path / "plain"
+    for name in ("a.txt", "b/c.txt", ".venv/x", "b/node_modules/y", ".hidden"):
+        write(root, name)
+    assert pack(Source("site", str(root)), tmp_path / "out").files == (".hidden", "a.txt", "b/c.txt")
+
+
+def test_a_broken_repository_is_refused_rather_than_packed_whole(tmp_path: Path) -> None:
+    root = tmp_path / "broken"
+    write(root, "api.secret")
+    write(root, ".git", "gitdir: /nonexistent\n")
+    with pytest.raises(SourceError, match=r"does not take it for a working tree"):
+        pack(Source("site", str(root)), tmp_path / "out")
+
+
+def test_modes_say_only_whether_a_file_is_a_program(repo: Path, tmp_path: Path) -> None:
+    write(repo, "run.sh").chmod(0o700)
+    write(repo, "data").chmod(0o666)
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    with tarfile.open(packed.archive) as tar:
+        assert tar.getmember("run.sh").mode == 0o755
+        assert tar.getmember("data").mode == 0o644
+        assert {member.uname for member in tar} == {"root"}
+
+
+def test_a_link_inside_the_source_stays_a_link(repo: Path, tmp_path: Path) -> None:
+    (repo / "link").symlink_to("tracked.txt")
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    with tarfile.open(packed.archive) as tar:
+        assert tar.getmember("link").linkname == "tracked.txt"
+
+
+@pytest.mark.parametrize("target", ["/etc/shadow", "../outside"])
+def test_a_link_out_of_the_source_is_refused(repo: Path, tmp_path: Path, target: str) -> None:
+    (repo / "link").symlink_to(target)
+    with pytest.raises(SourceError, match="links inside the source"):
+        pack(Source("site", str(repo)), tmp_path / "out")
+
+
+def test_the_archive_is_for_its_owner_alone(repo: Path, tmp_path: Path) -> None:
+    packed = pack(Source("site", str(repo)), tmp_path / "out")
+    assert stat.S_IMODE(packed.archive.stat().st_mode) == 0o600
+
+
+def test_the_digest_says_whether_the_files_are_the_same(repo: Path, tmp_path: Path) -> None:
+    source = Source("site", str(repo))
+    first = pack(source, tmp_path / "out").digest
+    os.utime(repo / "tracked.txt", (1, 1))
+    assert pack(source, tmp_path / "out").digest == first
+    (repo / "tracked.txt").chmod(0o755)
+    changed_mode = pack(source, tmp_path / "out").digest
+    write(repo, "tracked.txt", "other\n")
+    assert len({first, changed_mode, pack(source, tmp_path / "out").digest}) == 3
+
+
+def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
+    root = tmp_path / "empty"
+    root.mkdir()
+    with pytest.raises(SourceError, match="found none"):
+        pack(Source("site", str(root)), tmp_path / "out")
+
+
+def test_a_git_url_gives_the_tree_of_its_ref(repo: Path, tmp_path: Path) -> None:
+    git(repo, "tag", "v1")
+    write(repo, "tracked.txt", "second\n")
+    git(repo, "commit", "-q", "-a", "-m", "second")
+    url = f"file://{repo}"
+    assert text_of(pack(Source("a", url, "v1"), tmp_path / "out"), "tracked.txt") == "first\n"
+    assert text_of(pack(Source("b", url), tmp_path / "out"), "tracked.txt") == "second\n"
+    commit = git(repo, "rev-parse", "v1")
+    for ref in (commit, commit[:10]):
+        assert text_of(pack(Source("c", url, ref), tmp_path / "out"), "tracked.txt") == "first\n"
+
+
+def test_an_unknown_ref_is_named_and_a_password_is_not(tmp_path: Path, repo: Path) -> None:
+    with pytest.raises(SourceError, match="nosuch"):
+        pack(Source("site", f"file://{repo}", "nosuch"), tmp_path / "out")
+    with pytest.raises(SourceError) as caught:
+        pack(Source("site", "http://me:hunter2@127.0.0.1:9/x.git", "v1"), tmp_path / "out")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_users_git_environment_does_not_redirect_it(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "index"))
+    assert pack(Source("site", str(repo)), tmp_path / "out").files == (".gitignore", "tracked.txt")
