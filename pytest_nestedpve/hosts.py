@@ -66,6 +66,13 @@ def resolve(host: str, *, ssh_config: Path | None = None) -> ResolvedHost:
     return ResolvedHost(host, read_ssh_config(host, ssh_config, None, None), ssh_config, _nothing)
 
 
+def lab_runs(host: str) -> bool:
+    """Whether the lab that `lab` or `lab:NAME` means is up; starts none."""
+    from pytest_nestedpve.lab.session import runs
+
+    return runs(host.partition(":")[2] or "")
+
+
 def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:
     """Log in. Raises HostUnreachable, HostKeyMismatch, LoginRefused; each says what to do."""
     from pytest_nestedpve.pve.host import PveHost

@@ -27,26 +27,23 @@ def read_answer(text: str, *, call: str = "") -> Any:
     task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
     Raises UnreadableAnswer, and nothing else, for everything else; nothing is guessed from half an answer.
     """
-    clean = plain(text)
-    stripped = clean.strip()
-    if not stripped:
+    clean = plain(text).strip()
+    if not clean:
         return None
-    last = stripped.splitlines()[-1].strip()
-    upid = _UPID_AT_END.search(last)
-    for candidate in (stripped, last):
-        try:
-            return _checked(json.loads(candidate, parse_constant=_refuse))
-        except (ValueError, RecursionError):
-            continue
+    # As it is first: what looks like a control sequence may be part of a string.
+    for version in (text.strip(), clean):
+        for candidate in (version, version.rpartition("\n")[2]):
+            try:
+                return _checked(json.loads(candidate, parse_constant=_refuse))
+            except (ValueError, RecursionError):
+                continue
+    upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip())
     if upid is not None:
         return upid["upid"]
-    if _CHANGE.match(stripped):
-        return None
-    shown = (
-        stripped if len(stripped) <= _SHOWN else f"{stripped[: _SHOWN // 2]} […] {stripped[-_SHOWN // 2 :]}"
-    )
+    half = _SHOWN // 2
+    shown = clean if len(clean) <= _SHOWN else f"{clean[:half]} […] {clean[-half:]}"
     raise UnreadableAnswer(
-        f"expected JSON on the last line, found {len(stripped)} characters that end without it: {shown!r}",
+        f"expected JSON on the last line, found {len(clean)} characters that end without it: {shown!r}",
         call=call,
     )
 

@@ -144,7 +144,7 @@ class TaskFailed(ApiError):
 # In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11.
 # `^` is the start of a line: guests' and volumes' names, which others choose, seldom stand there.
 _TABLE: tuple[tuple[type[ApiError], str], ...] = (
-    (NoPve, r"pvesh: (?:command )?not found|pvesh: No such file or directory"),
+    (NoPve, r"pvesh: (?:command )?not found|pvesh\W{0,2}: No such file or directory"),
     (ClusterFilesystemDown, r"^ipcc_send_rec\[\d+\] failed: |^Unable to load access control list: "),
     (NodeUnreachable, r"^proxy handler failed: ssh: |^ssh: connect to host .* port \d+: "),
     (NoQuorum, r"no quorum[?!]|^unable to open file '/etc/pve/[^']*' - Permission denied"),
