@@ -27,6 +27,7 @@ class Tally:
     preflight_failures: int = 0
     usage: str | None = None
     left: bool = False
+    left_reason: str = "the teardown left something behind"
     signum: int | None = None
     reason: str | None = None
 
@@ -57,7 +58,7 @@ class Tally:
             self.reason = self.usage
             return USAGE
         if self.left and status in (OK, NOTHING_COLLECTED):
-            self.reason = "the teardown left something behind"
+            self.reason = self.left_reason
             return FAILED
         if status == FAILED and self.failures and self.failures == self.preflight_failures and not self.left:
             self.reason = "preflight is the only failure: the host or the settings are not usable"

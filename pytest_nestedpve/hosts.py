@@ -70,7 +70,7 @@ def lab_runs(host: str) -> bool:
     """Whether the lab that `lab` or `lab:NAME` means is up; starts none."""
     from pytest_nestedpve.lab.session import runs
 
-    return runs(host.partition(":")[2] or "")
+    return bool(runs(host.partition(":")[2] or ""))
 
 
 def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:

@@ -73,8 +73,7 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
     resolved = hosts.resolve(name)
     nested.on_close.append(resolved.close)
     host = hosts.connect(resolved, nested.observe)
-    # Whoever writes an ssh_config for the guests behind the host needs the file that reaches the host.
-    setattr(host.ssh, "ssh_config", resolved.ssh_config)  # noqa: B010
+    host.ssh_config = resolved.ssh_config
     return host
 
 
@@ -212,6 +211,8 @@ class SessionHooks:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        if self.nested.job is not None:
+            self.nested.job.write()
         result = yield
         session.exitstatus = self._status(session.exitstatus)
         if not self._told:

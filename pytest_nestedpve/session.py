@@ -76,6 +76,7 @@ class NestedSession:
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
+        self.job: Any = None  # of --nested-destroy-only
         self.swept: list[str] = []  # what xdist's workers left
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
@@ -275,6 +276,10 @@ class NestedSession:
         assert self.environment is not None
         self.ensure_for(self.item)
         return NestedPve(self.environment)
+
+    def unlimited(self) -> contextlib.AbstractContextManager[None]:
+        """Without pytest-timeout's limit for the current test."""
+        return _timer_stopped(self.config, self.item)
 
     def failed_need(self, phase_name: str) -> Broken | None:
         """The cause, when a phase that `phase_name` needs has failed."""

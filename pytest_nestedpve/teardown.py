@@ -76,8 +76,7 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> Teard
     ours = task_ids(run.directory.audit)
     outcomes = destroy(host, settings, run.id, candidates, ours=ours, told=told)
     left = [_line(each) for each in outcomes if each.result == "left"]
-    left += _snippets(host, run.id)
-    left += _pool(host, settings, run.id)
+    left += clear_rest(host, settings, run.id)
     foreign = {each.vmid for each in outcomes if each.result == "foreign"}
     known = {each.vmid for each in outcomes if each.result == "left"}
     for each in discover(host, settings, run.id):
@@ -88,6 +87,11 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> Teard
         tuple(left),
         tuple(_line(each) for each in outcomes if each.result == "foreign"),
     )
+
+
+def clear_rest(host: PveHost, settings: Settings, run_id: str) -> list[str]:
+    """What a run has beside its VMs: snippet files, and the pool if it is empty. Lines about what stays."""
+    return [*_snippets(host, run_id), *_pool(host, settings, run_id)]
 
 
 def _line(outcome: Outcome) -> str:

@@ -220,6 +220,11 @@ def _config(model: Model, _params: State, node: str, vmid: str) -> State:
     return model.config(node, int(vmid))
 
 
+def _snapshots(model: Model, _params: State, node: str, vmid: str) -> list[State]:
+    taken = model.vm(node, int(vmid)).get("snapshots", {})
+    return [*({"name": name} for name in taken), {"name": "current", "digest": model.digest(int(vmid))}]
+
+
 def _shown_task(task: State) -> State:
     shown = {"upid": task["upid"], "type": task["type"], "id": task["id"], "starttime": int(task["start"])}
     if task["end"] is not None:
@@ -343,6 +348,7 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("POST", f"{_VM}/status/stop", _task("stop")),
     ("POST", f"{_VM}/clone", _task("clone")),
     ("POST", f"{_VM}/template", _task("template")),
+    ("GET", f"{_VM}/snapshot", _snapshots),
     ("POST", f"{_VM}/snapshot", _task("snapshot")),
     ("DELETE", _VM, _destroy),
     ("GET", r"/nodes/([^/]+)/tasks", _tasks),

@@ -1,0 +1,225 @@
+"""--nested-destroy-only: what killed sessions left goes, item by item; what is somebody else's stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from acceptance.conftest import Project, Result, make_project
+
+from pytest_nestedpve.ownership import Lease
+from pytest_nestedpve.run import client_hash, owner
+
+ONLY = "--nested-destroy-only"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path / "project")
+
+
+@pytest.fixture
+def killed(project: Project) -> Project:
+    """A project whose last session was killed while its VM ran."""
+    process = project.start("-q", "test_steps.py", HANG="wait_ip")
+    project.wait_for(process, cmd="hanging")
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert len(project.left()) > 2
+    return project
+
+
+def run_id(project: Project) -> str:
+    return next((project.path / ".nested-pve" / "runs").glob("????????????")).name
+
+
+def rows(project: Project, result: Result) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((project.path / "out.json").read_text())
+    assert all(
+        set(row)
+        == {"vmid", "node", "name", "run", "owner", "created", "expires", "verdict", "reason", "outcome"}
+        for row in found
+    ), result.output
+    return found
+
+
+def lease(project: Project, **changes: Any) -> None:
+    """Change the lease of the only run on the host."""
+    with project.host().open() as model:
+        pool = next(each for name, each in model.state["pools"].items() if "npve-" in name)
+        found = {k: v for k, v in json.loads(pool["comment"]).items() if k != "v"}
+        pool["comment"] = dataclasses.replace(Lease(**found), **changes).to_text()
+
+
+def stranger(project: Project, vmid: int, **config: Any) -> None:
+    """A VM of somebody else."""
+    project.host().connect().api.post("/nodes/father/qemu", vmid=vmid, **config)
+    with project.host().open() as model:
+        model.state["vms"][str(vmid)]["born"] = 0
+
+
+def test_what_a_killed_session_left_goes_and_the_second_time_there_is_nothing(killed: Project) -> None:
+    result = killed.run(ONLY, "-v", "--nested-json", "out.json", "--junitxml", "out.xml")
+    assert result.ret == 0, result.output
+    assert "1 passed" in result.output
+    assert killed.left() == []
+    (row,) = rows(killed, result)
+    assert (row["verdict"], row["outcome"], row["run"]) == ("destroy", "gone", run_id(killed))
+    assert row["owner"] == owner()
+    assert str(row["vmid"]) in (killed.path / "out.xml").read_text()
+    assert killed.run(ONLY).ret == 0
+
+
+def test_a_dry_run_prints_the_same_plan_and_touches_nothing(killed: Project) -> None:
+    before = killed.host().path.read_text()
+    result = killed.run(ONLY, "--nested-dry-run", "--nested-json", "out.json")
+    assert result.ret == 0, result.output
+    (row,) = rows(killed, result)
+    assert (row["verdict"], row["outcome"]) == ("destroy", "planned")
+    assert str(row["vmid"]) in result.output
+    assert "its session on this machine is dead" in result.output
+
+    def vms(text: str) -> Any:
+        return json.loads(text)["vms"], json.loads(text)["pools"]
+
+    assert vms(before) == vms(killed.host().path.read_text())
+
+
+def test_a_live_session_is_never_touched_not_even_by_name(project: Project) -> None:
+    process = project.start("-q", "test_steps.py", HANG="start_vm")
+    try:
+        project.wait_for(process, cmd="hanging")
+        for arguments in ([], ["--nested-run", run_id(project)]):
+            result = project.run(ONLY, "-v", *arguments)
+            assert result.ret == 0, result.output
+            assert "1 skipped" in result.output
+            assert "a session on this machine is working on it" in result.output
+        assert any(line.startswith("vm ") for line in project.left())
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert project.left() == []
+
+
+def test_another_owners_run_stays_until_it_lapses_or_is_named(killed: Project) -> None:
+    (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
+    lease(killed, owner="bob@elsewhere", client="0" * 16)
+    result = killed.run(ONLY, "-v")
+    assert (result.ret, "1 skipped" in result.output) == (0, True), result.output
+    assert "bob@elsewhere's" in result.output
+    assert killed.run(ONLY, "--nested-run", "0" * 12).ret == 0
+    assert killed.left() != []
+    result = killed.run(ONLY, "--nested-run", run_id(killed))
+    assert result.ret == 0, result.output
+    assert killed.left() == []
+
+
+def test_a_lapsed_lease_of_anybody_goes_unasked(killed: Project) -> None:
+    (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
+    lease(killed, owner="bob@elsewhere", client="0" * 16, created=1000, expires=2000)
+    result = killed.run(ONLY, "-v")
+    assert result.ret == 0, result.output
+    assert killed.left() == []
+
+
+def test_my_own_kept_run_goes(killed: Project) -> None:
+    (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
+    lease(killed, state="kept", client=client_hash())
+    assert killed.run(ONLY).ret == 0
+    assert killed.left() == []
+
+
+def test_an_empty_pool_of_a_dead_run_goes_too(killed: Project) -> None:
+    api = killed.host().connect().api
+    for vm in api.get("/cluster/resources", type="vm"):
+        api.post(f"/nodes/father/qemu/{vm['vmid']}/status/stop")
+        api.delete(f"/nodes/father/qemu/{vm['vmid']}")
+    result = killed.run(ONLY, "-v")
+    assert result.ret == 0, result.output
+    assert "1 passed" in result.output
+    assert killed.left() == []
+
+
+def test_a_vm_that_cannot_be_destroyed_fails_and_is_status_1(killed: Project) -> None:
+    killed.host().fault("DELETE", r"/nodes/father/qemu/\d+", text="403 Permission check failed", times=1000)
+    result = killed.run(ONLY, "-v", "--nested-json", "out.json", "-o", "nested_pve_timeout_scale=0.02")
+    assert result.ret == 1, result.output
+    assert "1 failed" in result.output
+    assert "is still there: " in result.output
+    assert "Traceback" not in result.output
+    assert rows(killed, result)[0]["outcome"] == "left"
+
+
+def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> None:
+    stranger(project, 99950, name="nested-pve-old")
+    stranger(project, 99951, name="nested-pve-noted", description="mine, Alice")
+    stranger(project, 99952, name="web", memory=512)
+    stranger(project, 99953, name="nested-pve-boots", onboot=1)
+    stranger(project, 105, name="nested-pve-elsewhere")
+    others = {vmid: project.host().configuration(vmid) for vmid in (99951, 99952, 99953, 105)}
+    result = project.run(ONLY, "-v")
+    assert result.ret == 1, result.output
+    assert "not confirmed (--nested-yes)" in result.output
+    assert "3 skipped" in result.output
+    result = project.run(ONLY, "-v", "--nested-yes", "--nested-json", "out.json")
+    assert result.ret == 0, result.output
+    assert "1 passed, 2 skipped" in result.output
+    assert {row["vmid"]: row["verdict"] for row in rows(project, result)} == {
+        99950: "destroy",
+        99951: "keep",
+        99953: "keep",
+    }
+    assert {vmid: project.host().configuration(vmid) for vmid in others} == others
+    assert "vm 99950" not in project.left()
+
+
+def test_a_context_file_adds_candidates_beyond_pattern_and_range(project: Project) -> None:
+    stranger(project, 105, name="from-earlier")
+    context = project.path / "ctx.json"
+    context.write_text(
+        json.dumps({"test_vm_id": 105, "other": {"kept": True}, "provisioned_vms": [{"vmid": 777}]})
+    )
+    assert project.run(ONLY).ret == 0
+    result = project.run(ONLY, "--context-file", "ctx.json", "--nested-yes")
+    assert result.ret == 0, result.output
+    assert "1 passed" in result.output
+    assert project.left() == []
+
+
+def test_with_force_stop_off_a_running_vm_stays_and_is_named(killed: Project) -> None:
+    result = killed.run(ONLY, "-v", "-o", "nested_pve_force_stop=false")
+    assert result.ret == 1, result.output
+    assert "it runs, and force_stop is off" in result.output
+
+
+def test_no_test_is_collected_or_imported_and_addopts_do_not_matter(killed: Project) -> None:
+    killed.write(test_broken="raise RuntimeError('must not be imported')\n")
+    killed.plugins = ("xdist",)
+    (killed.path / "pytest.ini").write_text("[pytest]\naddopts = -n2 --maxfail=1 -m 'not slow'\n")
+    result = killed.run(ONLY, "-v")
+    assert result.ret == 0, result.output
+    assert "1 passed" in result.output
+    assert "must not be imported" not in result.output
+
+
+def test_the_memory_of_failed_tests_is_not_touched(killed: Project) -> None:
+    cache = killed.path / ".pytest_cache" / "v" / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "lastfailed").write_text('{"test_x.py::test_x": true}')
+    assert killed.run(ONLY, "--lf").ret == 0
+    assert (cache / "lastfailed").read_text() == '{"test_x.py::test_x": true}'
+
+
+def test_no_host_or_an_unusable_one_is_status_4(project: Project) -> None:
+    project.write(conftest="")
+    result = project.run(ONLY)
+    assert result.ret == 4
+    assert "--pve-host HOST" in result.output
+    result = project.run(ONLY, "--pve-host", "nowhere.invalid")
+    assert result.ret == 4
+    assert "nowhere.invalid" in result.output
+    assert "Traceback" not in result.output
