@@ -20,7 +20,7 @@ _SHOWN = 300
 _CHANGE = re.compile(r"update (?:VM|CT) \d+: ")
 
 
-def read_answer(text: str, *, call: str = "") -> Any:
+def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     """The data in the standard output of a `pvesh … --output-format json` that exited with 0.
 
     Seen in recordings of PVE 9.2.11: nothing at all (no data), JSON on one line, warnings or the
@@ -42,6 +42,8 @@ def read_answer(text: str, *, call: str = "") -> Any:
         return upid["upid"]
     half = _SHOWN // 2
     shown = clean if len(clean) <= _SHOWN else f"{clean[:half]} […] {clean[-half:]}"
+    if secret:
+        shown = "(not shown: it may hold a secret)"
     raise UnreadableAnswer(
         f"expected JSON on the last line, found {len(clean)} characters that end without it: {shown!r}",
         call=call,

@@ -28,7 +28,7 @@ class Exchange:
     """A command that has been sent: `finish` waits for its end.
 
     `stdin` is sent and closed; None leaves standard input open for `pour_into`'s other end.
-    `shown` and `where` are for messages.
+    `shown` and `where` are for messages; with `secret` they hold nothing of the output.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class Exchange:
         shown: str,
         stdin: bytes | BinaryIO | None,
         where: str,
+        secret: bool = False,
     ) -> None:
         self._channel = channel
         self._command = command
         self._shown = shown
         self._where = where
         self._stdin = stdin
+        self._secret = secret
 
     def _start(self, deadline: Deadline) -> None:
         import paramiko
@@ -138,7 +140,7 @@ class Exchange:
         return not transport.is_active()
 
     def _too_late(self, deadline: Deadline, out: list[bytes], err: list[bytes]) -> CommandTimeout:
-        tail = b"".join(err)[-400:] or b"".join(out)[-400:]
+        tail = b"" if self._secret else b"".join(err)[-400:] or b"".join(out)[-400:]
         said = f". Last words: {tail.decode('utf-8', 'replace').strip()!r}" if tail else ""
         return CommandTimeout(
             f"`{self._shown}` at {self._where} did not end within {deadline.limit:g} s; the channel was "

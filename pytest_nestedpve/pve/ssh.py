@@ -171,7 +171,7 @@ class SshConnection:
         began = time.monotonic()
         try:
             with self._channel(timeout) as (channel, link):
-                exchange = Exchange(channel, text, shown, stdin, self.target.text)
+                exchange = Exchange(channel, text, shown, stdin, self.target.text, secret)
                 try:
                     rc, out, err = exchange.finish(Deadline(timeout))
                 except CommandTimeout:
@@ -360,6 +360,9 @@ class SshConnection:
         link: _Link | None = None
         try:
             via, target = self._via, self.target
+            if via is not None:
+                # Before the clock of this login starts: each hop has its own limit.
+                via._link(Deadline(via.target.connect_timeout), slot=False)
             through = None if via is None else lambda left: via._open_tunnel(target.host, target.port, left)
             link = _Link(*log_in(target, through))
         except PveError as error:

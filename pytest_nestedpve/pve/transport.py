@@ -51,12 +51,15 @@ class PveshApi:
         if not path.startswith("/") or "\0" in path:
             raise BadParameter(f"expected an API path that begins with a slash, found {path!r}", call=call)
         words = [word for name, value in params.items() for word in _words(name, value)]
-        secret = any(params.get(name) is not None for name in SECRET_PARAMETERS)
+        secret = any(params.get(name) is not None for name in SECRET_PARAMETERS) or (
+            # A new token's value stands in the answer.
+            verb == "create" and ("/token/" in path or path == "/access/ticket")
+        )
         # env, not an assignment: root's login shell may be any.
         argv = ["env", "LC_ALL=C.UTF-8", "pvesh", verb, path, *words, "--output-format", "json"]
         result = self._ssh.run(argv, timeout=current_call_limit(limit), secret=secret)
         if result.rc == 0:
-            return read_answer(result.stdout, call=call)
+            return read_answer(result.stdout, call=call, secret=secret)
         if result.rc == -1:
             raise SshError(f"{call}: pvesh was ended by a signal: {result.stderr.strip()[:300]}")
         error = classify(result.stderr if result.stderr.strip() else result.stdout, result.rc, call)

@@ -149,7 +149,7 @@ def test_the_observer_sees_each_command_and_of_a_secret_one_only_that_it_was(ser
         result = ssh.run(["echo", "s3cret"], secret=True)
         assert result.stdout == "s3cret\n"
         with pytest.raises(CommandTimeout) as caught:
-            ssh.run("sleep 9; echo s3cret", timeout=0.2, secret=True)
+            ssh.run("echo s3cret; sleep 9", timeout=0.3, secret=True)
         with pytest.raises(CommandFailed) as failed:
             ssh.run(["cat", "/nonexistent/s3cret"], secret=True).check()
     assert (seen[0].command, seen[0].rc) == ("echo open", 0)

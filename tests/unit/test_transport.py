@@ -124,6 +124,14 @@ def test_secret_values_are_in_no_message() -> None:
     assert "hunter22" not in str(caught.value) + repr(caught.value.text)
 
 
+def test_the_value_of_a_new_token_is_in_no_message() -> None:
+    ssh = Recorded((0, '{"value":"hunter22"', ""))
+    with pytest.raises(UnreadableAnswer) as caught:
+        PveshApi(ssh).post("/access/users/root@pam/token/npve-1")
+    assert ssh.secret == [True]
+    assert "hunter22" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", ["nodes", "", "/a\0b"])
 def test_a_path_that_is_none_is_not_sent(path: str) -> None:
     ssh = Recorded()

@@ -1,0 +1,77 @@
+"""Limits that are stretched in one place, and waits that end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pytest_nestedpve import timing
+from pytest_nestedpve.pve.errors import CommandTimeout
+from pytest_nestedpve.timing import Deadline, set_scale, wait_until
+
+
+@pytest.fixture(autouse=True)
+def _scale() -> Iterator[None]:
+    before = timing.scale()
+    set_scale(1.0)
+    yield
+    set_scale(before)
+
+
+def test_the_scale_stretches_a_limit_once() -> None:
+    set_scale(4.0)
+    deadline = Deadline(10)
+    assert deadline.limit == 40
+    assert 39 < deadline.remaining() <= 40
+    # What is handed on is scaled again where its own clock starts.
+    assert 9.7 < deadline.nominal() <= 10
+    assert Deadline(deadline.nominal()).limit <= 40
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        set_scale(factor)
+
+
+def test_a_wait_returns_what_the_check_found() -> None:
+    values: Iterator[int | None] = iter([None, None, 0])  # 0 is an answer
+    assert wait_until(lambda: next(values), deadline=Deadline(5), what="x", interval=(0.001, 0.001)) == 0
+
+
+def test_a_wait_that_ends_says_what_it_waited_for_and_what_it_saw() -> None:
+    seen = "silence"
+    began = time.monotonic()
+    with pytest.raises(CommandTimeout, match=r"waited 0\.\d s for the agent \(silence\).*limit of 0\.2 s"):
+        wait_until(lambda: None, deadline=Deadline(0.2), what=lambda: f"the agent ({seen})")
+    assert time.monotonic() - began < 1
+
+
+def test_the_check_is_made_once_more_at_the_deadline() -> None:
+    calls = 0
+
+    def check() -> bool | None:
+        nonlocal calls
+        calls += 1
+        return True if calls == 2 else None
+
+    assert wait_until(check, deadline=Deadline(0.05), what="x", interval=(10, 10)) is True
+
+
+def test_another_thread_ends_the_pause() -> None:
+    wake = threading.Event()
+    ready = threading.Event()
+
+    def other() -> None:
+        ready.set()
+        wake.set()
+
+    began = time.monotonic()
+    thread = threading.Timer(0.05, other)
+    thread.start()
+    wait_until(lambda: ready.is_set() or None, deadline=Deadline(20), what="x", interval=(15, 15), wake=wake)
+    thread.join()
+    assert time.monotonic() - began < 5
