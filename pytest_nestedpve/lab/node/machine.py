@@ -8,12 +8,27 @@ library only; runs on a node's Python (3.11 to 3.13).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import cgroups, disks
+
 RUN_DIR = Path("/run/nestedpve-lab/guests")
+LEASES = Path("/var/lib/misc/dnsmasq.leases")
+AGENT_SOCKET = "run/qga/qga.sock"
+_AGENT_LIMIT = 64 << 20  # bytes of one answer
 
 
 class MachineError(Exception):
@@ -62,78 +77,174 @@ class MachineSpec:
 def start(spec: MachineSpec) -> None:
     """Start a machine; returns once its first boot has been launched. MachineError says what is wrong:
     it runs already, the bridge is missing, the disk's base is missing."""
-    raise NotImplementedError
+    if status(spec.vmid) == "running":
+        raise MachineError(f"VM {spec.vmid} already running")
+    for nic in spec.nics:
+        if not Path("/sys/class/net", nic.bridge, "bridge").is_dir():
+            raise MachineError(f"bridge '{nic.bridge}' does not exist")
+    place = RUN_DIR / str(spec.vmid)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, mode=0o700)
+    try:
+        bootable = spec.disk is not None and disks.bootable(spec.disk)
+    except disks.DiskError as e:
+        raise MachineError(str(e)) from e
+    if not bootable:
+        write_state(spec.vmid, {"started": time.time()})
+        return
+    (place / "spec.json").write_text(json.dumps(asdict(spec)))
+    package = __package__ or ""
+    home = Path(__file__).resolve().parents[len(package.split("."))]
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    with (place / "supervisor.log").open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", f"{package}.supervisor", str(spec.vmid)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    assert supervisor.stdout is not None
+    with supervisor.stdout:
+        said = supervisor.stdout.readline().decode(errors="replace").strip()
+    if said != "running":
+        supervisor.wait()
+        shutil.rmtree(place, ignore_errors=True)
+        raise MachineError(said or f"start failed: the supervisor of VM {spec.vmid} said nothing")
 
 
 def status(vmid: int) -> str:
     """ "running" or "stopped"."""
-    raise NotImplementedError
+    state = read_state(vmid)
+    if state is None:
+        return "stopped"
+    return "running" if "supervisor" not in state or _held(vmid) else "stopped"
 
 
 def pid(vmid: int) -> int | None:
     """The process id that `qm status --verbose` shows: the supervisor's (for a machine without a system
     a made-up one is not given: None). None when stopped."""
-    raise NotImplementedError
+    return _of(vmid, "supervisor")
 
 
 def init_pid(vmid: int) -> int | None:
     """The machine's own PID 1, as seen on this node: `/proc/<pid>/root` is its file system."""
-    raise NotImplementedError
+    return _of(vmid, "init")
 
 
 def started_at(vmid: int) -> float | None:
     """Unix time of the (last) start, None when stopped."""
-    raise NotImplementedError
+    state = read_state(vmid) if status(vmid) == "running" else None
+    return float(state["started"]) if state else None
 
 
 def stop(vmid: int) -> None:
     """Pull the plug; returns when nothing of the machine is left. No error if it is off."""
-    raise NotImplementedError
+    place = RUN_DIR / str(vmid)
+    state = read_state(vmid)
+    if state is not None and "supervisor" in state:
+        (place / "stop").touch()
+        with _ended(int(state["supervisor"])) as ended:
+            cgroups.kill(machine_group(vmid))
+            ended(20.0)
+        cgroups.remove(supervisor_group(vmid))
+        cgroups.remove(machine_group(vmid))
+    clear(vmid)
 
 
 def shutdown(vmid: int, timeout: float = 60.0) -> bool:
     """Ask the machine to power off and wait at most `timeout` seconds; whether it is off now."""
-    raise NotImplementedError
+    state = read_state(vmid)
+    if state is None:
+        return True
+    if "supervisor" not in state:
+        return False  # without a system nobody hears the button
+    with _ended(int(state["supervisor"])) as ended:
+        _tell_init(vmid, signal.SIGRTMIN + 4)  # systemd: power off
+        return ended(timeout)
 
 
 def reboot(vmid: int, timeout: float = 60.0) -> bool:
     """Ask the machine to reboot and wait at most `timeout` seconds until it went down; whether it did.
     (PVE's reboot applies pending configuration: stop it with `shutdown` and start it with the new spec.)"""
-    raise NotImplementedError
+    init = init_pid(vmid)
+    if init is None:
+        return False
+    with _ended(init) as ended:
+        _tell_init(vmid, signal.SIGRTMIN + 5)  # systemd: reboot
+        return ended(timeout)
 
 
 def reset(vmid: int) -> None:
     """The reset button: the machine boots anew at once, with the same spec. MachineError when off."""
-    raise NotImplementedError
+    if status(vmid) != "running":
+        raise MachineError(f"VM {vmid} not running")
+    if init_pid(vmid) is None:
+        return
+    (RUN_DIR / str(vmid) / "again").touch()
+    cgroups.kill(machine_group(vmid))
 
 
 @contextlib.contextmanager
 def frozen(vmid: int) -> Iterator[None]:
     """The machine's processes stand still inside the block (for a snapshot); nothing happens when off."""
-    raise NotImplementedError
-    yield
+    group = machine_group(vmid)
+    if not group.is_dir() or init_pid(vmid) is None or cgroups.event(group, "frozen"):
+        yield
+        return
+    cgroups.freeze(group, True)
+    try:
+        yield
+    finally:
+        cgroups.freeze(group, False)
 
 
 def suspend(vmid: int) -> None:
     """Freeze until `resume` (qm suspend)."""
-    raise NotImplementedError
+    if init_pid(vmid) is not None:
+        cgroups.freeze(machine_group(vmid), True)
 
 
 def resume(vmid: int) -> None:
     """Undo `suspend`."""
-    raise NotImplementedError
+    if init_pid(vmid) is not None:
+        cgroups.freeze(machine_group(vmid), False)
 
 
 def set_link(vmid: int, index: int, *, up: bool) -> None:
     """Plug the cable of NIC `index` in or out while the machine runs."""
-    raise NotImplementedError
+    link = ["ip", "link", "set", f"tap{vmid}i{index}", "up" if up else "down"]
+    subprocess.run(link, capture_output=True, check=False)
 
 
 def agent(
     vmid: int, execute: str, arguments: Mapping[str, Any] | None = None, timeout: float = 10.0
 ) -> Any:
     """One command of the guest agent (`guest-ping`, …); the `return` value. AgentError otherwise."""
-    raise NotImplementedError
+    if status(vmid) != "running":
+        raise AgentError("not running", f"VM {vmid} is not running")
+    init = init_pid(vmid)
+    if init is None:
+        raise AgentError("unreachable", "QEMU guest agent is not running")
+    asked: dict[str, Any] = {"execute": execute}
+    if arguments:
+        asked["arguments"] = dict(arguments)
+    deadline = time.monotonic() + timeout
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as port:
+            port.settimeout(timeout)
+            port.connect(f"/proc/{init}/root/{AGENT_SOCKET}")
+            port.sendall(json.dumps(asked).encode() + b"\n")
+            answer = json.loads(_line(port, deadline))
+    except TimeoutError as e:
+        raise AgentError("timeout", "QEMU guest agent is not running") from e
+    except (OSError, ValueError) as e:
+        raise AgentError("unreachable", "QEMU guest agent is not running") from e
+    if "error" in answer:
+        raise AgentError("failed", str(answer["error"].get("desc", answer["error"])))
+    return answer.get("return")
 
 
 def console_log(vmid: int) -> Path:
@@ -142,8 +253,129 @@ def console_log(vmid: int) -> Path:
 
 
 def forget(vmid: int) -> None:
-    """After a destroy: runtime state away, DHCP leases of its cards given back (where this node serves DHCP)."""
-    raise NotImplementedError
+    """After a destroy: runtime state away, DHCP leases given back (where this node serves DHCP)."""
+    macs = []
+    with contextlib.suppress(OSError, ValueError):
+        macs = json.loads((RUN_DIR / f"{vmid}.macs").read_text())
+    clear(vmid)
+    (RUN_DIR / f"{vmid}.macs").unlink(missing_ok=True)
+    release(macs)
+
+
+# -- below: what the supervisor shares
+
+
+def machine_group(vmid: int) -> Path:
+    """The cgroup of the machine's own processes, directly below the node's root group."""
+    return cgroups.root() / f"machine-{vmid}"
+
+
+def supervisor_group(vmid: int) -> Path:
+    """The supervisor's: apart from the service or session in which `start` was called."""
+    return cgroups.root() / f"guest-{vmid}"
+
+
+def read_state(vmid: int) -> dict[str, Any] | None:
+    """What `start` and the supervisor wrote; None when the machine is off."""
+    try:
+        loaded: dict[str, Any] = json.loads((RUN_DIR / str(vmid) / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return loaded
+
+
+def write_state(vmid: int, state: Mapping[str, Any]) -> None:
+    """Atomic."""
+    place = RUN_DIR / str(vmid)
+    temporary = place / f"state.{os.getpid()}"
+    temporary.write_text(json.dumps(state))
+    temporary.rename(place / "state.json")
+
+
+def lock_file(vmid: int) -> Path:
+    """Held by the supervisor as long as it lives."""
+    return RUN_DIR / str(vmid) / "lock"
+
+
+def clear(vmid: int) -> None:
+    """Runtime state away."""
+    shutil.rmtree(RUN_DIR / str(vmid), ignore_errors=True)
+
+
+def release(macs: list[str]) -> None:
+    """Give DHCP leases back to this node's dnsmasq, which otherwise keeps them until they end."""
+    try:
+        lines = [line.split() for line in LEASES.read_text().splitlines()]
+    except OSError:
+        return
+    for line in lines:
+        if len(line) >= 4 and line[1].lower() in [mac.lower() for mac in macs]:
+            client = line[4] if len(line) > 4 and line[4] != "*" else None
+            command = ["dhcp_release", _bridge_of(line[2]), line[2], line[1], *([client] if client else [])]
+            with contextlib.suppress(OSError):
+                subprocess.run(command, capture_output=True, check=False)
+
+
+def _bridge_of(address: str) -> str:
+    found = subprocess.run(["ip", "-o", "route", "get", address], capture_output=True, text=True, check=False)
+    words = found.stdout.split()
+    return words[words.index("dev") + 1] if "dev" in words else "vmbr0"
+
+
+def _of(vmid: int, key: str) -> int | None:
+    state = read_state(vmid)
+    if state is None or key not in state or not _held(vmid):
+        return None
+    return int(state[key])
+
+
+def _held(vmid: int) -> bool:
+    try:
+        with lock_file(vmid).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _ended(process: int) -> Iterator[Callable[[float], bool]]:
+    """A function that waits at most so many seconds for the process to end; whether it did."""
+    try:
+        handle = os.pidfd_open(process)
+    except ProcessLookupError:
+        yield lambda _limit: True
+        return
+    try:
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        yield lambda limit: bool(poller.poll(limit * 1000))
+    finally:
+        os.close(handle)
+
+
+def _tell_init(vmid: int, number: int) -> None:
+    init = init_pid(vmid)
+    if init is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, number)
+
+
+def _line(port: socket.socket, deadline: float) -> bytes:
+    received = bytearray()
+    while b"\n" not in received:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        port.settimeout(left)
+        chunk = port.recv(1 << 16)
+        if not chunk or len(received) > _AGENT_LIMIT:
+            raise OSError("the agent hung up")
+        received += chunk
+    # 0xFF stands before an answer after a sync; none is sent here, but it costs nothing to pass over it.
+    return bytes(received).lstrip(b"\xff").split(b"\n", 1)[0]
 
 
 __all__ = [
