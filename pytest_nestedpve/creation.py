@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.ownership import TAG, Marker, new_uuid, parse_marker, pool_name, uuid_of
-from pytest_nestedpve.pve.errors import AlreadyExists, GuestNotFound, NotFound, PveError
+from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.errors import (
+    AlreadyExists,
+    CommandTimeout,
+    GuestNotFound,
+    Locked,
+    PveError,
+    SshError,
+    UnreadableAnswer,
+    WorkerFailed,
+)
 from pytest_nestedpve.pve.guests import create_diskless, guest_config, list_guests
+from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.zombies import is_bare
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.host import PveHost
@@ -17,6 +30,11 @@ if TYPE_CHECKING:
     from pytest_nestedpve.settings import Settings
 
 _TRIES = 20
+_DRAWN = 20_000
+_SETTLE = 30.0
+"""Seconds in which a create whose answer is unknown has come to an end."""
+# After these it is not known whether a VM was made; after any other, none was.
+_UNCERTAIN = (SshError, CommandTimeout, WorkerFailed, Locked, UnreadableAnswer)
 
 
 class NoFreeId(PveError):
@@ -35,7 +53,7 @@ class Created:
 
 def guest_name(settings: Settings, run: Run, role: str) -> str:
     """The name of the run's VM: the literal prefix of the first pattern, the role of a leaf, the run."""
-    prefix = settings.name_patterns[0].split("*")[0].rstrip("-.")
+    prefix = settings.name_prefix
     return f"{prefix}-leaf-{run.id}" if role == "leaf" else f"{prefix}-{run.id}"
 
 
@@ -57,8 +75,7 @@ def create_marked(
     name, node, pool = guest_name(settings, run, role), host.node, pool_name(settings, run)
     refused: PveError | None = None
     for vmid, _ in zip(_free_ids(host, settings), range(_TRIES), strict=False):
-        uuid = new_uuid()
-        marker = Marker(run.id, vmid, uuid, role)
+        marker = Marker(run.id, vmid, new_uuid(), role)
         try:
             create_diskless(
                 host.api,
@@ -67,20 +84,20 @@ def create_marked(
                 name=name,
                 pool=pool,
                 description=marker.to_text(),
-                smbios1=f"uuid={uuid}",
+                smbios1=f"uuid={marker.uuid}",
                 timeout=timeout,
                 **options,
             )
-        except AlreadyExists as e:
+        except (AlreadyExists, *_UNCERTAIN) as e:
             refused = e
-            if not _is_ours(host, vmid, marker):
-                continue
-        except PveError:
-            if not _is_ours(host, vmid, marker):
+            owner = _whose(host, marker, Deadline(_SETTLE))
+            if owner == "unknown":
                 raise
+            if owner != "ours":
+                continue  # if it comes to be after all, it carries our marker, and the teardown finds it
         # Tags at create are refused to a token whose rights come from the pool alone.
         host.api.put(f"/nodes/{node}/qemu/{vmid}/config", tags=f"{TAG};{run.tag}")
-        return Created(vmid, node, name, uuid)
+        return Created(vmid, node, name, marker.uuid)
     ranges = ",".join(f"{low}-{high}" for low, high in settings.vmid_ranges)
     raise NoFreeId(
         f"expected a free VM id in {ranges} on {host.name}, found none"
@@ -89,24 +106,41 @@ def create_marked(
     ) from refused
 
 
-def _is_ours(host: PveHost, vmid: int, marker: Marker) -> bool:
+def _whose(host: PveHost, marker: Marker, settle: Deadline) -> str:
+    """ "ours", "another's", "nobody's", "unfinished", or "unknown" when the host cannot be asked.
+
+    A configuration that is only `lock: create` is waited for: it may become ours.
+    """
+    seen = "unknown"
+
+    def decided() -> str | None:
+        nonlocal seen
+        try:
+            config = guest_config(host.api, host.node, marker.vmid)
+        except GuestNotFound:
+            return "nobody's"
+        except PveError:
+            seen = "unknown"
+            return None
+        if is_bare(config):
+            seen = "unfinished"
+            return None
+        same = uuid_of(config) == marker.uuid and parse_marker(config.get("description")) == marker
+        return "ours" if same else "another's"
+
     try:
-        config = guest_config(host.api, host.node, vmid)
-    except (GuestNotFound, NotFound):
-        return False
-    return uuid_of(config) == marker.uuid and parse_marker(config.get("description")) == marker
+        return wait_until(decided, deadline=settle, what=f"VM {marker.vmid} to be made")
+    except CommandTimeout:
+        return seen
 
 
 def _free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
-    taken = {guest.vmid for guest in list_guests(host.api)}
-    for entry in host.api.get(f"/nodes/{host.node}/storage") or ():
-        if "images" in str(entry.get("content", "")).split(",") and entry.get("active", 1):
-            path = f"/nodes/{host.node}/storage/{entry['storage']}/content"
-            for each in host.api.get(path, content="images"):
-                taken.add(int(each.get("vmid") or 0))
-    for pool in host.api.get("/pools") or ():
-        found = host.api.get("/pools", poolid=pool["poolid"])
-        taken |= {int(m["vmid"]) for e in found for m in e.get("members", ()) if m.get("vmid")}
+    taken = {guest.vmid for guest in list_guests(host.api)} | _in_pools(host)
+    path = f"/nodes/{host.node}/storage"
+    for entry in entries(host.api.get(path), call=f"get {path}"):
+        if "images" in str(entry.get("content", "")).split(",") and whole(entry.get("active", 1)) != 0:
+            listed = host.api.get(f"{path}/{entry['storage']}/content", content="images")
+            taken |= {whole(each.get("vmid")) or 0 for each in entries(listed, call=f"get {path}")}
     seen: set[int] = set()
     sizes = [high - low + 1 for low, high in settings.vmid_ranges]
     draw = random.SystemRandom()
@@ -116,5 +150,21 @@ def _free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
         if vmid not in seen and vmid not in taken:
             yield vmid
         seen.add(vmid)
-        if len(seen) > 20_000:  # a range without bounds is full of free ids: enough were drawn
+        if len(seen) > _DRAWN:
             return
+
+
+def _in_pools(host: PveHost) -> set[int]:
+    """The ids that stand in pools, whether or not there is a guest: a VM of such an id would be another's.
+
+    The API shows members that exist; ids without a guest stand in the file only (recorded on PVE 9.2).
+    """
+    answer = host.run(["cat", "--", "/etc/pve/user.cfg"], timeout=20)
+    found: set[int] = set()
+    for line in answer.stdout.splitlines() if answer.ok else ():
+        kind, *fields = line.split(":")
+        if kind == "pool" and len(fields) >= 3:
+            found |= {
+                int(part) for part in re.split(r"[,;\s]+", fields[2]) if part.isascii() and part.isdigit()
+            }
+    return found

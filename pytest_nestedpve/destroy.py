@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve import zombies
 from pytest_nestedpve.discovery import Candidate
 from pytest_nestedpve.ownership import Proof, prove
 from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError, UnreadableAnswer
+from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.errors import CommandTimeout, GuestNotFound, InUse, NotFound, PveError
 from pytest_nestedpve.pve.tasks import parse_upid, wait_task
 from pytest_nestedpve.timing import Deadline, wait_until
 
@@ -23,11 +27,11 @@ if TYPE_CHECKING:
 WIDTH = 4
 BUDGET = 180.0
 """Seconds for one VM, retries included."""
+UNKNOWN_TASK = 30.0
+"""Seconds that a bare lock with a running task, perhaps of a call of ours that was cut off, is waited for."""
 
 _DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
 _VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:\S+\Z")
-# Bare locks of workers that were killed; any other lock is somebody's work.
-_ZOMBIE_LOCKS = ("create", "destroyed")
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,21 @@ def destroy(
     *,
     ours: frozenset[str] = frozenset(),
     width: int = WIDTH,
+    budget: float = BUDGET,
     told: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Destroy those candidates that are proved to be the run's; goes on after failures, never raises.
 
     `ours` are the UPIDs of tasks that the run is known to have started: they decide about zombies.
-    A VM that others of the run hang on (a base of linked clones) is tried again after the rest.
+    `budget` are nominal seconds for each VM. A VM that others of the run hang on (a base of linked clones)
+    is tried again after the rest, for as long as that changes something.
     """
+
+    volumes = _Volumes(host.api)
 
     def one(candidate: Candidate) -> Outcome:
         try:
-            outcome = _one(host, settings, run_id, candidate, ours)
+            outcome = _Target(host, settings, run_id, candidate, ours, Deadline(budget), volumes).destroy()
         except Exception as e:
             outcome = Outcome(candidate.vmid, candidate.node, "left", f"{type(e).__name__}: {e}")
         if told is not None:
@@ -71,153 +79,254 @@ def destroy(
 
     outcomes: dict[int, Outcome] = {}
     waiting: Sequence[Candidate] = candidates
-    for _ in range(2):
-        if not waiting:
-            break
-        with ThreadPoolExecutor(max_workers=width, thread_name_prefix="destroy") as pool:
-            outcomes.update({each.vmid: each for each in pool.map(one, waiting)})
-        left = {vmid for vmid, each in outcomes.items() if each.result == "left" and each.again}
+    extra = 1  # one more try although nothing changed
+    while waiting:
+        found = in_parallel(one, waiting, width)
+        outcomes.update({each.vmid: each for each in found})
+        left = {each.vmid for each in found if each.result == "left" and each.again}
+        if len(left) == len(waiting):
+            extra -= 1
+            if extra < 0:
+                break
         waiting = [each for each in waiting if each.vmid in left]
+    for vmid, stays in volumes.sweep([each for each in outcomes.values() if each.result == "gone"]):
+        outcomes[vmid] = replace(
+            outcomes[vmid], result="left", reason=f"volumes left: {', '.join(stays)}", again=False
+        )
+        if told is not None:
+            told(outcomes[vmid])
     return [outcomes[each.vmid] for each in candidates]
 
 
-def _one(
-    host: PveHost, settings: Settings, run_id: str, candidate: Candidate, ours: frozenset[str]
-) -> Outcome:
-    deadline = Deadline(BUDGET)
-    vmid, node = candidate.vmid, candidate.node
-    if candidate.bare is not None:
-        _end_tasks(host.api, node, vmid, ours, deadline)
-    last: PveError | None = None
-    volumes: list[str] = []
+def in_parallel(
+    function: Callable[[Candidate], Outcome], items: Sequence[Candidate], width: int
+) -> list[Outcome]:
+    """`function` of each, `width` at a time, in order. Its threads do not outlive the process: whoever gives
+    up on a teardown is not held up by them."""
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index in range(len(items)):
+        todo.put(index)
+    results: dict[int, Outcome] = {}
 
-    def attempt() -> Outcome | None:
-        nonlocal last, volumes
-        proof = prove(host.api, settings, candidate, run_id)
+    def work() -> None:
+        while True:
+            try:
+                index = todo.get_nowait()
+            except queue.Empty:
+                return
+            results[index] = function(items[index])
+
+    threads = [
+        threading.Thread(target=work, name=f"destroy-{n}", daemon=True) for n in range(min(width, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[index] for index in range(len(items))]
+
+
+class _Target:
+    """One candidate on its way: what was seen last, for the message when its time is up."""
+
+    def __init__(
+        self,
+        host: PveHost,
+        settings: Settings,
+        run_id: str,
+        candidate: Candidate,
+        ours: frozenset[str],
+        deadline: Deadline,
+        volumes: _Volumes,
+    ) -> None:
+        self.host, self.api, self.settings, self.run_id = host, host.api, settings, run_id
+        self.candidate, self.vmid, self.node = candidate, candidate.vmid, candidate.node
+        self.ours, self.deadline = ours, deadline
+        self.patience = Deadline(UNKNOWN_TASK)
+        self.seen = ""
+        self.volumes = volumes
+
+    def destroy(self) -> Outcome:
+        """Proof, stop, proof, delete, until it is gone or the time is up."""
+        try:
+            return wait_until(
+                self._attempt, deadline=self.deadline, what=f"VM {self.vmid} to go", interval=(0.2, 5.0)
+            )
+        except CommandTimeout:
+            return self._say("left", self.seen or "the time for it was up")
+
+    def _attempt(self) -> Outcome | None:
+        """One round; None: not yet, look again."""
+        try:
+            return self._round()
+        except InUse as e:
+            # A base: its clones go first, in this pass, and it comes after them in the next.
+            return self._say("left", e.text)
+        except PveError as e:
+            self.seen = str(e)
+            return None
+
+    def _round(self) -> Outcome | None:
+        waits = self._waits()
+        proof = self._prove()
         if proof.gone:
-            return Outcome(vmid, node, "gone")
+            return self._say("gone")
         if not proof.ok:
-            return _zombie(host, candidate, ours) or Outcome(vmid, node, "foreign", proof.reason)
-        if proof.status != "stopped" and not settings.force_stop:
-            return Outcome(vmid, node, "left", "it runs, and force_stop is off")
-        volumes = volumes or _volumes(proof.config or {})
-        try:
-            return _blow(host, settings, run_id, candidate, proof, deadline)
-        except PveError as e:
-            last = e
+            return self._remains(proof)
+        if proof.status != "stopped" and not self.settings.force_stop:
+            return self._say("left", "it runs, and force_stop is off")
+        if waits:
             return None
-
-    try:
-        outcome = wait_until(attempt, deadline=deadline, what=f"VM {vmid} to go", interval=(0.2, 5.0))
-    except CommandTimeout:
-        return Outcome(vmid, node, "left", str(last) if last else "the time for it was up")
-    if outcome.result == "gone" and volumes:
-        return _sweep_volumes(host.api, outcome, volumes)
-    return outcome
-
-
-def _blow(
-    host: PveHost, settings: Settings, run_id: str, candidate: Candidate, proof: Proof, deadline: Deadline
-) -> Outcome | None:
-    """Stop if need be, prove again, delete. None: something changed in between, look again."""
-    vmid, node = candidate.vmid, candidate.node
-    if proof.lock is not None:
-        # A lock of a running task is waited for: a delete never queues behind one.
-        if _running_tasks(host.api, node, vmid):
+        self.volumes.note(self.node, self.vmid, proof.config or {})
+        if proof.lock is not None:
+            self._unlock(proof)
             return None
-        host.api.put(
-            f"/nodes/{node}/qemu/{vmid}/config", delete="lock", skiplock=True, digest=proof.config_digest
+        if proof.status != "stopped":
+            guests.stop(self.api, self.node, self.vmid, timeout=self._left())
+            again = self._prove()
+            if again.gone:
+                return self._say("gone")
+            if not again.ok or again.uuid != proof.uuid:
+                return self._say("foreign", again.reason or "another VM has taken the id")
+            if again.status != "stopped" or again.lock is not None or self._waits():
+                return None
+        # Nothing is between this proof and the call: a delete is never sent to queue behind a lock.
+        guests.destroy(self.api, self.node, self.vmid, timeout=self._left())
+        # Its task ended well; the configuration says whether it is gone, and may be another VM's by now.
+        after = self._prove()
+        return self._say("gone") if after.gone or (after.uuid and after.uuid != proof.uuid) else None
+
+    def _prove(self) -> Proof:
+        return prove(self.api, self.settings, self.candidate, self.run_id)
+
+    def _left(self) -> float:
+        return max(5.0, self.deadline.nominal())
+
+    def _say(self, result: str, reason: str = "") -> Outcome:
+        return Outcome(self.vmid, self.node, result, reason)
+
+    def _remains(self, proof: Proof) -> Outcome | None:
+        """Not proved: what a killed task of ours left is removed, anything else stays."""
+        found = zombies.remains(self.host, self.node, self.vmid, self.ours)
+        if found is None:
+            return self._say("foreign", proof.reason)
+        if found.running and not self.patience.expired:
+            self.seen = found.reason  # a create whose call was cut off becomes a VM of ours when it ends
+            return None
+        if not found.ours or found.running:
+            return self._say("left" if found.ours else "foreign", found.reason)
+        self.volumes.note(self.node, self.vmid, {})
+        upid = self.api.delete(f"/nodes/{self.node}/qemu/{self.vmid}", skiplock=True)
+        wait_task(self.api, upid, timeout=self._left())
+        return self._say("gone", found.reason) if self._prove().gone else None
+
+    def _waits(self) -> bool:
+        """Whether a task works on the VM; `seen` names it. Those of ours are stopped first, through the API,
+        which cleans up (a killed one would not)."""
+        running = zombies.running_tasks(self.api, self.node, self.vmid)
+        for upid in (each for each in running if each in self.ours):
+            with contextlib.suppress(NotFound):
+                self.api.delete(f"/nodes/{parse_upid(upid).node}/tasks/{upid}")
+        if running and self.ours.issuperset(running):
+            self.seen = f"the task {running[0]} does not stop"
+        elif running:
+            self.seen = f"the task {running[0]} works on it"
+        return bool(running)
+
+    def _unlock(self, proof: Proof) -> None:
+        """Lift the lock of a task that is dead, on our own VM, in exactly the configuration that was proved.
+
+        Nothing works on the VM (`_waits`); but a backup of several guests has no id in its task.
+        """
+        path = f"/nodes/{self.node}/tasks"
+        if proof.lock == "backup":
+            active = entries(self.api.get(path, source="active"), call=f"get {path}")
+            if any(each.get("type") == "vzdump" and not each.get("endtime") for each in active):
+                self.seen = "a backup task runs, and it is locked (backup)"
+                return
+        self.seen = f"VM is locked ({proof.lock})"
+        self.api.put(
+            f"/nodes/{self.node}/qemu/{self.vmid}/config",
+            delete="lock",
+            skiplock=True,
+            digest=proof.config_digest,
         )
-        return None
-    if proof.status != "stopped":
-        guests.stop(host.api, node, vmid, timeout=max(5.0, deadline.nominal()))
-        again = prove(host.api, settings, candidate, run_id)
-        if again.gone:
-            return Outcome(vmid, node, "gone")
-        if not again.ok or again.uuid != proof.uuid:
-            return Outcome(vmid, node, "foreign", again.reason or "another VM has taken the id")
-        if again.status != "stopped" or again.lock is not None:
-            return None
-    guests.destroy(host.api, node, vmid, timeout=max(5.0, deadline.nominal()))
-    return Outcome(vmid, node, "gone")
 
 
-def _zombie(host: PveHost, candidate: Candidate, ours: frozenset[str]) -> Outcome | None:
-    """Remove what a killed create or destroy left, if the newest task of that id is ours and has ended."""
-    vmid, node, path = candidate.vmid, candidate.node, f"/nodes/{candidate.node}/qemu/{candidate.vmid}"
-    try:
-        config = guests.guest_config(host.api, node, vmid)
-        lock = str(config.get("lock")) if set(config) <= {"lock", "digest"} else None
-    except NotFound:
-        return Outcome(vmid, node, "gone")
-    except UnreadableAnswer:
-        lock = "destroyed"
-    if lock not in _ZOMBIE_LOCKS:
-        return None
-    newest = _newest_task(host.api, node, vmid)
-    if newest is None or str(newest.get("upid")) not in ours:
-        return Outcome(vmid, node, "foreign", f"only a lock ({lock}), and not by a task of this run")
-    if not newest.get("endtime"):
-        return Outcome(vmid, node, "left", f"only a lock ({lock}), and its task still runs")
-    upid = host.api.delete(path, skiplock=True)
-    wait_task(host.api, upid, timeout=60)
-    return Outcome(vmid, node, "gone", f"what a killed task left ({lock})")
+class _Volumes:
+    """The volumes of the VMs that go: listed once before the first blow, and looked for after the last."""
 
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._lock = threading.Lock()
+        self._listed: dict[str, dict[int, list[str]]] = {}
+        self._noted: dict[int, tuple[str, list[str]]] = {}
 
-def _newest_task(api: Api, node: str, vmid: int) -> Mapping[str, Any] | None:
-    found = [each for each in api.get(f"/nodes/{node}/tasks", vmid=vmid, source="all") if each.get("upid")]
-    return max(found, key=lambda each: (int(each.get("starttime") or 0), str(each["upid"])), default=None)
+    def note(self, node: str, vmid: int, config: Mapping[str, Any]) -> None:
+        """Remember what its configuration names, and what storages hold for its id. Raises PveError.
 
+        An id is only ever taken when no storage holds a volume of it, so what is there now came with the VM
+        (an import that was cut off leaves a volume that no configuration names).
+        """
+        with self._lock:
+            if node not in self._listed:
+                self._listed[node] = self._list(node)
+            found = [*volumes_of(config, vmid), *self._listed[node].get(vmid, ())]
+            known = self._noted.get(vmid, (node, []))[1]
+            self._noted[vmid] = (node, list(dict.fromkeys([*known, *found])))
 
-def _running_tasks(api: Api, node: str, vmid: int) -> list[str]:
-    found = api.get(f"/nodes/{node}/tasks", vmid=vmid, source="active")
-    return [str(each["upid"]) for each in found if each.get("upid") and not each.get("endtime")]
+    def _list(self, node: str) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        path = f"/nodes/{node}/storage"
+        for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
+            name = storage.get("storage")
+            if isinstance(name, str) and whole(storage.get("active", 1)) != 0:
+                call = f"{path}/{name}/content"
+                for each in entries(self._api.get(call, content="images"), call=f"get {call}"):
+                    vmid = whole(each.get("vmid"))
+                    if vmid is not None and isinstance(each.get("volid"), str):
+                        found.setdefault(vmid, []).append(each["volid"])
+        return found
 
+    def sweep(self, gone: Iterable[Outcome]) -> Iterator[tuple[int, list[str]]]:
+        """Remove what is left of those VMs' volumes; yields the id and the volumes that stay."""
+        there: dict[str, frozenset[str]] = {}
+        for outcome in gone:
+            node, volumes = self._noted.get(outcome.vmid, (outcome.node, []))
+            stays = []
+            for volid in volumes:
+                path = f"/nodes/{node}/storage/{volid.partition(':')[0]}/content"
+                try:
+                    if path not in there:
+                        there[path] = self._content(path)
+                    if volid in there[path]:
+                        stays += self._remove(node, outcome.vmid, path, volid)
+                except PveError as e:
+                    stays.append(f"{volid} ({e})")
+            if stays:
+                yield outcome.vmid, stays
 
-def _end_tasks(api: Api, node: str, vmid: int, ours: frozenset[str], deadline: Deadline) -> None:
-    """Stop running tasks of ours on that id through the API, which cleans up; never kill."""
-    for upid in _running_tasks(api, node, vmid):
-        if upid not in ours:
-            continue
-
-        def ended(task: str = upid) -> bool | None:
-            return task not in _running_tasks(api, node, vmid) or None
-
+    def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
         try:
-            api.delete(f"/nodes/{parse_upid(upid).node}/tasks/{upid}")
-            wait_until(ended, deadline=deadline, what=f"the task {upid} to stop", interval=(0.1, 1.0))
-        except (NotFound, CommandTimeout):
-            continue
+            guests.guest_config(self._api, node, vmid)
+            return [f"{volid} (the id is in use again)"]
+        except GuestNotFound:
+            pass  # any other error: the id may be in use
+        upid = self._api.delete(f"{path}/{volid}")
+        if isinstance(upid, str) and upid.startswith("UPID:"):
+            wait_task(self._api, upid, timeout=60)
+        return [volid] if volid in self._content(path) else []
 
-
-def _volumes(config: Mapping[str, Any]) -> list[str]:
-    first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
-    return [volid for volid in first if _VOLID.match(volid)]
-
-
-def _sweep_volumes(api: Api, outcome: Outcome, volumes: Iterable[str]) -> Outcome:
-    """What is left of the VM's own volumes goes, while the id has no configuration again; else it is said."""
-    left = []
-    for volid in volumes:
-        storage = volid.partition(":")[0]
-        path = f"/nodes/{outcome.node}/storage/{storage}/content"
-        if not any(each.get("volid") == volid for each in api.get(path, vmid=outcome.vmid)):
-            continue
+    def _content(self, path: str) -> frozenset[str]:
         try:
-            guests.guest_config(api, outcome.node, outcome.vmid)
-            left.append(f"{volid} (the id is in use again)")
-            continue
+            found = entries(self._api.get(path, content="images"), call=f"get {path}")
         except NotFound:
-            pass
-        try:
-            upid = api.delete(f"{path}/{volid}")
-            if isinstance(upid, str) and upid.startswith("UPID:"):
-                wait_task(api, upid, timeout=60)
-        except PveError as e:
-            left.append(f"{volid} ({e})")
-            continue
-        if any(each.get("volid") == volid for each in api.get(path, vmid=outcome.vmid)):
-            left.append(volid)
-    if not left:
-        return outcome
-    return Outcome(outcome.vmid, outcome.node, "left", f"volumes left: {', '.join(left)}", again=False)
+            return frozenset()  # the storage itself is gone
+        return frozenset(str(each.get("volid")) for each in found)
+
+
+def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
+    """The volumes of a configuration that belong to the VM itself, not to another one or to a library."""
+    first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
+    own = re.compile(rf"(?:^|[/:])(?:vm|base|subvol)-{vmid}-")
+    return [volid for volid in first if _VOLID.match(volid) and own.search(volid)]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.ownership import in_range, name_matches, parse_marker, pool_name, read_pool
-from pytest_nestedpve.pve.errors import NotFound, PveError, UnreadableAnswer
+from pytest_nestedpve.pve.errors import GuestNotFound, UnreadableAnswer
 from pytest_nestedpve.pve.guests import guest_config, list_guests
+from pytest_nestedpve.zombies import bare_lock, is_bare
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.host import PveHost
@@ -40,7 +41,7 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
     pool = read_pool(host.api, pool_name(settings, run_id))
     for kind, vmid, node in pool.members if pool is not None else ():
         if kind == "qemu":
-            found[vmid] = Candidate(vmid, node, "it is in the run's pool", _bare(host, node, vmid))
+            found[vmid] = Candidate(vmid, node, "it is in the run's pool", bare_lock(host, node, vmid))
     wanted = set(extra)
     for guest in list_guests(host.api):
         if guest.kind != "qemu" or guest.vmid in found:
@@ -51,26 +52,16 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
             continue
         try:
             config = guest_config(host.api, guest.node, guest.vmid)
-        except NotFound:
+        except GuestNotFound:
             continue
         except UnreadableAnswer:
-            found[guest.vmid] = Candidate(guest.vmid, guest.node, "its destroy was cut off", "destroyed")
-            continue
+            config = {}
         marker = parse_marker(config.get("description"))
         if marker is not None and marker.run == run_id:
             found[guest.vmid] = Candidate(guest.vmid, guest.node, "its marker names the run")
-        elif set(config) <= {"lock", "digest"} and config.get("lock"):
-            found[guest.vmid] = Candidate(
-                guest.vmid, guest.node, "its configuration is nothing but a lock", str(config["lock"])
-            )
+        elif not config or is_bare(config):
+            lock = bare_lock(host, guest.node, guest.vmid)
+            if lock is not None:
+                why = f"its configuration is nothing but a lock ({lock})"
+                found[guest.vmid] = Candidate(guest.vmid, guest.node, why, lock)
     return [found[vmid] for vmid in sorted(found)]
-
-
-def _bare(host: PveHost, node: str, vmid: int) -> str | None:
-    try:
-        config = guest_config(host.api, node, vmid)
-    except NotFound:
-        return None
-    except PveError:
-        return "destroyed"
-    return str(config["lock"]) if set(config) <= {"lock", "digest"} and config.get("lock") else None

@@ -18,6 +18,7 @@ from pytest_nestedpve.pve.errors import (
     AlreadyExists,
     ApiError,
     CommandTimeout,
+    GuestNotFound,
     NotFound,
     PveError,
     SshError,
@@ -309,7 +310,7 @@ def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool:
     try:
         config = api.get(f"{base}/config", current=1)
         status = api.get(f"{base}/status/current")
-    except NotFound:
+    except GuestNotFound:
         return Proof(False, "there is no such VM", gone=True)
     except UnreadableAnswer as e:
         # `lock: destroyed`, or written by hand: pvesh refuses to print such a configuration.

@@ -6,6 +6,7 @@ The file is locked for each call, so that several processes and threads may shar
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from memory_model import BROADCAST, Model, State, fail, new_state
 
@@ -390,8 +392,16 @@ class MemorySsh:
                     rc = 0 if path in model.state["files"] else 1
                 case ["mkdir", "-p", _]:
                     pass
-                case ["cat", path] if path in model.state["files"]:
+                case ["cat", *_, path] if path in model.state["files"]:
                     out = model.state["files"][path]
+                case ["cat", "--", "/etc/pve/user.cfg"]:
+                    for name, pool in model.state["pools"].items():
+                        out += f"pool:{name}:{quote(pool['comment'])}:{','.join(map(str, pool['vms']))}::\n"
+                case ["cat", "--", path] if match_config(model, path) is not None:
+                    out = model.text(match_config(model, path) or 0)
+                case ["find", folder, *rest] if "-name" in rest:
+                    names = [rest[n + 1] for n, word in enumerate(rest) if word == "-name"]
+                    out = "".join(f"{path}\n" for path in _find(model, folder, names, "-delete" in rest))
                 case ["rm", "-f", "--", path]:
                     model.state["files"].pop(path, None)
                 case _:
@@ -414,6 +424,25 @@ class MemorySsh:
 
     def close(self) -> None:
         pass
+
+
+def match_config(model: Model, path: str) -> int | None:
+    """The VM whose configuration file that is."""
+    match = re.fullmatch(r"/etc/pve/nodes/([^/]+)/qemu-server/(\d+)\.conf", path)
+    vm = model.state["vms"].get(match[2]) if match else None
+    return int(match[2]) if match and vm and (vm["node"], vm["kind"]) == (match[1], "qemu") else None
+
+
+def _find(model: Model, folder: str, names: list[str], delete: bool) -> list[str]:
+    found = [
+        path
+        for path in sorted(model.state["files"])
+        if path.rpartition("/")[0] == folder
+        and any(fnmatch.fnmatchcase(path.rpartition("/")[2], name) for name in names)
+    ]
+    for path in found if delete else ():
+        del model.state["files"][path]
+    return found
 
 
 def at(moment: float) -> int:

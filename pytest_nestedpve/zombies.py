@@ -1,0 +1,129 @@
+"""What a killed create or destroy leaves: a configuration that is nothing but a lock, and whose that is.
+
+It has neither marker nor name, and a killed create is in no pool, so the tasks decide: it is ours only if the
+newest task of that id is one that this run's audit log names, of the kind that leaves such a lock, and has
+ended (recordings of killed workers, PVE 9.2).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.answers import entries, mapping, whole
+from pytest_nestedpve.pve.errors import GuestNotFound, UnreadableAnswer
+from pytest_nestedpve.pve.tasks import parse_upid
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.api import Api
+    from pytest_nestedpve.pve.host import PveHost
+
+_LEAVES = {"create": "qmcreate", "destroyed": "qmdestroy"}
+_LIMIT = 200
+
+
+@dataclass(frozen=True)
+class Remains:
+    """A configuration that is nothing but `lock`. `ours`: proved by its newest task; `reason` says it.
+
+    `running`: that task, or another one of the id, has not ended.
+    """
+
+    lock: str
+    ours: bool
+    running: bool
+    reason: str
+
+
+def bare_lock(host: PveHost, node: str, vmid: int) -> str | None:
+    """The lock, if the VM's configuration is nothing else; None for any other VM, and for none.
+
+    `lock: destroyed` makes `pvesh` refuse to print the configuration; then the file itself is read, because
+    another unreadable configuration is somebody's VM. Raises PveError.
+    """
+    try:
+        config = guests.guest_config(host.api, node, vmid)
+    except GuestNotFound:
+        return None
+    except UnreadableAnswer:
+        return _lock_in_file(host, node, vmid)
+    return is_bare(config)
+
+
+def is_bare(config: Any) -> str | None:
+    """The lock of a configuration that says nothing but that."""
+    if not isinstance(config, dict) or not set(config) <= {"lock", "digest"}:
+        return None
+    lock = config.get("lock")
+    return lock if isinstance(lock, str) and lock else None
+
+
+def _lock_in_file(host: PveHost, node: str, vmid: int) -> str | None:
+    answer = host.run(["cat", "--", f"/etc/pve/nodes/{node}/qemu-server/{vmid}.conf"], timeout=20)
+    match = re.fullmatch(r"\s*lock: ([a-z-]+)\s*", answer.stdout) if answer.ok else None
+    return match[1] if match else None
+
+
+def remains(host: PveHost, node: str, vmid: int, ours: frozenset[str]) -> Remains | None:
+    """What a killed task left at this id, judged now; None if that is not what is there. Raises PveError."""
+    lock = bare_lock(host, node, vmid)
+    if lock is None:
+        return None
+    running = bool(running_tasks(host.api, node, vmid))
+    if running:
+        return Remains(lock, False, True, f"its configuration is only a lock ({lock}), and a task still runs")
+    kind = _LEAVES.get(lock)
+    if kind is None:
+        return Remains(
+            lock, False, False, f"its configuration is only a lock ({lock}), which no create leaves"
+        )
+    newest = _newest_tasks(host.api, node, vmid)
+    if not newest:
+        return Remains(lock, False, False, f"its configuration is only a lock ({lock}), and no task is known")
+    for upid in newest:
+        if upid not in ours:
+            return Remains(
+                lock,
+                False,
+                False,
+                f"its configuration is only a lock ({lock}), and not by a task of this run",
+            )
+        if parse_upid(upid).type != kind:
+            return Remains(
+                lock, False, False, f"its configuration is only a lock ({lock}), which {upid} does not leave"
+            )
+        if not _ended(host.api, node, upid):
+            return Remains(lock, True, True, f"its task {upid} still runs")
+    return Remains(lock, True, False, f"what a killed task left (lock {lock}, {newest[0]})")
+
+
+def running_tasks(api: Api, node: str, vmid: int) -> list[str]:
+    """The UPIDs of the tasks that work on that id now. Raises PveError."""
+    path = f"/nodes/{node}/tasks"
+    found = entries(api.get(path, vmid=vmid, source="active"), call=f"get {path}")
+    upids = [
+        str(each["upid"]) for each in found if isinstance(each.get("upid"), str) and not each.get("endtime")
+    ]
+    # The list of active tasks is written when a task begins and ends: one that was killed may still be in it.
+    return [upid for upid in upids if not _ended(api, node, upid)]
+
+
+def _newest_tasks(api: Api, node: str, vmid: int) -> list[str]:
+    """The newest task of an id; several, if they began in the same second and cannot be told apart."""
+    path = f"/nodes/{node}/tasks"
+    found = [
+        (whole(each.get("starttime")) or 0, str(each["upid"]))
+        for each in entries(api.get(path, vmid=vmid, source="all", limit=_LIMIT), call=f"get {path}")
+        if isinstance(each.get("upid"), str)
+    ]
+    latest = max((start for start, _ in found), default=0)
+    # A task that makes a thing comes before one that takes it away in the same second, unless it failed: then
+    # nothing at that id is proved by either, and both have to be ours.
+    return sorted({upid for start, upid in found if start == latest}, reverse=True)
+
+
+def _ended(api: Api, node: str, upid: str) -> bool:
+    path = f"/nodes/{node}/tasks/{upid}/status"
+    return mapping(api.get(path), call=f"get {path}").get("status") == "stopped"
