@@ -318,6 +318,11 @@ class NestedSession:
             self.tally.left = self.tally.left or bool(left)
             with contextlib.suppress(Exception):
                 self.environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in left))
+            if self.settings.context_file is not None and not left:
+                from pytest_nestedpve import context
+
+                with contextlib.suppress(Exception):
+                    context.forget(self.settings.context_file, self.environment.facts)
             if self._lock is not None:
                 self._lock.release(remove=not left)
             with contextlib.suppress(Exception):
@@ -392,7 +397,7 @@ def _flat(text: str) -> str:
 
 
 class _StateKeeper:
-    """Keeps the facts in the run's directory, after each phase."""
+    """Keeps the facts, after each phase, in the run's directory and in the context file if one was named."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -404,8 +409,14 @@ class _StateKeeper:
         self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
     ) -> None:
         del phase, seconds, facts, cause
-        if status != "failed":
-            self._environment.run.directory.save_state(self._environment.facts)
+        if status == "failed":
+            return
+        facts, path = self._environment.facts, self._environment.settings.context_file
+        self._environment.run.directory.save_state(facts)
+        if path is not None:
+            from pytest_nestedpve import context
+
+            context.save(path, facts)
 
     def progress(self, text: str) -> None:
         pass

@@ -77,6 +77,10 @@ def test_the_third_interrupt_gives_up_and_prints_the_command(tmp_path: Path) -> 
     assert process.returncode == 130, output
     assert "giving up on the teardown; this finishes it:" in output
     assert "--nested-destroy-only --nested-run " in output
+    command = output.split("this finishes it:")[1].split("--nested-run")[1].split()[0]
+    finished = project.run("--nested-destroy-only", "--nested-run", command)
+    assert finished.ret == 0, finished.output
+    assert project.left() == []
 
 
 def test_under_nohup_a_hang_up_does_not_end_the_session(tmp_path: Path) -> None:

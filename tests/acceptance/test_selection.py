@@ -206,3 +206,22 @@ def test_a_short_pytest_timeout_does_not_cut_the_set_up_off(project: Project) ->
     result = project.run("--timeout", "1", "--timeout-method", "signal", "test_slow.py")
     assert result.ret == 1
     assert "Timeout" in result.output
+
+
+def test_the_context_file_gets_what_earlier_tools_read_and_keeps_the_rest(project: Project) -> None:
+    context = project.path / "ctx.json"
+    context.write_text('{"mine": [1, 2], "other_vm_id": 4711}')
+    project.write(
+        test_context="""
+        import json, pathlib
+        def test_it(nested_pve):
+            found = json.loads(pathlib.Path("ctx.json").read_text())
+            assert found["inner_ip"] == found["node_ip"] == nested_pve.ip
+            assert found["nested-pve_vm_id"] == found[nested_pve.name + "_vm_id"] == nested_pve.vmid
+            assert found["provisioned_vms"] == [{"name": nested_pve.name, "vmid": nested_pve.vmid}]
+            assert found["mine"] == [1, 2]
+        """.replace("\n        ", "\n")
+    )
+    result = project.run("--context-file", "ctx.json", "test_context.py")
+    assert result.ret == 0, result.output
+    assert json.loads(context.read_text()) == {"mine": [1, 2], "other_vm_id": 4711, "provisioned_vms": []}
