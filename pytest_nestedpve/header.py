@@ -20,13 +20,15 @@ def lines(nested: NestedSession) -> list[str]:
     if settings.dry_run:
         return [where, "nested-pve: dry run, nothing is made"]
     size = f"{settings.cores} cores, {_gib(settings.memory)} memory, {settings.disk} GiB disk"
-    each = " for each worker that needs one" if getattr(option, "tx", None) and option.dist != "no" else ""
+    several = bool(getattr(option, "tx", None)) and option.dist != "no"
+    run = "RUN" if several else nested.run_id
+    each = " for each worker that needs one" if several else ""
     ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
     if settings.any_id:
         ids = "any free id"
     return [
-        f"{where}; state of runs in {settings.run_dir}",
-        f"nested-pve: makes one VM {settings.name_prefix}-RUN{each} ({size}; id: {ids}) with a VM inside, "
+        where if several else f"{where}; run {run}",
+        f"nested-pve: makes one VM {settings.name_prefix}-{run}{each} ({size}; id: {ids}) with a VM inside, "
         "if a test needs it; destroyed at the end",
     ]
 

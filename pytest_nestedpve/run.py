@@ -55,10 +55,15 @@ class Run:
     hard: int
 
     @classmethod
-    def create(cls, settings: Settings, rootdir: Path, now: float | None = None) -> Run:
-        """A new run with its directory made (0700) below `settings.run_dir`. Raises RunDirectoryError."""
+    def create(
+        cls, settings: Settings, rootdir: Path, now: float | None = None, *, run_id: str | None = None
+    ) -> Run:
+        """A new run with its directory made (0700) below `settings.run_dir`. Raises RunDirectoryError.
+
+        `run_id` is a fresh id that somebody was told already.
+        """
         moment = int(time.time() if now is None else now)
-        run_id = secrets.token_hex(6)
+        run_id = run_id or secrets.token_hex(6)
         run = cls(
             id=run_id,
             owner=owner(),

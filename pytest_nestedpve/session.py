@@ -67,6 +67,7 @@ class NestedSession:
         self.config = config
         self.settings = settings
         self.tally = exits.Tally()
+        self.run_id = os.urandom(6).hex()
         self.item: pytest.Item | None = None
         self.environment: Environment | None = None
         self.runner: PhaseRunner | None = None
@@ -163,7 +164,7 @@ class NestedSession:
         from pytest_nestedpve.run import Run, SessionLock
 
         phases = self.phases
-        run = Run.create(self.settings, self.config.rootpath)
+        run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
         self._lock = SessionLock(run.id)
         self._lock.acquire()
         if self.family is not None:

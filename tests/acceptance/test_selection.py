@@ -171,13 +171,13 @@ def test_a_dry_run_prints_the_phases_and_touches_nothing(project: Project) -> No
     assert project.audits() == []
 
 
-def test_the_header_says_host_and_what_will_be_made(project: Project) -> None:
-    result = project.run("--pve-host", "father", "test_users.py::test_unrelated")
+def test_the_header_says_host_run_and_what_will_be_made(project: Project) -> None:
+    result = project.run("--pve-host", "father", "test_users.py::test_part")
     assert result.ret == 0
-    assert "nested-pve: host father (--pve-host)" in result.output
-    assert (
-        "makes one VM nested-pve-RUN (2 cores, 8 GiB memory, 64 GiB disk; id: 99900-99999)" in result.output
-    )
+    (run,) = (path.name for path in (project.path / ".nested-pve" / "runs").glob("????????????"))
+    assert f"nested-pve: host father (--pve-host); run {run}" in result.output
+    made = f"makes one VM nested-pve-{run} (2 cores, 8 GiB memory, 64 GiB disk; id: 99900-99999)"
+    assert made in result.output
 
 
 @pytest.mark.parametrize("mode", ["load", "loadscope", "worksteal"])
