@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pytest_nestedpve.pve.errors import ApiError
 from pytest_nestedpve.pve.host import PveHost
 
 _UPID = "UPID:"
+_MAKES = re.compile(r"/(?:pools|qemu|clone)\Z")
 
 
 class AuditLog:
@@ -32,6 +34,8 @@ class AuditLog:
         self._lock = threading.Lock()
         self._open: list[str] = []
         self._tasks: set[str] = set()
+        self.cut_off: float | None = None
+        """When (time.monotonic) a call that makes something was last cut off: it may still be at work."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
@@ -118,6 +122,8 @@ class AuditedApi:
         except BaseException as e:
             rc = e.rc if isinstance(e, ApiError) and e.rc is not None else 255
             error = str(e) or type(e).__name__
+            if verb == "post" and _MAKES.search(path) and not isinstance(e, ApiError):
+                self.audit.cut_off = time.monotonic()
             raise
         finally:
             # Only the names of parameters: values may be secrets, and descriptions are long.

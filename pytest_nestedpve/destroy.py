@@ -38,7 +38,8 @@ _VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:\S+\Z")
 class Outcome:
     """What became of one candidate: "gone", "foreign" (not ours, untouched) or "left", with the reason.
 
-    `again`: whether a second try may change it; not for volumes that outlive their VM.
+    `again`: whether a second try may change it; not for volumes that outlive their VM, or one of ours
+    that somebody protected.
     """
 
     vmid: int
@@ -186,6 +187,8 @@ class _Target:
             again = self._prove()
             if again.gone:
                 return self._say("gone")
+            if again.marked and not again.ok:
+                return self._remains(again)
             if not again.ok or again.uuid != proof.uuid:
                 return self._say("foreign", again.reason or "another VM has taken the id")
             if again.status != "stopped" or again.lock is not None or self._waits():
@@ -208,6 +211,10 @@ class _Target:
     def _remains(self, proof: Proof) -> Outcome | None:
         """Not proved: what a killed task of ours left is removed, anything else stays."""
         found = zombies.remains(self.host, self.node, self.vmid, self.ours)
+        if found is None and proof.marked:
+            return Outcome(
+                self.vmid, self.node, "left", f"ours by its marker, but {proof.reason}", again=False
+            )
         if found is None:
             return self._say("foreign", proof.reason)
         if found.running and not self.patience.expired:

@@ -284,6 +284,7 @@ class Proof:
     """Whether a VM is this run's, by what its configuration, status and pool said just now.
 
     `reason` says why not; `gone`: there is no such VM; `unreadable`: PVE refuses to print it.
+    `marked`: its marker is this run's, this VM's and this uuid's, whatever else speaks against it.
     `status` is PVE's; `lock` the lock property; `config` the configuration proved.
     """
 
@@ -296,6 +297,7 @@ class Proof:
     config: Mapping[str, Any] | None = None
     gone: bool = False
     unreadable: bool = False
+    marked: bool = False
 
 
 def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool: str | None = None) -> Proof:
@@ -307,20 +309,22 @@ def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool:
     run_id = run if isinstance(run, str) else run.id
     name = pool if pool is not None and run_of_pool(pool) == run_id else pool_name(settings, run_id)
     base = f"/nodes/{guest.node}/qemu/{guest.vmid}"
+    members = read_pool(api, name)
     try:
-        config = api.get(f"{base}/config", current=1)
+        # The configuration last: what is read of it is the youngest when the blow follows.
         status = api.get(f"{base}/status/current")
+        config = api.get(f"{base}/config", current=1)
     except GuestNotFound:
         return Proof(False, "there is no such VM", gone=True)
     except UnreadableAnswer as e:
         # `lock: destroyed`, or written by hand: pvesh refuses to print such a configuration.
         return Proof(False, f"its configuration is not readable: {e.text}", unreadable=True)
-    members = read_pool(api, name)
-    if members is None:
-        return Proof(False, f"the pool {name} does not exist")
-    if ("qemu", guest.vmid, guest.node) not in members.members:
-        return Proof(False, f"it is not in the pool {name}")
-    return judge(settings, guest.vmid, run_id, config, status)
+    found = judge(settings, guest.vmid, run_id, config, status)
+    if found.ok and members is None:
+        return replace(found, ok=False, reason=f"the pool {name} does not exist")
+    if found.ok and members is not None and ("qemu", guest.vmid, guest.node) not in members.members:
+        return replace(found, ok=False, reason=f"it is not in the pool {name}")
+    return found
 
 
 def judge(settings: Settings, vmid: int, run_id: str, config: object, status: object) -> Proof:
@@ -339,13 +343,13 @@ def judge(settings: Settings, vmid: int, run_id: str, config: object, status: ob
         uuid=uuid_of(config) or "",
         config=config,
     )
-    reason = _against(settings, vmid, run_id, config, status)
-    return replace(found, ok=not reason, reason=reason)
+    copied = _unmarked(vmid, run_id, config)
+    reason = copied or _against(settings, vmid, config, status)
+    return replace(found, ok=not reason, reason=reason, marked=not copied)
 
 
-def _against(
-    settings: Settings, vmid: int, run_id: str, config: dict[str, Any], status: dict[str, Any]
-) -> str:
+def _unmarked(vmid: int, run_id: str, config: dict[str, Any]) -> str:
+    """What is wrong with the marker; empty if it is this run's, this VM's and this uuid's."""
     marker = parse_marker(config.get("description"))
     if not RUN_ID.match(run_id):
         return f"{run_id[:40]!r} is no run"
@@ -358,6 +362,11 @@ def _against(
     uuid = uuid_of(config)
     if uuid is None or uuid != marker.uuid:
         return "its SMBIOS uuid is not the one in its marker: it is a copy, or another VM"
+    return ""
+
+
+def _against(settings: Settings, vmid: int, config: dict[str, Any], status: dict[str, Any]) -> str:
+    """What speaks against taking a VM of ours away."""
     if not in_range(settings, vmid):
         return "its id is outside the range"
     if not name_matches(settings, config.get("name")):

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
 from pytest_nestedpve.ownership import pool_name, prove, read_pool
-from pytest_nestedpve.pve.errors import NotFound, PveError
-from pytest_nestedpve.pve.tasks import wait_task
+from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError
+from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
+
+ROUNDS = 3
+CUT_OFF = 6.0
+"""Seconds after which a call that was cut off has shown what it makes (`pvesh` takes 1 to 2 to begin)."""
+INNER_BUDGET = 60.0
+"""Seconds for a guest inside the nested PVE, which goes with that one's disk anyway."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,9 @@ class TeardownReport:
 
 def teardown(env: Environment) -> TeardownReport:
     """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked."""
-    audit, run, host = env.audit, env.run, env.outer
+    audit, host = env.audit, env.outer
     with _phase(env, "discover", "what may be the run's is looked for"):
-        candidates = discover(host, env.settings, run.id)
-        for each in candidates:
-            audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
+        candidates = _look(env, host)
     with _phase(env, "cleanup_inner", "guests inside the nested PVE go first"):
         _inner_first(env, candidates)
     with _phase(env, "destroy", "proved, stopped, proved, destroyed; then looked for again"):
@@ -45,6 +50,30 @@ def teardown(env: Environment) -> TeardownReport:
         audit.write("leak", status="left", cause=line, host=host.name)
     audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
     return report
+
+
+def _look(env: Environment, host: PveHost) -> list[Candidate]:
+    """The candidates. A call that makes something and was cut off may still be at work on the host (a command
+    outlives its connection): what it makes is waited for a little."""
+    found = discover(host, env.settings, env.run.id)
+    cut_off = env.audit.cut_off
+    if cut_off is not None:
+        before = {each.vmid for each in found}
+        rest = Deadline(max(0.0, CUT_OFF - (time.monotonic() - cut_off)))
+        with contextlib.suppress(CommandTimeout):
+            found = wait_until(
+                lambda: _more_than(before, discover(host, env.settings, env.run.id)),
+                deadline=rest,
+                what="what a call that was cut off makes",
+                interval=(0.5, 1.0),
+            )
+    for each in found:
+        env.audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
+    return found
+
+
+def _more_than(before: set[int], found: list[Candidate]) -> list[Candidate] | None:
+    return found if {each.vmid for each in found} - before else None
 
 
 @contextlib.contextmanager
@@ -74,24 +103,43 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> Teard
         )
 
     ours = task_ids(run.directory.audit)
-    outcomes = destroy(host, settings, run.id, candidates, ours=ours, told=told)
-    left = [_line(each) for each in outcomes if each.result == "left"]
+    outcomes: dict[int, Outcome] = {}
+    for _ in range(ROUNDS):
+        # A round more for what came to be meanwhile: the end of a create that nobody waited for.
+        for outcome in destroy(host, settings, run.id, candidates, ours=ours, told=told):
+            outcomes[outcome.vmid] = outcome
+        settled = {vmid for vmid, each in outcomes.items() if each.result != "gone"}
+        candidates = [each for each in discover(host, settings, run.id) if each.vmid not in settled]
+        if not candidates:
+            break
+    left = [_line(each) for each in outcomes.values() if each.result == "left"]
+    left += [f"VM {each.vmid} on {each.node}: found again, {each.why}" for each in candidates]
     left += clear_rest(host, settings, run.id)
-    foreign = {each.vmid for each in outcomes if each.result == "foreign"}
-    known = {each.vmid for each in outcomes if each.result == "left"}
+    seen = set(outcomes) - {vmid for vmid, each in outcomes.items() if each.result == "gone"}
+    seen |= {each.vmid for each in candidates}
     for each in discover(host, settings, run.id):
-        if each.vmid not in foreign | known:
+        if each.vmid not in seen:
             left.append(f"VM {each.vmid} on {each.node}: found again after the teardown, {each.why}")
     return TeardownReport(
-        tuple(f"VM {each.vmid}" for each in outcomes if each.result == "gone"),
+        tuple(f"VM {each.vmid}" for each in outcomes.values() if each.result == "gone"),
         tuple(left),
-        tuple(_line(each) for each in outcomes if each.result == "foreign"),
+        tuple(_line(each) for each in outcomes.values() if each.result == "foreign"),
     )
 
 
 def clear_rest(host: PveHost, settings: Settings, run_id: str) -> list[str]:
     """What a run has beside its VMs: snippet files, and the pool if it is empty. Lines about what stays."""
-    return [*_snippets(host, run_id), *_pool(host, settings, run_id)]
+    parts: tuple[tuple[str, Callable[[], list[str]]], ...] = (
+        ("the snippet files", lambda: _snippets(host, run_id)),
+        (f"the pool {pool_name(settings, run_id)}", lambda: _pool(host, settings, run_id)),
+    )
+    lines: list[str] = []
+    for what, clear_it in parts:
+        try:
+            lines += clear_it()
+        except PveError as e:
+            lines.append(f"{what}: {e}")
+    return lines
 
 
 def _line(outcome: Outcome) -> str:
@@ -99,39 +147,45 @@ def _line(outcome: Outcome) -> str:
 
 
 def _inner_first(env: Environment, candidates: list[Candidate]) -> None:
-    """Guests inside the nested PVE, best effort: they go with its disk anyway."""
+    """Guests inside the nested PVE, best effort: they go with its disk anyway. Only through a VM that was
+    just proved to be ours."""
     if "leaf_provision" not in env.facts and "download_image" not in env.facts:
         return
-    if not any(prove(env.outer.api, env.settings, each, env.run).ok for each in candidates):
-        return
+    vmid = env.facts.get("provision", {}).get("vmid")
     try:
-        inside = discover(env.inner, env.settings, env.run.id)
-        outcomes = destroy(env.inner, env.settings, env.run.id, inside)
+        outer = [each for each in candidates if each.vmid == vmid]
+        if not outer or not prove(env.outer.api, env.settings, outer[0], env.run).ok:
+            return
+        inner, settings = env.inner, replace(env.settings, pool_parent=None)
+        inside = discover(inner, settings, env.run.id)
+        ours = task_ids(env.run.directory.audit)
+        outcomes = destroy(inner, settings, env.run.id, inside, ours=ours, budget=INNER_BUDGET)
         status = "left" if any(each.result == "left" for each in outcomes) else "clean"
-        env.audit.write("teardown", phase="cleanup_inner", status=status, cause=None)
+        env.audit.write("teardown", phase="cleanup_inner", status=status, host=inner.name)
     except Exception as e:
         env.audit.write("teardown", phase="cleanup_inner", status="skipped", cause=f"{type(e).__name__}: {e}")
 
 
 def _snippets(host: PveHost, run_id: str) -> list[str]:
-    """The run's snippet files on every storage of the node; lines about those that stay."""
+    """The run's snippet files in every storage's directory; lines about those that stay.
+
+    By their names in the file system: a storage need not offer `snippets` any more to hold some, and one that
+    was not written whole has a name that PVE does not list.
+    """
     left = []
-    for storage in host.api.get(f"/nodes/{host.node}/storage") or ():
-        if "snippets" not in str(storage.get("content", "")).split(","):
+    names = ["-name", f"npve-{run_id}-*", "-o", "-name", f".npve-{run_id}-*.part"]
+    for storage in entries(host.api.get("/storage"), call="get /storage"):
+        path = storage.get("path")
+        if not isinstance(path, str) or not path.startswith("/"):
             continue
-        path = f"/nodes/{host.node}/storage/{storage['storage']}/content"
-        for each in host.api.get(path, content="snippets"):
-            volid = str(each.get("volid", ""))
-            if not volid.partition("/")[2].startswith(f"npve-{run_id}-"):
-                continue
-            try:
-                upid = host.api.delete(f"{path}/{volid}")
-                if isinstance(upid, str) and upid.startswith("UPID:"):
-                    wait_task(host.api, upid, timeout=60)
-            except NotFound:
-                continue
-            except PveError as e:
-                left.append(f"snippet {volid}: {e}")
+        find = ["find", f"{path.rstrip('/')}/snippets", "-maxdepth", "1", "-type", "f", "(", *names, ")"]
+        removed = host.run([*find, "-print", "-delete"], timeout=60)
+        if not removed.ok and "No such file or directory" in removed.stderr:
+            continue  # no snippet was ever kept there
+        there = host.run([*find, "-print"], timeout=60)
+        if not there.ok:
+            left.append(f"snippet files on {storage.get('storage')}: {there.stderr.strip()[:200]}")
+        left += [f"snippet {line}" for line in there.stdout.splitlines() if line.strip()]
     return left
 
 
