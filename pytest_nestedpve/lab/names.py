@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from pytest_nestedpve.pve.errors import PveError
+
 DOMAIN = "nested-pve.test"
 FATHER = "father"
 MIRROR_HOST = f"mirror.{DOMAIN}"
@@ -20,11 +22,12 @@ SUITE = "trixie"
 # Where the lab's own Python package lies on every node.
 NODE_LIBRARY = "/usr/share/nestedpve-lab"
 
+DEFAULT_LAB = "default"
 MAX_LABS = 250
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 
-class LabError(Exception):
+class LabError(PveError):
     """Something about a lab went wrong; the text says what to do."""
 
 

@@ -29,8 +29,10 @@ mount -t proc -o nosuid,nodev,noexec proc proc
 mount --bind proc/sys proc/sys
 mount --bind proc/sys/net proc/sys/net
 mount -o remount,bind,ro proc/sys
-mount --bind proc/sysrq-trigger proc/sysrq-trigger
-mount -o remount,bind,ro proc/sysrq-trigger
+if [ -e proc/sysrq-trigger ]; then
+    mount --bind proc/sysrq-trigger proc/sysrq-trigger
+    mount -o remount,bind,ro proc/sysrq-trigger
+fi
 # Likewise /sys. Read-only, it tells networkd and udev not to wait for device events.
 mount -t sysfs -o nosuid,nodev,noexec sysfs sys
 mount --bind sys/devices/virtual/net sys/devices/virtual/net

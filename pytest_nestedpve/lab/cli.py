@@ -1,0 +1,125 @@
+"""The command `nestedpve-lab`: install, start, stop, list, exec."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from .names import DEFAULT_LAB, LabError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done; 1 the lab had trouble; 4 wrong usage or the lab cannot run here; for exec that
+    of the command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command: list[str] = []
+    if given[:1] == ["exec"] and "--" in given:
+        at = given.index("--")
+        given, command = given[:at], given[at + 1 :]
+    parser = _parser()
+    try:
+        options = parser.parse_args(given)
+    except SystemExit as e:
+        return 0 if not e.code else 4
+    if options.command == "exec" and not command:
+        parser.print_usage(sys.stderr)
+        print("nestedpve-lab: exec: expected `-- COMMAND` at the end", file=sys.stderr)
+        return 4
+    from .names import LabUnavailable
+
+    try:
+        return _do(options, command)
+    except LabUnavailable as e:
+        print(f"nestedpve-lab: {e}", file=sys.stderr)
+        return 4
+    except LabError as e:
+        print(f"nestedpve-lab: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nestedpve-lab", description="The embedded lab: an outer PVE host on this machine, to test against."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("install", help="Debian packages, image and repository; at once if all is there")
+    start = commands.add_parser("start", help="start a lab; it stays until it is stopped")
+    start.add_argument("name", nargs="?", default=DEFAULT_LAB)
+    start.add_argument("--json", action="store_true", help="say what it is as JSON")
+    stop = commands.add_parser("stop", help="stop a lab and remove it, with all VMs in it")
+    which = stop.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?")
+    which.add_argument("--all", action="store_true", help="all labs of this user's cache")
+    listing = commands.add_parser("list", help="running labs")
+    listing.add_argument("--json", action="store_true")
+    enter = commands.add_parser("exec", help="run a command on a node of a lab", usage=_EXEC_USAGE)
+    enter.add_argument("name")
+    enter.add_argument(
+        "--node", default="father", help="father (default), nested, leaf, or VMs by id or name: 9900, 9900/101"
+    )
+    return parser
+
+
+_EXEC_USAGE = "nestedpve-lab exec NAME [--node NODE] -- COMMAND [ARGUMENT...]"
+
+
+def _do(options: argparse.Namespace, command: list[str]) -> int:
+    from . import world
+
+    if options.command == "install":
+        from .install import install
+
+        begin = time.monotonic()
+        install(_say)
+        _say(f"installed ({time.monotonic() - begin:.1f} s)")
+    elif options.command == "start":
+        lab = world.start(options.name, hand=True, say=_say)
+        if options.json:
+            print(lab.json())
+        else:
+            print(f"lab {lab.name} runs. Log in:  ssh -F {lab.ssh_config} {lab.host}")
+            print(f"  in a test:  pytest --pve-host lab:{lab.name}")
+            print(f"  stop it:    nestedpve-lab stop {lab.name}")
+    elif options.command == "stop":
+        return _stop(options)
+    elif options.command == "list":
+        world.sweep()
+        labs = world.running()
+        if options.json:
+            print(json.dumps([asdict(lab) for lab in labs]))
+        else:
+            for lab in labs:
+                print(f"{lab.name:20} {lab.networks[0]:18} {lab.networks[1]:18} {lab.state}")
+            if not labs:
+                print("no lab runs")
+    else:
+        return world.enter(options.name, options.node, command)
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from . import world
+
+    swept = world.sweep()
+    if options.all:
+        for name in world.names():
+            world.stop(name)
+        return 0
+    if not world.stop(options.name) and options.name not in swept:
+        print(f"nestedpve-lab: there is no lab {options.name!r}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"nestedpve-lab: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

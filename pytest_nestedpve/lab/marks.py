@@ -1,0 +1,54 @@
+"""Asking a lab's father what runs have left in him."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from .names import FATHER, LabError
+from .programs import search_path
+
+_NO_COMMAND = 127
+
+
+def ssh(folder: Path, command: str, *, host: str = FATHER, limit: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a command on a node of the lab in `folder`. LabError if SSH itself fails or the limit passes."""
+    argv: Sequence[str] = ["ssh", "-F", str(folder / "ssh_config"), "-o", "BatchMode=yes", host, command]
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit,
+            env={"PATH": search_path(), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise LabError(f"{host} did not answer to `{command}` within {limit:g} s") from e
+    if done.returncode == 255:
+        raise LabError(f"no SSH to {host}: {done.stderr.strip()}")
+    return done
+
+
+def marked_guests(folder: Path) -> list[str]:
+    """The VMs of runs on father, as `vmid (pool)`; pools without VMs count, by their name. LabError if he
+    cannot be asked."""
+    listed = []
+    for path in ("/pools", "/cluster/resources --type vm"):
+        done = ssh(folder, f"pvesh get {path} --output-format json")
+        if done.returncode == _NO_COMMAND:
+            return []
+        if done.returncode != 0:
+            raise LabError(f"pvesh on father ended with status {done.returncode}: {done.stderr.strip()}")
+        listed.append(json.loads(done.stdout))
+    pools, guests = listed
+    found = [str(pool["poolid"]) for pool in pools if "npve-" in str(pool.get("poolid", ""))]
+    for guest in guests:
+        tags = str(guest.get("tags", "")).replace(",", ";").split(";")
+        if "nestedpve" in tags or "npve-" in str(guest.get("pool", "")):
+            found.append(f"{guest.get('vmid')} ({guest.get('name', 'without a name')})")
+    return found

@@ -1,0 +1,71 @@
+"""Entering a lab's nodes from the machine, by their namespaces: works whatever the network in there does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+
+from . import programs
+from .names import FATHER, LabError
+
+_GUESTS = (
+    "import json, pathlib\n"
+    "for place in sorted(pathlib.Path('/run/nestedpve-lab/guests').glob('*/state.json')):\n"
+    "    state = json.loads(place.read_text())\n"
+    "    spec = place.with_name('spec.json')\n"
+    "    if 'init' in state and spec.exists():\n"
+    "        print(json.dumps([int(place.parent.name), json.loads(spec.read_text())['name'], state['init']]))\n"
+)
+
+
+def namespace_command(init: int, node: str, command: Sequence[str]) -> list[str]:
+    """The command as seen from the machine, to run it on `node` of the lab whose father's PID 1 is `init`.
+    LabError if there is no such node."""
+    inside = _into(init)
+    if node == FATHER:
+        steps: list[str] = []
+    elif node == "nested":
+        steps = [""]
+    elif node == "leaf":
+        steps = ["", ""]
+    else:
+        steps = node.split("/")
+    shown = FATHER
+    for step in steps:
+        guests = _guests(inside)
+        chosen = [guest for guest in guests if not step or step in (str(guest[0]), guest[1])]
+        if len(chosen) != 1:
+            there = ", ".join(f"{vmid} ({name})" for vmid, name, _ in guests) or "none"
+            wanted = f"VM {step!r}" if step else "exactly one VM"
+            more = "; name one, as in --node 9900 or --node 9900/101" if len(chosen) > 1 else ""
+            raise LabError(f"expected {wanted} booted on {shown}, found: {there}{more}")
+        shown = chosen[0][1]
+        inside = [*inside, *_into(chosen[0][2])]
+    return [*inside, "env", "-i", "-C", "/", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb", f"PATH={_PATH}", *command]
+
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _into(init: int) -> list[str]:
+    spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+    return ["nsenter", "--target", str(init), *spaces, "--root", "--wd=/", "--"]
+
+
+def _guests(inside: list[str]) -> list[tuple[int, str, int]]:
+    """Booted VMs of a node: vmid, name, PID 1 as that node sees it."""
+    done = subprocess.run(
+        [*inside, "/usr/bin/python3", "-c", _GUESTS],
+        capture_output=True,
+        text=True,
+        env={"PATH": programs.search_path()},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise LabError(f"the node cannot be entered: {done.stderr.strip()}")
+    found = []
+    for line in done.stdout.splitlines():
+        vmid, name, init = json.loads(line)
+        found.append((int(vmid), str(name), int(init)))
+    return found

@@ -1,0 +1,94 @@
+"""Whether the lab can run on this machine, found out by trying, and what to say if it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import programs
+from .names import LabUnavailable, cache_dir
+from .node import cgroups
+
+_WITHOUT = (
+    "What works without the lab: `./dev test --fast` (unit and acceptance tests), and everything on a real "
+    "Proxmox VE host (`pytest --pve-host HOST`, root over SSH)"
+)
+
+_TRY = """
+set -e
+mkdir -p "$1/lower" "$1/upper" "$1/work" "$1/root" "$1/sys"
+mount -t tmpfs tmpfs "$1/sys"
+mount -t overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" overlay "$1/root"
+"""
+
+
+def unavailable(reason: str, cure: str = "") -> LabUnavailable:
+    """The error for a requirement that is not met."""
+    return LabUnavailable(f"the lab cannot run here: {reason}." + (f" {cure}." if cure else "") + f" {_WITHOUT}.")
+
+
+def check(needed: Mapping[str, str] | None = None) -> None:
+    """Raise LabUnavailable unless this is Linux, root, with the programs `needed` (default: those to run a
+    lab) and with namespaces, cgroups v2 and an overlay on the cache's file system."""
+    if sys.platform != "linux":
+        raise unavailable(f"it needs Linux, this is {sys.platform}")
+    if os.geteuid() != 0:
+        raise unavailable(
+            f"it needs root, for namespaces, mounts and bridges; this is uid {os.geteuid()}",
+            "Run it as root, or by sudo",
+        )
+    lacking = programs.missing(programs.TO_RUN if needed is None else needed)
+    if lacking:
+        raise unavailable(
+            f"missing programs: {', '.join(sorted(lacking))}",
+            "`nestedpve-lab install` installs them by apt; the Debian packages are "
+            + " ".join(sorted(set(lacking.values()))),
+        )
+    try:
+        root = cgroups.root()
+    except cgroups.CgroupError as e:
+        raise unavailable(f"it needs a cgroup v2 hierarchy: {e}", "Mount one: mount -t cgroup2 none /sys/fs/cgroup") from e
+    if not any(root.glob("*/cgroup.kill")) and _kernel() < (5, 14):
+        raise unavailable("it needs Linux 5.14 or newer (cgroup.kill)")
+    _try_namespaces()
+
+
+def _try_namespaces() -> None:
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="try-", dir=cache_dir()) as scratch:
+        command = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--cgroup", "--fork", "--kill-child"]
+        tried = subprocess.run(
+            [*command, "sh", "-c", _TRY, "sh", scratch],
+            capture_output=True,
+            text=True,
+            env={"PATH": programs.search_path(), "LC_ALL": "C.UTF-8"},
+            check=False,
+        )
+    said = tried.stderr.strip()
+    if tried.returncode == 0:
+        return
+    if "overlay" in said or scratch + "/root" in said:
+        raise unavailable(
+            f"{cache_dir()} lies on a file system that cannot be an overlay's upper side, or the kernel lacks "
+            f"overlayfs ({said})",
+            "Choose a directory on ext4, xfs or btrfs by NESTED_PVE_CACHE",
+        )
+    raise unavailable(f"namespaces are not to be had ({said})", "In a container, it needs --privileged")
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split("-")[0].split(".")[:2]
+    return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)
+
+
+def image_there(folder: Path) -> None:
+    """Raise LabUnavailable if the image has not been made."""
+    if not (folder / "ready").exists():
+        raise LabUnavailable(
+            "the lab's image has not been made yet. `nestedpve-lab install` makes it (as root, about a minute; "
+            f"it is kept in {cache_dir()}). {_WITHOUT}."
+        )

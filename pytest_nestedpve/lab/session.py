@@ -1,0 +1,97 @@
+"""The lab for a test session: started if need be, held while the session lasts. Never runs apt."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from pytest_nestedpve.timing import Deadline
+
+from . import requirements, world
+from .names import DEFAULT_LAB, check_name, lab_dir
+
+# The supervisor asks father for VMs of runs and takes him down: a second or two.
+_RELEASE_LIMIT = 20.0
+
+
+@dataclass
+class LabSession:
+    """A lab that stays at least until `release`."""
+
+    name: str
+    host: str
+    ssh_config: Path
+    _hold: IO[str] = field(repr=False)
+    _supervisor: int = field(repr=False)
+
+    def release(self) -> None:
+        """Let go of the lab. If this was its last session and no VM of a run is left, it stops: this waits
+        for that. Calling it twice does nothing."""
+        if self._hold.closed:
+            return
+        folder = lab_dir(self.name)
+        with contextlib.suppress(OSError):
+            (folder / "kept").unlink(missing_ok=True)
+        try:
+            handle = os.pidfd_open(self._supervisor)
+        except ProcessLookupError:
+            self._hold.close()
+            return
+        try:
+            self._hold.close()
+            deadline = Deadline(_RELEASE_LIMIT)
+            while not deadline.expired:
+                if select.select([handle], [], [], 0.1)[0]:
+                    return
+                if (folder / "kept").exists() or (folder / "hand").exists() or _others(folder):
+                    return
+        finally:
+            os.close(handle)
+
+    def __enter__(self) -> LabSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def acquire(name: str = "") -> LabSession:
+    """Hold lab `name` (default: "default"), started if it does not run; seconds. LabUnavailable says what
+    is missing on this machine and what works without the lab; LabError any other trouble."""
+    name = check_name(name or DEFAULT_LAB)
+    requirements.check()
+    world.sweep()
+    with world.lab_lock(name):
+        lab = world.start_locked(name, hand=False, say=_say)
+        hold = open(lab_dir(name) / "session.lock")
+        fcntl.flock(hold, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):
+        (lab_dir(name) / "kept").unlink(missing_ok=True)
+    return LabSession(name, lab.host, Path(lab.ssh_config), hold, lab.supervisor)
+
+
+def runs(name: str = "") -> bool:
+    """Whether the lab is up; starts none."""
+    return world.find(name or DEFAULT_LAB) is not None
+
+
+def _others(folder: Path) -> bool:
+    """Whether another session holds the lab."""
+    try:
+        with open(folder / "session.lock") as own:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _say(text: str) -> None:
+    print(f"nestedpve-lab: {text}", file=sys.__stderr__, flush=True)
