@@ -344,6 +344,10 @@ def _await_father(folder: Path) -> None:
         return last in ("running", "degraded")
 
     wait_until(up, deadline=deadline, what=lambda: f"father to boot (last: {last})", interval=(0.05, 0.5))
+    # What his administrator has set: a fresh PVE's `local` takes no import volumes (recording basic-017).
+    done = marks.ssh(folder, "pvesm set local --content images,rootdir,vztmpl,backup,iso,snippets,import")
+    if done.returncode:
+        raise LabError(f"father's storage cannot be set up: {(done.stderr or done.stdout).strip()}")
     # His CA, for who talks to port 8006 from here.
     ca = marks.ssh(folder, "cat /etc/pve/pve-root-ca.pem")
     if ca.returncode == 0:
