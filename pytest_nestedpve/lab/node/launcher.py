@@ -98,7 +98,7 @@ def launch(container: Container) -> Started:
     try:
         devices = []
         for image in container.images:
-            device, descriptor = _attach_loop(image, container.state)
+            device, descriptor = _attach_loop(image)
             loops.append(descriptor)
             devices.append(device)
         process = _spawn(container, devices)
@@ -226,7 +226,7 @@ def _wire(links: tuple[Link, ...], namespace_of: int) -> None:
             raise LaunchError(f"network card {link.outside}: {done.stderr.strip()}")
 
 
-def _attach_loop(image: Path, state: Path) -> tuple[str, int]:
+def _attach_loop(image: Path) -> tuple[str, int]:
     """A loop device over `image` that goes away with its last user: its node, and a descriptor on it."""
     with open(image, "rb") as backing, open("/dev/loop-control", "rb") as control:
         # loop_config: fd, block_size, loop_info64 (lo_flags at offset 52 of it), 8 reserved numbers.
@@ -235,7 +235,8 @@ def _attach_loop(image: Path, state: Path) -> tuple[str, int]:
         config = struct.pack("=II", backing.fileno(), 0) + bytes(info) + bytes(64)
         for _ in range(100):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            node = state / f"loop{number}"
+            # On a machine the kernel has made the node by now; in a container, this does.
+            node = Path(f"/dev/loop{number}")
             with contextlib.suppress(FileExistsError):
                 os.mknod(node, 0o600 | 0o060000, os.makedev(7, number))
             device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
@@ -243,7 +244,6 @@ def _attach_loop(image: Path, state: Path) -> tuple[str, int]:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
             except OSError as e:
                 os.close(device)
-                node.unlink()
                 if e.errno != errno.EBUSY:  # another one took the number: ask for the next
                     raise LaunchError(f"image {image} cannot be attached to a loop device: {e}") from e
             else:
