@@ -146,9 +146,11 @@ class SessionHooks:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.nested.item = item
+        if self.config.option.setuponly:
+            return  # nothing is called, so nothing can be said of what came before
         if self.nested.has_steps and hasattr(item, "phase_name"):
             self._before_step(item)
-        elif "nested_pve" in getattr(item, "fixturenames", ()) and not self.config.option.setupplan:
+        elif "nested_pve" in getattr(item, "fixturenames", ()):
             # Not in the fixture: its value is shared by tests that want more or less of it, and so
             # would be its failure.
             self.nested.open()

@@ -46,12 +46,16 @@ NO_HOST = (
 class NoHostFailure(Failed):
     """A test needs the outer host, and none was named; shown without a traceback."""
 
+    __module__ = "builtins"  # as pytest's own: the summary's lines are short
+
     def __init__(self) -> None:
         super().__init__(NO_HOST, False)
 
 
 class PhaseFailure(Failed):
     """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
+
+    __module__ = "builtins"
 
     def __init__(self, error: PhaseBroken) -> None:
         super().__init__(

@@ -225,3 +225,29 @@ def test_the_context_file_gets_what_earlier_tools_read_and_keeps_the_rest(projec
     result = project.run("--context-file", "ctx.json", "test_context.py")
     assert result.ret == 0, result.output
     assert json.loads(context.read_text()) == {"mine": [1, 2], "other_vm_id": 4711, "provisioned_vms": []}
+
+
+def test_a_setup_plan_touches_nothing(project: Project) -> None:
+    result = project.run("--setup-plan", "test_steps.py")
+    assert result.ret == 0, result.output
+    assert "test_verify_ssh_chain" in result.output
+    assert "skipped" not in result.output
+    assert project.audits() == []
+
+
+@pytest.mark.parametrize("option", ["--ff", "--nf", "--sw"])
+def test_options_that_reorder_or_stop_go_on_where_it_failed(project: Project, option: str) -> None:
+    assert project.run("test_steps.py", option, FAIL="setup_ssh").ret in (1, 2)
+    result = project.run("-v", "test_steps.py", option)
+    assert result.ret == 0, result.output
+    assert set(result.outcomes().values()) == {"PASSED"}
+    assert "test_setup_ssh" in result.outcomes()
+
+
+def test_a_phase_that_hangs_is_interrupted_at_its_limit(project: Project) -> None:
+    text = (project.path / "conftest.py").read_text()
+    project.write(conftest=text.replace("(phase, do=do)", "(phase, do=do, timeout=0.5)"))
+    result = project.run("-v", "test_steps.py", HANG="start_vm")
+    assert result.ret == 1, result.output
+    assert "the phase start_vm did not end within its limit of 0.5 s" in result.output
+    assert result.outcomes()["test_wait_ip"] == "SKIPPED"
