@@ -15,7 +15,16 @@ from pytest_nestedpve.discovery import Candidate
 from pytest_nestedpve.ownership import Proof, prove
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries, whole
-from pytest_nestedpve.pve.errors import CommandTimeout, GuestNotFound, InUse, NotFound, PveError
+from pytest_nestedpve.pve.errors import (
+    BadParameter,
+    CommandTimeout,
+    GuestNotFound,
+    InUse,
+    NotFound,
+    PermissionDenied,
+    Protected,
+    PveError,
+)
 from pytest_nestedpve.pve.tasks import parse_upid, wait_task
 from pytest_nestedpve.timing import Deadline, wait_until
 
@@ -160,8 +169,8 @@ class _Target:
         """One round; None: not yet, look again."""
         try:
             return self._round()
-        except InUse as e:
-            # A base: its clones go first, in this pass, and it comes after them in the next.
+        except (InUse, PermissionDenied, Protected, BadParameter) as e:
+            # More of the same would not help. A base (in use) comes after its clones, in the next pass.
             return self._say("left", e.text)
         except PveError as e:
             self.seen = str(e)

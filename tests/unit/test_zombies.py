@@ -1,0 +1,150 @@
+"""What a killed create or destroy leaves is ours only by its newest task; anything else stays."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_host import MemoryHost
+
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.zombies import bare_lock, remains
+
+VMID = 99920
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> MemoryHost:
+    return MemoryHost(tmp_path / "host.json")
+
+
+@pytest.fixture
+def host(memory: MemoryHost) -> PveHost:
+    return memory.connect()
+
+
+def killed(memory: MemoryHost, host: PveHost, kind: str = "qmcreate") -> str:
+    """Begin a create or a destroy and kill its worker; the task's UPID."""
+    with memory.open() as model:
+        model.state["delays"]["*"] = 60
+    path = "/nodes/father/qemu"
+    upid = str(
+        host.api.post(path, vmid=VMID, name="nested-pve-x")
+        if kind == "qmcreate"
+        else host.api.delete(f"{path}/{VMID}")
+    )
+    with memory.open() as model:
+        model.kill(next(task for task in model.state["tasks"] if task["upid"] == upid))
+        model.state["delays"].clear()
+    return upid
+
+
+def test_a_killed_create_of_ours_is_ours(memory: MemoryHost, host: PveHost) -> None:
+    upid = killed(memory, host)
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert (found.lock, found.ours, found.running) == ("create", True, False)
+
+
+def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
+    memory: MemoryHost, host: PveHost
+) -> None:
+    host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
+    with memory.open() as model:  # the create is older
+        model.state["tasks"][0]["start"] -= 60
+    upid = killed(memory, host, "qmdestroy")
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert (found.lock, found.ours) == ("destroyed", True)
+
+
+def test_what_somebody_elses_task_left_is_not_ours(memory: MemoryHost, host: PveHost) -> None:
+    killed(memory, host)
+    found = remains(
+        host, "father", VMID, frozenset({"UPID:father:00000001:00000001:00000001:qmcreate:1:root@pam:"})
+    )
+    assert found is not None
+    assert not found.ours
+    assert "not by a task of this run" in found.reason
+
+
+def test_a_newer_task_of_another_makes_it_theirs(memory: MemoryHost, host: PveHost) -> None:
+    upid = killed(memory, host)
+    with memory.open() as model:
+        model.state["tasks"][-1]["start"] -= 60
+        model.state["vms"].clear()
+    killed(memory, host)
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert not found.ours
+
+
+def test_two_tasks_of_one_second_have_both_to_be_ours(memory: MemoryHost, host: PveHost) -> None:
+    first = killed(memory, host)
+    with memory.open() as model:
+        model.state["vms"].clear()
+    second = killed(memory, host)
+    with memory.open() as model:
+        model.state["tasks"][0]["start"] = model.state["tasks"][1]["start"]
+    for ours, expected in (({first}, False), ({second}, False), ({first, second}, True)):
+        found = remains(host, "father", VMID, frozenset(ours))
+        assert found is not None
+        assert found.ours is expected
+
+
+def test_a_create_that_still_works_is_not_touched(memory: MemoryHost, host: PveHost) -> None:
+    with memory.open() as model:
+        model.state["delays"]["*"] = 60
+    upid = str(host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x"))
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert found.running
+    assert not found.ours
+
+
+def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: MemoryHost, host: PveHost) -> None:
+    host.api.post("/nodes/father/qemu", vmid=VMID, name="x")
+    with memory.open() as model:
+        for task in model.state["tasks"]:
+            task["start"] -= 60
+    upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
+    with memory.open() as model:
+        model.state["vms"][str(VMID)].update(config={"lock": "create"}, running=False)
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert not found.ours
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lock": "destroyed", "name": "precious"},
+        {"lock": "destroyed", "description": "mine"},
+        {"lock": "create", "memory": "512"},
+        {"name": "precious"},
+        {},
+    ],
+    ids=str,
+)
+def test_a_configuration_with_anything_else_in_it_is_no_zombie(
+    memory: MemoryHost, host: PveHost, config: dict[str, str]
+) -> None:
+    upid = killed(memory, host)
+    with memory.open() as model:
+        model.state["vms"][str(VMID)]["config"] = config
+    assert bare_lock(host, "father", VMID) is None
+    assert remains(host, "father", VMID, frozenset({upid})) is None
+
+
+@pytest.mark.parametrize("lock", ["backup", "migrate", "snapshot"])
+def test_another_lock_alone_is_nobodys_zombie(memory: MemoryHost, host: PveHost, lock: str) -> None:
+    upid = killed(memory, host)
+    with memory.open() as model:
+        model.state["vms"][str(VMID)]["config"] = {"lock": lock}
+    found = remains(host, "father", VMID, frozenset({upid}))
+    assert found is not None
+    assert not found.ours
