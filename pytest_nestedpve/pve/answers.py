@@ -40,6 +40,8 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip())
     if upid is not None:
         return upid["upid"]
+    if _CHANGE.match(clean):
+        return None
     half = _SHOWN // 2
     shown = clean if len(clean) <= _SHOWN else f"{clean[:half]} […] {clean[-half:]}"
     if secret:
