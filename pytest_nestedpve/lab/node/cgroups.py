@@ -69,8 +69,9 @@ def await_event(group: Path, name: str, wanted: bool, limit: float) -> None:
                 raise CgroupError(f"{group} is {state} {name} after {limit:g} s")
             # The notification is raised on a read, so a change between two reads is never lost for long.
             poller.poll(min(left, 0.2) * 1000)
-            watched.seek(0)
-            watched.read()
+            with contextlib.suppress(OSError):  # the group is gone: `event` says so too
+                watched.seek(0)
+                watched.read()
 
 
 def freeze(group: Path, on: bool, limit: float = 10.0) -> None:
