@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve import zombies
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
@@ -92,6 +93,9 @@ def plan(host: PveHost, settings: Settings, *, extra: Iterable[int] = ()) -> lis
             rows += _rows_of_run(host, settings, each, now)
     if settings.run_id is None:
         rows += _unowned(host, settings, {row.vmid for row in rows}, frozenset(extra), now)
+    # What is only a lock may be any run's: it is told once, of the run whose task left it if that is known.
+    bare = {row.vmid: row for row in sorted(rows, key=lambda row: row.verdict == "destroy") if row.bare}
+    rows = [row for row in rows if not row.bare or bare[row.vmid] is row]
     return sorted(rows, key=lambda row: (row.vmid is None, row.vmid or 0, row.run or ""))
 
 
@@ -167,7 +171,10 @@ def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) ->
 
 def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -> Row:
     if candidate.bare is not None:
-        return row  # what a killed task left: destroy decides by the tasks themselves
+        audit = settings.run_dir / str(row.run) / "audit.jsonl"
+        found = zombies.remains(host, candidate.node, candidate.vmid, task_ids(audit))
+        if found is not None:
+            return replace(row, reason=found.reason) if found.ours else row.kept(found.reason, owed=False)
     proof = prove(host.api, settings, candidate, str(row.run))
     if proof.config is not None and isinstance(proof.config.get("name"), str):
         row = replace(row, name=proof.config["name"])
