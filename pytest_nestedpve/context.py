@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_nestedpve.pve.answers import whole
 from pytest_nestedpve.pve.errors import PveError
 
 ROLE = "nested-pve"
@@ -26,8 +27,8 @@ def load(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
-        raise ContextError(f"cannot read {path}: {e}") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ContextError(f"cannot read {path}: expected a JSON object: {e}") from e
     if not isinstance(found, dict):
         raise ContextError(f"expected a JSON object in {path}, found {type(found).__name__}")
     return found
@@ -46,8 +47,8 @@ def vmids(context: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _ids(value: Any) -> set[int]:
-    text = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
-    return {int(text)} if text.isdigit() and 100 <= int(text) <= 999_999_999 else set()
+    found = whole(value)
+    return {found} if found is not None and 100 <= found <= 999_999_999 else set()
 
 
 def save(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -55,14 +55,15 @@ def teardown(env: Environment) -> TeardownReport:
 def _look(env: Environment, host: PveHost) -> list[Candidate]:
     """The candidates. A call that makes something and was cut off may still be at work on the host (a command
     outlives its connection): what it makes is waited for a little."""
-    found = discover(host, env.settings, env.run.id)
+    extra = _context_ids(env)
+    found = discover(host, env.settings, env.run.id, extra)
     cut_off = env.audit.cut_off
     if cut_off is not None:
         before = {each.vmid for each in found}
         rest = Deadline(max(0.0, CUT_OFF - (time.monotonic() - cut_off)))
         with contextlib.suppress(CommandTimeout):
             found = wait_until(
-                lambda: _more_than(before, discover(host, env.settings, env.run.id)),
+                lambda: _more_than(before, discover(host, env.settings, env.run.id, extra)),
                 deadline=rest,
                 what="what a call that was cut off makes",
                 interval=(0.5, 1.0),
@@ -70,6 +71,19 @@ def _look(env: Environment, host: PveHost) -> list[Candidate]:
     for each in found:
         env.audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
     return found
+
+
+def _context_ids(env: Environment) -> frozenset[int]:
+    """The ids that the context file names: further candidates, which pass the same proof."""
+    if env.settings.context_file is None:
+        return frozenset()
+    from pytest_nestedpve import context
+
+    try:
+        return context.vmids(context.load(env.settings.context_file))
+    except context.ContextError as e:
+        env.audit.write("teardown", phase="discover", status="skipped", cause=str(e))
+        return frozenset()
 
 
 def _more_than(before: set[int], found: list[Candidate]) -> list[Candidate] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -297,6 +298,22 @@ def test_one_of_ours_that_somebody_took_out_of_the_pool_is_named_as_left(
     assert any("it is not in the pool" in line for line in teardown(env).left)
     with memory.open() as model:
         assert list(model.state["vms"]) == [str(vmid)]
+
+
+def test_ids_of_a_context_file_pass_the_same_proof(
+    env: Environment, memory: MemoryHost, tmp_path: Path
+) -> None:
+    mine = ours(env)
+    theirs = [foreign(env, 105, "from-earlier"), foreign(env, 99_800, f"nested-pve-{env.run.id}")]
+    file = tmp_path / "context.json"
+    file.write_text(
+        json.dumps({"nested-pve_vm_id": mine, "old_vm_id": "105", "provisioned_vms": [99_800, None]})
+    )
+    env.settings = dataclasses.replace(env.settings, context_file=file)
+    before = {vmid: memory.configuration(vmid) for vmid in theirs}
+    report = teardown(env)
+    assert (report.destroyed, report.left) == ((f"VM {mine}",), ())
+    assert {vmid: memory.configuration(vmid) for vmid in theirs} == before
 
 
 def test_the_lock_of_a_dead_task_is_lifted_on_our_own_vm(env: Environment, memory: MemoryHost) -> None:
