@@ -21,7 +21,7 @@ from .node import cgroups
 
 @contextlib.contextmanager
 def _machine_wide() -> Iterator[None]:
-    """One allocation at a time on this machine, in whatever mount namespace: the lock is on the cgroup root."""
+    """One allocation at a time on this machine, in any mount namespace: the lock is on the cgroup root."""
     descriptor = os.open(cgroups.root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nestedpve-lab", description="The embedded lab: an outer PVE host on this machine, to test against."
+        prog="nestedpve-lab",
+        description="The embedded lab: an outer PVE host on this machine to test against.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("install", help="Debian packages, image and repository; at once if all is there")
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     enter = commands.add_parser("exec", help="run a command on a node of a lab", usage=_EXEC_USAGE)
     enter.add_argument("name")
     enter.add_argument(
-        "--node", default="father", help="father (default), nested, leaf, or VMs by id or name: 9900, 9900/101"
+        "--node", default="father", help="father (default), nested, leaf, or VMs by id or name: 9900/101"
     )
     return parser
 

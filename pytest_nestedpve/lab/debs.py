@@ -30,8 +30,11 @@ _FIELDS = ("depends", "provides", "conflicts", "replaces", "breaks", "recommends
 
 
 def build_deb(spec: Any, folder: Path) -> Path:
-    """Build the package in `folder` and return its path. `spec` is a DebSpec, or something like one: any
-    further control field or maintainer script it has by attribute is taken too; lists are joined by commas."""
+    """Build the package in `folder` and return its path.
+
+    `spec` is a DebSpec, or something like one: any further control field or maintainer script it has as an
+    attribute is taken too; lists are joined by commas.
+    """
     with tempfile.TemporaryDirectory(prefix="deb-", dir=folder) as scratch:
         tree = Path(scratch) / "tree"
         control = tree / "DEBIAN"
@@ -47,8 +50,8 @@ def build_deb(spec: Any, folder: Path) -> Path:
         for name in _FIELDS:
             value = getattr(spec, name, None)
             if value:
-                text = value if isinstance(value, str) else ", ".join(value)
-                lines.append(f"{name.capitalize()}: {text}")
+                shown = value if isinstance(value, str) else ", ".join(value)
+                lines.append(f"{name.capitalize()}: {shown}")
         description = getattr(spec, "description", "") or f"{spec.name}, as the lab plays it"
         lines.append(f"Description: {description}")
         (control / "control").write_text("\n".join(lines) + "\n")
@@ -74,7 +77,7 @@ def build_deb(spec: Any, folder: Path) -> Path:
 
 def pack(tree: Path, target: Path) -> Path:
     """Build `target` from an unpacked package."""
-    command = ["dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "-b", tree, target]
+    command: list[str | Path] = ["dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "-b", tree, target]
     programs.run(command, what=f"building the package {target.name}")
     return target
 

@@ -31,9 +31,17 @@ from .names import (
     cache_dir,
 )
 
-_PACKAGES = (
-    "bridge-utils chrony dnsmasq-base dnsmasq-utils isc-dhcp-client open-iscsi postfix rsync squashfs-tools"
-).split()
+_PACKAGES = [
+    "bridge-utils",
+    "chrony",
+    "dnsmasq-base",
+    "dnsmasq-utils",
+    "isc-dhcp-client",
+    "open-iscsi",
+    "postfix",
+    "rsync",
+    "squashfs-tools",
+]
 
 _DNS_UNIT = """\
 [Unit]
@@ -72,7 +80,8 @@ _FILES = {
 }
 
 _SYSTEM_SCRIPT = f"""
-printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] file:/run/share/{MIRROR_HOST}/debian {SUITE} main\\n' >/tmp/lab.list
+signed='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]'
+echo "deb $signed file:/run/share/{MIRROR_HOST}/debian {SUITE} main" >/tmp/lab.list
 echo 'postfix postfix/main_mailer_type select Local only' | debconf-set-selections
 echo 'postfix postfix/mailname string {FATHER}.{DOMAIN}' | debconf-set-selections
 options='-o Dir::Etc::SourceList=/tmp/lab.list -o Dir::Etc::SourceParts=/dev/null -o APT::Sandbox::User=root'
@@ -106,7 +115,8 @@ class Father:
 
 def system_dir() -> Path:
     """The layer with Debian packages and the lab's services."""
-    recipe = repr((_RECIPE, repo.mirror_key(), _PACKAGES, _FILES, _SYSTEM_SCRIPT, _layer_script().read_text()))
+    script = _layer_script().read_text()
+    recipe = repr((_RECIPE, repo.mirror_key(), _PACKAGES, _FILES, _SYSTEM_SCRIPT, script))
     return cache_dir() / "layers" / f"system-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
 
@@ -137,15 +147,18 @@ def stale() -> list[Path]:
     """Directories of the cache that no present recipe names: older images, repositories, layers."""
     specs = repo.standins()
     wanted = {image.base_dir(), repo.mirror_dir(), repo.pve_dir(specs), system_dir(), standin_dir(specs)}
-    found = [path for part in ("base", "repo", "layers") for path in (cache_dir() / part).glob("*") if path.is_dir()]
-    return [path for path in found if path not in wanted and not path.name.startswith("build-")]
+    found = [path for part in ("base", "repo", "layers") for path in (cache_dir() / part).glob("*")]
+    kept = ("build-", "build.")
+    return [path for path in found if path.is_dir() and path not in wanted and not path.name.startswith(kept)]
 
 
 def _layer_script() -> Path:
     return Path(__file__).with_name("layer.sh")
 
 
-def _layer(target: Path, base: Path, lowers: tuple[Path, ...], share: Path, script: str, files: dict[str, str]) -> None:
+def _layer(
+    target: Path, base: Path, lowers: tuple[Path, ...], share: Path, script: str, files: dict[str, str]
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     log = target.parent / f"{target.name}.log"
     log.unlink(missing_ok=True)
@@ -164,19 +177,21 @@ def _layer(target: Path, base: Path, lowers: tuple[Path, ...], share: Path, scri
             "SHARE": str(share),
             "SCRIPT": script,
         }
-        apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--uts", "--net"]
-        programs.run([*apart, "sh", _layer_script()], what=f"making the layer {target.name}", env=environment, log=log)
+        apart = ["unshare", "--mount", "--propagation", "private", "--uts", "--net", "--pid", "--fork"]
+        command = [*apart, "--kill-child", "sh", _layer_script()]
+        programs.run(command, what=f"making the layer {target.name}", env=environment, log=log)
         upper.rename(target)
     log.unlink()
 
 
 def prepare(upper: Path, vz: Path, father: Father, subnets: Subnets, authorized: str, host_key: Path) -> None:
-    """Write what makes a father this lab's into `upper` and `vz` (its /var/lib/vz): addresses, keys, profile."""
+    """Write what makes a father this lab's (addresses, keys, profile) into `upper` and `vz`, his
+    /var/lib/vz."""
     address = subnets.bridge_address
     first, last = subnets.dhcp_range
     files = {
         "etc/hostname": f"{FATHER}\n",
-        "etc/hosts": f"127.0.0.1 localhost\n{address} {FATHER}.{DOMAIN} {FATHER}\n\n::1 ip6-localhost ip6-loopback\n",
+        "etc/hosts": f"127.0.0.1 localhost\n{address} {FATHER}.{DOMAIN} {FATHER}\n\n::1 ip6-localhost\n",
         "etc/resolv.conf": f"search {DOMAIN}\nnameserver {address}\n",
         "etc/network/interfaces": _interfaces(subnets),
         "etc/nestedpve-lab-dnsmasq.conf": f"""\
@@ -253,5 +268,3 @@ iface vmbr0 inet static
 	bridge-fd 0
 	post-up echo 1 > /proc/sys/net/ipv4/ip_forward
 """
-
-

@@ -19,26 +19,35 @@ from .debs import DebSpec, build_deb
 from .names import SUITE, cache_dir
 
 # What Debian's generic cloud image has and a test of PVE's set-up can notice, and what nodes need.
-PACKAGES = (
-    "apt-utils ca-certificates cloud-init curl dbus debian-archive-keyring gpg iproute2 iputils-ping less "
-    "libpam-systemd netbase netplan.io openssh-client openssh-server perl procps python3 python3-apt sudo "
-    "systemd-resolved systemd-sysv tzdata udev util-linux vim-tiny xz-utils"
-).split()
+# fmt: off
+PACKAGES = [
+    "apt-utils", "ca-certificates", "cloud-init", "curl", "dbus", "debian-archive-keyring", "gpg",
+    "iproute2", "iputils-ping", "less", "libpam-systemd", "netbase", "netplan.io",
+    "openssh-client", "openssh-server", "perl", "procps", "python3", "python3-apt", "sudo",
+    "systemd-resolved", "systemd-sysv", "tzdata", "udev", "util-linux", "vim-tiny", "xz-utils",
+]
+# fmt: on
 
 # What the lab's Debian mirror carries beyond that (with what these need).
-MIRRORED = (
-    "bridge-utils chrony dnsmasq-base dnsmasq-utils git gnupg ifupdown2 isc-dhcp-client openssl open-iscsi "
-    "postfix python3-yaml qemu-guest-agent rsync squashfs-tools sqlite3 jq unzip zstd"
-).split()
+# fmt: off
+MIRRORED = [
+    "bridge-utils", "chrony", "dnsmasq-base", "dnsmasq-utils", "git", "gnupg", "ifupdown2",
+    "isc-dhcp-client", "openssl", "open-iscsi", "postfix", "python3-yaml", "qemu-guest-agent",
+    "rsync", "squashfs-tools", "sqlite3", "jq", "unzip", "zstd",
+]
+# fmt: on
 
 # They would act on the machine's kernel, or wait for devices that a container does not have.
-MASKED = (
-    "systemd-udevd.service systemd-udevd-kernel.socket systemd-udevd-control.socket systemd-udev-trigger.service "
-    "systemd-udev-settle.service systemd-sysctl.service systemd-pstore.service sys-kernel-debug.mount "
-    "sys-kernel-tracing.mount sys-kernel-config.mount getty@tty1.service console-getty.service "
-    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer e2scrub_all.timer "
-    "systemd-networkd-wait-online.service iscsid.socket"
-).split()
+# fmt: off
+MASKED = [
+    "systemd-udevd.service", "systemd-udevd-kernel.socket", "systemd-udevd-control.socket",
+    "systemd-udev-trigger.service", "systemd-udev-settle.service", "systemd-sysctl.service",
+    "systemd-pstore.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount",
+    "sys-kernel-config.mount", "getty@tty1.service", "console-getty.service", "apt-daily.timer",
+    "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer",
+    "systemd-networkd-wait-online.service", "iscsid.socket",
+]
+# fmt: on
 
 AGENT_UNIT = """\
 [Unit]
@@ -60,7 +69,8 @@ WantedBy=multi-user.target
 # netplan's files match on the permanent address, which a veth does not have.
 NETWORKD_DROPIN = """\
 [Service]
-ExecStartPre=+/bin/sh -c 'sed -i s/^PermanentMACAddress=/MACAddress=/ /run/systemd/network/*.network 2>/dev/null; :'
+ExecStartPre=+/bin/sh -c 'sed -i s/^PermanentMACAddress=/MACAddress=/ \
+/run/systemd/network/*.network 2>/dev/null; :'
 """
 
 # The clock is the machine's: chronyd runs and says so, but sets nothing.
@@ -158,8 +168,9 @@ def build_base(archive_key: Path, say: Callable[[str], None]) -> None:
         say("image")
         _customize(root, archive_key, work, log)
         image = work / "base.squashfs"
-        squash = ["mksquashfs", root, image, "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet"]
-        programs.run([*squash, "-no-progress"], what="packing the image", log=log)
+        squash: list[str | Path] = ["mksquashfs", root, image, "-noappend", "-quiet", "-no-progress"]
+        squash += ["-comp", "zstd", "-Xcompression-level", "3"]
+        programs.run(squash, what="packing the image", log=log)
         final = work / "final"
         final.mkdir()
         image.rename(final / "base.squashfs")
@@ -187,7 +198,8 @@ def _mmdebstrap(root: Path, debs: Path) -> list[str | Path]:
 def configured_mirror(etc: Path = Path("/etc/apt")) -> str | None:
     """The address of the Debian mirror that this machine's apt uses; None if it is no Debian (then
     mmdebstrap's own default is right)."""
-    for file in sorted([*etc.glob("sources.list.d/*.sources"), *etc.glob("sources.list.d/*.list"), etc / "sources.list"]):
+    parts = etc / "sources.list.d"
+    for file in [*sorted(parts.glob("*.sources")), etc / "sources.list", *sorted(parts.glob("*.list"))]:
         if not file.is_file():
             continue
         for line in file.read_text(errors="replace").splitlines():
@@ -207,7 +219,8 @@ def _customize(root: Path, archive_key: Path, work: Path, log: Path) -> None:
         built = build_deb(deb, work)
         inside = root / "var" / built.name
         shutil.copy(built, inside)
-        programs.run(["chroot", root, "dpkg", "-i", f"/var/{built.name}"], what=f"installing {deb.name}", log=log)
+        command = ["chroot", root, "dpkg", "-i", f"/var/{built.name}"]
+        programs.run(command, what=f"installing {deb.name}", log=log)
         inside.unlink()
     (root / "etc/apt/sources.list").unlink(missing_ok=True)
     for name, text in FILES.items():

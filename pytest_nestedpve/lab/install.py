@@ -24,7 +24,8 @@ def install(say: Callable[[str], None]) -> None:
         _apt(sorted(set(lacking.values())), say)
         lacking = programs.missing(needed)
         if lacking:
-            raise LabError(f"apt has installed its packages, but these programs are still missing: {', '.join(lacking)}")
+            shown = ", ".join(lacking)
+            raise LabError(f"apt has installed its packages, but programs are still missing: {shown}")
     requirements.check()
     keys.make()
     image.build_base(keys.public("debian"), say)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 from .names import FATHER, LabError
@@ -13,9 +12,10 @@ from .programs import search_path
 _NO_COMMAND = 127
 
 
-def ssh(folder: Path, command: str, *, host: str = FATHER, limit: float = 60.0) -> subprocess.CompletedProcess[str]:
-    """Run a command on a node of the lab in `folder`. LabError if SSH itself fails or the limit passes."""
-    argv: Sequence[str] = ["ssh", "-F", str(folder / "ssh_config"), "-o", "BatchMode=yes", host, command]
+def ssh(folder: Path, command: str, *, limit: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a command on father of the lab in `folder`. LabError if SSH itself fails or the limit (seconds,
+    wall clock) passes."""
+    argv = ["ssh", "-F", str(folder / "ssh_config"), "-o", "BatchMode=yes", FATHER, command]
     try:
         done = subprocess.run(
             argv,
@@ -28,9 +28,9 @@ def ssh(folder: Path, command: str, *, host: str = FATHER, limit: float = 60.0) 
             check=False,
         )
     except subprocess.TimeoutExpired as e:
-        raise LabError(f"{host} did not answer to `{command}` within {limit:g} s") from e
+        raise LabError(f"{FATHER} did not answer to `{command}` within {limit:g} s") from e
     if done.returncode == 255:
-        raise LabError(f"no SSH to {host}: {done.stderr.strip()}")
+        raise LabError(f"no SSH to {FATHER}: {done.stderr.strip()}")
     return done
 
 

@@ -15,7 +15,8 @@ _GUESTS = (
     "    state = json.loads(place.read_text())\n"
     "    spec = place.with_name('spec.json')\n"
     "    if 'init' in state and spec.exists():\n"
-    "        print(json.dumps([int(place.parent.name), json.loads(spec.read_text())['name'], state['init']]))\n"
+    "        name = json.loads(spec.read_text())['name']\n"
+    "        print(json.dumps([int(place.parent.name), name, state['init']]))\n"
 )
 
 
@@ -44,7 +45,8 @@ def namespace_command(init: int, node: str, command: Sequence[str]) -> list[str]
         inside = [*inside, *_into(chosen[0][2])]
     # Entering brings this process's rights along; a node's own processes lack those over the whole machine.
     fewer = ["setpriv", "--bounding-set=-sys_time,-sys_module"]
-    return [*inside, *fewer, "env", "-i", "-C", "/", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb", f"PATH={_PATH}", *command]
+    clean = ["env", "-i", "-C", "/", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb", f"PATH={_PATH}"]
+    return [*inside, *fewer, *clean, *command]
 
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -47,7 +47,7 @@ def search_path() -> str:
 
 
 def run(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     *,
     what: str,
     stdin: bytes | None = None,

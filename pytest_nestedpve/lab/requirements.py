@@ -28,7 +28,8 @@ mount -t overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" overla
 
 def unavailable(reason: str, cure: str = "") -> LabUnavailable:
     """The error for a requirement that is not met."""
-    return LabUnavailable(f"the lab cannot run here: {reason}." + (f" {cure}." if cure else "") + f" {_WITHOUT}.")
+    parts = [f"the lab cannot run here: {reason}.", f"{cure}." if cure else "", f"{_WITHOUT}."]
+    return LabUnavailable(" ".join(part for part in parts if part))
 
 
 def check(needed: Mapping[str, str] | None = None) -> None:
@@ -51,7 +52,8 @@ def check(needed: Mapping[str, str] | None = None) -> None:
     try:
         root = cgroups.root()
     except cgroups.CgroupError as e:
-        raise unavailable(f"it needs a cgroup v2 hierarchy: {e}", "Mount one: mount -t cgroup2 none /sys/fs/cgroup") from e
+        cure = "Mount one: mount -t cgroup2 none /sys/fs/cgroup"
+        raise unavailable(f"it needs a cgroup v2 hierarchy: {e}", cure) from e
     if not any(root.glob("*/cgroup.kill")) and _kernel() < (5, 14):
         raise unavailable("it needs Linux 5.14 or newer (cgroup.kill)")
     _try_namespaces()
@@ -60,9 +62,9 @@ def check(needed: Mapping[str, str] | None = None) -> None:
 def _try_namespaces() -> None:
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="try-", dir=cache_dir()) as scratch:
-        command = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--cgroup", "--fork", "--kill-child"]
+        spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--cgroup", "--fork", "--kill-child"]
         tried = subprocess.run(
-            [*command, "sh", "-c", _TRY, "sh", scratch],
+            ["unshare", *spaces, "sh", "-c", _TRY, "sh", scratch],
             capture_output=True,
             text=True,
             env={"PATH": programs.search_path(), "LC_ALL": "C.UTF-8"},
@@ -73,8 +75,8 @@ def _try_namespaces() -> None:
         return
     if "overlay" in said or scratch + "/root" in said:
         raise unavailable(
-            f"{cache_dir()} lies on a file system that cannot be an overlay's upper side, or the kernel lacks "
-            f"overlayfs ({said})",
+            f"{cache_dir()} lies on a file system that cannot be an overlay's upper side, or the kernel "
+            f"lacks overlayfs ({said})",
             "Choose a directory on ext4, xfs or btrfs by NESTED_PVE_CACHE",
         )
     raise unavailable(f"namespaces are not to be had ({said})", "In a container, it needs --privileged")
@@ -89,6 +91,6 @@ def image_there(folder: Path) -> None:
     """Raise LabUnavailable if the image has not been made."""
     if not (folder / "ready").exists():
         raise LabUnavailable(
-            "the lab's image has not been made yet. `nestedpve-lab install` makes it (as root, about a minute; "
-            f"it is kept in {cache_dir()}). {_WITHOUT}."
+            "the lab's image has not been made yet. `nestedpve-lab install` makes it (as root, about a "
+            f"minute; it is kept in {cache_dir()}). {_WITHOUT}."
         )

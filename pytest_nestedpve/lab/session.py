@@ -69,7 +69,7 @@ def acquire(name: str = "") -> LabSession:
     world.sweep()
     with world.lab_lock(name):
         lab = world.start_locked(name, hand=False, say=_say)
-        hold = open(lab_dir(name) / "session.lock")
+        hold = (lab_dir(name) / "session.lock").open()
         fcntl.flock(hold, fcntl.LOCK_SH)
     with contextlib.suppress(OSError):
         (lab_dir(name) / "kept").unlink(missing_ok=True)

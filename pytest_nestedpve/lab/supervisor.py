@@ -23,6 +23,8 @@ from . import allocation, father, marks, programs
 from .names import FATHER, LabError, Subnets, lab_dir
 from .node import cgroups, launcher
 
+_lock_held = threading.Event()  # by this process: the lab's, while the lab goes down by itself
+
 
 class Stop(Exception):
     """The lab shall go down."""
@@ -37,7 +39,7 @@ def main(arguments: list[str]) -> int:
         os._exit(0)  # nobody's child: it outlives the one who started it, and leaves him no zombie
     report = os.fdopen(os.dup(1), "w")
     _to_log(folder / "supervisor.log")
-    lock = open(folder / "supervisor.lock", "w")
+    lock = (folder / "supervisor.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (folder / "supervisor.pid").write_text(str(os.getpid()))
     before = allocation.own_cgroup()
@@ -53,7 +55,14 @@ def main(arguments: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         take_down(folder, subnets, before)
+        if _lock_held.is_set():
+            lock_file(folder).unlink(missing_ok=True)
     return 0
+
+
+def lock_file(folder: Path) -> Path:
+    """Held while a lab is started, stopped or joined; beside the lab's directory, which comes and goes."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def take_down(folder: Path, subnets: Subnets, return_to: Path | None = None) -> None:
@@ -157,7 +166,7 @@ def _watch_sessions(folder: Path) -> None:
             pause.wait(10)
             continue
         # Nobody can begin a session while the lab's lock is held.
-        with open(folder.with_name(f".{folder.name}.lock"), "a") as lab, open(folder / "session.lock", "a") as own:
+        with open(lock_file(folder), "a") as lab, open(folder / "session.lock", "a") as own:
             fcntl.flock(lab, fcntl.LOCK_EX)
             try:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,6 +174,7 @@ def _watch_sessions(folder: Path) -> None:
                 continue
             if (folder / "hand").exists():
                 return
+            _lock_held.set()
             os.kill(os.getpid(), signal.SIGTERM)
             # Until the process ends, with it the thread and the lock.
             pause.wait()

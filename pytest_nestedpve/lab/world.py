@@ -18,7 +18,7 @@ from typing import Any
 
 from pytest_nestedpve.timing import Deadline, wait_until
 
-from . import father, image, keys, marks, programs, requirements
+from . import father, image, keys, marks, programs, requirements, supervisor
 from .names import FATHER, LabError, Subnets, check_name, lab_dir, labs_dir
 from .node import cgroups
 
@@ -79,7 +79,7 @@ def start_locked(name: str, *, hand: bool, say: Callable[[str], None]) -> LabInf
     folder.mkdir(parents=True, mode=0o700)
     try:
         _write(folder, made, hand)
-        _spawn(name, folder)
+        _spawn(name)
         _finish_ssh(folder)
         _await_father(folder)
     except BaseException:
@@ -142,15 +142,14 @@ def stop_locked(name: str) -> bool:
     folder = lab_dir(name)
     if not folder.exists():
         return False
-    supervisor = _supervisor(folder)
-    if supervisor is not None:
-        if not _ask_to_end(supervisor, _STOP_LIMIT):
-            raise LabError(
-                f"lab {name}: its supervisor, process {supervisor}, did not end within {_STOP_LIMIT:g} s; "
-                f"its log is {folder}/supervisor.log"
-            )
+    process = _supervisor(folder)
+    if process is not None and not _ask_to_end(process, _STOP_LIMIT):
+        raise LabError(
+            f"lab {name}: its supervisor, process {process}, did not end within {_STOP_LIMIT:g} s; "
+            f"its log is {folder}/supervisor.log"
+        )
     _remove_dead(folder)
-    (labs_dir() / f".{name}.lock").unlink(missing_ok=True)
+    supervisor.lock_file(folder).unlink(missing_ok=True)
     return True
 
 
@@ -189,7 +188,7 @@ def enter(name: str, node: str, command: Sequence[str]) -> int:
 @contextlib.contextmanager
 def lab_lock(name: str, *, wait: bool = True) -> Iterator[None]:
     """Held while a lab is started, stopped or joined. BlockingIOError if it is held and `wait` is false."""
-    with _locked(labs_dir() / f".{name}.lock", wait=wait):
+    with _locked(supervisor.lock_file(lab_dir(name)), wait=wait):
         yield
 
 
@@ -248,8 +247,6 @@ def _remove_dead(folder: Path) -> None:
     """Everything of a lab without a supervisor."""
     if not folder.exists():
         return
-    from .supervisor import take_down
-
     number = None
     with contextlib.suppress(OSError, ValueError, KeyError):
         number = int(json.loads((folder / "lab.json").read_text())["number"])
@@ -257,14 +254,16 @@ def _remove_dead(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     try:
-        take_down(folder, Subnets(number))
+        supervisor.take_down(folder, Subnets(number))
     except cgroups.CgroupError as e:
         raise LabError(f"lab {folder.name} cannot be removed: {e}") from e
 
 
 def _write(folder: Path, made: father.Father, hand: bool) -> None:
-    for name, comment in (("id_ed25519", f"lab {folder.name}"), ("host_ed25519", f"{FATHER} of lab {folder.name}")):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", folder / name]
+    for name in ("id_ed25519", "host_ed25519"):
+        comment = f"{name} of lab {folder.name}"
+        command: list[str | Path] = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f"]
+        command.append(folder / name)
         programs.run(command, what="making the lab's keys")
     if hand:
         (folder / "hand").touch()
@@ -278,7 +277,7 @@ def _write(folder: Path, made: father.Father, hand: bool) -> None:
     (folder / "session.lock").touch()
 
 
-def _spawn(name: str, folder: Path) -> None:
+def _spawn(name: str) -> None:
     """Start the supervisor and wait until it has launched father. LabError says what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest_nestedpve.lab.supervisor", name],

@@ -54,7 +54,7 @@ def await_event(group: Path, name: str, wanted: bool, limit: float) -> None:
     limit (seconds)."""
     deadline = time.monotonic() + limit
     try:
-        watched = open(group / "cgroup.events")
+        watched = (group / "cgroup.events").open()
     except OSError as e:
         if wanted:
             raise CgroupError(f"{group} is gone") from e

@@ -133,9 +133,7 @@ def linked_clone(base: str | Path, dst: str | Path, fmt: str | None = None) -> N
     meta = _read(base)
     _new_file(dst)
     dst.write_text(f"nestedpve-lab volume over {base}\n")
-    _write(
-        dst, {"format": fmt or meta["format"], "size": meta["size"], "parent": str(base), "snapshots": {}}
-    )
+    _write(dst, {"format": fmt or meta["format"], "size": meta["size"], "parent": str(base), "snapshots": {}})
     _fresh(dst)
     shutil.rmtree(state_dir(dst) / "sub")
     _copy(state_dir(base) / "sub", state_dir(dst) / "sub")
@@ -331,11 +329,11 @@ def _copy(source: Path, target: Path) -> None:
     Images inside it (the volumes of a nested node) are shared, not copied.
     """
     images = list(_images(source))
+    copy = ["cp", "-a", "--reflink=auto", "--", str(source), str(target)]
+    tar = ["tar", "-C", str(source), "--xattrs", "--xattrs-include=*", "--sparse"]
+    tar += ["--null", "--no-wildcards", "--anchored", "--exclude-from=/dev/stdin", "-cf", "-", "."]
     done = subprocess.run(
-        ["cp", "-a", "--reflink=auto", "--", str(source), str(target)]
-        if not images
-        else ["tar", "-C", str(source), "--xattrs", "--xattrs-include=*", "--sparse", "--null"]
-        + ["--no-wildcards", "--anchored", "--exclude-from=/dev/stdin", "-cf", "-", "."],
+        tar if images else copy,
         input=None if not images else "".join(f"./{image}\0" for image in images).encode(),
         capture_output=True,
         check=False,

@@ -35,7 +35,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class Link:
-    """A veth pair: `outside` stays here (on `bridge`, or with `address`), `inside` goes into the container."""
+    """A veth pair: `outside` stays here (on `bridge`, or with `address`), `inside` goes inside."""
 
     outside: str
     inside: str
@@ -166,7 +166,17 @@ def _prepare(container: Container) -> None:
 
 def _spawn(container: Container, devices: list[str]) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("machine-init.sh")
-    unshare = ["unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private", "--pid", "--cgroup"]
+    unshare = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--ipc",
+        "--pid",
+        "--cgroup",
+        "--mount",
+        "--propagation",
+        "private",
+    ]
     # When the one who launches dies, so does the container: each process dies with its parent.
     command = ["setpriv", "--pdeathsig=KILL", *unshare, "--fork", "--kill-child", "sh", str(script)]
     into = shlex.join(["cd", "/"]) + f"; echo $$ >{shlex.quote(str(container.cgroup / 'cgroup.procs'))}"

@@ -30,7 +30,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.directory = str(self._root / host)
         return super().translate_path(path)
 
-    def list_directory(self, path: str | os.PathLike[str]) -> None:
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # noqa: ARG002
         self.send_error(HTTPStatus.NOT_FOUND)
 
     def log_message(self, format: str, *args: object) -> None:
