@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from pytest_nestedpve.ownership import prove
 from pytest_nestedpve.pve.answers import read_answer
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.tasks import wait_task
 from pytest_nestedpve.pve.transport import PveshApi
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
@@ -65,6 +67,13 @@ class LocalSsh:
                 out = "Y\n"
             case ["test", "-e", "/dev/kvm"] | ["if", *_]:
                 pass
+            case ["find", path, *rest]:
+                found = subprocess.run(
+                    ["find", str(self.node.file(path)), *rest], capture_output=True, text=True, check=False
+                )
+                out, rc = found.stdout, found.returncode
+            case ["cat", "--", path] if self.node.file(path).is_file():
+                out = self.node.file(path).read_text()
             case ["mkdir", "-p", path]:
                 self.node.file(path).mkdir(parents=True, exist_ok=True)
             case _:
@@ -130,6 +139,25 @@ def test_a_vm_is_made_started_proved_and_torn_down(env: Environment) -> None:
     assert api.get("/nodes/father/qemu") == []
     assert api.get("/pools") == []
     assert api.get("/nodes/father/storage/local/content", content="snippets") == []
+
+
+def test_a_pool_that_somebody_uses_too_and_a_look_alike_stay(env: Environment) -> None:
+    do(env, "preflight", "provision")
+    facts, api = env.facts["provision"], env.outer.api
+    first, second = [vmid for vmid in (99_900, 99_901, 99_902) if vmid != facts["vmid"]][:2]
+    for vmid, pool in ((first, facts["pool"]), (second, None)):
+        description = api.get(f"/nodes/father/qemu/{facts['vmid']}/config")["description"]
+        options = {"pool": pool} if pool else {}
+        wait_task(
+            api,
+            api.post("/nodes/father/qemu", vmid=vmid, name=facts["name"], description=description, **options),
+            timeout=30,
+        )
+    before = [api.get(f"/nodes/father/qemu/{vmid}/config") for vmid in (first, second)]
+    report = teardown(env)
+    assert report.destroyed == (f"VM {facts['vmid']}",)
+    assert [api.get(f"/nodes/father/qemu/{vmid}/config") for vmid in (first, second)] == before
+    assert [line for line in report.left if f"still contains {first}" in line]
 
 
 def test_the_first_boots_end_and_its_warnings_come_through_the_agent(env: Environment, node: Node) -> None:
