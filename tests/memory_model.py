@@ -105,9 +105,10 @@ class Model:
         """The configuration file."""
         vm = self.state["vms"][str(vmid)]
         config = vm["config"]
-        lines = [f"#{quote(line, safe=' {}:,.-_/')}" for line in str(config.get("description", "")).split("\n")]
-        if "description" not in config:
-            lines = []
+        lines = []
+        if "description" in config:
+            described = str(config["description"]).split("\n")
+            lines = [f"#{quote(line, safe=' {}:,.-_/')}" for line in described]
         lines += [f"{key}: {config[key]}" for key in sorted(config) if key != "description"]
         for name, snapshot in sorted(vm.get("snapshots", {}).items()):
             lines += ["", f"[{name}]", *(f"{key}: {snapshot[key]}" for key in sorted(snapshot))]

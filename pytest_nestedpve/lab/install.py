@@ -27,12 +27,13 @@ def install(say: Callable[[str], None]) -> None:
             shown = ", ".join(lacking)
             raise LabError(f"apt has installed its packages, but programs are still missing: {shown}")
     requirements.check()
-    keys.make()
-    image.build_base(keys.public("debian"), say)
-    world.prepared(say)
-    if not world.running():
-        for old in father.stale():
-            shutil.rmtree(old, ignore_errors=True)
+    with world.building():
+        keys.make()
+        image.build_base(keys.public("debian"), say)
+        father.build(say)
+        if not world.names():
+            for old in father.stale():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def father_ready() -> bool:

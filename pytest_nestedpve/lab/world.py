@@ -51,7 +51,7 @@ def prepared(say: Callable[[str], None]) -> father.Father:
     is not."""
     requirements.image_there(image.base_dir())
     keys.make()
-    with _locked(labs_dir().parent / "build.lock"):
+    with building():
         return father.build(say)
 
 
@@ -183,6 +183,13 @@ def enter(name: str, node: str, command: Sequence[str]) -> int:
         raise LabError(f"lab {name!r} does not run; running: {shown}. `nestedpve-lab start {name}` starts it")
     argv = namespace_command(lab.pid, node, command)
     return subprocess.run(argv, env={**os.environ, "PATH": programs.search_path()}, check=False).returncode
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Held while something is made in the cache, or taken out of it."""
+    with _locked(labs_dir().parent / "build.lock"):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,246 @@
+"""Labs as wholes: they come up, several at once, and leave nothing however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_nestedpve.lab import world
+from pytest_nestedpve.lab.names import LabError, Subnets, lab_dir
+from pytest_nestedpve.lab.node import cgroups
+from pytest_nestedpve.lab.world import LabInfo
+from pytest_nestedpve.timing import Deadline, wait_until
+
+CLI = [sys.executable, "-m", "pytest_nestedpve.lab.cli"]
+
+
+def start(name: str) -> LabInfo:
+    return world.start(name, hand=True, say=lambda _text: None)
+
+
+def father(lab: LabInfo, command: str, check: bool = True) -> str:
+    done = subprocess.run(
+        ["ssh", "-F", lab.ssh_config, lab.host, command], capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def number(lab: LabInfo) -> int:
+    return int(lab.networks[0].split(".")[2])
+
+
+def network_namespace(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def remains(lab: LabInfo, namespace: str) -> list[str]:
+    """What is left of a lab: processes, links, mounts, control groups, loop devices, directories."""
+    subnets = Subnets(number(lab))
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                continue  # dead; whoever inherited it has not asked for its status yet
+            if f"/{subnets.cgroup}/" in (process / "cgroup").read_text():
+                found.append(f"process {process.name} in the lab's cgroup")
+            if os.readlink(process / "ns/net") == namespace:
+                found.append(f"process {process.name} in father's network namespace")
+        except OSError:
+            continue
+    if Path("/sys/class/net", subnets.link).exists():
+        found.append(f"link {subnets.link}")
+    if (cgroups.root() / subnets.cgroup).exists():
+        found.append(f"cgroup {subnets.cgroup}")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if f"{lab.dir}/" in line:
+            found.append(f"mount {line}")
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        text = backing.read_text()
+        if lab.dir in text or "vm-99" in text:
+            found.append(f"loop device of {text.strip()}")
+    if Path(lab.dir).exists():
+        found.append(f"directory {lab.dir}")
+    return found
+
+
+def gone(lab: LabInfo, namespace: str, seconds: float = 30.0) -> None:
+    last: list[str] = []
+
+    def check() -> bool:
+        last[:] = remains(lab, namespace)
+        return not last
+
+    wait_until(check, deadline=Deadline(seconds), what=lambda: f"nothing to be left, found {last}")
+
+
+@pytest.fixture
+def names() -> Iterator[tuple[str, str]]:
+    """Two names of labs of this test's own; the labs are stopped at its end, whatever happened."""
+    chosen = (f"test-{os.getpid()}-a", f"test-{os.getpid()}-b")
+    yield chosen
+    for name in chosen:
+        world.stop(name)
+
+
+def test_a_lab_comes_up_as_a_whole_pve_host_and_stopping_it_leaves_nothing(names: tuple[str, str]) -> None:
+    lab = start(names[0])
+    namespace = network_namespace(lab.pid)
+    assert father(lab, "hostname").strip() == "father"
+    assert father(lab, "systemctl is-system-running").strip() == "running"
+    assert father(lab, "pveversion").startswith("pve-manager/")
+    assert "[nested-pve]" in father(lab, "cat /etc/nested-pve.ini")
+    assert remains(lab, namespace)
+    assert world.stop(names[0])
+    assert remains(lab, namespace) == []
+    assert not world.stop(names[0])
+
+
+def test_two_labs_run_at_once_on_networks_of_their_own(names: tuple[str, str]) -> None:
+    one, other = start(names[0]), start(names[1])
+    assert one.networks != other.networks
+    for lab in (one, other):
+        assert father(lab, "ip -4 -o address show vmbr0").split()[3].startswith(f"10.211.{number(lab)}.")
+        father(lab, "pvesh create /pools --poolid only-here")
+    namespace = network_namespace(one.pid)
+    assert {lab.name for lab in world.running()} >= set(names)
+    world.stop(names[0])
+    assert remains(one, namespace) == []
+    assert "only-here" in father(other, "pvesh get /pools --output-format json")
+
+
+def test_a_lab_that_was_started_already_is_the_same_lab(names: tuple[str, str]) -> None:
+    assert start(names[0]).pid == start(names[0]).pid
+
+
+def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(names: tuple[str, str]) -> None:
+    lab = start(names[0])
+    father(lab, "qm create 9901 --name diskless && qm start 9901")
+    namespace = network_namespace(lab.pid)
+    os.kill(lab.supervisor, signal.SIGKILL)
+    wait_until(
+        lambda: not Path(f"/proc/{lab.pid}").exists(),
+        deadline=Deadline(20),
+        what="father to die with his owner",
+    )
+    assert remains(lab, namespace)
+    subprocess.run([*CLI, "list"], check=True, capture_output=True)
+    gone(lab, namespace)
+
+
+def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> None:
+    from pytest_nestedpve.lab.session import acquire, runs
+
+    first, second = acquire(names[0]), acquire(names[0])
+    lab = world.find(names[0])
+    assert lab is not None
+    namespace = network_namespace(lab.pid)
+    first.release()
+    assert runs(names[0])
+    second.release()
+    gone(lab, namespace)
+    assert not runs(names[0])
+
+
+def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = f"""
+        import signal, pathlib
+        from pytest_nestedpve.lab.session import acquire
+        lab = acquire({names[0]!r})
+        pathlib.Path({str(ready)!r}).touch()
+        signal.pause()
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(
+            ready.exists, deadline=Deadline(120), what="the session to have its lab", interval=(0.1, 0.2)
+        )
+        lab = world.find(names[0])
+        assert lab is not None
+        namespace = network_namespace(lab.pid)
+    finally:
+        process.kill()
+        process.wait()
+    gone(lab, namespace)
+
+
+def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_does(
+    names: tuple[str, str],
+) -> None:
+    from pytest_nestedpve.lab.session import acquire, runs
+
+    session = acquire(names[0])
+    lab = world.find(names[0])
+    assert lab is not None
+    namespace = network_namespace(lab.pid)
+    father(lab, "pvesh create /pools --poolid npve-0123456789ab")
+    father(lab, "qm create 9901 --name nested-pve-0123456789ab --pool npve-0123456789ab")
+    session.release()
+    assert runs(names[0])
+    assert "npve-0123456789ab" in (lab_dir(names[0]) / "kept").read_text()
+    with acquire(names[0]):
+        father(lab, "qm destroy 9901 && pvesh delete /pools/npve-0123456789ab")
+    gone(lab, namespace)
+
+
+def test_a_lab_started_by_hand_stays_after_the_sessions_in_it(names: tuple[str, str]) -> None:
+    from pytest_nestedpve.lab.session import acquire, runs
+
+    start(names[0])
+    acquire(names[0]).release()
+    assert runs(names[0])
+
+
+def test_exec_runs_in_father_and_passes_input_output_and_status_on(names: tuple[str, str]) -> None:
+    start(names[0])
+    done = subprocess.run(
+        [*CLI, "exec", names[0], "--", "sh", "-c", "cat; hostname; pwd; exit 7"],
+        input="given\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7
+    assert done.stdout == "given\nfather\n/\n"
+    with pytest.raises(LabError, match="expected exactly one VM booted on father, found: none"):
+        world.enter(names[0], "nested", ["true"])
+
+
+def test_what_runs_in_a_lab_has_no_hold_on_the_machine(names: tuple[str, str]) -> None:
+    """Neither its clock nor its kernel's settings: read from the rights, not tried out."""
+    lab = start(names[0])
+    clock, modules = 1 << 25, 1 << 16
+    for status in (
+        father(lab, "cat /proc/self/status"),
+        father(lab, "cat /proc/1/status"),
+        subprocess.run(
+            [*CLI, "exec", names[0], "--", "cat", "/proc/self/status"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout,
+    ):
+        rights = int(next(line for line in status.splitlines() if line.startswith("CapBnd:")).split()[1], 16)
+        assert rights & clock == 0
+        assert rights & modules == 0
+    mounts = {line.split()[1]: line.split()[3] for line in father(lab, "cat /proc/self/mounts").splitlines()}
+    assert mounts["/proc/sys"].startswith("ro,")
+    assert mounts["/sys"].startswith("ro,")
+
+
+def test_start_says_as_json_how_to_reach_the_lab(names: tuple[str, str]) -> None:
+    done = subprocess.run([*CLI, "start", names[0], "--json"], capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+    assert {"name", "dir", "ssh_config", "host", "api_url", "ca_file", "pid"} <= said.keys()
+    listed = json.loads(subprocess.run([*CLI, "list", "--json"], capture_output=True, check=True).stdout)
+    assert names[0] in [lab["name"] for lab in listed]
+    assert Path(said["ca_file"]).read_text().startswith("-----BEGIN CERTIFICATE-----")
