@@ -28,9 +28,13 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
-        raise ContextError(f"cannot read {path}: expected a JSON object: {e}") from e
+        raise ContextError(
+            f"expected a JSON object in {path}, found that it cannot be read: {e}; mend it, or name another file"
+        ) from e
     if not isinstance(found, dict):
-        raise ContextError(f"expected a JSON object in {path}, found {type(found).__name__}")
+        raise ContextError(
+            f"expected a JSON object in {path}, found {type(found).__name__}; mend it, or name another file"
+        )
     return found
 
 

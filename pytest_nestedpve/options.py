@@ -139,7 +139,9 @@ KEYS: tuple[Key, ...] = (
     Key(
         "pool_parent",
         "resource pool below which each run makes its own",
-        values.one_of_kind("the id of a pool", r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+){0,2}"),
+        values.one_of_kind(
+            "the id of a pool, at most two deep (PVE nests three)", r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?"
+        ),
         profile=True,
     ),
     Key("mirror", "Debian mirror that the guests use", values.url, profile=True),

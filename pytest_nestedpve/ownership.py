@@ -34,7 +34,8 @@ MARKER = "nestedpve:"
 TAG = "nestedpve"
 ROLES = ("nested", "leaf")
 STATES = ("live", "kept")
-_POOL = re.compile(r"(?:[A-Za-z][A-Za-z0-9._-]*/){0,2}npve-([0-9a-f]{12})\Z")
+# Pools are nested three deep at most; a parent may have any name that PVE allows.
+_POOL = re.compile(r"(?:[A-Za-z0-9._-]+/){0,2}npve-([0-9a-f]{12})\Z")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\Z")
 _LATEST = 1 << 40  # epoch seconds no clock shows: what is beyond is not a time
 

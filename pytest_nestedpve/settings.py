@@ -202,16 +202,14 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
 
 def _check_context(path: Path | None) -> None:
     """A context file that is there holds a JSON object; one that is not will be made."""
-    if path is None or not path.exists():
+    if path is None:
         return
-    import json
+    from pytest_nestedpve import context
 
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise SettingsError(f"--context-file: cannot read {path}: {e}") from e
-    if not isinstance(found, dict):
-        raise SettingsError(f"--context-file: expected a JSON object in {path}, found {type(found).__name__}")
+        context.load(path)
+    except context.ContextError as e:
+        raise SettingsError(f"--context-file: {e}") from e
 
 
 def _check_together(settings: Settings, config: pytest.Config) -> None:

@@ -120,8 +120,11 @@ def vmid_ranges(text: Text) -> tuple[tuple[int, int], ...]:
 def host(text: Text) -> str:
     value = text.value.strip()
     if value == "lab" or value.startswith("lab:"):
-        if not re.match(r"lab(:[A-Za-z0-9][A-Za-z0-9_-]{0,31})?\Z", value):
-            raise ValueError(f"expected 'lab' or 'lab:NAME' (letters, digits, '-', '_'); found {value!r}")
+        if not re.match(r"lab(:[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?)?\Z", value):
+            raise ValueError(
+                "expected 'lab' or 'lab:NAME' (1 to 32 lower-case letters, digits, inner hyphens); "
+                f"found {value!r}"
+            )
         return value
     if not re.match(
         r"(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9_:\[\]][A-Za-z0-9._:\[\]-]*\Z", value

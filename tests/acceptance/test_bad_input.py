@@ -44,7 +44,7 @@ def untouched(project: pytest.Pytester) -> bool:
         (["--pve-host", "-x"], "--pve-host"),
         (["--pve-host", "a b"], "--pve-host: expected what ssh takes"),
         (["--nested-yes"], "--nested-yes only goes with --nested-destroy-only"),
-        (["--context-file", "broken.json"], "broken.json"),
+        (["--context-file", "broken.json"], "expected a JSON object in"),
         (["--context-file", "list.json"], "list.json"),
     ],
 )

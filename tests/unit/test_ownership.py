@@ -188,6 +188,8 @@ def test_only_names_of_our_form_are_pools_of_runs(name: str) -> None:
     run = run_of_pool(name)
     assert run is None or name.rpartition("/")[2] == f"npve-{run}"
     assert run_of_pool(f"npve-{RUN}") == run_of_pool(f"team/npve-{RUN}") == RUN
+    # Whatever parent the settings allow: else nobody would find what such a run left.
+    assert run_of_pool(f"1st_team/npve-{RUN}") == run_of_pool(f"-a/.b/npve-{RUN}") == RUN
     assert run_of_pool(f"npve-{RUN}x") is run_of_pool(f"xnpve-{RUN}") is run_of_pool(f"npve-{RUN}\n") is None
 
 

@@ -119,6 +119,9 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("storage", "../etc", "id of a storage"),
         ("bridge", "vmbr0;id", "name of a bridge"),
         ("pool_parent", "a b", "id of a pool"),
+        ("pool_parent", "a/b/c", "at most two deep"),
+        ("host", "lab:Upper", "lower-case"),
+        ("host", "lab:under_score", "lower-case"),
     ],
 )
 @pytest.mark.parametrize("source", ["ini", "environment", "command line"])
