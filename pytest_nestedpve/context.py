@@ -29,7 +29,8 @@ def load(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise ContextError(
-            f"expected a JSON object in {path}, found that it cannot be read: {e}; mend it, or name another file"
+            f"expected a JSON object in {path}, found that it cannot be read: {e}; "
+            "mend it, or name another file"
         ) from e
     if not isinstance(found, dict):
         raise ContextError(

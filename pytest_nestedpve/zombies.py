@@ -94,8 +94,17 @@ def remains(host: PveHost, node: str, vmid: int, ours: frozenset[str]) -> Remain
             return Remains(
                 lock, False, False, f"its configuration is only a lock ({lock}), which {upid} does not leave"
             )
-        if not _ended(host.api, node, upid):
+        end = _end(host.api, node, upid)
+        if end is None:
             return Remains(lock, True, True, f"its task {upid} still runs")
+        if end == "OK" or "already exists" in end:
+            # A task that did its work leaves no such thing, and one that was refused found it there.
+            return Remains(
+                lock,
+                False,
+                False,
+                f"its configuration is only a lock ({lock}), and {upid} ended with {end!r}",
+            )
     return Remains(lock, True, False, f"what a killed task left (lock {lock}, {newest[0]})")
 
 
@@ -125,5 +134,11 @@ def _newest_tasks(api: Api, node: str, vmid: int) -> list[str]:
 
 
 def _ended(api: Api, node: str, upid: str) -> bool:
+    return _end(api, node, upid) is not None
+
+
+def _end(api: Api, node: str, upid: str) -> str | None:
+    """How a task ended, in PVE's words; None while it runs."""
     path = f"/nodes/{node}/tasks/{upid}/status"
-    return mapping(api.get(path), call=f"get {path}").get("status") == "stopped"
+    status = mapping(api.get(path), call=f"get {path}")
+    return str(status.get("exitstatus") or "") if status.get("status") == "stopped" else None

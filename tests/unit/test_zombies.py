@@ -72,6 +72,27 @@ def test_what_somebody_elses_task_left_is_not_ours(memory: MemoryHost, host: Pve
     assert "not by a task of this run" in found.reason
 
 
+@pytest.mark.parametrize(
+    "end", [f"unable to create VM {VMID} - VM {VMID} already exists on node 'father'", "OK"]
+)
+def test_a_create_of_ours_that_was_refused_does_not_make_the_thing_ours(
+    memory: MemoryHost, host: PveHost, end: str
+) -> None:
+    killed(memory, host)
+    with memory.open() as model:  # another's, and older
+        model.state["tasks"][-1]["start"] -= 60
+        model.state["tasks"].append(
+            {**model.state["tasks"][-1], "start": model.now, "end": model.now, "exit": end}
+        )
+        ours = model.state["tasks"][-1]["upid"] = "UPID:father:0000AAAA:0000AAAA:" + (
+            f"{int(model.now):08X}:qmcreate:{VMID}:root@pam:"
+        )
+    found = remains(host, "father", VMID, frozenset({ours}))
+    assert found is not None
+    assert not found.ours
+    assert end in found.reason or repr(end) in found.reason
+
+
 def test_a_newer_task_of_another_makes_it_theirs(memory: MemoryHost, host: PveHost) -> None:
     upid = killed(memory, host)
     with memory.open() as model:
