@@ -16,6 +16,7 @@ from pytest_nestedpve.ownership import Proof, prove
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries, whole
 from pytest_nestedpve.pve.errors import (
+    ApiError,
     BadParameter,
     CommandTimeout,
     GuestNotFound,
@@ -298,7 +299,11 @@ class _Volumes:
             name = storage.get("storage")
             if isinstance(name, str) and whole(storage.get("active", 1)) != 0:
                 call = f"{path}/{name}/content"
-                for each in entries(self._api.get(call, content="images"), call=f"get {call}"):
+                try:
+                    listed = entries(self._api.get(call, content="images"), call=f"get {call}")
+                except ApiError:
+                    continue  # a sick storage holds up no teardown; what a configuration names is looked for
+                for each in listed:
                     vmid = whole(each.get("vmid"))
                     if vmid is not None and isinstance(each.get("volid"), str):
                         found.setdefault(vmid, []).append(each["volid"])

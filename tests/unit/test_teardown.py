@@ -195,6 +195,16 @@ def test_a_volume_that_stays_is_reported(env: Environment, memory: MemoryHost) -
     assert any(volid in line for line in report.left), report
 
 
+def test_a_sick_storage_of_somebody_elses_holds_up_no_teardown(env: Environment, memory: MemoryHost) -> None:
+    ours(env)
+    with memory.open() as model:
+        model.state["storages"]["nas"] = {**model.state["storages"]["local"], "path": "/mnt/nas"}
+    memory.fault("GET", "/nodes/father/storage/nas/content", text="storage 'nas' is not online", times=1000)
+    assert teardown(env).left == ()
+    with memory.open() as model:
+        assert model.state["vms"] == {}
+
+
 def test_what_a_killed_create_of_ours_left_is_removed(env: Environment, memory: MemoryHost) -> None:
     upid = env.outer.api.post("/nodes/father/qemu", vmid=LOW, name="nested-pve-x")
     with memory.open() as model:
