@@ -45,6 +45,14 @@ def test_an_imported_image_is_what_boots(node: Node) -> None:
     assert config(node, 120)["net0"].split(",")[0].removeprefix("virtio=") in spec
 
 
+def test_a_volume_that_goes_while_volumes_are_listed_is_no_row(node: Node) -> None:
+    for vmid in (121, 122):
+        with_image(node, vmid)
+    node.file("/var/lib/vz/images/121/.vm-121-disk-0.qcow2.d/meta.json").unlink()
+    listed = node.ok("pvesh", "get", "/nodes/father/storage/local/content", "--output-format", "json")
+    assert [row["vmid"] for row in json.loads(listed) if row["content"] == "images"] == [122]
+
+
 def test_a_new_vm_has_no_name_in_cluster_resources_until_the_next_broadcast(node: Node) -> None:
     node.tick()
     node.ok("qm", "create", "163", "--name", "fresh", "--kvm", "0", "--tags", "b;a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -184,21 +185,9 @@ def listing(name: str, *, vmid: int | None = None, of: str | None = None) -> lis
             guest = int(file.parent.name)
             if vmid is not None and guest != vmid:
                 continue
-            about = disks.info(file)
-            parent = Path(about["parent"]) if about["parent"] else None
-            below = f"{parent.parent.name}/{parent.name}/" if parent else ""
-            rows.append(
-                {
-                    "content": "images",
-                    "ctime": int(file.stat().st_ctime),
-                    "format": about["format"],
-                    "parent": f"../{parent.parent.name}/{parent.name}" if parent else None,
-                    "size": about["size"],
-                    "used": file.stat().st_blocks * 512,
-                    "vmid": guest,
-                    "volid": f"{name}:{below}{guest}/{file.name}",
-                }
-            )
+            # Volumes come and go while others are listed: what is gone by now is no row.
+            with contextlib.suppress(disks.DiskError, FileNotFoundError):
+                rows.append(_row(name, guest, file))
     for what, place in FOLDERS.items():
         if of not in (None, what) or (what not in content(name)) or not (base / place).is_dir():
             continue
@@ -210,15 +199,33 @@ def listing(name: str, *, vmid: int | None = None, of: str | None = None) -> lis
             ):
                 continue
             fmt = {"snippets": "snippet", "vztmpl": "t" + file.suffix[1:]}.get(what) or file_format(file.name)
-            row = {
-                "content": what,
-                "ctime": int(file.stat().st_ctime),
-                "format": fmt,
-                "size": file.stat().st_size,
-                "volid": f"{name}:{what}/{file.name}",
-            }
-            rows.append(row)
+            with contextlib.suppress(FileNotFoundError):
+                about = file.stat()
+                row = {
+                    "content": what,
+                    "ctime": int(about.st_ctime),
+                    "format": fmt,
+                    "size": about.st_size,
+                    "volid": f"{name}:{what}/{file.name}",
+                }
+                rows.append(row)
     return rows
+
+
+def _row(name: str, guest: int, file: Path) -> dict[str, Any]:
+    about = disks.info(file)
+    parent = Path(about["parent"]) if about["parent"] else None
+    below = f"{parent.parent.name}/{parent.name}/" if parent else ""
+    return {
+        "content": "images",
+        "ctime": int(file.stat().st_ctime),
+        "format": about["format"],
+        "parent": f"../{parent.parent.name}/{parent.name}" if parent else None,
+        "size": about["size"],
+        "used": file.stat().st_blocks * 512,
+        "vmid": guest,
+        "volid": f"{name}:{below}{guest}/{file.name}",
+    }
 
 
 def usage(name: str) -> tuple[int, int, int]:
