@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.errors import ApiError, NoPve, PveError
 
 if TYPE_CHECKING:
     from pytest_nestedpve.cleanup import Row
@@ -119,8 +119,18 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
         plugin = config.pluginmanager.get_plugin(name)
         if plugin is not None:
             config.pluginmanager.unregister(plugin)
+    where = nested.settings.host or "the outer host"
     try:
         job = _plan(nested)
+    except NoPve as e:
+        raise pytest.UsageError(
+            f"nested-pve: expected a Proxmox VE host at {where}, found no pvesh there "
+            f"({e.text.splitlines()[0][:120]}); name a Proxmox VE host (--pve-host, or nested_pve_host)"
+        ) from e
+    except ApiError as e:
+        raise pytest.UsageError(
+            f"nested-pve: expected the API of {where} to answer root, found: {e}; mend that on the host first"
+        ) from e
     except PveError as e:
         raise pytest.UsageError(f"nested-pve: {e}") from e
     nested.job = job

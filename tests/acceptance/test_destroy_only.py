@@ -223,3 +223,20 @@ def test_no_host_or_an_unusable_one_is_status_4(project: Project) -> None:
     assert result.ret == 4
     assert "nowhere.invalid" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("env: 'pvesh': No such file or directory", "expected a Proxmox VE host at the outer host, found no"),
+        ("ipcc_send_rec[1] failed: Connection refused", "expected the API of the outer host to answer root"),
+    ],
+)
+def test_a_host_that_is_no_pve_or_a_sick_one_is_status_4_and_says_what_to_do(
+    project: Project, words: str, says: str
+) -> None:
+    project.host().fault("GET", "/pools", text=words, times=10)
+    result = project.run(ONLY)
+    assert result.ret == 4
+    assert says in result.output
+    assert "Traceback" not in result.output
