@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
         out.write("# Made by conftest.py; stands for a file that a project keeps out of git.\n")
         out.write(f"example: {secrets.token_hex(16)}\n")
     draft.replace(EXAMPLE_SECRET)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadscope`: what brings up labs runs in one process, the rest test by test in the others.
+
+    Two labs side by side on two cores would only wait for each other, and for limits.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "lab" if nodeid.startswith(("tests/lab/", "tests/test_round_trip.py")) else nodeid
+
+    return Scheduling(config, log)

@@ -70,6 +70,14 @@ def test_arguments_go_to_pytest_and_its_status_comes_back(clone: Path) -> None:
 
 
 @pytest.mark.usefixtures("_root")
+def test_without_fast_the_whole_suite_runs_and_the_lab_is_prepared(clone: Path) -> None:
+    done = run(clone, "./dev", "test", "-x")
+    whole = "-n 2 --dist loadscope -x tests/unit tests/acceptance tests/lab tests/test_round_trip.py\n"
+    assert f"CALLED -m pytest {whole}" in done.stdout
+    assert "LAB install" in done.stdout
+
+
+@pytest.mark.usefixtures("_root")
 def test_the_round_trip_prepares_the_lab_and_writes_a_report(clone: Path) -> None:
     done = run(clone, "./dev", "roundtrip", "-k", "setup_network")
     assert "LAB install" in done.stdout
@@ -109,4 +117,6 @@ def test_ci_keeps_the_reports_and_ends_with_pytests_closing_line(clone: Path) ->
     assert done.stdout.splitlines()[-1] == "=== 3 passed in 0.12s ==="
     kept = clone / ".nested-pve" / "ci"
     assert (kept / "runs" / "0123456789ab" / "report.html").read_text() == "page"
-    assert "CALLED" in (kept / "output.txt").read_text()
+    output = (kept / "output.txt").read_text()
+    assert "tests/unit tests/acceptance tests/lab tests/test_round_trip.py\n" in output
+    assert "LAB install" in output
