@@ -42,7 +42,8 @@ class Finding:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.what}: expected {self.expected}; found {self.found}. {self.advice}"
+        end = "" if self.found.endswith((".", "?", "!")) else "."
+        return f"{self.what}: expected {self.expected}; found {self.found}{end} {self.advice}".rstrip()
 
 
 class PreflightError(PveError):
@@ -85,7 +86,8 @@ def preflight(env: Environment) -> dict[str, Any]:
         facts = _look(looker, env, host)
     except SshError as e:
         name = env.settings.host or "the outer host"
-        looker.add("SSH", f"a login as root at {name}", str(e), "Try `ssh` by hand.")
+        said = "by hand" in str(e) or str(e).endswith("?")  # what to do
+        looker.add("SSH", f"a login as root at {name}", str(e), "" if said else "Try `ssh` by hand.")
         raise PreflightError(name, looker.findings) from e
     if looker.findings:
         raise PreflightError(host.name, looker.findings)

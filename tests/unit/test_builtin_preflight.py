@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.builtin.preflight import PreflightError, disk_format, preflight
+from pytest_nestedpve.builtin.preflight import Finding, PreflightError, disk_format, preflight
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.pve.errors import HostUnreachable
 from pytest_nestedpve.run import Run
@@ -289,3 +289,15 @@ def test_the_disk_format_is_read_from_the_storages_own_answer() -> None:
     assert disk_format({"formats": {"supported": ["raw"], "default": "raw"}}) is None
     assert disk_format({"format": [{"raw": 1, "qcow2": 1, "subvol": 0}, "raw"]}) == "qcow2"
     assert disk_format({"type": "lvmthin"}) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "advice", "text"),
+    [
+        ("no", "Do so.", "it: expected yes; found no. Do so."),
+        ("silence. Is it on?", "", "it: expected yes; found silence. Is it on?"),
+        ("silence. Is it on?", "Look.", "it: expected yes; found silence. Is it on? Look."),
+    ],
+)
+def test_a_finding_reads_as_sentences(found: str, advice: str, text: str) -> None:
+    assert str(Finding("it", "yes", found, advice)) == text
