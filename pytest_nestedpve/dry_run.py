@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
     """One row per phase that the chosen tests need, in order: phase, title, what, seconds."""
     from pytest_nestedpve.session import wanted
+    from pytest_nestedpve.usual import usual_times
 
+    usual = usual_times(nested.config.rootpath / nested.settings.run_dir, nested.settings.host or "")
     asked: dict[str, str] = {}
     for item in chosen:
         own = getattr(item, "phase_name", None)
@@ -28,7 +30,12 @@ def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any
             asked.setdefault(need, "to do, needed first")
         asked[last] = "to do" if own is not None else asked.get(last, "to do, needed first")
     return [
-        {"phase": phase.name, "title": phase.title, "what": asked[phase.name], "seconds": phase.usual}
+        {
+            "phase": phase.name,
+            "title": phase.title,
+            "what": asked[phase.name],
+            "seconds": usual.get(phase.name, phase.usual),
+        }
         for phase in nested.phases
         if phase.name in asked
     ]
@@ -37,6 +44,8 @@ def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any
 def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
     """Print the rows, and write them to --nested-json."""
     import json
+
+    from pytest_nestedpve.report.timeline import duration
 
     found = rows(nested, chosen)
     reporter: Any = nested.config.pluginmanager.getplugin("terminalreporter")
@@ -50,7 +59,11 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
         return
     reporter.write_line(f"on {nested.settings.host or 'a host that is not named yet'}, in this order:")
     for row in found:
-        usual = f"about {row['seconds']:.0f} s" if row["seconds"] is not None else ""
-        reporter.write_line(f"  {row['phase']:<18} {row['what']:<22} {usual:<12} {row['title']}")
-    total = sum(row["seconds"] or 0 for row in found)
-    reporter.write_line(f"then everything is destroyed; expected: about {total:.0f} s and the teardown")
+        usual = "" if row["seconds"] is None else f"about {duration(row['seconds'])}"
+        reporter.write_line(f"  {row['phase']:<18} {row['what']:<22} {usual:<18} {row['title']}".rstrip())
+    known = [row["seconds"] for row in found if row["seconds"] is not None]
+    if len(known) == len(found):
+        expected = f"expected, by earlier runs: about {duration(sum(known))} and the teardown"
+    else:
+        expected = "no earlier run here did all of this, so how long it takes is not known"
+    reporter.write_line(f"then everything is destroyed; {expected}")

@@ -31,7 +31,8 @@ class Phase:
     for the report. `probe` says whether it is done: its facts, or None. Without a probe it always runs.
     Both raise a PveError to fail; anything else is shown with its traceback.
     `timeout` (seconds) bounds `probe` and `do` together. `needs` names earlier phases that must be done
-    first, None means all of them. `usual` (seconds) is what it takes, for the progress line.
+    first, None means all of them. `usual` (seconds) is what it takes, shown until
+    an earlier run on the same host tells better.
     """
 
     name: str

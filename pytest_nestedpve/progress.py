@@ -33,7 +33,9 @@ class ProgressListener:
     from another thread.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, usual: Mapping[str, float] | None = None) -> None:
+        """`usual`: seconds that a phase took in earlier runs, by its name."""
+        self._usual = usual or {}
         self._reporter: TerminalReporter | None = config.pluginmanager.getplugin("terminalreporter")
         self._config = config
         self._lock = threading.Lock()
@@ -137,7 +139,9 @@ class ProgressListener:
 
     def _line(self) -> str:
         assert self._phase is not None
-        return progress_line(self._phase.name, time.monotonic() - self._began, self._phase.usual, self._text)
+        phase = self._phase
+        usual = self._usual.get(phase.name, phase.usual)
+        return progress_line(phase.name, time.monotonic() - self._began, usual, self._text)
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "replace")

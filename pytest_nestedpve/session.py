@@ -204,11 +204,13 @@ class NestedSession:
     def _add_listeners(self, runner: PhaseRunner) -> None:
         from pytest_nestedpve.progress import ProgressListener
         from pytest_nestedpve.report.session import ReportListener
+        from pytest_nestedpve.usual import usual_times
 
         assert self.environment is not None
         self.register_report()
         runner.listeners.append(ReportListener(self.environment.run.dir))
-        runner.listeners.append(ProgressListener(self.config))
+        usual = usual_times(self.environment.run.dir.parent, self.environment.outer.name)
+        runner.listeners.append(ProgressListener(self.config, usual))
 
     def register_report(self) -> None:
         """Have the report's hooks take part in this session."""

@@ -17,22 +17,22 @@ Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 
 def default_phases() -> list[Phase]:
-    """The fourteen phases. Limits and usual times are nominal seconds (usual: on an idle real host)."""
+    """The fourteen phases. Limits are nominal seconds; what a phase usually takes is measured (usual.py)."""
     return [
-        Phase("preflight", "look at the outer host", _preflight, timeout=180, usual=12),
-        Phase("provision", "make the VM", _provision, _probe_provision, timeout=1500, usual=40),
-        Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180, usual=4),
-        Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960, usual=60),
-        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, timeout=3600, usual=600),
-        Phase("setup_network", "give it its bridge", _network, _probe_network, timeout=900, usual=40),
-        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, timeout=600, usual=15),
-        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, timeout=2700, usual=40),
-        Phase("download_image", "bring the leaf's image", _image, _probe_image, timeout=1800, usual=30),
-        Phase("leaf_provision", "make the VM inside", _leaf, _probe_leaf, timeout=1500, usual=30),
-        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), timeout=180, usual=4),
-        Phase("leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960, usual=60),
-        Phase("sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, timeout=900, usual=15),
-        Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300, usual=10),
+        Phase("preflight", "look at the outer host", _preflight, timeout=180),
+        Phase("provision", "make the VM", _provision, _probe_provision, timeout=1500),
+        Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
+        Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
+        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, timeout=3600),
+        Phase("setup_network", "give it its bridge", _network, _probe_network, timeout=900),
+        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, timeout=600),
+        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, timeout=2700),
+        Phase("download_image", "bring the leaf's image", _image, _probe_image, timeout=1800),
+        Phase("leaf_provision", "make the VM inside", _leaf, _probe_leaf, timeout=1500),
+        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), timeout=180),
+        Phase("leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960),
+        Phase("sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, timeout=900),
+        Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300),
     ]
 
 
