@@ -60,9 +60,9 @@ def run(
 
 
 def summary(result: PlaybookResult) -> str:
-    """One line for the report: `pve-install.yml: ok=24 changed=11 …`."""
-    recap = "; ".join(str(each) for each in result.recap.values())
-    return f"{result.playbook}: {recap or 'no host'}"
+    """A few words for the report, which has the recap besides."""
+    changed = result.changed
+    return f"{changed or 'no'} task{'' if changed == 1 else 's'} of {result.playbook} changed something"
 
 
 def _progress(env: Environment) -> Callable[[PlaybookEvent], None]:
