@@ -92,10 +92,10 @@ def mask_artifacts(directory: Path, secrets: list[str]) -> None:
 
 def private_directory() -> Path:
     """A new directory of ours alone with a path short enough for SSH's control sockets."""
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", None):
-        if base is None or (len(base) < LONGEST_PRIVATE_DIR - 20 and os.access(base, os.W_OK | os.X_OK)):
+    for base in (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp"):
+        if len(base) < LONGEST_PRIVATE_DIR - 20 and os.access(base, os.W_OK | os.X_OK):
             return Path(tempfile.mkdtemp(prefix="npve-", dir=base))
-    raise AssertionError("unreachable")
+    return Path(tempfile.mkdtemp(prefix="npve-"))
 
 
 def environment(job: dict[str, Any], private: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_nestedpve import ansible_child
 from pytest_nestedpve.ansible import (
     AnsibleArgs,
     Inventory,
@@ -321,3 +323,13 @@ def test_a_projects_own_playbook_comes_before_the_packaged_one(tmp_path: Path) -
 def test_a_group_of_strangers_is_refused() -> None:
     with pytest.raises(ValueError, match="nobody"):
         Inventory((InventoryHost("a"),), {"g": ("nobody",)}).to_data()
+
+
+def test_a_long_temporary_directory_leaves_room_for_the_names_of_ssh_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as TMPDIR would have it
+    private = ansible_child.private_directory()
+    private.rmdir()
+    assert private.parent == Path("/tmp")
