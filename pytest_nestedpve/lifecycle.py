@@ -265,7 +265,9 @@ class LastHooks:
     def pytest_sessionfinish(self) -> None:
         self.nested.finish()
         if self.nested.family is not None and not hasattr(self.nested.config, "workerinput"):
-            self.nested.sweep()
+            from pytest_nestedpve.sweep import sweep
+
+            sweep(self.nested)
 
 
 def _one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.environment import NestedPve
+    from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.session import NestedSession
     from pytest_nestedpve.settings import Settings

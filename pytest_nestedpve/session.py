@@ -26,7 +26,8 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.environment import Environment, NestedPve
+    from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
 
@@ -278,7 +279,7 @@ class NestedSession:
 
     def nested_pve(self) -> NestedPve:
         """The value of the fixture: set up as far as the current test wants it."""
-        from pytest_nestedpve.environment import NestedPve
+        from pytest_nestedpve.nested import NestedPve
 
         assert self.environment is not None
         self.ensure_for(self.item)
@@ -334,22 +335,14 @@ class NestedSession:
                 self._lock.release(remove=not left)
             with contextlib.suppress(Exception):
                 self.environment.close()
-            self._close_hosts()
+            self.close_hosts()
 
-    def _close_hosts(self) -> None:
+    def close_hosts(self) -> None:
+        """Give back the outer host's connection, and the lab if it is one."""
         for close in reversed(self.on_close):
             with contextlib.suppress(Exception):
                 close()
         self.on_close.clear()
-
-    def sweep(self) -> None:
-        """As xdist's controller: finish what its workers were cut off from."""
-        self.guard.counting = True
-        from pytest_nestedpve.sweep import sweep
-
-        self.swept = sweep(self)
-        self.tally.left = self.tally.left or bool(self.swept)
-        self._close_hosts()
 
     def left(self) -> list[str]:
         """What the teardown left on the host, a line each; empty when it is clean."""

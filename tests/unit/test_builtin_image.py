@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from pytest_nestedpve.builtin import image
-from pytest_nestedpve.environment import Environment, NestedPve, NotReady
+from pytest_nestedpve.environment import Environment, NotReady
+from pytest_nestedpve.nested import NestedPve
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.settings import Settings
