@@ -172,11 +172,6 @@ class PhaseRunner:
         self.prepare(name, by=by)
         self._settle(self._by_name[name], by=by, wanted=name, probe=True)
 
-    def ensure_all(self, *, by: str = "") -> None:
-        """Every phase, in order."""
-        for phase in self.phases:
-            self.ensure(phase.name, by=by)
-
     def execute(self, name: str, *, by: str = "") -> None:
         """`prepare`, then the phase's action unless this runner has settled it. Raises PhaseBroken."""
         self.prepare(name, by=by)

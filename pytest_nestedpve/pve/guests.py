@@ -104,12 +104,6 @@ def guest_status(api: Api, node: str, vmid: int) -> str:
     return status
 
 
-def description_lines(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The lines of the description, if there is one."""
-    description = config.get("description")
-    return tuple(description.splitlines()) if isinstance(description, str) else ()
-
-
 def create_diskless(
     api: Api,
     node: str,

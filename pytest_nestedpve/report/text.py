@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_nestedpve.report.model import RunReport
@@ -49,8 +48,3 @@ def failure_lines(report: RunReport, run_directory: Path, finishing_command: str
         f"go on:    pytest -k {step.name}   does what it needs first",
         f"clean up: {clean}",
     ]
-
-
-def left_lines(left: Sequence[str], finishing_command: str) -> list[str]:
-    """What stayed on the host, and the command that finishes the job."""
-    return [f"left on the host: {line}" for line in left] + [f"to finish: {finishing_command}"]
