@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_nestedpve import builtin, options
+from pytest_nestedpve.nested import NestedPve
 from pytest_nestedpve.options import KEYS
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings
 
@@ -172,3 +173,11 @@ def test_every_playbook_is_documented() -> None:
     page = (ROOT / "docs" / "phases.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "playbooks").glob("*.yml")):
         assert f"| `{path.name}` |" in page
+
+
+def test_what_the_fixture_offers_is_documented_and_nothing_else() -> None:
+    page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
+    table = page.partition("What the fixture offers:")[2].partition("\n\nA dry run")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
+    assert told == {name for name in vars(NestedPve) if not name.startswith("_")}
