@@ -210,7 +210,8 @@ class NestedSession:
         assert self.environment is not None
         self.register_report()
         runner.listeners.append(ReportListener(self.environment.run.dir))
-        usual = usual_times(self.environment.run.dir.parent, self.environment.outer.name)
+        # By its setting: the host is first spoken to in preflight, which tells what is wrong with it.
+        usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
         runner.listeners.append(ProgressListener(self.config, usual))
 
     def register_report(self) -> None:
