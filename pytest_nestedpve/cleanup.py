@@ -382,6 +382,10 @@ def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outc
             guests.stop(host.api, row.node, row.vmid)
             if not unchanged():
                 return result("foreign", "its configuration changed while it was stopped")
+        # A delete is never sent to queue behind a task: what then has the id may be another VM.
+        running = zombies.running_tasks(host.api, row.node, row.vmid)
+        if running:
+            return result("left", f"the task {running[0]} works on it")
         guests.destroy(host.api, row.node, row.vmid)
     except NotFound:
         return result("gone")

@@ -165,6 +165,20 @@ def test_a_look_alike_that_changed_since_it_was_judged_stays(
     assert memory.configuration(VMID) == before
 
 
+def test_no_delete_queues_behind_a_task_of_a_look_alike(
+    host: PveHost, memory: MemoryHost, settings: Settings
+) -> None:
+    stranger(host)
+    rows = plan(host, settings)
+    with memory.open() as model:
+        model.state["delays"]["*"] = 60
+    upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
+    outcomes = list(execute(host, settings, rows).values())
+    assert [each.result for each in outcomes] == ["left"]
+    assert upid in outcomes[0].reason
+    assert memory.configuration(VMID)
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 
