@@ -36,6 +36,10 @@ def pytest_nestedpve_phases(phases, config):
         at = [phase.name for phase in phases].index("setup_network") + 1
         phases.insert(at, Phase("allow_content", "allow content", allow_content))
 
+    if os.environ.get("FURTHER"):
+        at = [phase.name for phase in phases].index("provision") + 1
+        phases.insert(at, Phase("further", "make more", lambda environment: environment.check_lease()))
+
 def allow_content(environment):
     environment.inner.api.put("/storage/local", content="images,import,iso,snippets")
 
@@ -53,6 +57,14 @@ def hang(nested_pve_run):
         nested_pve_run.environment.audit.write("call", phase="test", cmd="hanging")
         threading.Event().wait(120)
     return hang
+
+@pytest.fixture
+def gate(nested_pve_run):
+    def gate():
+        nested_pve_run.environment.audit.write("call", phase="test", cmd="waiting")
+        with open("gate") as pipe:
+            pipe.read()
+    return gate
 
 @pytest.fixture
 def breaks_before(nested_pve):
@@ -73,6 +85,13 @@ pytestmark = pytest.mark.nested_pve(upto="provision")
 
 def test_good(nested_pve):
     assert nested_pve.name.startswith("nested-pve-")
+
+def test_waits(nested_pve, gate):
+    gate()
+
+@pytest.mark.nested_pve(upto="further")
+def test_waits_and_more(nested_pve):
+    pass
 
 def test_bad(nested_pve):
     assert nested_pve.name == "another"
@@ -111,11 +130,15 @@ class HandLab:
         parts = [line.split() for line in told.splitlines()]
         return {each[0]: each[1] for each in parts if len(each) == 2}
 
-    def lease(self, run: str) -> str:
-        """The lease in the comment of a run's pool, without its end, which a renewal moves."""
+    def comment(self, run: str) -> str:
+        """The comment of a run's pool: its lease."""
         pools = json.loads(self.ask("pvesh get /pools --output-format json"))
         (comment,) = [pool["comment"] for pool in pools if pool["poolid"] == f"npve-{run}"]
-        return str({**json.loads(comment), "expires": None})
+        return str(comment)
+
+    def lease(self, run: str) -> str:
+        """The same without its end, which a renewal moves."""
+        return str({**json.loads(self.comment(run)), "expires": None})
 
     def left(self, low: int, high: int, runs: list[str]) -> list[str]:
         """What the lab has of ids from `low` to `high`, and of runs: by its own commands."""
@@ -161,6 +184,7 @@ class Project:
     def write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "tmp").mkdir(exist_ok=True)
+        os.mkfifo(self.path / "gate")
         (self.path / "conftest.py").write_text(CONFTEST)
         (self.path / "test_steps.py").write_text(STEPS)
         (self.path / "test_users.py").write_text(USERS)
@@ -192,6 +216,10 @@ class Project:
                 start_new_session=True,
                 preexec_fn=_default_signals,
             )
+
+    def open_gate(self) -> None:
+        """Have the test that waits go on."""
+        (self.path / "gate").write_text("")
 
     def end(self, process: subprocess.Popen[bytes], limit: float = 300.0) -> int:
         try:
