@@ -13,6 +13,7 @@ address() { ip -4 -o addr show dev "$bridge" scope global 2>/dev/null | awk '{pr
 was() { systemctl is-active --quiet "$1" && echo "$1"; }
 networkd=$(was systemd-networkd.service)
 resolved=$(was systemd-resolved.service)
+networking=$(was networking.service)
 
 restore() {
     echo "putting the old set-up back: $1"
@@ -20,7 +21,6 @@ restore() {
     pkill -F "/run/dhclient.$bridge.pid" 2>/dev/null
     ip link del "$bridge" 2>/dev/null
     ip link set "$nic" nomaster up
-    rm -f /etc/cloud/cloud.cfg.d/99-nested-pve-network.cfg
     mv /etc/network/interfaces $state/interfaces.failed
     [ -e $state/interfaces.before ] && mv $state/interfaces.before /etc/network/interfaces
     for file in $state/netplan/*.yaml; do [ -e "$file" ] && mv "$file" /etc/netplan/; done
@@ -28,7 +28,13 @@ restore() {
         rm -f /etc/resolv.conf
         mv $state/resolv.conf.before /etc/resolv.conf
     fi
-    systemctl disable networking.service
+    if [ -n "$networking" ]; then
+        # ifupdown2 already: what was taken down by the reload comes up again
+        systemctl restart networking.service
+    else
+        rm -f /etc/cloud/cloud.cfg.d/99-nested-pve-network.cfg
+        systemctl disable networking.service
+    fi
     [ -n "$resolved" ] && systemctl enable --now systemd-resolved.service
     if [ -n "$networkd" ]; then
         systemctl enable systemd-networkd.service
@@ -55,11 +61,12 @@ if [ -L /etc/resolv.conf ] || [ -n "$resolved" ]; then
 fi
 [ -z "$resolved" ] || systemctl disable --now systemd-resolved.service
 
-# 3. the card gives its address up, the bridge takes it over
+# 3. the card gives its address up, the bridge takes it over; a bridge that is there gives up what others gave it
 [ -e /etc/network/interfaces ] && cp -p /etc/network/interfaces $state/interfaces.before
 mv $state/interfaces.new /etc/network/interfaces
 systemctl enable networking.service
 ip addr flush dev "$nic" scope global
+ip addr flush dev "$bridge" scope global 2>/dev/null
 ip route flush dev "$nic"
 # Through its service, because the DHCP client stays in the control group of what started it.
 if systemctl is-active --quiet networking.service; then
