@@ -277,18 +277,22 @@ class _Volumes:
         self._api = api
         self._lock = threading.Lock()
         self._listed: dict[str, dict[int, list[str]]] = {}
+        self._doubtful: set[str] = set()
         self._noted: dict[int, tuple[str, list[str]]] = {}
 
     def note(self, node: str, vmid: int, config: Mapping[str, Any]) -> None:
         """Remember what its configuration names, and what storages hold for its id. Raises PveError.
 
         An id is only ever taken when no storage holds a volume of it, so what is there now came with the VM
-        (an import that was cut off leaves a volume that no configuration names).
+        (an import that was cut off leaves a volume that no configuration names). Not so on a shared storage,
+        where a guest of another cluster may have the same id: there such a volume is told, and stays.
         """
         with self._lock:
             if node not in self._listed:
                 self._listed[node] = self._list(node)
-            found = [*volumes_of(config, vmid), *self._listed[node].get(vmid, ())]
+            named = volumes_of(config, vmid)
+            self._doubtful -= set(named)
+            found = [*named, *self._listed[node].get(vmid, ())]
             known = self._noted.get(vmid, (node, []))[1]
             self._noted[vmid] = (node, list(dict.fromkeys([*known, *found])))
 
@@ -307,6 +311,8 @@ class _Volumes:
                     vmid = whole(each.get("vmid"))
                     if vmid is not None and isinstance(each.get("volid"), str):
                         found.setdefault(vmid, []).append(each["volid"])
+                        if guests.cautious(storage.get("shared")):
+                            self._doubtful.add(each["volid"])
         return found
 
     def sweep(self, gone: Iterable[Outcome]) -> Iterator[tuple[int, list[str]]]:
@@ -320,7 +326,9 @@ class _Volumes:
                 try:
                     if path not in there:
                         there[path] = self._content(path)
-                    if volid in there[path]:
+                    if volid in there[path] and volid in self._doubtful:
+                        stays.append(f"{volid} (on a shared storage, and no configuration of ours names it)")
+                    elif volid in there[path]:
                         stays += self._remove(node, outcome.vmid, path, volid)
                 except PveError as e:
                     stays.append(f"{volid} ({e})")

@@ -221,7 +221,11 @@ class NestedSession:
         if self.config.pluginmanager.hasplugin("nestedpve-report"):
             return
         report = SessionReport(
-            self.config, self._run_directory, mask=self._mask, finishing_command=self.finishing_command
+            self.config,
+            self._run_directory,
+            mask=self._mask,
+            finishing_command=self.finishing_command,
+            again=self.again,
         )
         self.config.pluginmanager.register(report, "nestedpve-report")
 
@@ -357,13 +361,17 @@ class NestedSession:
         """The command that finishes a teardown that did not."""
         import shlex
 
-        words = ["pytest"]
-        if self.settings.host is not None:
-            words += ["--pve-host", self.settings.host]
-        words.append("--nested-destroy-only")
+        words = [self.again(), "--nested-destroy-only"]
         if self.environment is not None:
-            words += ["--nested-run", self.environment.run.id]
-        return shlex.join(words)
+            words += ["--nested-run", shlex.quote(self.environment.run.id)]
+        return " ".join(words)
+
+    def again(self) -> str:
+        """pytest with the same host, as a person would type it."""
+        import shlex
+
+        words = [] if self.settings.host is None else ["--pve-host", self.settings.host]
+        return shlex.join(["pytest", *words])
 
     # -- signals -------------------------------------------------------------------------------
 

@@ -63,11 +63,13 @@ class SessionReport:
         *,
         mask: Callable[[str], str] = str,
         finishing_command: Callable[[], str] = str,
+        again: Callable[[], str] = lambda: "pytest",
     ) -> None:
         self._config = config
         self._own = run_directory
         self._mask = mask
         self._finishing_command = finishing_command
+        self._again = again
         self._seen: dict[Path, None] = {}
 
     def directories(self) -> list[Path]:
@@ -135,7 +137,9 @@ class SessionReport:
                 page = write_report(directory)
             except OSError as error:
                 terminalreporter.write_line(f"the report could not be written: {error}")
-            for line in summary_lines(report, page, finishing_command=self._finishing_command()):
+            for line in summary_lines(
+                report, page, finishing_command=self._finishing_command(), again=self._again()
+            ):
                 terminalreporter.write_line(self._mask(line))
 
     # -- pytest-html ----------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from pytest_nestedpve.report.page import VERDICTS
 from pytest_nestedpve.report.timeline import duration
 
 
-def summary_lines(report: RunReport, page: Path, *, finishing_command: str = "") -> list[str]:
+def summary_lines(
+    report: RunReport, page: Path, *, finishing_command: str = "", again: str = "pytest"
+) -> list[str]:
     """Lines for the terminal's summary. `page` is the run's HTML report, beside its ssh_config and audit log.
 
-    `finishing_command` finishes a teardown that left something.
+    `finishing_command` finishes a teardown that left something; `again` is pytest with the same host.
     """
     executed = sum(step.status == "done" for step in report.steps)
     proved = sum(step.status == "proved" for step in report.steps)
@@ -24,11 +26,13 @@ def summary_lines(report: RunReport, page: Path, *, finishing_command: str = "")
         f"report: {page}",
     ]
     if report.failed is not None:
-        lines += ["", *failure_lines(report, page.parent, finishing_command)]
+        lines += ["", *failure_lines(report, page.parent, finishing_command, again)]
     return lines
 
 
-def failure_lines(report: RunReport, run_directory: Path, finishing_command: str) -> list[str]:
+def failure_lines(
+    report: RunReport, run_directory: Path, finishing_command: str, again: str = "pytest"
+) -> list[str]:
     """The first cause, and what to type next."""
     step = report.failed
     assert step is not None
@@ -44,7 +48,7 @@ def failure_lines(report: RunReport, run_directory: Path, finishing_command: str
         f"first cause, in {step.name}: {first}",
         *(f"    {line}" for line in rest[:20]),
         *([f"    … {len(rest) - 20} more lines in the report"] if len(rest) > 20 else []),
-        f"log in:   pytest --pdb -k {step.name}   keeps everything while the debugger waits; then {reach}",
-        f"go on:    pytest -k {step.name}   does what it needs first",
+        f"log in:   {again} --pdb -k {step.name}   keeps everything while the debugger waits; then {reach}",
+        f"go on:    {again} -k {step.name}   does what it needs first",
         f"clean up: {clean}",
     ]

@@ -217,8 +217,16 @@ def test_after_a_failure_the_summary_says_cause_log_in_go_on_and_clean_up(tmp_pa
     assert "pytest -k setup_network" in text
     assert "nothing to do" in text
     log.add("leak", what="VM 99901", reason="locked")
-    text = "\n".join(summary_lines(log.report(), tmp_path / "report.html", finishing_command="pytest --xyz"))
+    text = "\n".join(
+        summary_lines(
+            log.report(),
+            tmp_path / "report.html",
+            finishing_command="pytest --xyz",
+            again="pytest --pve-host father",
+        )
+    )
     assert "clean up: pytest --xyz" in text
+    assert "go on:    pytest --pve-host father -k setup_network" in text
 
 
 def test_durations_read_well() -> None:

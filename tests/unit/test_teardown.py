@@ -464,3 +464,18 @@ def teardown_within(env: Environment, seconds: float) -> TeardownReport:
         return teardown(env)
     finally:
         set_scale(1.0)
+
+
+def test_an_unnamed_volume_on_a_shared_storage_is_told_and_stays(
+    env: Environment, memory: MemoryHost
+) -> None:
+    vmid = ours(env)
+    volid = f"san:{vmid}/vm-{vmid}-disk-7.qcow2"
+    with memory.open() as model:
+        model.state["storages"]["san"] = dict(model.state["storages"]["local"], shared=1, path="/mnt/san")
+        model.state["volumes"][volid] = {"content": "images", "format": "qcow2", "size": 1, "vmid": vmid}
+    report = teardown(env)
+    assert any(volid in line and "shared storage" in line for line in report.left), report
+    with memory.open() as model:
+        assert volid in model.state["volumes"]
+        assert str(vmid) not in model.state["vms"]
