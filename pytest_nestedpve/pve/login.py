@@ -95,7 +95,7 @@ def log_in(
 def _attempt(
     target: SshTarget, open_socket: Callable[[Deadline], Any] | None, deadline: Deadline
 ) -> tuple[paramiko.Transport, Callable[[], None]]:
-    import paramiko
+    from pytest_nestedpve.pve.channels import Transport
 
     _quiet()
     if open_socket is not None:
@@ -106,7 +106,7 @@ def _attempt(
         sock, done = _connect(target, deadline), _nothing
     transport = None
     try:
-        transport = paramiko.Transport(sock)
+        transport = Transport(sock)
         transport.set_log_channel(_LOGGER)
         transport.daemon = True
         left = max(0.1, deadline.remaining())

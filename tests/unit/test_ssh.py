@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
@@ -12,8 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import paramiko
 import pytest
+from paramiko.common import MSG_CHANNEL_EOF
 from sshd import Sshd, free_port, make_key
 
 from pytest_nestedpve import hosts
@@ -167,6 +171,31 @@ def test_twenty_threads_share_one_connection(ssh: SshConnection) -> None:
     assert results == ["".join(f"{n}-{s}\n" for s in range(5)) for n in range(20)]
     # Below MaxSessions on each transport, and far below a connection per command.
     assert 2 <= len(ssh._links) <= 4
+
+
+def test_the_end_of_input_is_not_sent_after_the_channel_was_closed(ssh: SshConnection) -> None:
+    """sshd ends the whole connection for it, under all commands that run there."""
+    ssh.run("true")
+    (link,) = ssh._links
+    transport: Any = link.transport
+    send, sender = transport._send_user_message, threading.current_thread()
+    tried = []
+
+    def hold_back_end_of_input(data: paramiko.Message) -> None:
+        if data.asbytes()[0] == MSG_CHANNEL_EOF and threading.current_thread() is sender:
+            (channel,) = transport._channels.values()
+            tried.append(channel)
+            # What the scheduler does on a busy machine: the command's end overtakes us, if it can.
+            with contextlib.suppress(CommandTimeout):
+                wait_until(lambda: channel.closed, deadline=Deadline(0.5), what="the channel's end")
+        send(data)
+
+    transport._send_user_message = hold_back_end_of_input
+    assert ssh.run("echo gone").stdout == "gone\n"
+    assert ssh.run("echo on").stdout == "on\n"
+    assert len(tried) == 2
+    assert ssh._links == [link]
+    assert link.transport.is_active()
 
 
 def test_more_commands_than_sessions_wait_for_their_turn(ssh: SshConnection) -> None:
