@@ -126,7 +126,9 @@ def test_a_lapsed_lease_of_anybody_goes_unasked(killed: Project) -> None:
     assert killed.left() == []
 
 
-def test_my_own_kept_run_goes(killed: Project) -> None:
+def test_my_own_kept_run_goes(killed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a machine without a machine-id keeps one of its own.
+    monkeypatch.setenv("XDG_STATE_HOME", str(killed.path / "state"))
     (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
     lease(killed, state="kept", client=client_hash())
     assert killed.run(ONLY).ret == 0

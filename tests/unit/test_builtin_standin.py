@@ -107,7 +107,7 @@ def env(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     settings = replace(Settings(run_dir=tmp_path / "runs"), storage="local", disk=8, bridge="vmbr0")
     run = Run.create(settings, tmp_path)
     audit = AuditLog(run.directory.audit, run.id)
-    yield Environment(
+    environment = Environment(
         settings=settings,
         run=run,
         connect=lambda: PveHost("father", ssh, PveshApi(ssh)),
@@ -115,6 +115,8 @@ def env(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         progress=lambda _: None,
         rootdir=tmp_path,
     )
+    yield environment
+    environment.close()
     ssh.close()
     audit.close()
 

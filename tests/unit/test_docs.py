@@ -93,9 +93,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def settings_rows() -> list[str]:
     """The table of docs/settings.md, as the code would write it."""
-    return [
-        f"| `{key.name}` | {key.help}{' ◆' if key.profile else ''} |".replace("||", "|") for key in KEYS
-    ]
+    return [f"| `{key.name}` | {key.help}{' ◆' if key.profile else ''} |".replace("||", "|") for key in KEYS]
 
 
 def test_every_setting_is_documented_as_it_is() -> None:

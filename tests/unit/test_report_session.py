@@ -97,7 +97,7 @@ def test_a_failure_says_cause_and_what_to_type(project: Path) -> None:
     out = run(project, FAIL="1")
     assert "first cause, in preflight: <b>no bridge</b>" in out
     assert "    expected vmbr0" in out
-    assert "go on:    pytest -k preflight" in out
+    assert "go on:    pytest --pve-host father -k preflight" in out
     assert "clean up: nothing to do" in out
     html = (project / "out" / "page.html").read_text()
     assert "&lt;b&gt;no bridge&lt;/b&gt;" in html
