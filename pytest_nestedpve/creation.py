@@ -74,7 +74,7 @@ def create_marked(
     """
     name, node, pool = guest_name(settings, run, role), host.node, pool_name(settings, run)
     refused: PveError | None = None
-    for vmid, _ in zip(_free_ids(host, settings), range(_TRIES), strict=False):
+    for vmid, _ in zip(free_ids(host, settings), range(_TRIES), strict=False):
         marker = Marker(run.id, vmid, new_uuid(), role)
         try:
             create_diskless(
@@ -134,24 +134,29 @@ def _whose(host: PveHost, marker: Marker, settle: Deadline) -> str:
         return seen
 
 
-def _free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
+def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
+    """Ids of the range that are free, each once, at random. Raises PveError.
+
+    Free is an id without a guest, without a volume on a storage of the node, and in no pool.
+    """
     taken = {guest.vmid for guest in list_guests(host.api)} | _in_pools(host)
     path = f"/nodes/{host.node}/storage"
     for entry in entries(host.api.get(path), call=f"get {path}"):
         if "images" in str(entry.get("content", "")).split(",") and whole(entry.get("active", 1)) != 0:
             listed = host.api.get(f"{path}/{entry['storage']}/content", content="images")
             taken |= {whole(each.get("vmid")) or 0 for each in entries(listed, call=f"get {path}")}
-    seen: set[int] = set()
-    sizes = [high - low + 1 for low, high in settings.vmid_ranges]
     draw = random.SystemRandom()
-    while len(seen) < sum(sizes):
-        low, high = draw.choices(settings.vmid_ranges, weights=sizes)[0]
-        vmid = draw.randint(low, high)
-        if vmid not in seen and vmid not in taken:
+    if sum(high - low + 1 for low, high in settings.vmid_ranges) <= _DRAWN:
+        free = sorted({vmid for low, high in settings.vmid_ranges for vmid in range(low, high + 1)} - taken)
+        draw.shuffle(free)
+        yield from free
+        return
+    # Any id at all: nearly every one drawn is free.
+    for _ in range(_DRAWN):
+        vmid = draw.randint(*draw.choice(settings.vmid_ranges))
+        if vmid not in taken:
+            taken.add(vmid)
             yield vmid
-        seen.add(vmid)
-        if len(seen) > _DRAWN:
-            return
 
 
 def _in_pools(host: PveHost) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve.creation import Created, NoFreeId, _free_ids, guest_name
+from pytest_nestedpve.creation import Created, NoFreeId, free_ids, guest_name
 from pytest_nestedpve.ownership import TAG, Marker, new_uuid, pool_name
 from pytest_nestedpve.pve.answers import text
 from pytest_nestedpve.pve.api import call_limit
@@ -33,7 +33,7 @@ def clone_marked(
     """
     name, node = guest_name(settings, run, role), host.node
     full = False
-    for vmid, _ in zip(_free_ids(host, settings), range(_TRIES), strict=False):
+    for vmid, _ in zip(free_ids(host, settings), range(_TRIES), strict=False):
         marker = Marker(run.id, vmid, new_uuid(), role)
         call: dict[str, Any] = {
             "newid": vmid, "name": name, "pool": pool_name(settings, run), "description": marker.to_text(),

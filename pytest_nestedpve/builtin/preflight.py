@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pytest_nestedpve.creation import free_ids
 from pytest_nestedpve.pve.answers import entries, flag, mapping, text, whole
 from pytest_nestedpve.pve.errors import ApiError, NoPve, PveError, SshError
 from pytest_nestedpve.pve.host import PveHost
@@ -119,7 +120,7 @@ def _look(looker: _Looker, env: Environment, host: PveHost) -> dict[str, Any]:
     if storage is not None:
         _space(looker, settings, storage)
     bridge = _bridge(looker, host, node, settings)
-    _free_id(looker, settings, guests)
+    _free_id(looker, host, settings)
     _pool_parent(looker, host, settings)
     return {
         "version": version,
@@ -470,15 +471,14 @@ def _template(
     return whole(same[0].get("vmid"))
 
 
-def _free_id(looker: _Looker, settings: Settings, guests: list[dict[str, Any]]) -> None:
-    taken = {vmid for each in guests if (vmid := whole(each.get("vmid"))) is not None}
-    for low, high in settings.vmid_ranges:
-        inside = sum(low <= vmid <= high for vmid in taken)
-        if inside < high - low + 1:
-            return
+def _free_id(looker: _Looker, host: PveHost, settings: Settings) -> None:
+    free = looker.ask("VM id", lambda: next(free_ids(host, settings), 0))
+    if free != 0:
+        return
     ranges = ", ".join(f"{low}-{high}" for low, high in settings.vmid_ranges)
     looker.add(
-        "VM id", f"a free id in {ranges} ({settings.origin('vmid_range')})", "all of them are taken",
+        "VM id", f"a free id in {ranges} ({settings.origin('vmid_range')})",
+        "all of them are taken: by guests, by volumes on a storage, or in a pool",
         "See what earlier runs left (`pytest --nested-destroy-only --nested-dry-run`), or set another "
         "nested_pve_vmid_range.",
     )  # fmt: skip

@@ -192,6 +192,19 @@ def test_a_full_range_is_told(environment: Make, host: MemoryHost) -> None:
     only(environment(vmid_ranges=((99900, 99901),)), "99900-99901", "all of them are taken")
 
 
+def test_a_range_full_of_leftover_volumes_and_pool_members_is_told(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.state["volumes"]["local:99900/vm-99900-disk-0.raw"] = {
+            "content": "images", "format": "raw", "size": 1, "vmid": 99900,
+        }  # fmt: skip
+        model.state["pools"]["theirs"] = {"comment": "", "vms": [99901]}
+    env = environment(vmid_ranges=((99900, 99901),))
+    only(env, "99900-99901", "by volumes on a storage, or in a pool")
+    preflight(environment(vmid_ranges=((99900, 99902),)))
+
+
 def test_nested_virtualisation_that_is_off_is_told(environment: Make, host: MemoryHost) -> None:
     with host.open() as model:
         model.state["files"][NESTED] = "N\n"

@@ -435,8 +435,9 @@ def test_an_id_that_stands_in_a_pool_without_a_vm_is_never_drawn(
 
 
 @pytest.mark.usefixtures("memory")
-def test_a_full_range_is_an_error_that_says_so(env: Environment) -> None:
-    settings = dataclasses.replace(env.settings, vmid_ranges=((LOW, LOW),))
+@pytest.mark.parametrize("ranges", [((LOW, LOW),), ((LOW, LOW), (LOW, LOW))], ids=["one", "overlapping"])
+def test_a_full_range_is_an_error_that_says_so(env: Environment, ranges: tuple[tuple[int, int], ...]) -> None:
+    settings = dataclasses.replace(env.settings, vmid_ranges=ranges)
     foreign(env, LOW, "somebodys")
     with pytest.raises(NoFreeId, match=f"{LOW}-{LOW}"):
         create_marked(env.outer, env.run, settings)
