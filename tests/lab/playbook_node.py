@@ -106,28 +106,21 @@ class Node:
         self.father(
             f"qm create {self.vmid} --name {self.name} --memory 4096 --agent 1 --net0 virtio,bridge=vmbr0"
             f" --scsi0 local:0,import-from={IMAGE},format=qcow2 --boot order=scsi0 --ide2 local:cloudinit"
-            f" --ciuser root --sshkeys /root/playbooks.pub --ipconfig0 ip=dhcp --cicustom vendor=local:snippets/{snippet}"
+            f" --ciuser root --sshkeys /root/playbooks.pub --ipconfig0 ip=dhcp"
+            f" --cicustom vendor=local:snippets/{snippet}"
         )
 
     def start(self) -> None:
         self.father(f"qm start {self.vmid}")
         self.arrive()
 
-    def clone(self, vmid: int, name: str) -> Node:
-        """A full copy under another name, not started; this VM has to be stopped."""
-        self.father(f"qm clone {self.vmid} {vmid} --name {name} --full 1")
+    def clone(self, vmid: int, name: str, snapshot: str) -> Node:
+        """A full copy of a snapshot under another name, not started."""
+        self.father(f"qm clone {self.vmid} {vmid} --name {name} --full 1 --snapname {snapshot}")
         return Node(self.lab, vmid, name, self.dir, variables=self.variables)
 
     def snapshot(self, name: str) -> None:
         self.father(f"qm snapshot {self.vmid} {name}")
-
-    def rollback(self, name: str) -> None:
-        """Back to a snapshot, and up again."""
-        self.father(f"qm stop {self.vmid}; qm rollback {self.vmid} {name}")
-        self.start()
-
-    def destroy(self) -> None:
-        self.father(f"qm stop {self.vmid}; qm destroy {self.vmid}")
 
     def arrive(self, seconds: float = 60.0) -> None:
         """Wait until the agent tells an IPv4 address, pin the host key that it tells, wait for cloud-init."""
@@ -135,7 +128,8 @@ class Node:
         # The agent starts more than once at a first boot: by its package, by its unit.
         asked = (
             f"qm guest cmd {self.vmid} network-get-interfaces &&"
-            f" pvesh get /nodes/$(hostname)/qemu/{self.vmid}/agent/file-read --file /etc/ssh/ssh_host_ed25519_key.pub --output-format json"
+            f" pvesh get /nodes/$(hostname)/qemu/{self.vmid}/agent/file-read"
+            " --file /etc/ssh/ssh_host_ed25519_key.pub --output-format json"
         )
 
         def told() -> tuple[str, str] | None:
@@ -179,6 +173,13 @@ class Node:
     def true(self, command: str) -> bool:
         """Whether the node's root shell takes `command` for true."""
         return self.ask(command).returncode == 0
+
+    def await_answer(self, command: str, seconds: float = 30.0) -> None:
+        """Until `command` is true on the node, which may be out of reach meanwhile."""
+        wait_until(
+            lambda: self.true(f"timeout 5 sh -c {shlex.quote(command)}"),
+            deadline=Deadline(seconds), what=command, interval=(0.2, 0.5),
+        )  # fmt: skip
 
     def reboot(self) -> None:
         """As its administrator does it; back when it is another boot."""

@@ -24,6 +24,19 @@ ip -4 -br address; ip -4 route
 systemctl is-active systemd-networkd systemd-resolved; resolvectl dns eth0
 """
 
+NETPLAN = """\
+network:
+  version: 2
+  ethernets: {{eth0: {{}}}}
+  bridges:
+    vmbr0:
+      interfaces: [eth0]
+      addresses: [{own}/24]
+      routes: [{{to: default, via: {net}.1}}]
+      nameservers: {{addresses: [{net}.1]}}
+"""
+ADDRESSES = "ip -4 -br address | grep -v ^lo; ip -4 route show default"
+
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[LabInfo]:
@@ -157,6 +170,81 @@ def bridged(installed: Installed) -> Bridged:
     )
 
 
+@dataclass(frozen=True)
+class Changed:
+    """A clone of the installed node: a bridge that netplan made, then another address, a static one."""
+
+    node: Node
+    own: str
+    wanted: str
+    lock: str
+    kept: Played
+    kept_network: str
+    cut: Played
+    second: Played
+    network: str
+    hosts: str
+    certificate: str
+    third: Played
+    after_reboot: str
+    refused: Played
+    put_back: str
+
+
+@pytest.fixture(scope="module")
+def changed(installed: Installed) -> Changed:
+    node = installed.node.clone(9912, "elsewhere", "installed")
+    node.start()
+    own, net = node.ip, node.ip.rpartition(".")[0]
+    node.sh(
+        "rm /etc/netplan/*; umask 077; cat > /etc/netplan/10-own.yaml;"
+        " echo 'network: {config: disabled}' > /etc/cloud/cloud.cfg.d/10-own.cfg; netplan generate",
+        data=NETPLAN.format(own=own, net=net),
+    )
+    node.sh(
+        "systemd-run --on-active=0.2 --timer-property=AccuracySec=50ms systemctl restart systemd-networkd"
+    )
+    node.await_answer("ip -4 -br address show dev vmbr0 | grep -q . && getent hosts download.proxmox.com")
+    kept = node.done("nested-pve-network.yml")
+    kept_network = node.sh("ls /etc/netplan /etc/network; systemctl is-active systemd-networkd; " + ADDRESSES)
+    lock = node.sh(
+        "export IFUPDOWN2_NO_IFRELOAD=1; apt-get -qy install ifupdown2 isc-dhcp-client >/dev/null 2>&1;"
+        " test -e /run/network || echo missing; ifreload -a 2>&1; echo rc $?"
+    )
+    wanted = f"{net}.{240 if own != f'{net}.240' else 241}"
+    static = {
+        "nested_pve_network_mode": "static",
+        "nested_pve_address": f"{wanted}/24",
+        "nested_pve_gateway": f"{net}.1",
+        "pve_repository_url": node.variables["pve_repository_url"],
+    }
+    cut = node.play("nested-pve-network.yml", **static, nested_pve_network_reconnect_timeout=2)
+    node.arrive()
+    second = node.done("nested-pve-network.yml", **static)
+    seen = {
+        "network": node.sh(ADDRESSES),
+        "hosts": node.sh("getent ahostsv4 $(hostname)"),
+        "certificate": node.sh("openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -ext subjectAltName"),
+    }
+    third = node.done("nested-pve-network.yml", **static)
+    node.reboot()
+    after_reboot = node.sh(
+        "systemctl is-active pve-cluster; getent hosts download.proxmox.com; getent ahostsv4 $(hostname);"
+        + ADDRESSES
+    )
+    # Too long for a link's name, which nobody notices before the old network is gone.
+    refused = node.play(
+        "nested-pve-network.yml",
+        nested_pve_bridge="vmbr-much-too-long",
+        nested_pve_network_takeover_timeout=2,
+    )
+    put_back = node.sh(ADDRESSES)
+    return Changed(
+        node, own, wanted, lock, kept, kept_network, cut, second, **seen, third=third,
+        after_reboot=after_reboot, refused=refused, put_back=put_back,
+    )  # fmt: skip
+
+
 # -- the traps themselves: the lab has them
 
 
@@ -268,3 +356,70 @@ def test_pve_cluster_starts_though_cloud_init_wrote_the_hosts_file_anew(bridged:
 def test_a_second_run_of_the_network_changes_nothing(bridged: Bridged) -> None:
     assert bridged.second.told_changes() == []
     assert bridged.second.changed == 0
+
+
+# -- nested-pve-network.yml where a bridge is there already; by a static address
+
+
+def test_a_bridge_that_is_there_with_the_address_is_left_alone(changed: Changed) -> None:
+    assert [task for task in changed.kept.told_changes() if "nested_pve_network" in task] == []
+    assert "10-own.yaml" in changed.kept_network
+    assert "\nactive\n" in changed.kept_network
+    assert f"vmbr0            UP             {changed.own}/24" in changed.kept_network
+    assert "interfaces\n" not in changed.kept_network
+
+
+def test_a_clone_with_a_new_name_and_address_is_mended(changed: Changed) -> None:
+    tasks = changed.kept.told_changes()
+    assert "nested_pve_identity : Put the name at its address" in tasks
+    assert "nested_pve_identity : Start pmxcfs anew" in tasks
+    assert "nested_pve_identity : Renew the certificate" in tasks
+
+
+def test_ifreload_takes_a_missing_run_network_for_another_instance_and_the_takeover_does_not(
+    changed: Changed,
+) -> None:
+    """The trap as it is met, without the cure; with it, the same packages took the network over."""
+    assert changed.lock.splitlines()[0] == "missing"
+    assert "Another instance of this program is already running" in changed.lock
+    assert changed.lock.endswith("rc 89")
+    assert changed.wanted in changed.network
+
+
+def test_a_static_address_replaces_the_one_before(changed: Changed) -> None:
+    assert changed.node.ip == changed.wanted
+    address, route = changed.network.splitlines()
+    assert address.split() == ["vmbr0", "UP", f"{changed.wanted}/24"]
+    assert "dev vmbr0" in route
+
+
+def test_with_the_address_the_playbook_loses_the_node_and_a_second_run_goes_on(changed: Changed) -> None:
+    assert changed.cut.rc != 0
+    assert "Wait for the node to answer" in changed.cut.output
+    assert [task for task in changed.second.told_changes() if "nested_pve_network" in task] == []
+
+
+def test_hosts_file_and_certificate_follow_a_changed_address(changed: Changed) -> None:
+    assert {line.split()[0] for line in changed.hosts.splitlines()} == {changed.wanted}
+    assert f"IP Address:{changed.wanted}," in changed.certificate
+    assert changed.own not in changed.certificate
+
+
+def test_a_second_run_with_a_static_address_changes_nothing(changed: Changed) -> None:
+    assert changed.third.told_changes() == []
+    assert changed.third.changed == 0
+
+
+def test_a_static_address_and_its_names_survive_a_reboot(changed: Changed) -> None:
+    lines = changed.after_reboot.splitlines()
+    assert lines[0] == "active"
+    assert "download.proxmox.com" in lines[1]
+    assert lines[2].split()[0] == changed.wanted
+    assert lines[-2].split() == ["vmbr0", "UP", f"{changed.wanted}/24"]
+    assert lines[-1].startswith("default via")
+
+
+def test_a_takeover_that_fails_puts_the_old_network_back(changed: Changed) -> None:
+    assert changed.refused.rc != 0
+    assert "got no address within 2 s" in changed.refused.output
+    assert changed.put_back == "\n".join(changed.after_reboot.splitlines()[-2:])
