@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import queue
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_nestedpve import zombies
 from pytest_nestedpve.discovery import Candidate
 from pytest_nestedpve.ownership import Proof, prove
+from pytest_nestedpve.parallel import in_parallel
 from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import (
-    ApiError,
     BadParameter,
     CommandTimeout,
-    GuestNotFound,
     InUse,
     NotFound,
     PermissionDenied,
@@ -28,9 +24,9 @@ from pytest_nestedpve.pve.errors import (
 )
 from pytest_nestedpve.pve.tasks import parse_upid, wait_task
 from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.volumes import Volumes
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.pve.api import Api
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
 
@@ -39,9 +35,6 @@ BUDGET = 180.0
 """Seconds for one VM, retries included."""
 UNKNOWN_TASK = 30.0
 """Seconds that a bare lock with a running task, perhaps of a call of ours that was cut off, is waited for."""
-
-_DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
-_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:\S+\Z")
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def destroy(
     is tried again after the rest, for as long as that changes something.
     """
 
-    volumes = _Volumes(host.api)
+    volumes = Volumes(host.api)
 
     def one(candidate: Candidate) -> Outcome:
         try:
@@ -100,41 +93,12 @@ def destroy(
             if extra < 0:
                 break
         waiting = [each for each in waiting if each.vmid in left]
-    for vmid, stays in volumes.sweep([each for each in outcomes.values() if each.result == "gone"]):
-        outcomes[vmid] = replace(
-            outcomes[vmid], result="left", reason=f"volumes left: {', '.join(stays)}", again=False
-        )
+    gone = {vmid: each.node for vmid, each in outcomes.items() if each.result == "gone"}
+    for vmid, stays in volumes.sweep(gone):
+        outcomes[vmid] = replace(outcomes[vmid], result="left", reason=stays, again=False)
         if told is not None:
             told(outcomes[vmid])
     return [outcomes[each.vmid] for each in candidates]
-
-
-def in_parallel(
-    function: Callable[[Candidate], Outcome], items: Sequence[Candidate], width: int
-) -> list[Outcome]:
-    """`function` of each, `width` at a time, in order. Its threads do not outlive the process: whoever gives
-    up on a teardown is not held up by them."""
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(items)):
-        todo.put(index)
-    results: dict[int, Outcome] = {}
-
-    def work() -> None:
-        while True:
-            try:
-                index = todo.get_nowait()
-            except queue.Empty:
-                return
-            results[index] = function(items[index])
-
-    threads = [
-        threading.Thread(target=work, name=f"destroy-{n}", daemon=True) for n in range(min(width, len(items)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[index] for index in range(len(items))]
 
 
 class _Target:
@@ -148,7 +112,7 @@ class _Target:
         candidate: Candidate,
         ours: frozenset[str],
         deadline: Deadline,
-        volumes: _Volumes,
+        volumes: Volumes,
     ) -> None:
         self.host, self.api, self.settings, self.run_id = host, host.api, settings, run_id
         self.candidate, self.vmid, self.node = candidate, candidate.vmid, candidate.node
@@ -178,6 +142,7 @@ class _Target:
             return None
 
     def _round(self) -> Outcome | None:
+        self.volumes.look(self.node)
         waits = self._waits()
         proof = self._prove()
         if proof.gone:
@@ -268,94 +233,3 @@ class _Target:
             skiplock=True,
             digest=proof.config_digest,
         )
-
-
-class _Volumes:
-    """The volumes of the VMs that go: listed once before the first blow, and looked for after the last."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-        self._lock = threading.Lock()
-        self._listed: dict[str, dict[int, list[str]]] = {}
-        self._doubtful: set[str] = set()
-        self._noted: dict[int, tuple[str, list[str]]] = {}
-
-    def note(self, node: str, vmid: int, config: Mapping[str, Any]) -> None:
-        """Remember what its configuration names, and what storages hold for its id. Raises PveError.
-
-        An id is only ever taken when no storage holds a volume of it, so what is there now came with the VM
-        (an import that was cut off leaves a volume that no configuration names). Not so on a shared storage,
-        where a guest of another cluster may have the same id: there such a volume is told, and stays.
-        """
-        with self._lock:
-            if node not in self._listed:
-                self._listed[node] = self._list(node)
-            named = volumes_of(config, vmid)
-            self._doubtful -= set(named)
-            found = [*named, *self._listed[node].get(vmid, ())]
-            known = self._noted.get(vmid, (node, []))[1]
-            self._noted[vmid] = (node, list(dict.fromkeys([*known, *found])))
-
-    def _list(self, node: str) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        path = f"/nodes/{node}/storage"
-        for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
-            name = storage.get("storage")
-            if isinstance(name, str) and whole(storage.get("active", 1)) != 0:
-                call = f"{path}/{name}/content"
-                try:
-                    listed = entries(self._api.get(call, content="images"), call=f"get {call}")
-                except ApiError:
-                    continue  # a sick storage holds up no teardown; what a configuration names is looked for
-                for each in listed:
-                    vmid = whole(each.get("vmid"))
-                    if vmid is not None and isinstance(each.get("volid"), str):
-                        found.setdefault(vmid, []).append(each["volid"])
-                        if guests.cautious(storage.get("shared")):
-                            self._doubtful.add(each["volid"])
-        return found
-
-    def sweep(self, gone: Iterable[Outcome]) -> Iterator[tuple[int, list[str]]]:
-        """Remove what is left of those VMs' volumes; yields the id and the volumes that stay."""
-        there: dict[str, frozenset[str]] = {}
-        for outcome in gone:
-            node, volumes = self._noted.get(outcome.vmid, (outcome.node, []))
-            stays = []
-            for volid in volumes:
-                path = f"/nodes/{node}/storage/{volid.partition(':')[0]}/content"
-                try:
-                    if path not in there:
-                        there[path] = self._content(path)
-                    if volid in there[path] and volid in self._doubtful:
-                        stays.append(f"{volid} (on a shared storage, and no configuration of ours names it)")
-                    elif volid in there[path]:
-                        stays += self._remove(node, outcome.vmid, path, volid)
-                except PveError as e:
-                    stays.append(f"{volid} ({e})")
-            if stays:
-                yield outcome.vmid, stays
-
-    def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
-        try:
-            guests.guest_config(self._api, node, vmid)
-            return [f"{volid} (the id is in use again)"]
-        except GuestNotFound:
-            pass  # any other error: the id may be in use
-        upid = self._api.delete(f"{path}/{volid}")
-        if isinstance(upid, str) and upid.startswith("UPID:"):
-            wait_task(self._api, upid, timeout=60)
-        return [volid] if volid in self._content(path) else []
-
-    def _content(self, path: str) -> frozenset[str]:
-        try:
-            found = entries(self._api.get(path, content="images"), call=f"get {path}")
-        except NotFound:
-            return frozenset()  # the storage itself is gone
-        return frozenset(str(each.get("volid")) for each in found)
-
-
-def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
-    """The volumes of a configuration that belong to the VM itself, not to another one or to a library."""
-    first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
-    own = re.compile(rf"(?:^|[/:])(?:vm|base|subvol)-{vmid}-")
-    return [volid for volid in first if _VOLID.match(volid) and own.search(volid)]

@@ -13,8 +13,9 @@ import pytest
 from pytest_nestedpve.pve.errors import ApiError, NoPve, PveError
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.cleanup import Row
+    from pytest_nestedpve.destroy import Outcome
     from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.rows import Row
     from pytest_nestedpve.session import NestedSession
     from pytest_nestedpve.settings import Settings
 
@@ -49,7 +50,7 @@ class Job:
         self.settings = settings
         self.rows = rows
         self._host = host
-        self._outcomes: dict[Row, Any] | None = None
+        self._outcomes: dict[Row, Outcome] | None = None
 
     def outcome(self, row: Row) -> tuple[str, str]:
         """("gone" | "foreign" | "left", reason) of a row that is to be destroyed."""
@@ -57,9 +58,10 @@ class Job:
             from pytest_nestedpve.cleanup import execute
 
             assert self._host is not None
-            self._outcomes = {}
+            # As they come: an interrupted session still writes what became of those that were reached.
+            outcomes = self._outcomes = {}
             with self.nested.unlimited():
-                self._outcomes = execute(self._host, self.settings, self.rows)
+                execute(self._host, self.settings, self.rows, told=outcomes.__setitem__)
         found = self._outcomes.get(row)
         return (found.result, found.reason) if found is not None else ("left", "it was not reached")
 

@@ -40,6 +40,7 @@ def new_state(node: str) -> State:
         "commands": [],
         "faults": [],
         "sticky": [],
+        "forgotten": [],
         "agent_answers": True,
         "storages": {
             "local": {
@@ -258,7 +259,7 @@ class Model:
         for volid in volids(vm["config"]):
             if volid in self.state["sticky"]:
                 warnings += 1
-            else:
+            elif volid not in self.state["forgotten"]:
                 self.state["volumes"].pop(volid, None)
         return warnings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,28 @@ def test_a_vm_that_cannot_be_destroyed_fails_and_is_status_1(killed: Project) ->
     assert "is still there: " in result.output
     assert "Traceback" not in result.output
     assert rows(killed, result)[0]["outcome"] == "left"
+
+
+def test_an_interrupted_clean_up_ends_at_once_and_says_how_far_it_came(killed: Project) -> None:
+    stranger(killed, 99950, name="nested-pve-old")
+    killed.slow(qmdestroy=600)
+    with killed.host().open() as model:
+        mine = next(int(vmid) for vmid in model.state["vms"] if vmid != "99950")
+    process = killed.start(ONLY, "--nested-yes", "--nested-json", "out.json")
+    pause = threading.Event()
+    for vmid in (mine, 99950):
+        sent = f"DELETE /nodes/father/qemu/{vmid}"
+        for _ in range(600):
+            with killed.host().open() as model:
+                if sent in model.state["commands"]:
+                    break
+            assert process.poll() is None, process.communicate()[0]
+            pause.wait(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    result = Result(process.returncode, output)
+    assert result.ret == 2, output
+    assert {row["vmid"]: row["outcome"] for row in rows(killed, result)} == {mine: "left", 99950: "left"}
 
 
 def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.cleanup import Row, execute, plan
+from pytest_nestedpve.cleanup import execute, plan
 from pytest_nestedpve.creation import create_marked
 from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name, renew
+from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.rows import Row
 from pytest_nestedpve.run import Run, SessionLock
 from pytest_nestedpve.settings import Settings
 
@@ -163,6 +166,89 @@ def test_a_look_alike_that_changed_since_it_was_judged_stays(
     outcomes = execute(host, settings, rows)
     assert [each.result for each in outcomes.values()] == ["foreign"]
     assert memory.configuration(VMID) == before
+
+
+def pooled(model: Any) -> None:
+    model.state["pools"]["prod"] = {"comment": "", "vms": [VMID]}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (pooled, "in the pool prod"),
+        (lambda model: model.state["backup"].append({"id": "b", "vmid": str(VMID)}), "job names it"),
+        (lambda model: model.state["replication"].append({"id": "r", "guest": VMID}), "job names it"),
+        (lambda model: model.state["ha"].append(f"vm:{VMID}"), "HA"),
+    ],
+    ids=["pool", "backup", "replication", "HA"],
+)
+@pytest.mark.parametrize("when", ["before it is touched", "while it is stopped"])
+def test_a_look_alike_that_others_began_to_count_on_stays(
+    host: PveHost,
+    memory: MemoryHost,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], None],
+    why: str,
+    when: str,
+) -> None:
+    """None of this changes the digest of its configuration."""
+    stranger(host)
+    guests.start(host.api, "father", VMID)
+    rows = plan(host, settings)
+    before = memory.configuration(VMID)
+    stop, stops = guests.stop, []
+
+    def stopped(*given: Any, **more: Any) -> Any:
+        stops.append(given)
+        with memory.open() as model:
+            change(model)
+        return stop(*given, **more)
+
+    if when == "before it is touched":
+        with memory.open() as model:
+            change(model)
+    else:
+        monkeypatch.setattr(guests, "stop", stopped)
+    (outcome,) = execute(host, settings, rows).values()
+    assert outcome.result == "foreign"
+    assert why in outcome.reason
+    assert memory.configuration(VMID) == before
+    assert len(stops) == (when == "while it is stopped")
+    with memory.open() as model:
+        assert model.state["vms"][str(VMID)]["running"] == (when == "before it is touched")
+
+
+def test_volumes_that_a_look_alike_leaves_are_told(
+    host: PveHost, memory: MemoryHost, settings: Settings
+) -> None:
+    stranger(host)
+    named, other = f"local:{VMID}/vm-{VMID}-disk-0.raw", f"local:{VMID}/vm-{VMID}-disk-7.raw"
+    with memory.open() as model:
+        assert named in model.state["volumes"]
+        model.state["sticky"].append(named)
+        model.state["volumes"][other] = dict(model.state["volumes"][named])
+    (outcome,) = execute(host, settings, plan(host, settings)).values()
+    assert outcome.result == "left"
+    assert named in outcome.reason
+    # It may have been there before the VM, which is not known to be ours.
+    assert f"{other} (no configuration names it)" in outcome.reason
+    with memory.open() as model:
+        assert str(VMID) not in model.state["vms"]
+        assert {named, other} <= set(model.state["volumes"])
+
+
+def test_a_volume_that_a_destroy_forgot_goes_after_it(
+    host: PveHost, memory: MemoryHost, settings: Settings
+) -> None:
+    stranger(host)
+    volid = f"local:{VMID}/vm-{VMID}-disk-0.raw"
+    rows = plan(host, settings)
+    with memory.open() as model:
+        model.state["forgotten"] = [volid]
+    assert [each.result for each in execute(host, settings, rows).values()] == ["gone"]
+    with memory.open() as model:
+        assert volid not in model.state["volumes"]
 
 
 def test_no_delete_queues_behind_a_task_of_a_look_alike(

@@ -1,0 +1,216 @@
+"""VMs without a marker that look like ours: rules that err on keeping, and their end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve import zombies
+from pytest_nestedpve.destroy import Outcome
+from pytest_nestedpve.ownership import (
+    TAG,
+    host_clock,
+    in_range,
+    marker_lines,
+    name_matches,
+    parse_marker,
+)
+from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve.errors import GuestNotFound, PveError
+from pytest_nestedpve.rows import Row
+from pytest_nestedpve.volumes import Volumes
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.guests import Guest
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.settings import Settings
+
+OLD = 7 * 24 * 3600
+"""Seconds after which a VM without a marker is taken for somebody's own."""
+
+
+def rows(
+    host: PveHost, settings: Settings, known: set[int | None], extra: frozenset[int], now: int
+) -> list[Row]:
+    """The candidates that are in no run's pool (`known` are those that are) and what would become of each.
+
+    Name and id make a candidate; for the ids in `extra` neither counts. `now` is the host's clock. Raises
+    PveError.
+    """
+    found = []
+    jobs: _Jobs | None = None
+    for guest in guests.list_guests(host.api):
+        if guest.vmid in known:
+            continue
+        asked = guest.vmid in extra
+        if not asked and (not in_range(settings, guest.vmid) or (settings.any_id and guest.kind != "qemu")):
+            continue
+        if not asked and guest.name is not None and not name_matches(settings, guest.name):
+            continue
+        jobs = jobs or _Jobs.read(host)
+        row = _row(host, settings, guest, asked, jobs, now)
+        if row is not None:
+            found.append(row)
+    return found
+
+
+def _row(host: PveHost, settings: Settings, guest: Guest, asked: bool, jobs: _Jobs, now: int) -> Row | None:
+    row = Row(
+        guest.vmid, guest.node, guest.name or f"VM {guest.vmid}", None, None, None, None, "keep", "", ask=True
+    )
+    if guest.kind != "qemu":
+        return row.kept("it is a container", owed=False) if asked or guest.name else None
+    try:
+        config = guests.guest_config(host.api, guest.node, guest.vmid)
+    except GuestNotFound:
+        return None
+    except PveError as e:
+        return row.kept(f"its configuration cannot be read: {e}", owed=False)
+    name = config.get("name")
+    if not asked and not name_matches(settings, name):
+        return None
+    row = replace(
+        row, name=str(name or row.name), digest=str(config.get("digest") or ""), created=_created(config)
+    )
+    marker = parse_marker(config.get("description"))
+    if marker is not None:
+        return replace(row, run=marker.run).kept(
+            f"its marker names run {marker.run}, but it is not in that run's pool", owed=False
+        )
+    if marker_lines(config.get("description")):
+        return row.kept("its marker is malformed", owed=False)
+    if settings.any_id and not asked:
+        return None  # with the range `any` only marked VMs are candidates
+    why = _why_kept(host, guest, config, jobs, now)
+    if why:
+        return row.kept(f"no marker, and {why}", owed=False)
+    if not settings.force_stop and guest.status != "stopped":
+        return row.kept("no marker; it runs, and force_stop is off")
+    source = "named by the context file" if asked else "its name and id match"
+    return replace(row, verdict="destroy", reason=f"no marker, but {source}")
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Who else counts on guests: backup jobs, replication, HA."""
+
+    everything: bool
+    listed: frozenset[int]
+
+    @classmethod
+    def read(cls, host: PveHost) -> _Jobs:
+        everything, listed = False, set()
+        for job in entries(host.api.get("/cluster/backup"), call="get /cluster/backup"):
+            everything = everything or guests.cautious(job.get("all"))
+            listed |= {
+                int(part) for part in re.split(r"[,;\s]+", str(job.get("vmid") or "")) if part.isdigit()
+            }
+        for job in entries(host.api.get("/cluster/replication"), call="get /cluster/replication"):
+            if str(job.get("guest") or "").isdigit():
+                listed.add(int(job["guest"]))
+        return cls(everything, frozenset(listed))
+
+
+def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Jobs, now: int) -> str:
+    """The first thing that speaks against destroying a VM without a marker; empty if nothing does."""
+    cautious = guests.cautious
+    status = host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/status/current")
+    managed = status.get("ha") if isinstance(status, dict) else None
+    created = _created(config)
+    tags = [t for t in guests.read_tags(config.get("tags")) if t != TAG and not t.startswith("npve-")]
+    snapshots = [
+        each
+        for each in entries(
+            host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/snapshot"), call="get snapshots"
+        )
+        if each.get("name") != "current"
+    ]
+    reasons = (
+        (cautious(config.get("template")), "it is a template"),
+        (cautious(config.get("protection")), "it is protected"),
+        (bool(config.get("lock")), f"it is locked ({config.get('lock')})"),
+        (cautious(config.get("onboot")), "it starts with the host"),
+        (guest.pool is not None, f"it is in the pool {guest.pool}"),
+        (bool(snapshots), "it has snapshots"),
+        (guest.vmid in jobs.listed, "a backup or replication job names it"),
+        (jobs.everything, "a backup job takes all VMs"),
+        (not isinstance(managed, dict) or cautious(managed.get("managed", 1)), "HA may manage it"),
+        (bool(tags), f"it has the tag {tags[0] if tags else ''}"),
+        (bool(str(config.get("description") or "").strip()), "it has a description"),
+        (created is None, "its age is not known"),
+        (created is not None and now - created > OLD, "it is older than 7 days"),
+    )
+    return next((text for holds, text in reasons if holds), "")
+
+
+def _created(config: Mapping[str, Any]) -> int | None:
+    match = re.search(r"(?:^|,)ctime=(\d{9,12})(?:,|$)", str(config.get("meta") or ""))
+    return int(match[1]) if match else None
+
+
+def end(host: PveHost, settings: Settings, row: Row) -> Outcome:
+    """Destroy the VM of a row if all that was judged still holds, each time before it is touched; its volumes
+    are looked for afterwards. Never raises."""
+    assert row.vmid is not None
+    try:
+        volumes = Volumes(host.api)
+        outcome = _end(host, settings, row, row.vmid, volumes)
+        for _, stays in volumes.sweep({row.vmid: row.node} if outcome.result == "gone" else {}):
+            return replace(outcome, result="left", reason=stays)
+        return outcome
+    except Exception as e:
+        return Outcome(row.vmid, row.node, "left", f"{type(e).__name__}: {e}")
+
+
+def _end(host: PveHost, settings: Settings, row: Row, vmid: int, volumes: Volumes) -> Outcome:
+    def outcome(result: str, reason: str = "") -> Outcome:
+        return Outcome(vmid, row.node, result, reason)
+
+    volumes.look(row.node)
+    try:
+        volumes.note(row.node, vmid, _as_judged(host, row, vmid), marked=False)
+        if guests.guest_status(host.api, row.node, vmid) != "stopped":
+            if not settings.force_stop:
+                return outcome("left", "it runs, and force_stop is off")
+            guests.stop(host.api, row.node, vmid)
+        # A delete is never sent to queue behind a task: what then has the id may be another VM.
+        running = zombies.running_tasks(host.api, row.node, vmid)
+        if running:
+            return outcome("left", f"the task {running[0]} works on it")
+        # Nothing is between this and the call.
+        _as_judged(host, row, vmid)
+        guests.destroy(host.api, row.node, vmid)
+        # Its task ended well; the configuration says whether it is gone, and may be another VM's by now.
+        after = guests.guest_config(host.api, row.node, vmid)
+    except _NotAsJudged as e:
+        return outcome("foreign", str(e))
+    except GuestNotFound:
+        return outcome("gone")
+    if str(after.get("digest")) == row.digest:
+        return outcome("left", "its destroy ended well, and yet it is there")
+    return outcome("gone")
+
+
+class _NotAsJudged(Exception):
+    """Something about the VM has changed that speaks for keeping it."""
+
+
+def _as_judged(host: PveHost, row: Row, vmid: int) -> Mapping[str, Any]:
+    """The configuration, when nothing has changed. Pools, jobs and HA are not in its digest: they are asked
+    again, the configuration last. Raises _NotAsJudged, GuestNotFound, PveError."""
+    guest = next((each for each in guests.list_guests(host.api) if each.vmid == vmid), None)
+    if guest is not None and (guest.kind, guest.node) != ("qemu", row.node):
+        raise _NotAsJudged(f"its id is a {guest.kind} guest on {guest.node} now")
+    jobs, now = _Jobs.read(host), host_clock(host)
+    config = guests.guest_config(host.api, row.node, vmid)
+    if guest is None:
+        raise _NotAsJudged("the host lists no such guest, and yet it has a configuration")
+    why = _why_kept(host, guest, config, jobs, now)
+    if why:
+        raise _NotAsJudged(f"since it was judged, {why}")
+    if not row.digest or str(guests.guest_config(host.api, row.node, vmid).get("digest")) != row.digest:
+        raise _NotAsJudged("its configuration changed since it was judged")
+    return config

@@ -1,0 +1,132 @@
+"""The volumes of VMs that are destroyed: listed before the first blow, looked for after the last."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.errors import ApiError, GuestNotFound, NotFound, PveError
+from pytest_nestedpve.pve.tasks import wait_task
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.api import Api
+
+_DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
+_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:\S+\Z")
+
+
+@dataclass
+class _Noted:
+    """What goes with one VM: volumes, each with what speaks against removing it (None: nothing)."""
+
+    node: str
+    volumes: dict[str, str | None] = field(default_factory=dict)
+
+
+class Volumes:
+    """The volumes of the VMs that go: listed once before the first blow, and looked for after the last."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._lock = threading.Lock()
+        self._listed: dict[str, dict[int, list[str]]] = {}
+        self._shared: set[str] = set()
+        self._noted: dict[int, _Noted] = {}
+
+    def look(self, node: str) -> None:
+        """List what the node's storages hold, if that has not been done. Raises PveError."""
+        with self._lock:
+            if node not in self._listed:
+                self._listed[node] = self._list(node)
+
+    def note(self, node: str, vmid: int, config: Mapping[str, Any], *, marked: bool = True) -> None:
+        """Remember what its configuration names, and what storages hold for its id. Raises PveError.
+
+        An id is only ever taken when no storage holds a volume of it, so what is there came with a VM that is
+        `marked` (an import that was cut off leaves a volume that no configuration names). Not so beside a VM
+        without a marker, and not on a shared storage, where a guest of another cluster may have the same id:
+        there such a volume is told, and stays.
+        """
+        self.look(node)
+        named = volumes_of(config, vmid)
+        with self._lock:
+            known = self._noted.setdefault(vmid, _Noted(node))
+            known.node = node
+            known.volumes |= dict.fromkeys(named)
+            for volid in self._listed[node].get(vmid, ()):
+                if volid in self._shared:
+                    known.volumes.setdefault(
+                        volid, "on a shared storage, and no configuration of ours names it"
+                    )
+                else:
+                    known.volumes.setdefault(volid, None if marked else "no configuration names it")
+
+    def _list(self, node: str) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        path = f"/nodes/{node}/storage"
+        for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
+            name = storage.get("storage")
+            if isinstance(name, str) and whole(storage.get("active", 1)) != 0:
+                call = f"{path}/{name}/content"
+                try:
+                    listed = entries(self._api.get(call, content="images"), call=f"get {call}")
+                except ApiError:
+                    continue  # a sick storage holds up no teardown; what a configuration names is looked for
+                for each in listed:
+                    vmid = whole(each.get("vmid"))
+                    if vmid is not None and isinstance(each.get("volid"), str):
+                        found.setdefault(vmid, []).append(each["volid"])
+                        if guests.cautious(storage.get("shared")):
+                            self._shared.add(each["volid"])
+        return found
+
+    def sweep(self, gone: Mapping[int, str]) -> Iterator[tuple[int, str]]:
+        """Remove what is left of the volumes of VMs that are gone (id and node); of each that still has some,
+        yields its id and a text about them."""
+        there: dict[str, frozenset[str]] = {}
+        for vmid, node in gone.items():
+            noted = self._noted.get(vmid, _Noted(node))
+            stays = []
+            for volid, doubt in noted.volumes.items():
+                path = f"/nodes/{noted.node}/storage/{volid.partition(':')[0]}/content"
+                try:
+                    if path not in there:
+                        there[path] = self._content(path)
+                    if volid in there[path] and doubt:
+                        stays.append(f"{volid} ({doubt})")
+                    elif volid in there[path]:
+                        stays += self._remove(noted.node, vmid, path, volid)
+                except PveError as e:
+                    stays.append(f"{volid} ({e})")
+            if stays:
+                yield vmid, f"volumes left: {', '.join(stays)}"
+
+    def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
+        try:
+            guests.guest_config(self._api, node, vmid)
+            return [f"{volid} (the id is in use again)"]
+        except GuestNotFound:
+            pass  # any other error: the id may be in use
+        upid = self._api.delete(f"{path}/{volid}")
+        if isinstance(upid, str) and upid.startswith("UPID:"):
+            wait_task(self._api, upid, timeout=60)
+        return [volid] if volid in self._content(path) else []
+
+    def _content(self, path: str) -> frozenset[str]:
+        try:
+            found = entries(self._api.get(path, content="images"), call=f"get {path}")
+        except NotFound:
+            return frozenset()  # the storage itself is gone
+        return frozenset(str(each.get("volid")) for each in found)
+
+
+def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
+    """The volumes of a configuration that belong to the VM itself, not to another one or to a library."""
+    first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
+    own = re.compile(rf"(?:^|[/:])(?:vm|base|subvol)-{vmid}-")
+    return [volid for volid in first if _VOLID.match(volid) and own.search(volid)]

@@ -1,0 +1,71 @@
+"""Several at a time; whoever gives up waiting is not held up by what still works."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pytest_nestedpve.parallel import in_parallel
+
+
+def test_results_come_in_the_order_of_the_items_and_no_more_at_a_time_than_told() -> None:
+    busy, most, lock, together = 0, 0, threading.Lock(), threading.Barrier(3)
+
+    def work(item: int) -> int:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        together.wait(10)
+        with lock:
+            busy -= 1
+        return item * item
+
+    assert in_parallel(work, range(9), 3) == [n * n for n in range(9)]
+    assert most == 3
+    assert in_parallel(work, [], 3) == []
+
+
+def test_an_error_of_one_is_raised_after_the_others_are_through() -> None:
+    done = []
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise KeyError("first")
+        done.append(item)
+
+    with pytest.raises(KeyError, match="first"):
+        in_parallel(work, range(4), 2)
+    assert sorted(done) == [1, 2, 3]
+
+
+WAITS = """
+import sys, threading
+from pytest_nestedpve.parallel import in_parallel
+
+def work(item):
+    print("at work", flush=True)
+    threading.Event().wait()
+
+in_parallel(work, range(4), 2)
+"""
+
+
+def test_an_interrupted_process_ends_whatever_its_threads_wait_for() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in errors
