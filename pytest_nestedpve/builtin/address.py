@@ -12,6 +12,7 @@ from pytest_nestedpve.creation import Created
 from pytest_nestedpve.pve import agent
 from pytest_nestedpve.pve.answers import flag, whole
 from pytest_nestedpve.pve.errors import AgentUnavailable, ApiError, CommandTimeout, NotRunning, PveError
+from pytest_nestedpve.pve.guests import guest_config
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.timing import Deadline, wait_until
 
@@ -39,8 +40,10 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
     wait_until(
         lambda: _answers(host, made),
         deadline=deadline,
-        what=f"the guest agent of VM {made.vmid} to answer. Has the image an agent, or can the VM fetch it "
-        f"(vendor-data, mirror, network)? See its console: `qm terminal {made.vmid}` on {host.name}",
+        what=lambda: (
+            f"the guest agent of VM {made.vmid} to answer. Has the image an agent, or can the VM fetch it "
+            f"(vendor-data, mirror, network)? {_console(host, made)}"
+        ),
         interval=(0.2, 2.0),
     )
     env.progress("waiting for the end of cloud-init")
@@ -126,10 +129,28 @@ def _answers(host: PveHost, made: Created) -> bool:
     # A VM that reboots is stopped for a moment, but its lifetime is not over: qmpstatus says so too late.
     if isinstance(status, dict) and status.get("status") == "stopped" and not _comes_back(host, made):
         raise PveError(
-            f"VM {made.vmid} stopped while its agent was waited for; start it by hand and see its console: "
-            f"`qm terminal {made.vmid}` on {host.name}"
+            f"VM {made.vmid} stopped while its agent was waited for; start it by hand and look why. "
+            + _console(host, made)
         )
     return False
+
+
+def _console(host: PveHost, made: Created) -> str:
+    """Where to see what the guest says, by its configuration: `vm_options` may have taken serial0 away.
+
+    Whether the guest writes to its serial device is its own affair (Debian's cloud images do).
+    """
+    screen = f"the console of VM {made.vmid} in the web interface of {host.name} shows its screen"
+    try:
+        config = guest_config(host.api, made.node, made.vmid)
+    except PveError:
+        config = {}
+    if config.get("serial0") != "socket":
+        return screen[0].upper() + screen[1:]
+    return (
+        f"If the guest uses its serial device, `qm terminal {made.vmid}` on {host.name} shows what it says; "
+        + screen
+    )
 
 
 def _comes_back(host: PveHost, made: Created) -> bool:
@@ -283,7 +304,7 @@ def check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Deadl
     if owner != mac.lower():
         raise Impostor(
             f"the guest with the card {mac} names {ip}, but on {bridge} of {host.name} that address is "
-            f"{owner}'s; nothing was sent there"
+            f"{owner}'s; no login was tried there"
         )
 
 

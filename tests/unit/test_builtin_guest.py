@@ -17,12 +17,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from memory_host import MemoryHost
 
+from pytest_nestedpve import timing
 from pytest_nestedpve.audit import AuditLog
 from pytest_nestedpve.builtin import guest, vendor
-from pytest_nestedpve.builtin.address import Impostor, check_address
+from pytest_nestedpve.builtin.address import Impostor, check_address, wait_ip
 from pytest_nestedpve.builtin.phases import default_phases
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.ownership import parse_marker, prove
+from pytest_nestedpve.pve import agent
+from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.run import Run
@@ -139,6 +142,23 @@ def test_starting_twice_is_no_error_and_the_probe_sees_it_run(make: Make) -> Non
     do(env, "start_vm")
 
 
+@pytest.mark.parametrize("running", [True, False], ids=["silent", "stopped"])
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "no serial"])
+def test_a_guest_whose_agent_stays_silent_is_told_with_the_consoles_that_it_has(
+    make: Make, monkeypatch: pytest.MonkeyPatch, running: bool, serial: bool
+) -> None:
+    monkeypatch.setattr(agent, "ping", lambda *_: False)
+    monkeypatch.setattr(timing, "_scale", 0.02)
+    env = make(vm_options={} if serial else {"serial0": "/dev/ttyS7"})
+    do(env, "preflight", "provision", *(["start_vm"] if running else []))
+    with pytest.raises(PveError) as caught:
+        wait_ip(env, guest.NESTED, 10.0)
+    vmid = env.facts["provision"]["vmid"]
+    assert ("Has the image an agent" if running else "stopped while") in str(caught.value)
+    assert (f"`qm terminal {vmid}` on father" in str(caught.value)) is serial
+    assert f"console of VM {vmid} in the web interface of father" in str(caught.value)
+
+
 def test_an_import_that_fails_leaves_a_vm_that_the_teardown_takes(make: Make, host: MemoryHost) -> None:
     env = make()
     do(env, "preflight")
@@ -202,7 +222,7 @@ def test_an_address_that_belongs_to_the_card_is_accepted() -> None:
 
 
 def test_an_address_of_another_card_is_refused() -> None:
-    with pytest.raises(Impostor, match="nothing was sent there"):
+    with pytest.raises(Impostor, match="no login was tried there"):
         check_address(answering("bc:24:11:99:99:99"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
