@@ -22,7 +22,7 @@ Facts = Mapping[str, Mapping[str, Any]]
 _REPOSITORY = ("pve_repository_url", "pve_repository_key_url", "pve_repository_key_sha256")
 
 
-def pve_install(settings: Settings, facts: Facts, _run: Run | None = None) -> dict[str, Any]:
+def pve_install(settings: Settings, facts: Facts) -> dict[str, Any]:
     """For pve-install.yml: the node's name, its address, and where packages come from."""
     variables = _common(facts)
     for key in _REPOSITORY:
@@ -35,7 +35,7 @@ def pve_install(settings: Settings, facts: Facts, _run: Run | None = None) -> di
     return variables | dict(settings.extra_vars)
 
 
-def network(settings: Settings, facts: Facts, _run: Run | None = None) -> dict[str, Any]:
+def network(settings: Settings, facts: Facts) -> dict[str, Any]:
     """For nested-pve-network.yml: which card (by net0's MAC), and the addressing that `ipconfig` names."""
     variables = _common(facts) | {"nested_pve_bridge": "vmbr0"}
     if settings.pve_repository_url:
@@ -75,7 +75,7 @@ def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
 
 
 def repos(
-    settings: Settings, facts: Facts, _run: Run, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
+    settings: Settings, facts: Facts, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
 ) -> dict[str, Any]:
     """For nested-pve-repos.yml. `outer_keys`: public keys of the outer host's root, as lines.
 

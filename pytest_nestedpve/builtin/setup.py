@@ -87,7 +87,7 @@ def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
         if version is not None:
             return probe_pve(env) or {}
     env.progress("installing PVE" if not was_there else f"mending PVE: {wrong}")
-    variables = playvars.pve_install(env.settings, env.facts, env.run)
+    variables = playvars.pve_install(env.settings, env.facts)
     result = _play(env, "pve-install.yml", variables, deadline)
     # The kernel is a new one, so the node was rebooted: it may have another lease now.
     ip = relocate(env, NESTED)
@@ -120,7 +120,7 @@ def _play(
 def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     """The card becomes a port of vmbr0; the address afterwards is read through the agent."""
     deadline = Deadline(timeout)
-    variables = playvars.network(env.settings, env.facts, env.run)
+    variables = playvars.network(env.settings, env.facts)
     before = env.ip
     try:
         result = _play(env, "nested-pve-network.yml", variables, deadline)
@@ -213,7 +213,7 @@ def setup_repos(env: Environment, timeout: float) -> dict[str, Any]:
     packed = playvars.pack_sources(env.settings, env.run)
     outer_key = root_public_key(env.outer)
     variables = playvars.repos(
-        env.settings, env.facts, env.run, packed=packed, outer_keys=[outer_key] if outer_key else []
+        env.settings, env.facts, packed=packed, outer_keys=[outer_key] if outer_key else []
     )
     result = _play(env, "nested-pve-repos.yml", variables, deadline)
     token_id = fetch_token(env)
