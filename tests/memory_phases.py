@@ -12,6 +12,24 @@ from pytest_nestedpve.ownership import create_pool, host_clock
 from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve import guests
 
+PHASES = (
+    "preflight",
+    "provision",
+    "start_vm",
+    "wait_ip",
+    "ensure_pve",
+    "setup_network",
+    "setup_ssh",
+    "setup_repos",
+    "download_image",
+    "leaf_provision",
+    "leaf_start",
+    "leaf_wait_ip",
+    "sync_repos",
+    "verify_ssh_chain",
+)
+"""The fourteen by their names, in order: what tests expect, whatever the package says."""
+
 IMAGE = "local:import/debian-13-genericcloud-amd64.qcow2"
 
 
@@ -48,20 +66,4 @@ def _nothing(_env: Environment) -> Mapping[str, Any]:
 def memory_phases(_path: Path | None = None) -> list[Phase]:
     """The phases by their names, in order."""
     real = {"provision": _provision, "start_vm": _start, "wait_ip": _wait_ip}
-    names = [
-        "preflight",
-        "provision",
-        "start_vm",
-        "wait_ip",
-        "ensure_pve",
-        "setup_network",
-        "setup_ssh",
-        "setup_repos",
-        "download_image",
-        "leaf_provision",
-        "leaf_start",
-        "leaf_wait_ip",
-        "sync_repos",
-        "verify_ssh_chain",
-    ]
-    return [Phase(name, name.replace("_", " "), real.get(name, _nothing), timeout=30.0) for name in names]
+    return [Phase(name, name.replace("_", " "), real.get(name, _nothing), timeout=30.0) for name in PHASES]

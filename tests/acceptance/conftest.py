@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-PHASES = (
-    "preflight",
-    "provision",
-    "start_vm",
-    "wait_ip",
-    "ensure_pve",
-    "setup_network",
-    "setup_ssh",
-    "setup_repos",
-    "download_image",
-    "leaf_provision",
-    "leaf_start",
-    "leaf_wait_ip",
-    "sync_repos",
-    "verify_ssh_chain",
-)
-
 CONFTEST = f"""
 import dataclasses, os, sys, threading
 from pathlib import Path

@@ -3,24 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-PHASES = [
-    "preflight",
-    "provision",
-    "start_vm",
-    "wait_ip",
-    "ensure_pve",
-    "setup_network",
-    "setup_ssh",
-    "setup_repos",
-    "download_image",
-    "leaf_provision",
-    "leaf_start",
-    "leaf_wait_ip",
-    "sync_repos",
-    "verify_ssh_chain",
-]
-STEPS = "from pytest_nestedpve import steps\n"
+from acceptance.conftest import STEPS
+from memory_phases import PHASES
 
 
 @pytest.fixture

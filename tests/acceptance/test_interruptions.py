@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from acceptance.conftest import PHASES, Project, Result, make_project
+from acceptance.conftest import Project, Result, make_project
+from memory_phases import PHASES
 
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "HUP": signal.SIGHUP}
 PLACES = (*PHASES, "test", "teardown")
