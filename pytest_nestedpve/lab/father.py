@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from . import image, programs, repo
 from .names import (
@@ -30,6 +29,7 @@ from .names import (
     Subnets,
     cache_dir,
 )
+from .node.packages import DebSpec
 
 _PACKAGES = [
     "bridge-utils",
@@ -120,7 +120,7 @@ def system_dir() -> Path:
     return cache_dir() / "layers" / f"system-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
 
-def standin_dir(specs: Sequence[Any]) -> Path:
+def standin_dir(specs: Sequence[DebSpec]) -> Path:
     """The layer with the stand-in packages."""
     recipe = repr((system_dir().name, repo.standins_key(specs), _STANDIN_SCRIPT))
     return cache_dir() / "layers" / f"pve-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"

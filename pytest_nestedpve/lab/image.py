@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import programs
-from .debs import DebSpec, build_deb
+from .debs import build_deb
 from .names import SUITE, cache_dir
+from .node.packages import DebSpec
 
 # What Debian's generic cloud image has and a test of PVE's set-up can notice, and what nodes need.
 # fmt: off
@@ -134,7 +135,14 @@ _RECIPE = 1
 
 def base_key() -> str:
     """Changes when the image would."""
-    recipe = [_RECIPE, PACKAGES, MIRRORED, MASKED, FILES, [repr(deb) for deb in DUMMIES]]
+    recipe = [
+        _RECIPE,
+        PACKAGES,
+        MIRRORED,
+        MASKED,
+        FILES,
+        [(deb.name, deb.version, deb.description) for deb in DUMMIES],
+    ]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 

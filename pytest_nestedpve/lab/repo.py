@@ -12,12 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import keys, programs
 from .debs import build_deb, pack, unpack
 from .image import base_dir, base_key
 from .names import MIRROR_HOST, PVE_HOST, PVE_KEY_FILE, SUITE, LabError, cache_dir
+from .node.packages import DebSpec, standin_packages
 
 _RECIPE = 1
 # Suites of the mirror beside the one with the packages: there, but with nothing new in them.
@@ -26,15 +26,13 @@ _PVE_COMPONENT = "pve-no-subscription"
 _IFUPDOWN2_SUFFIX = "+pmx1"
 
 
-def standins() -> list[Any]:
+def standins() -> list[DebSpec]:
     """The stand-in packages, as data."""
-    from .node.packages import standin_packages
-
     key = keys.public("pve")
-    return list(standin_packages(key.read_bytes() if key.exists() else b""))
+    return standin_packages(key.read_bytes() if key.exists() else b"")
 
 
-def standins_key(specs: Sequence[Any]) -> str:
+def standins_key(specs: Sequence[DebSpec]) -> str:
     """Changes when a stand-in package does."""
     recipe = hashlib.sha256()
     for spec in specs:
@@ -56,7 +54,7 @@ def mirror_dir() -> Path:
     return cache_dir() / "repo" / f"mirror-{mirror_key()}"
 
 
-def pve_dir(specs: Sequence[Any]) -> Path:
+def pve_dir(specs: Sequence[DebSpec]) -> Path:
     """The directory that PVE_HOST serves."""
     archive = keys.public("pve").read_bytes() if keys.public("pve").exists() else b""
     key = hashlib.sha256(f"{mirror_key()} {standins_key(specs)} ".encode() + archive).hexdigest()[:16]
@@ -89,7 +87,7 @@ def build_mirror(say: Callable[[str], None]) -> Path:
     return target
 
 
-def build_pve(specs: Sequence[Any], say: Callable[[str], None]) -> Path:
+def build_pve(specs: Sequence[DebSpec], say: Callable[[str], None]) -> Path:
     """The PVE part with the stand-in packages, if it is not there; its directory."""
     target = pve_dir(specs)
     if target.exists():
