@@ -15,6 +15,7 @@ from pytest_nestedpve.timing import Deadline
 
 from . import requirements, world
 from .names import DEFAULT_LAB, check_name, lab_dir
+from .node.alive import held
 
 # The supervisor asks father for VMs of runs and takes him down: a second or two.
 _RELEASE_LIMIT = 20.0
@@ -49,7 +50,11 @@ class LabSession:
             while not deadline.expired:
                 if select.select([handle], [], [], 0.1)[0]:
                     return
-                if (folder / "kept").exists() or (folder / "hand").exists() or _others(folder):
+                if (
+                    (folder / "kept").exists()
+                    or (folder / "hand").exists()
+                    or held(folder / "session.lock", by_several=True)
+                ):
                     return
         finally:
             os.close(handle)
@@ -79,18 +84,6 @@ def acquire(name: str = "") -> LabSession:
 def runs(name: str = "") -> bool:
     """Whether the lab is up; starts none."""
     return world.find(name or DEFAULT_LAB) is not None
-
-
-def _others(folder: Path) -> bool:
-    """Whether another session holds the lab."""
-    try:
-        with open(folder / "session.lock") as own:
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _say(text: str) -> None:

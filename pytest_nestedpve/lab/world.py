@@ -21,6 +21,7 @@ from pytest_nestedpve.timing import Deadline, wait_until
 from . import father, image, keys, marks, programs, requirements, supervisor
 from .names import FATHER, LabError, Subnets, check_name, lab_dir, labs_dir
 from .node import cgroups
+from .node.alive import held
 
 _BOOT_LIMIT = 90.0
 _STOP_LIMIT = 60.0
@@ -216,15 +217,8 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _alive(folder: Path) -> bool:
-    """Whether the lab's supervisor lives: it holds a lock."""
-    try:
-        with open(folder / "supervisor.lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    """Whether the lab's supervisor lives."""
+    return held(folder / "supervisor.lock")
 
 
 def _supervisor(folder: Path) -> int | None:

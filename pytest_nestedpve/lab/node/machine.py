@@ -8,7 +8,6 @@ library only; runs on a node's Python (3.11 to 3.13).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cgroups, disks
+from .alive import held
 
 RUN_DIR = Path("/run/nestedpve-lab/guests")
 LEASES = Path("/var/lib/misc/dnsmasq.leases")
@@ -120,7 +120,7 @@ def status(vmid: int) -> str:
     state = read_state(vmid)
     if state is None:
         return "stopped"
-    return "running" if "supervisor" not in state or _held(vmid) else "stopped"
+    return "running" if "supervisor" not in state or held(lock_file(vmid)) else "stopped"
 
 
 def pid(vmid: int) -> int | None:
@@ -219,9 +219,7 @@ def set_link(vmid: int, index: int, *, up: bool) -> None:
     subprocess.run(link, capture_output=True, check=False)
 
 
-def agent(
-    vmid: int, execute: str, arguments: Mapping[str, Any] | None = None, timeout: float = 10.0
-) -> Any:
+def agent(vmid: int, execute: str, arguments: Mapping[str, Any] | None = None, timeout: float = 10.0) -> Any:
     """One command of the guest agent (`guest-ping`, …); the `return` value. AgentError otherwise."""
     if status(vmid) != "running":
         raise AgentError("not running", f"VM {vmid} is not running")
@@ -324,20 +322,9 @@ def _bridge_of(address: str) -> str:
 
 def _of(vmid: int, key: str) -> int | None:
     state = read_state(vmid)
-    if state is None or key not in state or not _held(vmid):
+    if state is None or key not in state or not held(lock_file(vmid)):
         return None
     return int(state[key])
-
-
-def _held(vmid: int) -> bool:
-    try:
-        with lock_file(vmid).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 @contextlib.contextmanager

@@ -1,0 +1,22 @@
+"""Whether somebody lives, by a lock file: `flock` goes with the last copy of the open file."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+
+def held(path: Path, *, by_several: bool = False) -> bool:
+    """Whether a process holds the lock file; one that is not there or cannot be opened is held by nobody.
+
+    `by_several`: its holders share it, so that only who wants it alone finds out. Without, those who ask at
+    the same moment do not take each other for the holder.
+    """
+    try:
+        with path.open() as file:
+            fcntl.flock(file, (fcntl.LOCK_EX if by_several else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
