@@ -13,6 +13,9 @@ OK, FAILED, INTERRUPTED, USAGE, NOTHING_COLLECTED = 0, 1, 2, 4, 5
 #: Attributes that a report carries (they cross from an xdist worker to the controller).
 USES = "nestedpve_uses"
 CAUSE = "nestedpve_cause"
+STEP = "nestedpve_step"
+#: On the report of a step that was skipped for another one that failed.
+FOLLOWS = "nestedpve_follows"
 #: The cause of a test that needs a host when none was named.
 NO_HOST = "no host"
 
@@ -23,6 +26,8 @@ class Tally:
 
     nested: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
+    steps_run: set[str] = field(default_factory=set)
+    steps_skipped: set[str] = field(default_factory=set)  # because an earlier one failed
     failures: int = 0
     preflight_failures: int = 0
     usage: str | None = None
@@ -37,6 +42,10 @@ class Tally:
             self.nested.add(report.nodeid)
             if report.when == "call" and report.passed:
                 self.passed.add(report.nodeid)
+        if getattr(report, FOLLOWS, False):
+            self.steps_skipped.add(report.nodeid)
+        elif getattr(report, STEP, False) and (report.when == "call" or report.failed):
+            self.steps_run.add(report.nodeid)
         if report.failed:
             self.failures += 1
             cause = getattr(report, CAUSE, None)
@@ -64,9 +73,8 @@ class Tally:
             self.reason = "preflight is the only failure: the host or the settings are not usable"
             return USAGE
         if status == OK and executes and self.nested and not self.passed:
-            self.reason = (
-                f"{len(self.nested)} test{'s' * (len(self.nested) > 1)} that use the nested PVE "
-                "were selected and none passed: nothing was verified"
-            )
+            several = f"{len(self.nested)} tests that use the nested PVE were selected and none passed"
+            one = "the only selected test that uses the nested PVE did not pass"
+            self.reason = f"{several if len(self.nested) > 1 else one}: nothing was verified"
             return FAILED
         return status

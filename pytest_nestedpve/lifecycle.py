@@ -102,6 +102,7 @@ class SessionHooks:
         self.nested = nested
         self.config = nested.config
         self._told = False
+        self._left_out: str | None = None
 
     def pytest_report_header(self) -> list[str]:
         from pytest_nestedpve import header
@@ -149,35 +150,14 @@ class SessionHooks:
         if self.config.option.setuponly:
             return  # nothing is called, so nothing can be said of what came before
         if self.nested.has_steps and hasattr(item, "phase_name"):
-            self._before_step(item)
+            from pytest_nestedpve import dependents
+
+            dependents.before(self.nested, item)
         elif "nested_pve" in getattr(item, "fixturenames", ()):
             # Not in the fixture: its value is shared by tests that want more or less of it, and so
             # would be its failure.
             self.nested.open()
             self.nested.ensure_for(item)
-
-    def _before_step(self, item: Any) -> None:
-        from pytest_nestedpve import steps
-        from pytest_nestedpve.phases import needed_before
-
-        nested = self.nested
-        needed = needed_before(nested.phases, item.phase_name)
-        depends = [name for name in (steps.PREFIX + need for need in needed) if name in nested.ran]
-        # It is "dependency" as an entry point and "pytest_dependency" with -p.
-        if any(self.config.pluginmanager.hasplugin(name) for name in ("dependency", "pytest_dependency")):
-            item.add_marker(
-                pytest.mark.dependency(name=item.name, scope="session", depends=depends), append=False
-            )
-        if item.name not in nested.ran:
-            nested.ran.append(item.name)
-        cause = nested.failed_need(item.phase_name)
-        if cause is None or nested.shown.get(cause.phase) in (None, item.nodeid):
-            return
-        first = steps.PREFIX + cause.phase
-        what = first if first in depends else f"the phase {cause.phase}"
-        raise pytest.skip.Exception(
-            f"{item.name} depends on {what}, which failed: {_one_line(cause.cause)}", _use_item_location=True
-        )
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -195,6 +175,10 @@ class SessionHooks:
         elif broken is not None:
             setattr(report, exits.CAUSE, broken.phase)
             self.nested.shown.setdefault(broken.phase, item.nodeid)
+        if hasattr(item, "phase_name"):
+            from pytest_nestedpve import dependents
+
+            dependents.after(self.nested, item, call, report)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -215,7 +199,14 @@ class SessionHooks:
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
         if self.nested.job is not None:
             self.nested.job.write()
+        tally = self.nested.tally
+        if tally.nested:
+            from pytest_nestedpve import last_time
+
+            self._left_out = last_time.left_out(self.config, tally)
         result = yield
+        if tally.nested:
+            last_time.remember(self.config, tally)
         session.exitstatus = self._status(session.exitstatus)
         if not self._told:
             self._tell(self.config.pluginmanager.getplugin("terminalreporter"))
@@ -251,6 +242,8 @@ class SessionHooks:
             for line in left:
                 reporter.write_line(line)
             reporter.write_line(f"this goes on with it: {self.nested.finishing_command()}")
+        if self._left_out:
+            reporter.write_line(f"nested-pve: {self._left_out}", yellow=True)
         if self.nested.tally.reason:
             reporter.write_line(f"nested-pve: {self.nested.tally.reason}", yellow=True)
 
@@ -268,8 +261,3 @@ class LastHooks:
             from pytest_nestedpve.sweep import sweep
 
             sweep(self.nested)
-
-
-def _one_line(text: str) -> str:
-    joined = "; ".join(line.strip() for line in text.splitlines() if line.strip())
-    return joined if len(joined) <= 400 else joined[:397] + "…"

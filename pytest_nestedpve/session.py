@@ -80,6 +80,7 @@ class NestedSession:
         self.shown: dict[str, str] = {}  # phase that failed: the test that reported it first
         self.faults: dict[BaseException, Broken] = {}
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
+        self.lost: dict[str, str] = {}  # those of them that failed: why
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
         self.job: Any = None  # of --nested-destroy-only

@@ -134,7 +134,7 @@ def test_a_run_in_which_nothing_was_verified_is_not_green(project: Project) -> N
     project.write(test_skips="import pytest\ndef test_s(nested_pve): pytest.skip('not today')\n")
     result = project.run("-k", "test_s", "test_skips.py")
     assert result.ret == 1, result.output
-    assert "1 test that use the nested PVE were selected and none passed" in result.output
+    assert "the only selected test that uses the nested PVE did not pass" in result.output
 
 
 def test_a_failing_preflight_alone_is_status_4(project: Project) -> None:
