@@ -90,19 +90,18 @@ class Project:
         loads = [word for plugin in plugins for word in ("-p", plugin)]
         return [sys.executable, "-m", "pytest", *loads, "-rsfE", *args]
 
+    def environ(self, **env: str) -> dict[str, str]:
+        """What a run finds in its environment."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
+        state = {"XDG_STATE_HOME": str(self.path / "state"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        return {**clean, **state, **self.env, **env}
+
     def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
         """A run in the background, its output in one pipe."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
         return subprocess.Popen(
             self.command(*args),
             cwd=self.path,
-            env={
-                **clean,
-                "XDG_STATE_HOME": str(self.path / "state"),
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-                **self.env,
-                **env,
-            },
+            env=self.environ(**env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

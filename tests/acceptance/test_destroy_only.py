@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from acceptance.conftest import Project, Result, make_project
+from terminals import on_terminal
 
 from pytest_nestedpve.ownership import Lease
 from pytest_nestedpve.run import client_hash, owner
@@ -200,6 +201,40 @@ def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> No
     }
     assert {vmid: project.host().configuration(vmid) for vmid in others} == others
     assert "vm 99950" not in project.left()
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "goes"),
+    [
+        (b"y\n", 0, True),
+        (b"yes\n", 0, True),
+        (b"n\n", 1, False),
+        (b"\n", 1, False),
+        (b"\x04", 1, False),
+        (b"\x03", 2, False),
+    ],
+    ids=["y", "yes", "n", "nothing", "end of file", "Ctrl-C"],
+)
+def test_on_a_terminal_it_is_asked_and_only_a_yes_is_one(
+    project: Project, typed: bytes, status: int, goes: bool
+) -> None:
+    stranger(project, 99950, name="nested-pve-old")
+    stranger(project, 99953, name="nested-pve-boots", onboot=1)
+    before = {vmid: project.host().configuration(vmid) for vmid in (99950, 99953)}
+    found, output = on_terminal(
+        project.command(ONLY, "-v"),
+        cwd=project.path,
+        env=project.environ(TERM="dumb"),
+        answers={"Destroy them? [y/N] ": typed},
+    )
+    assert found == status, output
+    assert "99950 nested-pve-old on father" in output
+    assert "99953 nested-pve-boots on father" not in output  # it stays anyway, so that is not asked
+    assert "Traceback" not in output
+    with project.host().open() as model:
+        assert ("99950" not in model.state["vms"]) is goes
+    kept = (99953,) if goes else (99950, 99953)
+    assert {vmid: project.host().configuration(vmid) for vmid in kept} == {v: before[v] for v in kept}
 
 
 def test_a_context_file_adds_candidates_beyond_pattern_and_range(project: Project) -> None:

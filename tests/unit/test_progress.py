@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
-import select
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from terminals import on_terminal
 
 from pytest_nestedpve.progress import clip, progress_line
 
@@ -46,21 +48,9 @@ def run(project: Path, *arguments: str, tty: bool = False) -> str:
     if not tty:
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True)
         return done.stdout
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(command, cwd=project, env=env, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        data = b""
-        while select.select([ours], [], [], 30)[0]:
-            try:
-                chunk = os.read(ours, 4096)
-            except OSError:
-                break
-            if not chunk:
-                break
-            data += chunk
-        assert process.wait(30) == 0
-    os.close(ours)
-    return data.decode()
+    status, out = on_terminal(command, cwd=project, env=env)
+    assert status == 0, out
+    return out
 
 
 def test_without_a_terminal_there_are_plain_lines(project: Path) -> None:
