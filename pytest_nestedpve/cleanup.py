@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve import unmarked, zombies
+from pytest_nestedpve import keeping, unmarked, zombies
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
@@ -206,4 +206,6 @@ def _end_run(
     except Exception as e:
         for row in rows:
             found.setdefault(row, Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}"))
+    if all(each.result == "gone" for each in found.values()):
+        keeping.forget(run_id)
     return found

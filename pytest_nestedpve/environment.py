@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.record import PhaseRecord
 
 if TYPE_CHECKING:
     from pytest_nestedpve.audit import AuditLog
@@ -26,7 +27,8 @@ class NotReady(PveError):
 class Environment:
     """What the phases of one run share. State on the client is the run's; on the host, what facts name.
 
-    `settings` change once, in preflight, when the host's profile is read. `facts` are by phase.
+    `settings` change once, in preflight, when the host's profile is read; `wanted` are those before that.
+    `facts` are by phase, `record` what else is known of them. `resumed`: the run is one that was kept.
     `secrets` are values that playbooks' artifacts and the log must not show.
     """
 
@@ -40,12 +42,15 @@ class Environment:
         progress: Callable[[str], None],
         rootdir: Path,
     ) -> None:
-        self.settings = settings
+        self.settings = self.wanted = settings
         self.run = run
         self.audit = audit
         self.progress = progress
         self.rootdir = rootdir
         self.facts: dict[str, dict[str, Any]] = {}
+        self.record = PhaseRecord()
+        self.resumed = False
+        self.remarks: list[str] = []
         self.secrets: list[str] = []
         self._connect = connect
         self._lock = threading.RLock()
@@ -84,6 +89,20 @@ class Environment:
         if secret not in self.secrets:
             self.secrets.append(secret)
 
+    def start_over(self) -> None:
+        """What was known of a kept run does not hold any more: every phase but preflight is to do."""
+        for name in [name for name in self.facts if name != "preflight"]:
+            del self.facts[name]
+        self.record.digests.clear()
+        self.record.begun = None
+        self.forget_connections()
+
+    def remark(self, text: str) -> None:
+        """Something that whoever looks at the session's end should know."""
+        self.remarks.append(text)
+        self.audit.write("remark", cause=text)
+        self.progress(text)
+
     # -- lease ------------------------------------------------------------------------------------
 
     def keep_lease(self) -> None:
@@ -93,6 +112,16 @@ class Environment:
         if self._lease is None:
             self._lease = LeaseKeeper(self.outer, self.run, self.settings, self.audit)
             self._lease.start()
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether the run's lease is being renewed."""
+        return self._lease is not None
+
+    def end_lease(self) -> None:
+        """Renew the lease no more."""
+        if self._lease is not None:
+            self._lease.stop()
 
     def check_lease(self) -> None:
         """Raises LeaseLost when the run's pool is not ours any more: then nothing more may be made."""

@@ -1,9 +1,13 @@
-"""What the session's exit status is, told from what the reports said: no green run that verified nothing."""
+"""How tests fail for the environment's sake, and the exit status: no green run that verified nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from _pytest.outcomes import Failed
+
+from pytest_nestedpve.phases import PhaseBroken
 
 if TYPE_CHECKING:
     import pytest
@@ -17,7 +21,34 @@ STEP = "nestedpve_step"
 #: On the report of a step that was skipped for another one that failed.
 FOLLOWS = "nestedpve_follows"
 #: The cause of a test that needs a host when none was named.
-NO_HOST = "no host"
+CAUSE_NO_HOST = "no host"
+
+NO_HOST = (
+    "no outer PVE host was named, and a test needs one. Either name one (`pytest --pve-host HOST`, where "
+    "`ssh HOST` reaches a Proxmox VE host as root; or `nested_pve_host = HOST` in pytest.ini), or use the "
+    "embedded lab on this machine (`pytest --pve-host lab`)"
+)
+
+
+class NoHostFailure(Failed):
+    """A test needs the outer host, and none was named; shown without a traceback."""
+
+    __module__ = "builtins"  # as pytest's own: the summary's lines are short
+
+    def __init__(self) -> None:
+        super().__init__(NO_HOST, False)
+
+
+class PhaseFailure(Failed):
+    """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
+
+    __module__ = "builtins"
+
+    def __init__(self, error: PhaseBroken) -> None:
+        super().__init__(
+            f"{error.wanted}: {error}" if error.broken.phase == error.wanted else str(error), False
+        )
+        self.broken = error.broken
 
 
 @dataclass
@@ -51,7 +82,7 @@ class Tally:
             cause = getattr(report, CAUSE, None)
             if cause == "preflight":
                 self.preflight_failures += 1
-            elif cause == NO_HOST:
+            elif cause == CAUSE_NO_HOST:
                 self.usage = "a test needs an outer PVE host, and none was named"
 
     def status(self, status: int, *, executes: bool) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nestedpve import exits
-from pytest_nestedpve.session import KEY, NO_HOST, NestedSession, NoHostFailure, PhaseFailure, remember
+from pytest_nestedpve.exits import NO_HOST, NoHostFailure, PhaseFailure
+from pytest_nestedpve.session import KEY, NestedSession, remember
 from pytest_nestedpve.settings import Settings, SettingsError, load
 
 if TYPE_CHECKING:
@@ -140,7 +141,18 @@ class SessionHooks:
             return True
         if chosen and not self.nested.host_is_named() and not hasattr(self.config, "workerinput"):
             raise pytest.UsageError(f"nested-pve: {NO_HOST}")
+        if chosen:
+            self._check_skip()
         return None
+
+    def _check_skip(self) -> None:
+        names = [phase.name for phase in self.nested.phases]
+        for name in self.nested.settings.skip:
+            if name not in names:
+                raise pytest.UsageError(
+                    f"nested-pve: --nested-skip: expected the name of a phase ({', '.join(names)}); "
+                    f"found {name!r}"
+                )
 
     # -- each test ---------------------------------------------------------------------------
 
@@ -171,7 +183,7 @@ class SessionHooks:
         if error is not None and broken is None:
             broken = self.nested.faults.get(error)
         if isinstance(error, NoHostFailure):
-            setattr(report, exits.CAUSE, exits.NO_HOST)
+            setattr(report, exits.CAUSE, exits.CAUSE_NO_HOST)
         elif broken is not None:
             setattr(report, exits.CAUSE, broken.phase)
             self.nested.shown.setdefault(broken.phase, item.nodeid)
@@ -237,6 +249,11 @@ class SessionHooks:
             return
         self._told = True
         left = self.nested.left()
+        for line in self.nested.remarks:
+            reporter.write_line(f"nested-pve: {line}")
+        if self.nested.kept_until is not None:
+            for line in self.nested.kept_lines():
+                reporter.write_line(line)
         if left:
             reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
             for line in left:

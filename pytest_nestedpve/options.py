@@ -159,8 +159,19 @@ KEYS: tuple[Key, ...] = (
         "whether a VM that does not shut down is stopped at the teardown; default true",
         values.boolean,
     ),
+    Key(
+        "redo",
+        "whether a chosen step is done again though nothing it depends on has changed; default false",
+        values.boolean,
+    ),
+    Key("timeout", "seconds for the whole set-up, which is interrupted then; default: none", values.seconds),
     Key("timeout_scale", "factor for every limit of this plugin; default 1", values.factor),
     Key("lease", "seconds after which a run that is not renewed counts as dead; default 30m", values.seconds),
+    Key(
+        "keep_expiry",
+        "seconds after which a kept environment may go, at most 24h; default 8h",
+        values.within_a_day,
+    ),
     Key(
         "run_dir",
         "directory for the state of runs; default .nested-pve/runs below the rootdir",
@@ -189,6 +200,30 @@ def register(parser: pytest.Parser) -> None:
         action="store_true",
         default=False,
         help="print what would be done (or, with --nested-destroy-only, destroyed) and touch nothing",
+    )
+    group.addoption(
+        "--nested-keep",
+        dest="nested_keep",
+        action="store_const",
+        const="always",
+        default="no",
+        help="leave the environment for later sessions, and say how to go on with it",
+    )
+    # A value that is optional would swallow a path that follows.
+    group.addoption(
+        "--nested-keep=on-failure",
+        dest="nested_keep",
+        action="store_const",
+        const="on-failure",
+        default="no",
+        help="the same, if something failed",
+    )
+    group.addoption(
+        "--nested-skip",
+        metavar="PHASE",
+        action="append",
+        default=None,
+        help="take a phase as done, unasked; may be given several times",
     )
     group.addoption(
         "--nested-run",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.record import PhaseRecord, digest
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
@@ -32,7 +33,9 @@ class Phase:
     Both raise a PveError to fail; anything else is shown with its traceback.
     `timeout` (seconds) bounds `probe` and `do` together. `needs` names earlier phases that must be done
     first, None means all of them. `usual` (seconds) is what it takes, shown until
-    an earlier run on the same host tells better.
+    an earlier run on the same host tells better. `inputs` says what it depends on beside the phases before
+    it (texts, numbers, lists, maps): where that changes, or does for one of the phases `depends` (None: all
+    before it), the phase is done again on a kept environment.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Phase:
     timeout: float = 600.0
     needs: tuple[str, ...] | None = None
     usual: float | None = None
+    inputs: Callable[[Environment], object] | None = None
+    depends: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,10 @@ class Listener(Protocol):
     ) -> None: ...
 
     def progress(self, text: str) -> None: ...
+
+
+def _unheard(_phase: Phase) -> None:
+    return None
 
 
 def _no_bound(_phase: Phase) -> contextlib.AbstractContextManager[None]:
@@ -138,6 +147,9 @@ class PhaseRunner:
     `done_by[name]` says on whose behalf; `seconds[name]` how long it took.
     `bound(phase)` is entered around each phase and may interrupt it when its time is up.
     `passthrough` are exceptions that end the session and are not a failure of the phase.
+    `record` is what is known of the phases from earlier sessions on: one whose inputs have changed since is
+    done again, one whose inputs have not is proved by its probe alone, unless `redo` is on and it was chosen.
+    `skip` names phases that are taken as done, unasked. `acting` is told before a phase's action begins.
     """
 
     phases: tuple[Phase, ...]
@@ -146,6 +158,10 @@ class PhaseRunner:
     listeners: list[Listener] = field(default_factory=list)
     bound: Callable[[Phase], contextlib.AbstractContextManager[None]] = _no_bound
     passthrough: tuple[type[BaseException], ...] = ()
+    record: PhaseRecord = field(default_factory=PhaseRecord)
+    redo: bool = False
+    skip: frozenset[str] = frozenset()
+    acting: Callable[[Phase], None] = _unheard
     status: dict[str, str] = field(default_factory=dict)
     done_by: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -233,16 +249,40 @@ class PhaseRunner:
                 listener.phase_finished(phase, status, took, facts, cause)
 
     def _run(self, phase: Phase, probe: bool) -> tuple[str, Facts]:
-        if probe and phase.probe is not None:
+        facts = self.environment.facts
+        if phase.name in self.skip:
+            facts[phase.name] = {**facts.get(phase.name, {}), "did": "taken as done, as --nested-skip says"}
+            return "proved", dict(facts[phase.name])
+        now = self._digest(phase) if phase.probe is not None else None
+        before = self.record.digests.get(phase.name)
+        may_prove = probe or (before is not None and not self.redo)
+        if phase.probe is not None and may_prove and before in (None, now):
             found = phase.probe(self.environment)
             if found is not None:
-                self.environment.facts[phase.name] = dict(found)
+                facts[phase.name] = dict(found)
+                self._did(phase, now)
                 return "proved", dict(found)
         if phase.name != "preflight":
             self.acted = True
-        facts = dict(phase.do(self.environment) or {})
-        self.environment.facts[phase.name] = facts
-        return "done", facts
+        if phase.probe is not None:
+            self.record.forget([phase.name])
+            self.record.begun = phase.name
+            self.acting(phase)
+        done = dict(phase.do(self.environment) or {})
+        facts[phase.name] = done
+        self._did(phase, now)
+        return "done", done
+
+    def _digest(self, phase: Phase) -> str:
+        inputs = phase.inputs(self.environment) if phase.inputs is not None else None
+        needed = phase.depends if phase.depends is not None else needed_before(self.phases, phase.name)
+        digests = self.record.digests
+        return digest(phase.name, inputs, {name: digests[name] for name in needed if name in digests})
+
+    def _did(self, phase: Phase, now: str | None) -> None:
+        if now is not None:
+            self.record.digests[phase.name] = now
+            self.record.begun = None
 
     def _refuse_if_broken(self, phase: Phase, wanted: str) -> None:
         failed = self._failed_need(phase)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import pytest
 from _pytest.outcomes import Failed
 
 from pytest_nestedpve import exits
+from pytest_nestedpve.exits import NO_HOST, NoHostFailure, PhaseFailure
 from pytest_nestedpve.phases import (
     Broken,
     Phase,
@@ -27,6 +27,7 @@ from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.keeping import Kept
     from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
@@ -36,34 +37,6 @@ KEY = pytest.StashKey["NestedSession"]()
 #: Files in a run's directory: which xdist session it belongs to; what its teardown left, once it has been.
 FAMILY = "session"
 FINISHED = "finished"
-
-NO_HOST = (
-    "no outer PVE host was named, and a test needs one. Either name one (`pytest --pve-host HOST`, where "
-    "`ssh HOST` reaches a Proxmox VE host as root; or `nested_pve_host = HOST` in pytest.ini), or use the "
-    "embedded lab on this machine (`pytest --pve-host lab`)"
-)
-
-
-class NoHostFailure(Failed):
-    """A test needs the outer host, and none was named; shown without a traceback."""
-
-    __module__ = "builtins"  # as pytest's own: the summary's lines are short
-
-    def __init__(self) -> None:
-        super().__init__(NO_HOST, False)
-
-
-class PhaseFailure(Failed):
-    """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
-
-    __module__ = "builtins"
-
-    def __init__(self, error: PhaseBroken) -> None:
-        super().__init__(
-            f"{error.wanted}: {error}" if error.broken.phase == error.wanted else str(error), False
-        )
-        self.broken = error.broken
-
 
 class NestedSession:
     """Owner of the environment, its runner and its teardown, for one pytest process."""
@@ -85,6 +58,8 @@ class NestedSession:
         self.teardown_error: str | None = None
         self.job: Any = None  # of --nested-destroy-only
         self.swept: list[str] = []  # what xdist's workers left
+        self.remarks: list[str] = []  # lines for the end of the session
+        self.kept_until: int | None = None  # by the clock of the outer host
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
         self._finished = False
@@ -165,14 +140,14 @@ class NestedSession:
             raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
     def _open(self) -> None:
+        from pytest_nestedpve import keeping
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
-        from pytest_nestedpve.run import Run, SessionLock
+        from pytest_nestedpve.run import Run
 
         phases = self.phases
+        kept = self._take_lock()
         run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
-        self._lock = SessionLock(run.id)
-        self._lock.acquire()
         if self.family is not None:
             run.directory.write(FAMILY, self.family)
         audit = AuditLog(run.directory.audit, run.id)
@@ -185,21 +160,63 @@ class NestedSession:
             progress=lambda text: runner.progress(text),
             rootdir=self.config.rootpath,
         )
+        if kept is not None:
+            keeping.restore(kept, run.directory)
+            keeping.load(environment)
+            environment.resumed = True
+        keeper = keeping.StateKeeper(environment)
         runner = PhaseRunner(
             phases,
             environment,
             audit,
-            bound=lambda phase: limit(phase.timeout, f"the phase {phase.name}"),
+            bound=self._bound,
             passthrough=(pytest.exit.Exception,),
+            record=environment.record,
+            redo=self.settings.redo,
+            skip=frozenset(self.settings.skip),
+            acting=keeper.acting,
+            acted=kept is not None,
         )
-        runner.listeners.append(_StateKeeper(environment))
+        runner.listeners.append(keeper)
         self.environment, self.runner = environment, runner
         self._add_listeners(runner)
+
+    def _take_lock(self) -> Kept | None:
+        """Hold a run's lock: that of a kept one to go on with, which is returned, or of a new one."""
+        from pytest_nestedpve import keeping
+        from pytest_nestedpve.run import RunDirectoryError, SessionLock
+
+        for kept, against in keeping.candidates(self.settings, self.config.rootpath):
+            lock = SessionLock(kept.run)
+            try:
+                lock.acquire()
+            except RunDirectoryError as e:
+                against = str(e)
+            else:
+                if not against:
+                    self.run_id, self._lock = kept.run, lock
+                    return kept
+                lock.release(remove=True)
+            self.remarks.append(f"the kept run {kept.run} is not gone on with: {against}")
+        self._lock = SessionLock(self.run_id)
+        self._lock.acquire()
+        return None
+
+    def _bound(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
+        """The phase's own limit, or what is left of the limit of the whole set-up."""
+        what, seconds = f"the phase {phase.name}", phase.timeout
+        if self.settings.timeout is not None and self.runner is not None:
+            left = max(0.01, self.settings.timeout - sum(self.runner.seconds.values()))
+            if left < seconds:
+                what, seconds = f"the set-up, at {phase.name} (nested_pve_timeout)", left
+        return limit(seconds, what)
 
     def take_signals(self) -> None:
         """Have INT, TERM and HUP end the session from now on."""
         if not self.guard.installed:
-            with _uncaptured(self.config):
+            from pytest_nestedpve import interplay
+
+            with interplay.uncaptured(self.config):
                 self._stderr = os.dup(2)
             self.guard.install()
 
@@ -212,6 +229,10 @@ class NestedSession:
         self.register_report()
         runner.listeners.append(ReportListener(self.environment.run.dir))
         # By its setting: the host is first spoken to in preflight, which tells what is wrong with it.
+        if self.settings.keep != "no":
+            from pytest_nestedpve.builtin.snapshots import SnapshotKeeper
+
+            runner.listeners.append(SnapshotKeeper(self.environment))
         usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
         runner.listeners.append(ProgressListener(self.config, usual))
 
@@ -243,8 +264,10 @@ class NestedSession:
         """
         assert self.runner is not None
         by = self.item.nodeid if self.item is not None else ""
+        from pytest_nestedpve import interplay
+
         try:
-            with _timer_stopped(self.config, self.item):
+            with interplay.timer_stopped(self.config, self.item):
                 work(self.runner, by)
         except PhaseBroken as error:
             if error.expected or error.__cause__ is None:
@@ -293,7 +316,9 @@ class NestedSession:
 
     def unlimited(self) -> contextlib.AbstractContextManager[None]:
         """Without pytest-timeout's limit for the current test."""
-        return _timer_stopped(self.config, self.item)
+        from pytest_nestedpve import interplay
+
+        return interplay.timer_stopped(self.config, self.item)
 
     def failed_need(self, phase_name: str) -> Broken | None:
         """The cause, when a phase that `phase_name` needs has failed."""
@@ -314,13 +339,23 @@ class NestedSession:
         if self._finished or self.runner is None or self.environment is None:
             return
         self._finished = True
-        runner = self.runner
+        runner, environment = self.runner, self.environment
         try:
-            with _timer_stopped(self.config, self.item):
-                if runner.acted:
+            from pytest_nestedpve import interplay
+
+            with interplay.timer_stopped(self.config, self.item):
+                if self._keeps():
+                    self._keep()
+                elif runner.acted:
+                    from pytest_nestedpve import keeping
                     from pytest_nestedpve.teardown import teardown
 
-                    self.teardown_report = teardown(self.environment)
+                    keeping.forget(environment.run.id)
+                    self.teardown_report = teardown(environment)
+                    if environment.resumed:
+                        self.remarks.append(
+                            f"run {self.run_id} had been kept; torn down, as --nested-keep was not given"
+                        )
                 else:
                     runner.audit.write("teardown", status="clean", cause="nothing was made on the host")
         except BaseException as error:
@@ -329,19 +364,54 @@ class NestedSession:
                 runner.audit.write("leak", status="unknown", cause=self.teardown_error)
         finally:
             left = self.left()
+            self.remarks += environment.remarks
             self.tally.left = self.tally.left or bool(left)
             with contextlib.suppress(Exception):
-                self.environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in left))
-            if self.settings.context_file is not None and not left:
+                environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in left))
+            if self.settings.context_file is not None and not left and self.kept_until is None:
                 from pytest_nestedpve import context
 
                 with contextlib.suppress(Exception):
-                    context.forget(self.settings.context_file, self.environment.facts)
+                    context.forget(self.settings.context_file, environment.facts)
             if self._lock is not None:
                 self._lock.release(remove=not left)
             with contextlib.suppress(Exception):
-                self.environment.close()
+                environment.close()
             self.close_hosts()
+
+    def _keeps(self) -> bool:
+        """Whether the environment outlives this session."""
+        assert self.runner is not None
+        if self.runner.status.get("provision") not in ("done", "proved"):
+            return False  # there is no whole VM that anybody could go on with
+        failed = bool(self.tally.failures) or self.runner.broken is not None
+        if self.settings.keep == "on-failure":
+            return failed and self.guard.first is None
+        return self.settings.keep == "always"
+
+    def _keep(self) -> None:
+        from pytest_nestedpve import keeping
+
+        assert self.environment is not None
+        lease = keeping.keep(self.environment)
+        self.kept_until = lease.expires
+        self.environment.audit.write("teardown", status="kept", expires=lease.expires)
+
+    def kept_lines(self) -> list[str]:
+        """How to log in to a kept environment, go on with it, and destroy it."""
+        import datetime
+        import shlex
+
+        assert self.environment is not None
+        until = datetime.datetime.fromtimestamp(self.kept_until or 0).astimezone()
+        ssh_config = shlex.quote(str(self.environment.run.directory.ssh_config))
+        return [
+            f"nested-pve: run {self.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
+            "its host destroys it",
+            f"  log in:  ssh -F {ssh_config} nested",
+            f"  go on:   {self.again()} --nested-keep",
+            f"  destroy: {self.again()} --nested-destroy-only --nested-run {self.run_id}",
+        ]
 
     def close_hosts(self) -> None:
         """Give back the outer host's connection, and the lab if it is one."""
@@ -406,32 +476,6 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-class _StateKeeper:
-    """Keeps the facts, after each phase, in the run's directory and in the context file if one was named."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-
-    def phase_started(self, phase: Phase) -> None:
-        pass
-
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
-        del phase, seconds, facts, cause
-        if status == "failed":
-            return
-        facts, path = self._environment.facts, self._environment.settings.context_file
-        self._environment.run.directory.save_state(facts)
-        if path is not None:
-            from pytest_nestedpve import context
-
-            context.save(path, facts)
-
-    def progress(self, text: str) -> None:
-        pass
-
-
 def wanted(item: pytest.Item | None) -> str | None:
     """How far a test wants the nested PVE set up, by its marker; None for completely."""
     mark = item.get_closest_marker("nested_pve") if item is not None else None
@@ -447,28 +491,3 @@ _SESSION = pytest.StashKey[pytest.Session]()
 def remember(session: pytest.Session) -> None:
     """Keep the pytest session where a signal handler finds it."""
     session.config.stash[_SESSION] = session
-
-
-@contextlib.contextmanager
-def _uncaptured(config: pytest.Config) -> Iterator[None]:
-    manager = config.pluginmanager.getplugin("capturemanager")
-    with manager.global_and_fixture_disabled() if manager else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _timer_stopped(config: pytest.Config, item: pytest.Item | None) -> Iterator[None]:
-    """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
-    set-up or a teardown off half-way."""
-    if item is None or not hasattr(config.hook, "pytest_timeout_cancel_timer"):
-        yield
-        return
-    held = getattr(item, "cancel_timeout", None) is not None
-    config.hook.pytest_timeout_cancel_timer(item=item)
-    try:
-        yield
-    finally:
-        module = sys.modules.get("pytest_timeout")
-        limits: Any = module._get_item_settings(item) if module else None
-        if held and limits is not None and limits.timeout and limits.timeout > 0:
-            config.hook.pytest_timeout_set_timer(item=item, settings=limits)

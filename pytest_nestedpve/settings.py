@@ -61,10 +61,15 @@ class Settings:
     pve_repository_key_url: str | None = None
     pve_repository_key_sha256: str | None = None
     force_stop: bool = True
+    redo: bool = False
+    timeout: float | None = None
     timeout_scale: float = 1.0
     lease: float = 1800.0
+    keep_expiry: float = 28800.0
     run_dir: Path = Path(".nested-pve/runs")
 
+    keep: str = "no"
+    skip: tuple[str, ...] = ()
     destroy_only: bool = False
     dry_run: bool = False
     run_id: str | None = None
@@ -192,6 +197,8 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         paths[dest] = path
     _check_context(paths["context_file"])
     return {
+        "keep": option("nested_keep"),
+        "skip": tuple(option("--nested-skip") or ()),
         "destroy_only": option("--nested-destroy-only"),
         "dry_run": option("--nested-dry-run"),
         "yes": option("--nested-yes"),

@@ -222,6 +222,13 @@ def seconds(text: Text) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
 
 
+def within_a_day(text: Text) -> float:
+    found = seconds(text)
+    if found > 24 * 3600:
+        raise ValueError(f"expected at most 24h, after which every run is over; found {text.value.strip()!r}")
+    return found
+
+
 def factor(text: Text) -> float:
     value = text.value.strip()
     if not re.fullmatch(r"\d+(\.\d+)?", value) or not 0.01 <= float(value) <= 1000:

@@ -214,6 +214,16 @@ def _task(do: str) -> Route:
     return route
 
 
+def _named(do: str) -> Route:
+    """A task on a snapshot that the path names."""
+
+    def route(model: Model, params: State, node: str, vmid: str, name: str) -> str:
+        effect = {"do": do, "vmid": int(vmid), "node": node, "params": {**params, "snapname": name}}
+        return model.fork(f"qm{do}", vmid, effect)
+
+    return route
+
+
 def _put_config(model: Model, params: State, node: str, vmid: str) -> None:
     model.update(node, int(vmid), params)
 
@@ -352,6 +362,8 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("POST", f"{_VM}/template", _task("template")),
     ("GET", f"{_VM}/snapshot", _snapshots),
     ("POST", f"{_VM}/snapshot", _task("snapshot")),
+    ("POST", f"{_VM}/snapshot/([^/]+)/rollback", _named("rollback")),
+    ("DELETE", f"{_VM}/snapshot/([^/]+)", _named("delsnapshot")),
     ("DELETE", _VM, _destroy),
     ("GET", r"/nodes/([^/]+)/tasks", _tasks),
     ("GET", r"/nodes/([^/]+)/tasks/([^/]+)/status", _task_status),

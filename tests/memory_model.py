@@ -351,13 +351,13 @@ class Model:
             raise fail(f"snapshot name '{name}' already used")
         vm["snapshots"][name] = dict(vm["config"], snaptime=int(self.now))
 
-    def rollback(self, node: str, vmid: int, name: str) -> None:
+    def rollback(self, node: str, vmid: int, name: str, start: bool) -> None:
         vm = self.vm(node, vmid)
         if name not in vm["snapshots"]:
             raise fail(f"snapshot '{name}' does not exist")
         keep = {key: vm["config"][key] for key in ("description",) if key in vm["config"]}
         vm["config"] = {k: v for k, v in vm["snapshots"][name].items() if k != "snaptime"} | keep
-        vm["running"] = False
+        vm["running"] = start
 
     # -- tasks ----------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class Model:
                 case "snapshot":
                     self.snapshot(node, vmid, params["snapname"])
                 case "rollback":
-                    self.rollback(node, vmid, params["snapname"])
+                    self.rollback(node, vmid, params["snapname"], bool(params.get("start")))
                 case "delsnapshot":
                     self.vm(node, vmid)["snapshots"].pop(params["snapname"], None)
                 case "imgdel":

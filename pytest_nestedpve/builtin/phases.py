@@ -18,22 +18,34 @@ Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 def default_phases() -> list[Phase]:
     """The fourteen phases. Limits are nominal seconds; what a phase usually takes is measured (usual.py)."""
+    own = ("ensure_pve", "download_image")
     return [
-        Phase("preflight", "look at the outer host", _preflight, timeout=180),
-        Phase("provision", "make the VM", _provision, _probe_provision, timeout=1500),
+        Phase("preflight", "look at the outer host", _preflight, timeout=600),
+        Phase("provision", "make the VM", _provision, _probe_provision, 1500, inputs=_input("shape")),
         Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
         Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
-        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, timeout=3600),
-        Phase("setup_network", "give it its bridge", _network, _probe_network, timeout=900),
-        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, timeout=600),
-        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, timeout=2700),
-        Phase("download_image", "bring the leaf's image", _image, _probe_image, timeout=1800),
-        Phase("leaf_provision", "make the VM inside", _leaf, _probe_leaf, timeout=1500),
-        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), timeout=180),
-        Phase("leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960),
-        Phase("sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, timeout=900),
+        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, 3600, inputs=_input("install")),
+        Phase("setup_network", "give it its bridge", _network, _probe_network, 900, inputs=_input("network")),
+        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, 600, inputs=_input("ssh")),
+        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, 2700, inputs=_input("repos")),
+        Phase(
+            "download_image", "bring the leaf's image", _image, _probe_image, 1800,
+            inputs=_input("leaf_image"), depends=("ensure_pve",),
+        ),
+        Phase(
+            "leaf_provision", "make the VM inside", _leaf, _probe_leaf, 1500,
+            inputs=_input("leaf"), depends=own,
+        ),
+        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), 180, depends=own),
+        Phase(
+            "leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960, depends=own
+        ),
+        Phase(
+            "sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, 900,
+            inputs=_input("leaf_sources"), depends=("leaf_provision",),
+        ),
         Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300),
-    ]
+    ]  # fmt: skip
 
 
 # Imports stand in the functions: the list alone is needed to collect tests, and must cost nothing.
@@ -45,10 +57,22 @@ def _level(role: str) -> Any:
     return guest.NESTED if role == "nested" else guest.LEAF
 
 
+def _input(name: str) -> Callable[[Environment], object]:
+    def inputs(env: Environment) -> object:
+        from pytest_nestedpve.builtin import inputs
+
+        return getattr(inputs, name)(env)
+
+    return inputs
+
+
 def _preflight(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve import expired
     from pytest_nestedpve.builtin.preflight import preflight
 
-    return preflight(env)
+    found = preflight(env)
+    expired.sweep(env)
+    return found
 
 
 def _provision(env: Environment) -> Mapping[str, Any]:
@@ -73,8 +97,10 @@ def _provision(env: Environment) -> Mapping[str, Any]:
 
 
 def _probe_provision(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import guest
+    from pytest_nestedpve.builtin import guest, resume
 
+    if env.resumed and not env.has_lease and not resume.resume(env):
+        return None
     return guest.probe_provision(env, guest.NESTED)
 
 

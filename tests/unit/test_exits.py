@@ -41,7 +41,7 @@ def tally(*reports: Any, **fields: Any) -> Tally:
         (tally(report("a", "failed", cause="preflight"), left=True), 1, 1),
         (tally(report("a", "passed"), left=True), 0, 1),
         (tally(left=True), 5, 1),
-        (tally(report("a", "failed", cause=exits.NO_HOST)), 1, 4),
+        (tally(report("a", "failed", cause=exits.CAUSE_NO_HOST)), 1, 4),
         (tally(report("a", "passed"), signum=15), 2, 143),
         (tally(left=True, signum=2), 2, 130),
         (tally(), 5, 5),

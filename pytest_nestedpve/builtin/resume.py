@@ -1,0 +1,42 @@
+"""Going on with a kept run: its lease becomes ours, and a phase that broke half-way is undone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve import keeping
+from pytest_nestedpve.builtin import snapshots
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
+
+
+def resume(env: Environment) -> bool:
+    """False when the run is gone, and everything is to do. Raises PveError."""
+    if not keeping.adopt(env):
+        env.remark(f"the kept run {env.run.id} is gone from {env.outer.name}: made anew")
+        env.start_over()
+        return False
+    env.keep_lease()
+    _undo(env)
+    return True
+
+
+def _undo(env: Environment) -> None:
+    """Back to the state before a phase that broke half-way, if there is a snapshot of it."""
+    begun = env.record.begun
+    if begun is None or "provision" not in env.facts:
+        return
+    there = snapshots.taken(env)
+    done = list(env.record.digests)
+    good = next((name for name in reversed(done) if snapshots.name_of(name) in there), None)
+    if good is None:
+        env.remark(f"{begun} broke half-way last time; without a snapshot it is done again on what it left")
+        return
+    snapshots.back(env, snapshots.name_of(good))
+    later = done[done.index(good) + 1 :]
+    env.record.forget(later)
+    for name in (*later, begun):
+        env.facts.pop(name, None)
+    env.record.begun = None
+    env.remark(f"{begun} broke half-way last time: went back to the snapshot after {good}")

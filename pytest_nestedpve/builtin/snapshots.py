@@ -1,0 +1,100 @@
+"""Snapshots of the nested VM, where its storage can: after each phase, and back to the last good one.
+
+What PVE does with them is by recordings of PVE 9.2: a rollback stops a running VM unless it is told to start
+it, touches neither pool nor description, and restores name, tags and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.builtin.guest import made_of, task
+from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.errors import PveError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
+
+PREFIX = "npve_"
+LIMIT = 600.0
+_CANNOT = "snapshot feature is not available"
+
+
+def name_of(phase: str) -> str:
+    """The snapshot's name after a phase; PVE takes up to 40 characters."""
+    return f"{PREFIX}{phase}"[:40]
+
+
+def _base(env: Environment) -> str:
+    made = made_of(env.facts["provision"])
+    return f"/nodes/{made.node}/qemu/{made.vmid}"
+
+
+def take(env: Environment, name: str, description: str) -> bool:
+    """Take a snapshot without memory; False where the storage cannot. Raises PveError."""
+    host, base = env.outer, _base(env)
+    if name in taken(env):
+        drop(env, name)
+    try:
+        with call_limit(LIMIT):
+            task(host, host.api.post(f"{base}/snapshot", snapname=name, description=description), LIMIT)
+    except PveError as e:
+        if _CANNOT in str(e):
+            return False
+        raise
+    return True
+
+
+def drop(env: Environment, name: str) -> None:
+    """Remove a snapshot. Raises PveError."""
+    host = env.outer
+    with call_limit(LIMIT):
+        task(host, host.api.delete(f"{_base(env)}/snapshot/{name}"), LIMIT)
+
+
+def taken(env: Environment) -> list[str]:
+    """The names of our snapshots, the oldest first. Raises PveError."""
+    listed = entries(env.outer.api.get(f"{_base(env)}/snapshot"), call="get snapshots")
+    ours = [each for each in listed if str(each.get("name", "")).startswith(PREFIX)]
+    return [str(each["name"]) for each in sorted(ours, key=lambda each: int(each.get("snaptime") or 0))]
+
+
+def back(env: Environment, name: str) -> None:
+    """Back to a snapshot, and started again. Raises PveError."""
+    host = env.outer
+    with call_limit(LIMIT):
+        task(host, host.api.post(f"{_base(env)}/snapshot/{name}/rollback", start=1), LIMIT)
+    env.forget_connections()
+
+
+class SnapshotKeeper:
+    """After each phase that was done and left the VM running, a snapshot: for an environment that is kept."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self._able = True
+
+    def phase_started(self, phase: Any) -> None:
+        pass
+
+    def phase_finished(
+        self, phase: Any, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None:
+        del seconds, facts, cause
+        env = self._env
+        # Without a probe a phase always runs: there is nothing to come back to.
+        if status != "done" or phase.probe is None or not self._able or "wait_ip" not in env.facts:
+            return
+        try:
+            self._able = take(env, name_of(phase.name), f"after {phase.name}")
+            if not self._able:
+                env.remark("the storage of the nested VM has no snapshots: none is taken")
+        except Exception as e:
+            env.audit.write("snapshot", phase=phase.name, status="failed", cause=f"{type(e).__name__}: {e}")
+        else:
+            env.audit.write("snapshot", phase=phase.name, status="taken" if self._able else "skipped")
+
+    def progress(self, text: str) -> None:
+        pass

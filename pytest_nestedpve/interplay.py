@@ -1,0 +1,36 @@
+"""How this plugin gets along with others: pytest's capturing, pytest-timeout's timer."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@contextlib.contextmanager
+def uncaptured(config: pytest.Config) -> Iterator[None]:
+    """With the terminal's own descriptors, whatever pytest captures."""
+    manager = config.pluginmanager.getplugin("capturemanager")
+    with manager.global_and_fixture_disabled() if manager else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def timer_stopped(config: pytest.Config, item: pytest.Item | None) -> Iterator[None]:
+    """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
+    set-up or a teardown off half-way."""
+    if item is None or not hasattr(config.hook, "pytest_timeout_cancel_timer"):
+        yield
+        return
+    held = getattr(item, "cancel_timeout", None) is not None
+    config.hook.pytest_timeout_cancel_timer(item=item)
+    try:
+        yield
+    finally:
+        module = sys.modules.get("pytest_timeout")
+        limits: Any = module._get_item_settings(item) if module else None
+        if held and limits is not None and limits.timeout and limits.timeout > 0:
+            config.hook.pytest_timeout_set_timer(item=item, settings=limits)

@@ -1,0 +1,235 @@
+"""Environments that outlive their session: the host's lease says so, a record on the client how to go on.
+
+The record lies outside the project (its `git clean` must not take the only key to a running VM) and holds the
+run's keys, known hosts and state. Who takes it up again holds the run's lock from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve import record
+from pytest_nestedpve.ownership import Lease, LeaseLost, host_clock, parse_lease, pool_name, read_pool, renew
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.run import HARD_LIMIT, RUN_ID, client_hash, owner, state_home
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.run import RunDirectory
+    from pytest_nestedpve.settings import Settings
+
+#: What a VM is made from: another value of one of these is another VM.
+SHAPE = (
+    "host", "name_patterns", "vmid_ranges", "pool_parent", "image", "template", "storage", "bridge",
+    "ipconfig", "cores", "memory", "disk", "vm_options", "leaf_image", "leaf_options",
+)  # fmt: skip
+_FILES = ("key", "key.pub", "known_hosts", "state.json", record.FILE, "api_token", "pve-root-ca.pem")
+_RECORD = "kept.json"
+_STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An environment that was kept. Times: epoch seconds of this client's clock.
+
+    `shape` holds the settings that made the VM, as texts; `rootdir` the project that may go on with it.
+    """
+
+    run: str
+    host: str
+    rootdir: str
+    client: str
+    owner: str
+    created: int
+    expires: int
+    shape: Mapping[str, str]
+
+    def differs(self, settings: Settings) -> list[str]:
+        """The settings that are other ones now, in words."""
+        now = shape(settings)
+        return [
+            f"{name}: {self.shape.get(name, 'unknown')}, now {now[name]}"
+            for name in SHAPE
+            if self.shape.get(name) != now[name]
+        ]
+
+
+def shape(settings: Settings) -> dict[str, str]:
+    """The settings that a VM is made from, as texts."""
+    return {name: _text(getattr(settings, name)) for name in SHAPE}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={value[key]}" for key in sorted(value)) or "none"
+    if isinstance(value, tuple):
+        return ", ".join("-".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
+    return "none" if value is None else str(value)
+
+
+def _home() -> Path:
+    return state_home() / "kept"
+
+
+def all_kept() -> list[Kept]:
+    """The records on this client, the newest first; those that ended long ago are removed."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in _home().iterdir():
+            kept = _read(path)
+            if kept is not None and kept.expires + _STALE < time.time():
+                forget(kept.run)
+            elif kept is not None:
+                found.append(kept)
+    return sorted(found, key=lambda kept: kept.created, reverse=True)
+
+
+def _read(path: Path) -> Kept | None:
+    if not RUN_ID.match(path.name):
+        return None
+    try:
+        data = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        kept = Kept(**{name: data[name] for name in Kept.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sound = kept.run == path.name and isinstance(kept.expires, int) and isinstance(kept.shape, dict)
+    return kept if sound else None
+
+
+def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
+    """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can)."""
+    for kept in all_kept():
+        if kept.rootdir != str(rootdir) or kept.host != str(settings.host):
+            continue
+        if kept.client != client_hash() or kept.owner != owner():
+            continue
+        if kept.expires <= time.time():
+            yield kept, "its time is over"
+        elif differs := kept.differs(settings):
+            yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
+        else:
+            yield kept, ""
+
+
+def store(env: Environment, expires: int) -> None:
+    """Write the record of a run. Raises OSError."""
+    run, settings = env.run, env.wanted
+    target = _home() / run.id
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.chmod(0o700)
+    for name in _FILES:
+        _copy(run.dir / name, target / name)
+    kept = Kept(
+        run.id, str(settings.host), str(env.rootdir), run.client, run.owner, run.created, expires,
+        shape(settings),
+    )  # fmt: skip
+    temporary = target / f".{_RECORD}"
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(asdict(kept), file, indent=1)
+    temporary.replace(target / _RECORD)
+
+
+def restore(kept: Kept, directory: RunDirectory) -> None:
+    """Bring a run's keys and state back into its directory. Raises OSError."""
+    for name in _FILES:
+        source = _home() / kept.run / name
+        if source.exists():
+            directory.write(name, source.read_bytes())
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        target.unlink(missing_ok=True)
+        return
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(source.read_bytes())
+
+
+def forget(run_id: str) -> None:
+    """Remove a run's record, keys included."""
+    if RUN_ID.match(run_id):
+        shutil.rmtree(_home() / run_id, ignore_errors=True)
+
+
+def keep(env: Environment) -> Lease:
+    """Have the lease say that the run is kept, and write its record. Raises PveError, OSError."""
+    env.end_lease()
+    host, settings = env.outer, env.settings
+    now = host_clock(host)
+    lease = renew(host.api, env.run, settings, now, state="kept", seconds=settings.keep_expiry)
+    store(env, int(time.time()) + lease.expires - now)
+    return lease
+
+
+def adopt(env: Environment) -> bool:
+    """Make a kept run's lease this session's; False when the run is gone from the host.
+
+    Who calls this holds the run's lock: no other session of this client can. Raises LeaseLost when the lease
+    is somebody else's or has lapsed, PveError.
+    """
+    host, run, settings = env.outer, env.run, env.settings
+    name = pool_name(settings, run)
+    pool = read_pool(host.api, name)
+    if pool is None:
+        return False
+    lease, now = parse_lease(pool.comment), host_clock(host)
+    if lease is None or (lease.client, lease.owner) != (run.client, run.owner):
+        whose = "no lease can be read" if lease is None else f"it is {lease.owner}'s"
+        raise LeaseLost(f"the kept run {run.id} cannot be gone on with: {whose} in the pool {name}")
+    if lease.lapsed(now):
+        raise LeaseLost(f"the kept run {run.id} has expired by the clock of {host.name}, and may go any time")
+    ours = Lease(
+        run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
+    )
+    host.api.put("/pools", poolid=name, comment=ours.to_text())
+    return True
+
+
+class StateKeeper:
+    """Keeps facts and record in the run's directory after each phase, and facts in a context file."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+
+    def acting(self, _phase: Any) -> None:
+        """A phase's action begins: from now on it is not known to be done."""
+        self._env.run.directory.write(record.FILE, self._env.record.to_text())
+
+    def phase_started(self, phase: Any) -> None:
+        pass
+
+    def phase_finished(
+        self, phase: Any, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None:
+        del phase, seconds, facts, cause
+        if status == "failed":
+            return
+        facts_now, path = self._env.facts, self._env.settings.context_file
+        self._env.run.directory.save_state(facts_now)
+        self._env.run.directory.write(record.FILE, self._env.record.to_text())
+        if path is not None:
+            from pytest_nestedpve import context
+
+            context.save(path, facts_now)
+
+    def progress(self, text: str) -> None:
+        pass
+
+
+def load(env: Environment) -> None:
+    """Have a resumed environment know what its run's directory says. Raises PveError."""
+    directory = env.run.directory
+    env.facts.update(directory.load_state())
+    try:
+        env.record = record.parse((directory.path / record.FILE).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise PveError(f"the record of the kept run {env.run.id} cannot be read: {e}") from e

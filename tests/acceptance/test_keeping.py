@@ -1,0 +1,399 @@
+"""Environments that outlive their session: kept, gone on with, gone when their time is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import Project, make_project
+from memory_phases import PHASES
+
+CONFTEST = """
+import dataclasses, os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from memory_host import MemoryHost, memory_phases
+from pytest_nestedpve import builtin
+from pytest_nestedpve.builtin import phases as real
+from pytest_nestedpve.pve.errors import PveError
+
+HERE = Path(__file__).parent
+
+def pytest_nestedpve_host(config, settings):
+    return MemoryHost(HERE / "host.json").connect()
+
+def address(environment):
+    facts = environment.facts["provision"]
+    return f"/nodes/{{facts['node']}}/qemu/{{facts['vmid']}}/config"
+
+def inside(environment):
+    # What the guest has of the phases stands in a property that a rollback brings back.
+    return environment.outer.api.get(address(environment)).get("searchdomain", "").split()
+
+def guest(phase):
+    def do(environment):
+        with (HERE / "done").open("a") as out:
+            out.write(phase.name + "\\n")
+        found = inside(environment)
+        environment.outer.api.put(address(environment), searchdomain=" ".join([*found, phase.name]))
+        if os.environ.get("FAIL") == phase.name:
+            raise PveError(phase.name + " went wrong on purpose")
+        return {{"did": "did it"}}
+    def probe(environment):
+        return {{"did": "is there"}} if phase.name in inside(environment) else None
+    def inputs(environment):
+        path = HERE / "playbooks" / phase.name
+        return path.read_text() if path.exists() else ""
+    return dataclasses.replace(phase, do=do, probe=probe, inputs=inputs)
+
+def told(phase):
+    def do(environment):
+        with (HERE / "done").open("a") as out:
+            out.write(phase.name + "\\n")
+        return phase.do(environment)
+    return dataclasses.replace(phase, do=do)
+
+def probe_provision(environment):
+    from pytest_nestedpve.builtin import guest, resume
+    if environment.resumed and not environment.has_lease and not resume.resume(environment):
+        return None
+    facts = environment.facts.get("provision")
+    if not facts:
+        return None
+    from pytest_nestedpve.ownership import prove
+    ours = prove(environment.outer.api, environment.settings, guest.made_of(facts), environment.run).ok
+    return dict(facts) if ours else None
+
+def lookup(environment):
+    from pytest_nestedpve import expired
+    expired.sweep(environment)
+
+def pytest_nestedpve_phases(phases, config):
+    made = []
+    for phase in memory_phases():
+        if phase.name == "preflight":
+            made.append(told(dataclasses.replace(phase, do=lookup)))
+        elif phase.name == "provision":
+            def do(environment, phase=phase):
+                facts = phase.do(environment)
+                environment.keep_lease()
+                return facts
+            made.append(told(dataclasses.replace(phase, do=do, probe=probe_provision)))
+        elif phase.name == "start_vm":
+            def runs(environment):
+                facts = environment.facts["provision"]
+                path = f"/nodes/{{facts['node']}}/qemu/{{facts['vmid']}}/status/current"
+                return {{}} if environment.outer.api.get(path)["status"] == "running" else None
+            made.append(told(dataclasses.replace(phase, probe=runs)))
+        elif phase.name == "wait_ip":
+            made.append(told(dataclasses.replace(phase, probe=lambda e: e.facts.get("wait_ip"))))
+        elif phase.name == "verify_ssh_chain":
+            made.append(told(phase))
+        else:
+            made.append(guest(phase))
+    phases[:] = made
+"""
+
+SETUP = list(PHASES[4:-1])  # those whose work is in the guest
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = make_project(tmp_path / "project")
+    made.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])))
+    (made.path / "playbooks").mkdir()
+    yield made
+    for record in (made.path / "state" / "nested-pve" / "kept").glob("*"):
+        raise AssertionError(f"a record of a run that is gone: {record}")
+    assert made.left() == []
+
+
+def again(project: Project) -> list[str]:
+    """The phases done since this was asked last."""
+    done = project.done()
+    (project.path / "done").write_text("")
+    return done
+
+
+def keep(project: Project, *args: str, **env: str) -> str:
+    result = project.run("--nested-keep", *(args or ("test_steps.py",)), **env)
+    assert result.ret == (1 if env else 0), result.output
+    return result.output
+
+
+def end(project: Project) -> None:
+    result = project.run("--nested-destroy-only")
+    assert result.ret == 0, result.output
+
+
+def pool_comment(project: Project) -> dict[str, object]:
+    pools = project.host().connect().api.get("/pools")
+    (comment,) = [pool["comment"] for pool in pools if pool["poolid"].startswith("npve-")]
+    found: dict[str, object] = json.loads(comment)
+    return found
+
+
+def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> None:
+    output = keep(project)
+    run = next((project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")).parent.name
+    assert f"nested-pve: run {run} is kept until" in output
+    assert f"log in:  ssh -F {project.path}/.nested-pve/runs/{run}/ssh_config nested" in output
+    assert "go on:   pytest --nested-keep" in output
+    assert f"destroy: pytest --nested-destroy-only --nested-run {run}" in output
+    lease = pool_comment(project)
+    assert lease["state"] == "kept"
+    assert project.left() != []
+    end(project)
+
+
+def test_a_second_session_proves_what_the_first_did(project: Project) -> None:
+    keep(project)
+    assert again(project) == list(PHASES)
+    result = project.run("--nested-keep", "-v", "test_steps.py")
+    assert result.ret == 0, result.output
+    assert again(project) == ["preflight", "verify_ssh_chain"]
+    assert set(result.outcomes().values()) == {"PASSED"}
+    assert len(project.audits()) == 1
+    end(project)
+
+
+def test_a_chosen_step_of_a_kept_environment_is_proved(project: Project) -> None:
+    keep(project)
+    again(project)
+    result = project.run("--nested-keep", "-v", "-k", "setup_repos")
+    assert result.outcomes() == {"test_setup_repos": "PASSED"}
+    assert again(project) == ["preflight"]
+    end(project)
+
+
+def test_after_an_edit_that_step_runs_and_nothing_else(project: Project) -> None:
+    keep(project)
+    again(project)
+    (project.path / "playbooks" / "setup_repos").write_text("edited")
+    result = project.run("--nested-keep", "-k", "setup_repos")
+    assert result.ret == 0, result.output
+    assert again(project) == ["preflight", "setup_repos"]
+    result = project.run("--nested-keep", "-k", "setup_repos")
+    assert again(project) == ["preflight"]
+    end(project)
+
+
+def test_after_an_edit_the_run_goes_on_from_there(project: Project) -> None:
+    keep(project)
+    again(project)
+    (project.path / "playbooks" / "setup_repos").write_text("edited")
+    keep(project)
+    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_repos") :]]
+    end(project)
+
+
+def test_an_edited_phase_that_was_not_chosen_is_done_for_the_later_one(project: Project) -> None:
+    keep(project)
+    again(project)
+    (project.path / "playbooks" / "setup_network").write_text("edited")
+    assert project.run("--nested-keep", "-k", "setup_ssh").ret == 0
+    assert again(project) == ["preflight", "setup_network", "setup_ssh"]
+    end(project)
+
+
+def test_redo_does_a_chosen_step_again_and_only_that(project: Project) -> None:
+    keep(project)
+    again(project)
+    assert project.run("--nested-keep", "-k", "setup_ssh", "-o", "nested_pve_redo=true").ret == 0
+    assert again(project) == ["preflight", "setup_ssh"]
+    end(project)
+
+
+def test_a_phase_that_is_undone_behind_our_back_is_done_again(project: Project) -> None:
+    keep(project)
+    again(project)
+    with project.host().open() as model:
+        (vm,) = model.state["vms"].values()
+        words = vm["config"]["searchdomain"].split()
+        vm["config"]["searchdomain"] = " ".join(word for word in words if word != "setup_ssh")
+    keep(project)
+    assert again(project) == ["preflight", "setup_ssh", "verify_ssh_chain"]
+    end(project)
+
+
+def test_without_keep_a_resumed_session_destroys_and_says_so(project: Project) -> None:
+    keep(project)
+    result = project.run("test_steps.py")
+    assert result.ret == 0, result.output
+    assert "had been kept; torn down, as --nested-keep was not given" in result.output
+    assert project.left() == []
+
+
+def test_keep_on_failure_keeps_a_failed_run_and_no_other(project: Project) -> None:
+    result = project.run("--nested-keep=on-failure", "test_steps.py", FAIL="setup_ssh")
+    assert result.ret == 1
+    assert "is kept until" in result.output
+    assert project.left() != []
+    result = project.run("--nested-keep=on-failure", "test_steps.py")
+    assert result.ret == 0, result.output
+    assert project.left() == []
+
+
+def test_a_phase_that_broke_half_way_is_undone_by_a_rollback(project: Project) -> None:
+    keep(project, FAIL="setup_ssh")
+    again(project)
+    result = project.run("--nested-keep", "test_steps.py")
+    assert result.ret == 0, result.output
+    said = "setup_ssh broke half-way last time: went back to the snapshot after setup_network"
+    assert said in result.output
+    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
+    with project.host().open() as model:
+        (vm,) = model.state["vms"].values()
+        # Once each: what the broken one had left is gone.
+        assert vm["config"]["searchdomain"].split() == SETUP
+    end(project)
+
+
+def test_without_a_snapshot_the_broken_phase_is_done_on_what_it_left(project: Project) -> None:
+    keep(project, FAIL="setup_ssh")
+    again(project)
+    with project.host().open() as model:
+        (vm,) = model.state["vms"].values()
+        vm["snapshots"].clear()
+    result = project.run("--nested-keep", "test_steps.py")
+    assert result.ret == 0, result.output
+    assert "without a snapshot it is done again on what it left" in result.output
+    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
+    end(project)
+
+
+@pytest.mark.parametrize("change", ["nested_pve_cores=4", "nested_pve_leaf_options=cores=2"])
+def test_another_shape_is_reported_and_not_reused(project: Project, change: str) -> None:
+    keep(project)
+    result = project.run("test_steps.py", "-o", change)
+    assert result.ret == 0, result.output
+    name = change.removeprefix("nested_pve_").partition("=")[0]
+    assert "is not gone on with: it was made with other settings" in result.output
+    assert f"{name}: " in result.output
+    assert len(project.audits()) == 2
+    assert len([line for line in project.left() if line.startswith("vm")]) == 1
+    end(project)
+
+
+def test_two_sessions_never_adopt_one_run(project: Project) -> None:
+    keep(project)
+    (project.path / "test_slow.py").write_text(
+        "import threading\n"
+        "def test_slow(nested_pve_run, nested_pve):\n"
+        "    nested_pve_run.environment.audit.write('call', phase='test', cmd='hanging')\n"
+        "    open('gate').read()\n"
+    )
+    os.mkfifo(project.path / "gate")
+    first = project.start("--nested-keep", "test_slow.py")
+    project.wait_for(first, cmd="hanging")
+    second = project.run("test_steps.py")
+    assert second.ret == 0, second.output
+    assert "another session works on this run" in second.output
+    (project.path / "gate").write_text("")
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    assert len(project.audits()) == 2
+    end(project)
+
+
+def test_a_kept_run_that_somebody_destroyed_is_made_anew(project: Project) -> None:
+    keep(project)
+    again(project)
+    with project.host().open() as model:
+        model.state["vms"].clear()
+        model.state["pools"].clear()
+        model.state["volumes"] = {k: v for k, v in model.state["volumes"].items() if "import" in k}
+    result = project.run("test_steps.py")
+    assert result.ret == 0, result.output
+    assert "is gone from father: made anew" in result.output
+    assert again(project) == list(PHASES)
+
+
+def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project) -> None:
+    keep(project, "test_steps.py", "-o", "nested_pve_keep_expiry=1s")
+    (run,) = [path.parent.name for path in (project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")]
+    lease = pool_comment(project)
+    with project.host().open() as model:
+        for pool in model.state["pools"].values():
+            pool["comment"] = json.dumps({**lease, "created": 1, "expires": int(time.time()) - 100})
+    record = project.path / "state" / "nested-pve" / "kept" / run / "kept.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "expires": int(time.time()) - 90}))
+    result = project.run("test_steps.py")
+    assert result.ret == 0, result.output
+    assert f"the kept run {run} is not gone on with: its time is over" in result.output
+    assert f"of run {run}" in result.output
+    assert "destroyed, its lease lapsed" in result.output
+    assert project.left() == []
+
+
+def test_a_lapsed_run_of_somebody_else_is_swept_and_a_living_one_is_not(project: Project) -> None:
+    keep(project)
+    lease = pool_comment(project)
+    other = {**lease, "owner": "bob@desk", "client": "0" * 16}
+    with project.host().open() as model:
+        for pool in model.state["pools"].values():
+            pool["comment"] = json.dumps(other)
+    project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
+    assert len([line for line in project.left() if line.startswith("vm")]) == 1
+    with project.host().open() as model:
+        for pool in model.state["pools"].values():
+            pool["comment"] = json.dumps({**other, "created": 1, "expires": 2})
+    result = project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
+    assert "bob@desk's: destroyed" in result.output
+    assert project.left() == []
+    project.run("test_steps.py")  # finds its record, and the run gone
+
+
+def test_the_record_holds_the_keys_and_is_for_its_owner_alone(project: Project) -> None:
+    keep(project)
+    (record,) = (project.path / "state" / "nested-pve" / "kept").iterdir()
+    assert record.stat().st_mode & 0o777 == 0o700
+    for path in record.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    end(project)
+    assert not record.exists()
+
+
+def test_a_lost_run_directory_does_not_lose_the_environment(project: Project) -> None:
+    keep(project)
+    again(project)
+    shutil.rmtree(project.path / ".nested-pve")
+    result = project.run("test_steps.py")
+    assert result.ret == 0, result.output
+    assert again(project) == ["preflight", "verify_ssh_chain"]
+
+
+def test_skip_takes_a_phase_as_done_unasked(project: Project) -> None:
+    result = project.run("test_steps.py", "--nested-skip", "setup_ssh", "-v")
+    assert result.ret == 0, result.output
+    assert "setup_ssh" not in project.done()
+    assert result.outcomes()["test_setup_ssh"] == "PASSED"
+
+
+def test_skipping_what_is_no_phase_is_a_usage_error(project: Project) -> None:
+    result = project.run("test_steps.py", "--nested-skip", "setup_nothing")
+    assert result.ret == 4
+    assert "--nested-skip: expected the name of a phase" in result.output
+    assert project.done() == []
+
+
+def test_the_limit_of_the_whole_set_up_interrupts_it(project: Project) -> None:
+    project.write(
+        conftest=(project.path / "conftest.py").read_text()
+        + "\nSLOW = True\ninner = pytest_nestedpve_phases\n"
+        "def pytest_nestedpve_phases(phases, config):\n"
+        "    inner(phases, config)\n"
+        "    at = [phase.name for phase in phases].index('setup_ssh')\n"
+        "    def hang(environment):\n        import threading; threading.Event().wait(60)\n"
+        "    phases[at] = dataclasses.replace(phases[at], do=hang, probe=None)\n"
+    )
+    began = time.monotonic()
+    result = project.run("test_steps.py", "-o", "nested_pve_timeout=6")
+    assert result.ret == 1, result.output
+    assert "the set-up, at setup_ssh (nested_pve_timeout) did not end within its limit of" in result.output
+    assert time.monotonic() - began < 30
