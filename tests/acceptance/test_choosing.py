@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from acceptance.conftest import PHASES, Project, Result
+from acceptance.conftest import Project, Result
+from memory_phases import PHASES
 
 # Each phase gets a probe that notes its name; it says yes for the names in PROVED.
 PROBES = """
