@@ -26,10 +26,21 @@ def lines(nested: NestedSession) -> list[str]:
     ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
     if settings.any_id:
         ids = "any free id"
+    from pytest_nestedpve.keeping import resumable
+
+    if (kept := resumable(settings, nested.config.rootpath)) is not None:
+        return [
+            where,
+            f"nested-pve: goes on with the kept run {kept.run}, if a test needs it; "
+            + ("kept again" if settings.keep == "always" else "destroyed at the end unless it is kept again"),
+        ]
+    end = "kept at the end" if settings.keep == "always" else "destroyed at the end"
+    if settings.keep == "on-failure":
+        end += " unless something failed"
     return [
         where if several else f"{where}; run {run}",
         f"nested-pve: makes one VM {settings.name_prefix}-{run}{each} ({size}; id: {ids}) with a VM inside, "
-        "if a test needs it; destroyed at the end",
+        f"if a test needs it; {end}",
     ]
 
 

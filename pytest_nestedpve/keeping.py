@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve import record
 from pytest_nestedpve.ownership import Lease, LeaseLost, host_clock, parse_lease, pool_name, read_pool, renew
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.run import HARD_LIMIT, RUN_ID, client_hash, owner, state_home
+from pytest_nestedpve.run import (
+    HARD_LIMIT,
+    RUN_ID,
+    RunDirectoryError,
+    SessionLock,
+    client_hash,
+    owner,
+    state_home,
+)
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
@@ -117,6 +125,42 @@ def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
             yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
         else:
             yield kept, ""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A run whose lock is held: a new one, or `kept` to go on with. `remarks`: about other kept ones."""
+
+    lock: SessionLock
+    kept: Kept | None
+    remarks: tuple[str, ...]
+
+
+def resumable(settings: Settings, rootdir: Path) -> Kept | None:
+    """The kept run that a session would go on with, by what the client knows."""
+    return next((kept for kept, against in candidates(settings, rootdir) if not against), None)
+
+
+def take_lock(settings: Settings, rootdir: Path, run_id: str) -> Taken:
+    """Hold the lock of a kept run that can be gone on with, or that of the new run `run_id`.
+
+    Raises RunDirectoryError.
+    """
+    remarks: list[str] = []
+    for kept, against in candidates(settings, rootdir):
+        lock = SessionLock(kept.run)
+        try:
+            lock.acquire()
+        except RunDirectoryError as e:
+            against = str(e)
+        else:
+            if not against:
+                return Taken(lock, kept, tuple(remarks))
+            lock.release(remove=True)
+        remarks.append(f"the kept run {kept.run} is not gone on with: {against}")
+    lock = SessionLock(run_id)
+    lock.acquire()
+    return Taken(lock, None, tuple(remarks))
 
 
 def store(env: Environment, expires: int) -> None:

@@ -248,19 +248,10 @@ class SessionHooks:
         if reporter is None:
             return
         self._told = True
-        left = self.nested.left()
-        for line in self.nested.remarks:
-            reporter.write_line(f"nested-pve: {line}")
-        if self.nested.kept_until is not None:
-            for line in self.nested.kept_lines():
-                reporter.write_line(line)
-        if left:
-            reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
-            for line in left:
-                reporter.write_line(line)
-            reporter.write_line(f"this goes on with it: {self.nested.finishing_command()}")
-        if self._left_out:
-            reporter.write_line(f"nested-pve: {self._left_out}", yellow=True)
+        if self.nested.opened or self.nested.swept:
+            from pytest_nestedpve import ending
+
+            ending.tell(self.nested, reporter)
         if self.nested.tally.reason:
             reporter.write_line(f"nested-pve: {self.nested.tally.reason}", yellow=True)
 

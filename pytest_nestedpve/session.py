@@ -27,16 +27,14 @@ from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
-    from pytest_nestedpve.keeping import Kept
     from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
 
 KEY = pytest.StashKey["NestedSession"]()
 
-#: Files in a run's directory: which xdist session it belongs to; what its teardown left, once it has been.
+#: The file in a run's directory that says which xdist session it belongs to.
 FAMILY = "session"
-FINISHED = "finished"
 
 class NestedSession:
     """Owner of the environment, its runner and its teardown, for one pytest process."""
@@ -62,9 +60,9 @@ class NestedSession:
         self.kept_until: int | None = None  # by the clock of the outer host
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
-        self._finished = False
+        self.finished = False
         self._stderr = 2
-        self._lock: Any = None
+        self.lock: Any = None
         self.family: str | None = None  # what the workers of one xdist session have in common
         self.guard = SignalGuard(stop=self._stop, say=self._say, give_up=self._give_up)
 
@@ -129,7 +127,7 @@ class NestedSession:
             return
         if not self.host_is_named():
             raise NoHostFailure
-        if self._finished:
+        if self.finished:
             raise PhaseFailure(
                 PhaseBroken(Broken("teardown", "the environment is torn down already"), wanted="")
             )
@@ -146,11 +144,15 @@ class NestedSession:
         from pytest_nestedpve.run import Run
 
         phases = self.phases
-        kept = self._take_lock()
+        taken = keeping.take_lock(self.settings, self.config.rootpath, self.run_id)
+        kept, self.lock = taken.kept, taken.lock
+        self.run_id = kept.run if kept is not None else self.run_id
+        self.remarks += taken.remarks
         run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
         if self.family is not None:
             run.directory.write(FAMILY, self.family)
         audit = AuditLog(run.directory.audit, run.id)
+        audit.write("session", status="resumed" if kept is not None else "new")
         runner: PhaseRunner
         environment = Environment(
             settings=self.settings,
@@ -180,27 +182,6 @@ class NestedSession:
         runner.listeners.append(keeper)
         self.environment, self.runner = environment, runner
         self._add_listeners(runner)
-
-    def _take_lock(self) -> Kept | None:
-        """Hold a run's lock: that of a kept one to go on with, which is returned, or of a new one."""
-        from pytest_nestedpve import keeping
-        from pytest_nestedpve.run import RunDirectoryError, SessionLock
-
-        for kept, against in keeping.candidates(self.settings, self.config.rootpath):
-            lock = SessionLock(kept.run)
-            try:
-                lock.acquire()
-            except RunDirectoryError as e:
-                against = str(e)
-            else:
-                if not against:
-                    self.run_id, self._lock = kept.run, lock
-                    return kept
-                lock.release(remove=True)
-            self.remarks.append(f"the kept run {kept.run} is not gone on with: {against}")
-        self._lock = SessionLock(self.run_id)
-        self._lock.acquire()
-        return None
 
     def _bound(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
         """The phase's own limit, or what is left of the limit of the whole set-up."""
@@ -238,6 +219,7 @@ class NestedSession:
 
     def register_report(self) -> None:
         """Have the report's hooks take part in this session."""
+        from pytest_nestedpve import ending
         from pytest_nestedpve.report.session import SessionReport
 
         if self.config.pluginmanager.hasplugin("nestedpve-report"):
@@ -246,8 +228,8 @@ class NestedSession:
             self.config,
             self._run_directory,
             mask=self._mask,
-            finishing_command=self.finishing_command,
-            again=self.again,
+            finishing_command=lambda: ending.finishing_command(self),
+            again=lambda: ending.again(self),
         )
         self.config.pluginmanager.register(report, "nestedpve-report")
 
@@ -334,84 +316,14 @@ class NestedSession:
     # -- teardown ------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Tear down, once; never raises. What is left is in `teardown_report` or `teardown_error`."""
+        """Tear down or keep, once; never raises. What is left is in `teardown_report` or `teardown_error`."""
         self.guard.counting = True
-        if self._finished or self.runner is None or self.environment is None:
+        if self.finished or self.environment is None:
             return
-        self._finished = True
-        runner, environment = self.runner, self.environment
-        try:
-            from pytest_nestedpve import interplay
+        self.finished = True
+        from pytest_nestedpve.ending import finish
 
-            with interplay.timer_stopped(self.config, self.item):
-                if self._keeps():
-                    self._keep()
-                elif runner.acted:
-                    from pytest_nestedpve import keeping
-                    from pytest_nestedpve.teardown import teardown
-
-                    keeping.forget(environment.run.id)
-                    self.teardown_report = teardown(environment)
-                    if environment.resumed:
-                        self.remarks.append(
-                            f"run {self.run_id} had been kept; torn down, as --nested-keep was not given"
-                        )
-                else:
-                    runner.audit.write("teardown", status="clean", cause="nothing was made on the host")
-        except BaseException as error:
-            self.teardown_error = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
-                runner.audit.write("leak", status="unknown", cause=self.teardown_error)
-        finally:
-            left = self.left()
-            self.remarks += environment.remarks
-            self.tally.left = self.tally.left or bool(left)
-            with contextlib.suppress(Exception):
-                environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in left))
-            if self.settings.context_file is not None and not left and self.kept_until is None:
-                from pytest_nestedpve import context
-
-                with contextlib.suppress(Exception):
-                    context.forget(self.settings.context_file, environment.facts)
-            if self._lock is not None:
-                self._lock.release(remove=not left)
-            with contextlib.suppress(Exception):
-                environment.close()
-            self.close_hosts()
-
-    def _keeps(self) -> bool:
-        """Whether the environment outlives this session."""
-        assert self.runner is not None
-        if self.runner.status.get("provision") not in ("done", "proved"):
-            return False  # there is no whole VM that anybody could go on with
-        failed = bool(self.tally.failures) or self.runner.broken is not None
-        if self.settings.keep == "on-failure":
-            return failed and self.guard.first is None
-        return self.settings.keep == "always"
-
-    def _keep(self) -> None:
-        from pytest_nestedpve import keeping
-
-        assert self.environment is not None
-        lease = keeping.keep(self.environment)
-        self.kept_until = lease.expires
-        self.environment.audit.write("teardown", status="kept", expires=lease.expires)
-
-    def kept_lines(self) -> list[str]:
-        """How to log in to a kept environment, go on with it, and destroy it."""
-        import datetime
-        import shlex
-
-        assert self.environment is not None
-        until = datetime.datetime.fromtimestamp(self.kept_until or 0).astimezone()
-        ssh_config = shlex.quote(str(self.environment.run.directory.ssh_config))
-        return [
-            f"nested-pve: run {self.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
-            "its host destroys it",
-            f"  log in:  ssh -F {ssh_config} nested",
-            f"  go on:   {self.again()} --nested-keep",
-            f"  destroy: {self.again()} --nested-destroy-only --nested-run {self.run_id}",
-        ]
+        finish(self)
 
     def close_hosts(self) -> None:
         """Give back the outer host's connection, and the lab if it is one."""
@@ -419,30 +331,6 @@ class NestedSession:
             with contextlib.suppress(Exception):
                 close()
         self.on_close.clear()
-
-    def left(self) -> list[str]:
-        """What the teardown left on the host, a line each; empty when it is clean."""
-        lines = [str(each) for each in getattr(self.teardown_report, "left", ())]
-        lines += self.swept
-        if self.teardown_error is not None:
-            lines.append(f"unknown, the teardown itself failed: {self.teardown_error}")
-        return lines
-
-    def finishing_command(self) -> str:
-        """The command that finishes a teardown that did not."""
-        import shlex
-
-        words = [self.again(), "--nested-destroy-only"]
-        if self.environment is not None:
-            words += ["--nested-run", shlex.quote(self.environment.run.id)]
-        return " ".join(words)
-
-    def again(self) -> str:
-        """pytest with the same host, as a person would type it."""
-        import shlex
-
-        words = [] if self.settings.host is None else ["--pve-host", self.settings.host]
-        return shlex.join(["pytest", *words])
 
     # -- signals -------------------------------------------------------------------------------
 
@@ -455,9 +343,11 @@ class NestedSession:
         write_now(self._stderr, text)
 
     def _give_up(self, signum: int) -> None:
+        from pytest_nestedpve import ending
+
         write_now(
             self._stderr,
-            f"giving up on the teardown; this finishes it:\n    {self.finishing_command()}",
+            f"giving up on the teardown; this finishes it:\n    {ending.finishing_command(self)}",
         )
         os._exit(128 + signum)
 
@@ -470,10 +360,6 @@ class NestedSession:
         if self._stderr != 2:
             os.close(self._stderr)
             self._stderr = 2
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 def wanted(item: pytest.Item | None) -> str | None:

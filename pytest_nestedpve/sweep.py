@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.session import FAMILY, FINISHED
+from pytest_nestedpve.ending import FINISHED
+from pytest_nestedpve.session import FAMILY
 
 if TYPE_CHECKING:
     from pytest_nestedpve.session import NestedSession

@@ -22,7 +22,7 @@ def usual_times(run_dir: Path, host: str) -> dict[str, float]:
         if seen == RUNS:
             break
         try:
-            run = read_audit(log)
+            run = read_audit(log, whole=True)
         except OSError:
             continue
         done = [step for step in run.steps if step.status == "done" and step.seconds is not None]

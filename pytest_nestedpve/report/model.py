@@ -83,6 +83,8 @@ class RunReport:
     teardown: tuple[TeardownLine, ...]
     left: tuple[TeardownLine, ...]
     proved_empty: bool
+    remarks: tuple[str, ...] = ()
+    was_kept: bool = False
 
     @property
     def failed(self) -> Step | None:
@@ -101,19 +103,23 @@ class RunReport:
 
     @property
     def verdict(self) -> str:
-        """One word: failed, left, interrupted, kept or passed ("kept": set up, but not taken down)."""
+        """One word: failed, left, interrupted, kept, up (set up, and not taken down) or passed."""
         if self.failed is not None:
             return "failed"
         if self.left:
             return "left"
         if self.interrupted:
             return "interrupted"
-        return "passed" if self.proved_empty else "kept"
+        if self.was_kept:
+            return "kept"
+        return "passed" if self.proved_empty else "up"
 
 
-def read_audit(path: Path) -> RunReport:
-    """The report of the run whose log is `path`. Raises OSError when it cannot be read."""
-    return build(_lines(path.read_text(encoding="utf-8", errors="replace")))
+def read_audit(path: Path, *, whole: bool = False) -> RunReport:
+    """The report of the last session of the run whose log is `path`, or of all. Raises OSError."""
+    entries = list(_lines(path.read_text(encoding="utf-8", errors="replace")))
+    sessions = [number for number, entry in enumerate(entries) if entry["event"] == "session"]
+    return build(entries if whole or not sessions else entries[sessions[-1] :])
 
 
 def _lines(text: str) -> Iterable[dict[str, Any]]:
@@ -175,7 +181,8 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
     open_steps: dict[str, _OpenStep] = {}
     teardown: list[TeardownLine] = []
     left: list[TeardownLine] = []
-    proved_empty = False
+    remarks: list[str] = []
+    proved_empty = was_kept = False
 
     for entry in entries:
         at = _time(entry.get("ts"))
@@ -210,6 +217,9 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
             teardown.append(line)
             if line.outcome == "clean" and phase in ("", "destroy"):
                 proved_empty = True
+            was_kept = line.outcome == "kept"
+        elif event == "remark":
+            remarks.append(str(entry.get("cause") or ""))
         elif event == "leak":
             left.append(_teardown_line(entry, now))
 
@@ -226,6 +236,8 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         teardown=tuple(teardown),
         left=tuple(left),
         proved_empty=proved_empty and not left,
+        remarks=tuple(remarks),
+        was_kept=was_kept and not left,
     )
 
 

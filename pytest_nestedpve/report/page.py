@@ -19,7 +19,8 @@ VERDICTS = {
     "failed": "failed",
     "interrupted": "interrupted",
     "left": "something is left",
-    "kept": "not taken down",
+    "kept": "kept for later sessions",
+    "up": "not taken down",
 }
 
 WORDS = {

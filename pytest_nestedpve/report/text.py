@@ -44,11 +44,15 @@ def failure_lines(
     clean = "nothing to do, the teardown proved that nothing is left"
     if report.left or not report.proved_empty:
         clean = finishing_command or f"pytest --nested-destroy-only --nested-run {report.run}"
+    then = [
+        f"log in:   {again} --nested-keep=on-failure -k {step.name}   leaves it as it failed; then {reach}",
+        f"go on:    {again} -k {step.name}   does what it needs first",
+        f"clean up: {clean}",
+    ]
     return [
         f"first cause, in {step.name}: {first}",
         *(f"    {line}" for line in rest[:20]),
         *([f"    … {len(rest) - 20} more lines in the report"] if len(rest) > 20 else []),
-        f"log in:   {again} --pdb -k {step.name}   keeps everything while the debugger waits; then {reach}",
-        f"go on:    {again} -k {step.name}   does what it needs first",
-        f"clean up: {clean}",
+        # Of a kept environment the session itself says how to log in, go on and clean up.
+        *([] if report.was_kept else then),
     ]

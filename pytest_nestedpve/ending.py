@@ -1,0 +1,143 @@
+"""The end of a session's environment: torn down, or kept; what is left is told."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session import NestedSession
+
+#: The file in a run's directory that says what its teardown left, once it has been.
+FINISHED = "finished"
+
+
+def finish(nested: NestedSession) -> None:
+    """Tear down or keep; never raises."""
+    from pytest_nestedpve import interplay
+
+    runner, environment = nested.runner, nested.environment
+    assert runner is not None
+    assert environment is not None
+    try:
+        with interplay.timer_stopped(nested.config, nested.item):
+            if _keeps(nested):
+                _keep(nested)
+            elif runner.acted:
+                _tear_down(nested)
+            else:
+                runner.audit.write("teardown", status="clean", cause="nothing was made on the host")
+    except BaseException as error:
+        nested.teardown_error = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            runner.audit.write("leak", status="unknown", cause=nested.teardown_error)
+    finally:
+        lines = left(nested)
+        nested.remarks += environment.remarks
+        nested.tally.left = nested.tally.left or bool(lines)
+        with contextlib.suppress(Exception):
+            environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in lines))
+        if nested.settings.context_file is not None and not lines and nested.kept_until is None:
+            from pytest_nestedpve import context
+
+            with contextlib.suppress(Exception):
+                context.forget(nested.settings.context_file, environment.facts)
+        if nested.lock is not None:
+            nested.lock.release(remove=not lines)
+        with contextlib.suppress(Exception):
+            environment.close()
+        nested.close_hosts()
+
+
+def _keeps(nested: NestedSession) -> bool:
+    """Whether the environment outlives this session."""
+    assert nested.runner is not None
+    if nested.runner.status.get("provision") not in ("done", "proved"):
+        return False  # there is no whole VM that anybody could go on with
+    failed = bool(nested.tally.failures) or nested.runner.broken is not None
+    if nested.settings.keep == "on-failure":
+        return failed and nested.guard.first is None
+    return nested.settings.keep == "always"
+
+
+def _keep(nested: NestedSession) -> None:
+    from pytest_nestedpve import keeping
+
+    assert nested.environment is not None
+    lease = keeping.keep(nested.environment)
+    nested.kept_until = lease.expires
+    nested.environment.audit.write("teardown", status="kept", expires=lease.expires)
+
+
+def _tear_down(nested: NestedSession) -> None:
+    from pytest_nestedpve import keeping
+    from pytest_nestedpve.teardown import teardown
+
+    assert nested.environment is not None
+    keeping.forget(nested.environment.run.id)
+    nested.teardown_report = teardown(nested.environment)
+    if nested.environment.resumed:
+        nested.remarks.append(f"run {nested.run_id} had been kept; torn down, as --nested-keep was not given")
+
+
+def left(nested: NestedSession) -> list[str]:
+    """What the teardown left on the host, a line each; empty when it is clean."""
+    lines = [str(each) for each in getattr(nested.teardown_report, "left", ())]
+    lines += nested.swept
+    if nested.teardown_error is not None:
+        lines.append(f"unknown, the teardown itself failed: {nested.teardown_error}")
+    return lines
+
+
+def finishing_command(nested: NestedSession) -> str:
+    """The command that finishes a teardown that did not."""
+    import shlex
+
+    words = [again(nested), "--nested-destroy-only"]
+    if nested.environment is not None:
+        words += ["--nested-run", shlex.quote(nested.environment.run.id)]
+    return " ".join(words)
+
+
+def again(nested: NestedSession) -> str:
+    """pytest with the same host, as a person would type it."""
+    import shlex
+
+    words = [] if nested.settings.host is None else ["--pve-host", nested.settings.host]
+    return shlex.join(["pytest", *words])
+
+
+def tell(nested: NestedSession, reporter: Any) -> None:
+    """What the end of the terminal's output says of the environment."""
+    for line in nested.remarks:
+        reporter.write_line(f"nested-pve: {line}")
+    if nested.kept_until is not None:
+        for line in _kept_lines(nested):
+            reporter.write_line(line)
+    lines = left(nested)
+    if lines:
+        reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
+        for line in lines:
+            reporter.write_line(line)
+        reporter.write_line(f"this goes on with it: {finishing_command(nested)}")
+
+
+def _kept_lines(nested: NestedSession) -> list[str]:
+    """How to log in to a kept environment, go on with it, and destroy it."""
+    import datetime
+    import shlex
+
+    assert nested.environment is not None
+    until = datetime.datetime.fromtimestamp(nested.kept_until or 0).astimezone()
+    ssh_config = shlex.quote(str(nested.environment.run.directory.ssh_config))
+    return [
+        f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
+        "its host destroys it",
+        f"  log in:  ssh -F {ssh_config} nested",
+        f"  go on:   {again(nested)} --nested-keep",
+        f"  destroy: {again(nested)} --nested-destroy-only --nested-run {nested.run_id}",
+    ]
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
