@@ -55,15 +55,35 @@ class Job:
     def outcome(self, row: Row) -> tuple[str, str]:
         """("gone" | "foreign" | "left", reason) of a row that is to be destroyed."""
         if self._outcomes is None:
-            from pytest_nestedpve.cleanup import execute
-
-            assert self._host is not None
-            # As they come: an interrupted session still writes what became of those that were reached.
-            outcomes = self._outcomes = {}
             with self.nested.unlimited():
-                execute(self._host, self.settings, self.rows, told=outcomes.__setitem__)
-        found = self._outcomes.get(row)
+                self._execute()
+        found = (self._outcomes or {}).get(row)
         return (found.result, found.reason) if found is not None else ("left", "it was not reached")
+
+    def _execute(self) -> None:
+        from pytest_nestedpve.cleanup import execute
+        from pytest_nestedpve.phases import Phase
+        from pytest_nestedpve.progress import ProgressListener
+        from pytest_nestedpve.teardown import destroying
+
+        # As they come: an interrupted session still writes what became of those that were reached.
+        outcomes: dict[Row, Outcome] = {}
+        self._outcomes = outcomes
+        total = sum(row.verdict == "destroy" and row.vmid is not None for row in self.rows)
+        shown, phase = ProgressListener(self.nested.config), Phase("destroy", "clean-up", lambda _env: None)
+
+        def told(row: Row, outcome: Outcome) -> None:
+            outcomes[row] = outcome
+            shown.progress(destroying(total, sum(each.result == "gone" for each in outcomes.copy().values())))
+
+        assert self._host is not None
+        shown.phase_started(phase)
+        shown.progress(destroying(total))
+        try:
+            execute(self._host, self.settings, self.rows, told)
+        finally:
+            shown.phase_finished(phase, "done", 0.0, {}, None)
+            shown.close()
 
     def write(self) -> None:
         """The rows with their outcomes, for --nested-json."""

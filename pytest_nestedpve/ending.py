@@ -75,7 +75,7 @@ def _tear_down(nested: NestedSession) -> None:
 
     assert nested.environment is not None
     keeping.forget(nested.environment.run.id)
-    nested.teardown_report = teardown(nested.environment)
+    nested.teardown_report = teardown(nested.environment, nested.watcher)
     if nested.environment.resumed:
         nested.remarks.append(f"run {nested.run_id} had been kept; torn down, as --nested-keep was not given")
 

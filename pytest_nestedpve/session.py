@@ -28,6 +28,7 @@ from pytest_nestedpve.signals import SignalGuard, limit, write_now
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.nested import NestedPve
+    from pytest_nestedpve.progress import ProgressListener
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
 
@@ -52,6 +53,7 @@ class NestedSession:
         self.faults: dict[BaseException, Broken] = {}
         self.ran: list[str] = []  # names of the steps that ran here, as pytest-dependency knows them
         self.lost: dict[str, str] = {}  # those of them that failed: why
+        self.watcher: ProgressListener | None = None  # shows what is done, set-up and teardown
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
         self.job: Any = None  # of --nested-destroy-only
@@ -215,7 +217,8 @@ class NestedSession:
 
             runner.listeners.append(SnapshotKeeper(self.environment))
         usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
-        runner.listeners.append(ProgressListener(self.config, usual))
+        self.watcher = ProgressListener(self.config, usual)
+        runner.listeners.append(self.watcher)
 
     def register_report(self) -> None:
         """Have the report's hooks take part in this session."""

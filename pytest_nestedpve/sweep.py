@@ -51,11 +51,13 @@ def _finish_all(nested: NestedSession) -> list[str]:
 def _finish(nested: NestedSession, path: Path) -> list[str]:
     from pytest_nestedpve.audit import AuditLog
     from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.progress import ProgressListener
     from pytest_nestedpve.run import Run, RunDirectory, SessionLock
     from pytest_nestedpve.teardown import teardown
 
     lock = SessionLock(path.name)
     lock.acquire()
+    shown = ProgressListener(nested.config)
     audit = AuditLog(path / "audit.jsonl", path.name)
     run = Run(id=path.name, owner="", client="", session="", dir=path, created=0, expires=0, hard=0)
     environment = Environment(
@@ -69,12 +71,13 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     try:
         environment.settings = nested.settings.with_profile(_profile(environment.outer))
         environment.facts = RunDirectory(path).load_state()
-        lines = [str(each) for each in teardown(environment).left]
+        lines = [str(each) for each in teardown(environment, shown).left]
         run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
         lock.release(remove=not lines)
         return lines
     finally:
         lock.release(remove=False)
+        shown.close()
         environment.close()
         audit.close()
 
@@ -91,4 +94,4 @@ def _profile(host: Any) -> dict[str, str]:
 
 
 def _unheard(_text: str) -> None:
-    """Nobody watches the progress of a sweep."""
+    """Phases are not done by a sweep; its teardown is shown."""

@@ -12,14 +12,18 @@ from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
 from pytest_nestedpve.ownership import pool_name, prove, read_pool
+from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.phases import Listener
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.settings import Settings
+
+Say = Callable[[str], None]
 
 ROUNDS = 3
 CUT_OFF = 6.0
@@ -37,29 +41,34 @@ class TeardownReport:
     kept: tuple[str, ...] = ()
 
 
-def teardown(env: Environment) -> TeardownReport:
-    """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked."""
+def teardown(env: Environment, shown: Listener | None = None) -> TeardownReport:
+    """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked.
+
+    `shown` is told what this is at, as it is of the set-up; its `progress` also from other threads.
+    """
     audit, host = env.audit, env.outer
-    with _phase(env, "discover", "what may be the run's is looked for"):
-        candidates = _look(env, host)
-    with _phase(env, "cleanup_inner", "guests inside the nested PVE go first"):
-        _inner_first(env, candidates)
-    with _phase(env, "destroy", "proved, stopped, proved, destroyed; then looked for again"):
-        report = clear(env, host, candidates)
+    with _phase(env, shown, "discover", "what may be the run's is looked for") as say:
+        candidates = _look(env, host, say)
+    with _phase(env, shown, "cleanup_inner", "guests inside the nested PVE go first") as say:
+        _inner_first(env, candidates, say)
+    with _phase(env, shown, "destroy", "proved, stopped, proved, destroyed; then looked for again") as say:
+        report = clear(env, host, candidates, say)
     for line in report.left:
         audit.write("leak", status="left", cause=line, host=host.name)
     audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
     return report
 
 
-def _look(env: Environment, host: PveHost) -> list[Candidate]:
+def _look(env: Environment, host: PveHost, say: Say) -> list[Candidate]:
     """The candidates. A call that makes something and was cut off may still be at work on the host (a command
     outlives its connection): what it makes is waited for a little."""
+    say("looking for what may be the run's")
     extra = _context_ids(env)
     found = discover(host, env.settings, env.run.id, extra)
     cut_off = env.audit.cut_off
     if cut_off is not None:
         before = {each.vmid for each in found}
+        say("waiting for what a call that was cut off makes")
         rest = Deadline(max(0.0, CUT_OFF - (time.monotonic() - cut_off)))
         with contextlib.suppress(CommandTimeout):
             found = wait_until(
@@ -91,20 +100,41 @@ def _more_than(before: set[int], found: list[Candidate]) -> list[Candidate] | No
 
 
 @contextlib.contextmanager
-def _phase(env: Environment, name: str, title: str) -> Iterator[None]:
+def _phase(env: Environment, shown: Listener | None, name: str, title: str) -> Iterator[Say]:
+    """A phase in the audit log and for who watches; yields what says how far it is."""
+    phase = Phase(name, title, lambda _env: None)
+
+    def say(text: str) -> None:
+        # Nothing of a teardown may fail because it cannot be shown.
+        with contextlib.suppress(Exception):
+            if shown is not None:
+                shown.progress(text)
+
     env.audit.write("phase_start", phase=name, title=title)
+    with contextlib.suppress(Exception):
+        if shown is not None:
+            shown.phase_started(phase)
     started, status = time.monotonic(), "failed"
     try:
-        yield
+        yield say
         status = "done"
     finally:
-        took = round((time.monotonic() - started) * 1000, 1)
-        env.audit.write("phase_end", phase=name, status=status, ms=took)
+        took = time.monotonic() - started
+        env.audit.write("phase_end", phase=name, status=status, ms=round(took * 1000, 1))
+        with contextlib.suppress(Exception):
+            if shown is not None:
+                shown.phase_finished(phase, status, took, {}, None)
 
 
-def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> TeardownReport:
+def destroying(total: int, gone: int = 0) -> str:
+    """`destroying 3 VMs, 1 gone`."""
+    return f"destroying {total} VM{'s' * (total != 1)}" + (f", {gone} gone" if gone else "")
+
+
+def clear(env: Environment, host: PveHost, candidates: list[Candidate], say: Say) -> TeardownReport:
     """Destroy, volumes and snippets and pool, then look a second time."""
     settings, run = env.settings, env.run
+    gone: set[int] = set()
 
     def told(outcome: Outcome) -> None:
         env.audit.write(
@@ -115,13 +145,19 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate]) -> Teard
             host=host.name,
             cause=outcome.reason or None,
         )
+        (gone.add if outcome.result == "gone" else gone.discard)(outcome.vmid)
+        say(destroying(len(candidates), len(gone)))
 
     ours = task_ids(run.directory.audit)
     outcomes: dict[int, Outcome] = {}
     for _ in range(ROUNDS):
         # A round more for what came to be meanwhile: the end of a create that nobody waited for.
+        if candidates:
+            gone.clear()
+            say(destroying(len(candidates)))
         for outcome in destroy(host, settings, run.id, candidates, ours=ours, told=told):
             outcomes[outcome.vmid] = outcome
+        say("looking again")
         settled = {vmid for vmid, each in outcomes.items() if each.result != "gone"}
         candidates = [each for each in discover(host, settings, run.id) if each.vmid not in settled]
         if not candidates:
@@ -160,7 +196,7 @@ def _line(outcome: Outcome) -> str:
     return f"VM {outcome.vmid} on {outcome.node}: {outcome.reason}"
 
 
-def _inner_first(env: Environment, candidates: list[Candidate]) -> None:
+def _inner_first(env: Environment, candidates: list[Candidate], say: Say) -> None:
     """Guests inside the nested PVE, best effort: they go with its disk anyway. Only through a VM that was
     just proved to be ours."""
     if "leaf_provision" not in env.facts and "download_image" not in env.facts:
@@ -172,6 +208,7 @@ def _inner_first(env: Environment, candidates: list[Candidate]) -> None:
             return
         inner, settings = env.inner, replace(env.settings, pool_parent=None)
         inside = discover(inner, settings, env.run.id)
+        say(f"{destroying(len(inside))} inside the nested PVE")
         ours = task_ids(env.run.directory.audit)
         outcomes = destroy(inner, settings, env.run.id, inside, ours=ours, budget=INNER_BUDGET)
         status = "left" if any(each.result == "left" for each in outcomes) else "clean"

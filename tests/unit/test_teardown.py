@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from pytest_nestedpve.destroy import BUDGET
 from pytest_nestedpve.discovery import discover
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name
+from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve import guests
+from pytest_nestedpve.report.model import TEARDOWN_PHASES
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.teardown import TeardownReport, teardown
@@ -449,6 +451,56 @@ def test_a_host_that_fails_half_way_is_told_with_what_is_left(env: Environment, 
     report = teardown_within(env, 2.0)
     assert any("the storage burns" in line for line in report.left)
     assert any(line.startswith("pool ") for line in report.left)
+
+
+class Shown:
+    """Somebody who watches."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def phase_started(self, phase: Phase) -> None:
+        self.seen.append(f"{phase.name}:")
+
+    def phase_finished(
+        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None:
+        assert seconds >= 0
+        assert (facts, cause) == ({}, None)
+        self.seen.append(f"{phase.name} {status}")
+
+    def progress(self, text: str) -> None:
+        self.seen.append(text)
+
+
+def test_a_teardown_says_what_it_is_at(env: Environment, memory: MemoryHost) -> None:
+    ours(env)
+    stuck = ours(env)
+    memory.fault("DELETE", f"/nodes/father/qemu/{stuck}", text="403 Permission check failed", times=9999)
+    shown = Shown()
+    assert teardown(env, shown).left
+    assert [each for each in shown.seen if each.split()[0].rstrip(":") in TEARDOWN_PHASES] == [
+        "discover:", "discover done", "cleanup_inner:", "cleanup_inner done", "destroy:", "destroy done",
+    ]  # fmt: skip
+    said = shown.seen[shown.seen.index("destroy:") :]
+    assert (
+        said.index("destroying 2 VMs") < said.index("destroying 2 VMs, 1 gone") < said.index("looking again")
+    )
+
+
+def test_a_watcher_that_fails_does_not_hold_a_teardown_up(env: Environment, memory: MemoryHost) -> None:
+    ours(env)
+
+    class Broken(Shown):
+        def phase_started(self, phase: Phase) -> None:
+            raise RuntimeError(f"can't start new thread for {phase.name}")
+
+        def progress(self, text: str) -> None:
+            raise BrokenPipeError(text)
+
+    assert teardown(env, Broken()).left == ()
+    with memory.open() as model:
+        assert model.state["vms"] == {}
 
 
 def test_a_refusal_is_told_at_once(env: Environment, memory: MemoryHost) -> None:

@@ -39,6 +39,16 @@ def test_it_is_the_median_of_what_earlier_runs_took_on_the_same_host(tmp_path: P
     assert usual_times(tmp_path, "father") == {"provision": 5.0}
 
 
+def test_a_teardown_has_a_usual_time_too(tmp_path: Path) -> None:
+    log(tmp_path, "a", "father", 4000)
+    with (tmp_path / "a" / "audit.jsonl").open("a") as out:
+        out.write("\n")
+        for event, more in (("phase_start", {}), ("phase_end", {"status": "done", "ms": 3000})):
+            line = {"ts": 110.0, "run": "a", "event": event, "phase": "destroy", **more}
+            out.write(json.dumps(line) + "\n")
+    assert usual_times(tmp_path, "father") == {"provision": 4.0, "destroy": 3.0}
+
+
 def test_labs_are_one_host(tmp_path: Path) -> None:
     log(tmp_path, "a", "lab:one", 4000)
     assert usual_times(tmp_path, "lab") == {"provision": 4.0}
