@@ -51,6 +51,7 @@ class Environment:
         self.record = PhaseRecord()
         self.resumed = False
         self.remarks: list[str] = []
+        self.leaf_used = False  # a test logged in to the VM inside
         self.secrets: list[str] = []
         self._connect = connect
         self._lock = threading.RLock()

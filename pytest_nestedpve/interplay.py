@@ -10,6 +10,19 @@ from typing import Any
 import pytest
 
 
+def clean_scope(item: pytest.Item) -> str:
+    """What shares one clean state with `item`, by its marker. Raises UsageError for another scope."""
+    mark = item.get_closest_marker("nested_pve_clean")
+    scope = mark.kwargs.get("scope", mark.args[0] if mark.args else "function") if mark else "function"
+    kinds: dict[str, type[pytest.Item | pytest.Collector]] = {
+        "function": pytest.Item, "class": pytest.Class, "module": pytest.Module,
+    }  # fmt: skip
+    if scope not in kinds:
+        raise pytest.UsageError(f"nested_pve_clean(scope={scope!r}): expected one of {', '.join(kinds)}")
+    node = item.getparent(kinds[scope]) or item
+    return node.nodeid
+
+
 @contextlib.contextmanager
 def uncaptured(config: pytest.Config) -> Iterator[None]:
     """With the terminal's own descriptors, whatever pytest captures."""

@@ -134,6 +134,7 @@ class SessionHooks:
         if option.collectonly or option.setupplan or self.nested.settings.destroy_only:
             return None
         chosen = [item for item in session.items if uses(item)]
+        self.nested.wants_clean = any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in chosen)
         if self.nested.settings.dry_run:
             from pytest_nestedpve import dry_run
 

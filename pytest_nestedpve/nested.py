@@ -68,6 +68,7 @@ class NestedPve:
     @property
     def leaf(self) -> SshConnection:
         """A login at the VM inside; `leaf.run("uname -n")`. Raises NotReady before leaf_wait_ip."""
+        self._env.leaf_used = True
         return self._env.leaf_ssh
 
     def ssh(self, command: str | list[str], *, timeout: float = 60.0) -> CommandResult:

@@ -41,6 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "nested_pve(upto): set the nested PVE up only as far as the phase of that name",
     )
+    config.addinivalue_line(
+        "markers",
+        "nested_pve_clean(scope): nested_pve_clean gives the clean state once per function, class or module",
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -93,6 +97,18 @@ def nested_pve_run(request: pytest.FixtureRequest) -> Iterator[NestedSession]:
 def nested_pve(nested_pve_run: NestedSession) -> NestedPve:
     """A nested Proxmox VE, set up completely, or as far as `@pytest.mark.nested_pve(upto=…)` says."""
     return nested_pve_run.nested_pve()
+
+
+@pytest.fixture
+def nested_pve_clean(
+    request: pytest.FixtureRequest, nested_pve_run: NestedSession, nested_pve: NestedPve
+) -> NestedPve:
+    """The nested PVE as it was after set-up, whatever tests before did to it.
+
+    For each test, or with `@pytest.mark.nested_pve_clean(scope="module")` (or class) once for all of those.
+    """
+    nested_pve_run.give_clean(request.node)
+    return nested_pve
 
 
 @pytest.fixture

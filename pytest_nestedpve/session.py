@@ -26,6 +26,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.builtin.clean import CleanState
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.progress import ProgressListener
@@ -60,6 +61,9 @@ class NestedSession:
         self.swept: list[str] = []  # what xdist's workers left
         self.remarks: list[str] = []  # lines for the end of the session
         self.kept_until: int | None = None  # by the clock of the outer host
+        self.wants_clean = False  # some test that was chosen uses nested_pve_clean
+        self.clean: CleanState | None = None
+        self.clean_for = ""
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
         self.finished = False
@@ -290,6 +294,40 @@ class NestedSession:
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
+        if self.wants_clean and self.clean is None and name == self.target(None):
+            # Now, before any test has it.
+            try:
+                self._clean_state()
+            except PveError as e:
+                raise Failed(f"nested_pve_clean: {e}", pytrace=False) from e
+
+    def give_clean(self, item: pytest.Item) -> None:
+        """Have the state after set-up again, unless the current test shares it with one before."""
+        from pytest_nestedpve.interplay import clean_scope, timer_stopped
+
+        assert self.environment is not None
+        key = clean_scope(item)
+        if key == self.clean_for:
+            return
+        self.clean_for = key
+        try:
+            with timer_stopped(self.config, item):
+                self._clean_state().give()
+        except PveError as e:
+            raise Failed(f"nested_pve_clean: {e}", pytrace=False) from e
+        item.user_properties.append(("nested_pve_clean", self._clean_state().gave))
+
+    def _clean_state(self) -> CleanState:
+        """The clean state; at the first call it is as the environment is now."""
+        from pytest_nestedpve.builtin.clean import CleanState
+
+        assert self.environment is not None
+        assert self.runner is not None
+        if self.clean is None:
+            self.clean = CleanState(self.environment)
+            setup = [phase.name for phase in self.phases if phase.probe is not None]
+            self.clean.remember(fresh=any(self.runner.status.get(name) == "done" for name in setup))
+        return self.clean
 
     def nested_pve(self) -> NestedPve:
         """The value of the fixture: set up as far as the current test wants it."""

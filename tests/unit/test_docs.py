@@ -138,7 +138,7 @@ def test_every_option_is_documented_and_no_page_names_one_that_does_not_exist() 
 
 def test_no_page_names_a_setting_that_does_not_exist() -> None:
     known = {key.ini for key in KEYS} | {key.env for key in KEYS}
-    fixtures = {"nested_pve_phases", "nested_pve_run", "nested_pve_version"}
+    fixtures = {"nested_pve_phases", "nested_pve_run", "nested_pve_version", "nested_pve_clean"}
     environment = {"NESTED_PVE_CACHE"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
