@@ -42,6 +42,11 @@ def finish(nested: NestedSession) -> None:
 
             with contextlib.suppress(Exception):
                 context.forget(nested.settings.context_file, environment.facts)
+        if nested.kept_until is None:
+            from pytest_nestedpve.announce import Announcer
+
+            announcer = Announcer(nested.config, environment, nested.tally.hooks)
+            announcer.teardown_finished(nested.teardown_report, lines)
         if nested.lock is not None:
             nested.lock.release(remove=not lines)
         with contextlib.suppress(Exception):

@@ -62,6 +62,7 @@ class Tally:
     failures: int = 0
     preflight_failures: int = 0
     usage: str | None = None
+    hooks: list[str] = field(default_factory=list)  # the project's hooks that raised, a line each
     left: bool = False
     left_reason: str = "the teardown left something behind"
     signum: int | None = None
@@ -99,6 +100,9 @@ class Tally:
             return USAGE
         if self.left and status in (OK, NOTHING_COLLECTED):
             self.reason = self.left_reason
+            return FAILED
+        if self.hooks and status in (OK, NOTHING_COLLECTED):
+            self.reason = "a hook of the project raised"
             return FAILED
         if status == FAILED and self.failures and self.failures == self.preflight_failures and not self.left:
             self.reason = "preflight is the only failure: the host or the settings are not usable"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.host import PveHost
 
 FIXTURE = "nested_pve_run"
+#: What an xdist worker hands to the controller at its end.
+SAID = "nestedpve_said"
 
 
 def begin(session: pytest.Session) -> None:
@@ -249,10 +251,15 @@ class SessionHooks:
         if reporter is None:
             return
         self._told = True
-        if self.nested.opened or self.nested.swept:
+        nested = self.nested
+        if nested.opened or nested.swept or nested.remarks:
             from pytest_nestedpve import ending
 
-            ending.tell(self.nested, reporter)
+            ending.tell(nested, reporter)
+        for line in nested.tally.hooks:
+            reporter.write_line(f"nested-pve: {line}", red=True)
+        if self._left_out:
+            reporter.write_line(f"nested-pve: {self._left_out}", yellow=True)
         if self.nested.tally.reason:
             reporter.write_line(f"nested-pve: {self.nested.tally.reason}", yellow=True)
 
@@ -263,9 +270,18 @@ class LastHooks:
     def __init__(self, nested: NestedSession) -> None:
         self.nested = nested
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        said = getattr(node, "workeroutput", {}).get(SAID, {})
+        self.nested.tally.hooks += said.get("hooks", [])
+        self.nested.remarks += said.get("remarks", [])
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         self.nested.finish()
+        if hasattr(self.nested.config, "workeroutput"):
+            said = {"hooks": self.nested.tally.hooks, "remarks": self.nested.remarks}
+            self.nested.config.workeroutput[SAID] = said
         if self.nested.family is not None and not hasattr(self.nested.config, "workerinput"):
             from pytest_nestedpve.sweep import sweep
 

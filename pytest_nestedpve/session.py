@@ -38,6 +38,7 @@ KEY = pytest.StashKey["NestedSession"]()
 #: The file in a run's directory that says which xdist session it belongs to.
 FAMILY = "session"
 
+
 class NestedSession:
     """Owner of the environment, its runner and its teardown, for one pytest process."""
 
@@ -208,6 +209,7 @@ class NestedSession:
             self.guard.install()
 
     def _add_listeners(self, runner: PhaseRunner) -> None:
+        from pytest_nestedpve.announce import Announcer
         from pytest_nestedpve.progress import ProgressListener
         from pytest_nestedpve.report.session import ReportListener
         from pytest_nestedpve.usual import usual_times
@@ -223,6 +225,7 @@ class NestedSession:
         usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
         self.watcher = ProgressListener(self.config, usual)
         runner.listeners.append(self.watcher)
+        runner.listeners.append(Announcer(self.config, self.environment, self.tally.hooks))
 
     def register_report(self) -> None:
         """Have the report's hooks take part in this session."""

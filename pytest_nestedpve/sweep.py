@@ -49,6 +49,7 @@ def _finish_all(nested: NestedSession) -> list[str]:
 
 
 def _finish(nested: NestedSession, path: Path) -> list[str]:
+    from pytest_nestedpve.announce import Announcer
     from pytest_nestedpve.audit import AuditLog
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.progress import ProgressListener
@@ -71,7 +72,9 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     try:
         environment.settings = nested.settings.with_profile(_profile(environment.outer))
         environment.facts = RunDirectory(path).load_state()
-        lines = [str(each) for each in teardown(environment, shown).left]
+        report = teardown(environment, shown)
+        lines = [str(each) for each in report.left]
+        Announcer(nested.config, environment, nested.tally.hooks).teardown_finished(report, lines)
         run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
         lock.release(remove=not lines)
         return lines

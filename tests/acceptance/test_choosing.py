@@ -75,7 +75,7 @@ def test_a_step_that_the_project_skips_is_done_for_the_later_ones(project: Proje
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.name == "test_setup_network":
-            item.add_marker(pytest.mark.skip(reason="seen elsewhere"))
+            item.add_marker(pytest.mark.skipif(True, reason="seen elsewhere"))
 """,
     )
     result, done = done_by(project, "test_steps.py")

@@ -1,0 +1,180 @@
+"""A project is told of phases and of the teardown, and nothing that it does then can break either."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from acceptance.conftest import Project
+from memory_phases import PHASES
+
+HOOKS = """
+
+import json
+
+def told(**fields):
+    with (HERE / "told").open("a") as out:
+        out.write(json.dumps(fields) + "\\n")
+
+def wrong(where):
+    how = os.environ.get("RAISES_" + where)
+    if how == "exit":
+        pytest.exit("enough")
+    if how == "fail":
+        pytest.fail("not good")
+    if how == "hang":
+        threading.Event().wait(60)
+    if how:
+        raise ValueError(f"{how} in " + where)
+
+def pytest_nestedpve_phase_started(phase, environment):
+    told(hook="started", phase=phase.name, run=environment.run.id)
+    if phase.name == "wait_ip":
+        wrong("STARTED")
+
+def pytest_nestedpve_phase_finished(phase, status, seconds, facts, cause):
+    told(hook="finished", phase=phase.name, status=status, seconds=seconds, facts=dict(facts), cause=cause)
+    facts["ip"] = "of the hook"
+    if phase.name == "wait_ip":
+        wrong("FINISHED")
+
+def pytest_nestedpve_teardown_finished(report, environment):
+    told(hook="teardown", destroyed=report.destroyed, left=report.left, run=environment.run.id)
+    wrong("TEARDOWN")
+"""
+
+
+@pytest.fixture
+def told_project(project: Project) -> Project:
+    """The project with all three hooks."""
+    path = project.path / "conftest.py"
+    path.write_text(path.read_text() + HOOKS)
+    return project
+
+
+def told(project: Project) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (project.path / "told").read_text().splitlines()]
+
+
+def test_a_project_is_told_of_each_phase_and_of_the_teardown(told_project: Project) -> None:
+    result = told_project.run("test_steps.py")
+    assert result.ret == 0, result.output
+    lines = told(told_project)
+    expected = [(hook, name) for name in PHASES for hook in ("started", "finished")]
+    assert [(line["hook"], line["phase"]) for line in lines[:-1]] == expected
+    finished = {line["phase"]: line for line in lines if line["hook"] == "finished"}
+    assert {line["status"] for line in finished.values()} == {"done"}
+    assert all(0 <= line["seconds"] < 30 for line in finished.values())
+    assert finished["wait_ip"]["facts"] == {"ip": "10.77.7.50", "host_keys": []}
+    assert lines[-1]["hook"] == "teardown"
+    assert lines[-1]["left"] == []
+    assert lines[-1]["destroyed"] == [f"VM {finished['provision']['facts']['vmid']}"]
+    assert {line["run"] for line in lines if "run" in line} == {lines[0]["run"]}
+
+
+def test_what_a_hook_does_to_the_facts_it_was_given_stays_there(told_project: Project) -> None:
+    told_project.write(test_ip="def test_ip(nested_pve): assert nested_pve.ip == '10.77.7.50'\n")
+    assert told_project.run("test_ip.py").ret == 0
+
+
+def test_a_failure_is_told_with_its_cause_and_no_secret(told_project: Project) -> None:
+    path = told_project.path / "conftest.py"
+    path.write_text(
+        path.read_text().replace(
+            'raise PveError(phase.name + " went wrong on purpose")',
+            'environment.hide("geheim-4711"); raise PveError("the token geheim-4711 was refused")',
+        )
+    )
+    assert told_project.run(FAIL="ensure_pve").ret == 1
+    assert "geheim" not in (told_project.path / "told").read_text()
+    failed = [line for line in told(told_project) if line.get("status") == "failed"]
+    assert [(line["phase"], line["cause"]) for line in failed] == [
+        ("ensure_pve", "the token ******** was refused")
+    ]
+
+
+@pytest.mark.parametrize("where", ["STARTED", "FINISHED", "TEARDOWN"])
+@pytest.mark.parametrize("how", ["oops", "fail"])
+def test_a_hook_that_raises_breaks_neither_phase_nor_teardown(
+    told_project: Project, where: str, how: str
+) -> None:
+    env = {f"RAISES_{where}": how}
+    result = told_project.run("-v", **env)
+    assert set(result.outcomes().values()) == {"PASSED"}
+    assert len(result.outcomes()) == 17
+    assert result.ret == 1, result.output
+    hook = {"STARTED": "phase_started", "FINISHED": "phase_finished", "TEARDOWN": "teardown_finished"}[where]
+    place = "after the teardown" if where == "TEARDOWN" else "wait_ip"
+    what = f"ValueError: oops in {where}, at conftest.py:" if how == "oops" else "Failed: not good"
+    assert f"nested-pve: pytest_nestedpve_{hook} ({place}) raised {what}" in result.output
+    assert "nested-pve: a hook of the project raised" in result.output
+    assert "INTERNALERROR" not in result.output
+    assert any(line["event"] == "hook" for line in told_project.audits()[0])
+
+
+def test_a_hook_that_raises_does_not_hide_the_phases_cause(told_project: Project) -> None:
+    result = told_project.run("-v", "test_steps.py", FAIL="wait_ip", RAISES_FINISHED="oops")
+    assert result.ret == 1
+    assert result.outcomes()["test_wait_ip"] == "FAILED"
+    assert "wait_ip: wait_ip went wrong on purpose" in result.output
+    assert "raised ValueError: oops in FINISHED" in result.output
+
+
+@pytest.mark.parametrize("where", ["STARTED", "FINISHED"])
+def test_a_hook_may_end_the_session_and_everything_goes(told_project: Project, where: str) -> None:
+    env = {f"RAISES_{where}": "exit"}
+    result = told_project.run("-v", **env)
+    assert result.ret == 2, result.output
+    assert "enough" in result.output
+    assert "test_ensure_pve" not in result.outcomes()
+    assert told(told_project)[-1]["hook"] == "teardown"
+    assert told(told_project)[-1]["left"] == []
+
+
+def test_pytest_exit_after_the_teardown_is_named_like_any_error(told_project: Project) -> None:
+    result = told_project.run("test_steps.py", RAISES_TEARDOWN="exit")
+    assert result.ret == 1, result.output
+    assert "pytest_nestedpve_teardown_finished (after the teardown) raised Exit: enough" in result.output
+
+
+def test_a_hook_that_hangs_is_ended_at_the_phases_limit(told_project: Project) -> None:
+    path = told_project.path / "conftest.py"
+    path.write_text(path.read_text().replace("(phase, do=do)", "(phase, do=do, timeout=1.0)"))
+    result = told_project.run("-v", "test_steps.py", RAISES_FINISHED="hang")
+    assert result.ret == 1
+    assert set(result.outcomes().values()) == {"PASSED"}
+    assert "did not end within its limit of 1 s" in result.output
+
+
+def test_what_is_left_is_told(told_project: Project) -> None:
+    told_project.write(
+        test_protected="""
+def test_protected(nested_pve):
+    path = f"/nodes/{nested_pve.host.node}/qemu/{nested_pve.vmid}/config"
+    nested_pve.host.api.put(path, protection=1)
+"""
+    )
+    result = told_project.run("test_protected.py")
+    assert result.ret == 1, result.output
+    lines = told(told_project)[-1]["left"]
+    assert any("protected" in line for line in lines), lines
+    with told_project.host().open() as model:
+        for vm in model.state["vms"].values():
+            vm["config"].pop("protection")
+    assert told_project.run("--nested-destroy-only", "--nested-yes").ret == 0
+
+
+def test_an_environment_that_is_kept_has_no_teardown_to_be_told_of(told_project: Project) -> None:
+    assert told_project.run("-k", "start_vm", "--nested-keep").ret == 0
+    assert told(told_project)[-1]["hook"] == "finished"
+    assert told_project.run("--nested-destroy-only").ret == 0
+
+
+def test_under_xdist_a_workers_hooks_are_named_by_the_controller(told_project: Project) -> None:
+    told_project.plugins = ("xdist",)
+    result = told_project.run("-n1", "test_steps.py", RAISES_FINISHED="oops", RAISES_TEARDOWN="oops")
+    assert result.ret == 1, result.output
+    assert "14 passed" in result.output
+    assert "pytest_nestedpve_phase_finished (wait_ip) raised ValueError: oops in FINISHED" in result.output
+    assert "(after the teardown) raised ValueError: oops in TEARDOWN" in result.output
