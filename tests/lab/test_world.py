@@ -43,7 +43,7 @@ def network_namespace(pid: int) -> str:
 
 
 def remains(lab: LabInfo, namespace: str) -> list[str]:
-    """What is left of a lab: processes, links, mounts, control groups, loop devices, directories."""
+    """What is left of a lab: processes, links, mounts, control groups, directories."""
     subnets = Subnets(number(lab))
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -63,13 +63,15 @@ def remains(lab: LabInfo, namespace: str) -> list[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         if f"{lab.dir}/" in line:
             found.append(f"mount {line}")
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        text = backing.read_text()
-        if lab.dir in text or "vm-99" in text:
-            found.append(f"loop device of {text.strip()}")
     if Path(lab.dir).exists():
         found.append(f"directory {lab.dir}")
     return found
+
+
+def loop_devices(vmid: int) -> list[str]:
+    """The machine's loop devices of a VM's disk: their files are known by the path that they had in the lab."""
+    files = (path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file"))
+    return [text.strip() for text in files if f"vm-{vmid}-disk" in text]
 
 
 def gone(lab: LabInfo, namespace: str, seconds: float = 30.0) -> None:
@@ -123,7 +125,11 @@ def test_a_lab_that_was_started_already_is_the_same_lab(names: tuple[str, str]) 
 
 def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(names: tuple[str, str]) -> None:
     lab = start(names[0])
-    father(lab, "qm create 9901 --name diskless && qm start 9901")
+    vmid = 1_000_000 + os.getpid()  # no other lab's
+    image = "local:import/debian-13-genericcloud-amd64.raw"
+    disk = f"local:0,import-from={image},format=qcow2"
+    father(lab, f"qm create {vmid} --memory 1024 --scsi0 {disk} && qm start {vmid}")
+    assert loop_devices(vmid)
     namespace = network_namespace(lab.pid)
     os.kill(lab.supervisor, signal.SIGKILL)
     wait_until(
@@ -134,6 +140,7 @@ def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(na
     assert remains(lab, namespace)
     subprocess.run([*CLI, "list"], check=True, capture_output=True)
     gone(lab, namespace)
+    assert loop_devices(vmid) == []
 
 
 def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> None:
@@ -186,7 +193,9 @@ def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_doe
     father(lab, "qm create 9901 --name nested-pve-0123456789ab --pool npve-0123456789ab")
     session.release()
     assert runs(names[0])
-    assert "npve-0123456789ab" in (lab_dir(names[0]) / "kept").read_text()
+    kept = lab_dir(names[0]) / "kept"
+    wait_until(kept.exists, deadline=Deadline(30), what="the lab to say why it stays")
+    assert "npve-0123456789ab" in kept.read_text()
     with acquire(names[0]):
         father(lab, "qm destroy 9901 && pvesh delete /pools/npve-0123456789ab")
     gone(lab, namespace)

@@ -60,6 +60,11 @@ def _name(guest: Guest) -> tuple[str, str]:
     return host, name
 
 
+def host_name(guest: Guest) -> str:
+    """What a guest is called from its first moment on: as in the user-data, with a name or without."""
+    return _name(guest)[0]
+
+
 def user_data(guest: Guest) -> str:
     host, full = _name(guest)
     conf = guest.conf

@@ -109,7 +109,7 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
     smbios = checks.split(checks.SMBIOS1, guest.conf.get("smbios1", ""))
     return machine.MachineSpec(
         vmid=guest.vmid,
-        name=guest.name,
+        name=cloudinit.host_name(guest),
         uuid=smbios.get("uuid", ""),
         memory=guests.memory(guest.conf),
         disk=disk,
