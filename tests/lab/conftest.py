@@ -11,8 +11,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+# Here, and not in the files that use them: so each is made once for all of these.
+from lab.playbook_fixtures import bridged, changed, fresh, installed, playbook_lab
+from lab.setup_fixtures import finished, keyed, served
+
 if TYPE_CHECKING:
     from lab.on_lab import HandLab
+
+__all__ = ["bridged", "changed", "finished", "fresh", "installed", "keyed", "playbook_lab", "served"]
 
 
 @pytest.fixture(scope="module")

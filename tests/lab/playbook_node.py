@@ -174,6 +174,11 @@ class Node:
         """Whether the node's root shell takes `command` for true."""
         return self.ask(command).returncode == 0
 
+    def login(self, key: Path) -> str:
+        """What ssh says of a login of its own with `key`, however it ends."""
+        options = ["-v", "-i", str(key), "-o", "ControlPath=none", "-o", "BatchMode=yes"]
+        return run(["ssh", "-F", str(self.ssh_config), *options, self.name, "true"]).stderr
+
     def await_answer(self, command: str, seconds: float = 30.0) -> None:
         """Until `command` is true on the node, which may be out of reach meanwhile."""
         wait_until(

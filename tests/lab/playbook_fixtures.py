@@ -1,0 +1,246 @@
+"""Nodes of a lab on which the playbooks were played by plain `ansible-playbook`, and what was seen there.
+
+What happens to a node costs minutes, what is to be seen afterwards is dozens of promises: so fixtures play
+and look, tests judge what they saw, and the order of the tests does not matter. One node goes the whole way
+(Debian, Proxmox VE, bridge; from there on in `setup_fixtures`), a clone of it the way with a static address.
+All are made once for all files of tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from lab.playbook_node import Node, Played
+
+from pytest_nestedpve.lab import world
+from pytest_nestedpve.lab.world import LabInfo
+
+LOOK = """
+dpkg-query -W | sha256sum
+find /etc /root -type f ! -path '*/.ansible/*' | sort | xargs sha256sum | sha256sum; ls /var/lib
+ip -4 -br address; ip -4 route
+systemctl is-active systemd-networkd systemd-resolved; resolvectl dns eth0
+"""
+
+NETPLAN = """\
+network:
+  version: 2
+  ethernets: {{eth0: {{}}}}
+  bridges:
+    vmbr0:
+      interfaces: [eth0]
+      addresses: [{own}/24]
+      routes: [{{to: default, via: {net}.1}}]
+      nameservers: {{addresses: [{net}.1]}}
+"""
+ADDRESSES = "ip -4 -br address | grep -v ^lo; ip -4 route show default"
+
+
+@pytest.fixture(scope="session")
+def playbook_lab() -> Iterator[LabInfo]:
+    name = f"test-{os.getpid()}-play"
+    try:
+        yield world.start(name, hand=True, say=lambda _text: None)
+    finally:
+        world.stop(name)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Debian as the image has it, and after playbooks that had to refuse."""
+
+    node: Node
+    hosts: str
+    unwanted: str
+    managers: str
+    before: str
+    no_card: Played
+    no_address: Played
+    after: str
+
+
+@pytest.fixture(scope="session")
+def fresh(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    # Short: the control socket's path has to fit.
+    node = Node(playbook_lab, 9911, "playbooks", tmp_path_factory.mktemp("n"))
+    node.create()
+    node.start()
+    return Fresh(
+        node,
+        hosts=node.sh("getent hosts $(hostname); cat /etc/hosts"),
+        unwanted=node.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' linux-image-amd64 os-prober"),
+        managers=node.sh("ls /etc/netplan; systemctl is-active systemd-networkd systemd-resolved"),
+        before=node.sh(LOOK),
+        no_card=node.play("nested-pve-network.yml", nested_pve_nic="eth7"),
+        no_address=node.play(
+            "nested-pve-network.yml", nested_pve_network_mode="static", nested_pve_address="auto"
+        ),
+        after=node.sh(LOOK),
+    )
+
+
+@dataclass(frozen=True)
+class Installed:
+    """After pve-install.yml, twice; a snapshot of that name is there."""
+
+    node: Node
+    first: Played
+    second: Played
+    version: str
+    services: str
+    packages: str
+    repositories: str
+    update: str
+    hosts: str
+
+
+@pytest.fixture(scope="session")
+def installed(fresh: Fresh) -> Installed:
+    node = fresh.node
+    first = node.done("pve-install.yml")
+    seen = Installed(
+        node,
+        first,
+        second=node.done("pve-install.yml"),
+        version=node.sh("pveversion"),
+        services=node.sh("systemctl is-active pve-cluster pvedaemon pveproxy"),
+        packages=node.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n'"),
+        repositories=node.sh("dpkg -L pve-manager | grep sources.list.d; echo; ls /etc/apt/sources.list.d"),
+        update=node.sh("apt-get update 2>&1"),
+        hosts=node.sh("getent ahostsv4 $(hostname)"),
+    )
+    node.snapshot("installed")
+    return seen
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """After nested-pve-network.yml by DHCP, after a reboot, and after a second run."""
+
+    node: Node
+    old: str
+    address: str
+    cards: str
+    client: str
+    names: str
+    resolver: str
+    managers: str
+    run_network: bool
+    after_reboot: str
+    services: str
+    names_after: str
+    hosts_after: str
+    second: Played
+
+
+@pytest.fixture(scope="session")
+def bridged(installed: Installed) -> Bridged:
+    node = installed.node
+    old = node.ip
+    node.done("nested-pve-network.yml", pve_repository_url=node.variables["pve_repository_url"])
+    seen = {
+        "address": node.sh("ip -4 -br address show dev vmbr0"),
+        "cards": node.sh("ip -br link show master vmbr0; ip -4 -br address show dev eth0"),
+        "client": node.sh(
+            "pgrep -a -F /run/dhclient.vmbr0.pid; cat /proc/$(cat /run/dhclient.vmbr0.pid)/cgroup"
+        ),
+        "names": node.sh("getent ahostsv4 download.proxmox.com"),
+        "resolver": node.sh("test -L /etc/resolv.conf && echo a link; cat /etc/resolv.conf"),
+        "managers": node.sh(
+            "for each in systemd-networkd.service systemd-networkd.socket systemd-resolved NetworkManager; do"
+            " echo $each $(systemctl is-active $each) $(systemctl is-enabled $each 2>/dev/null); done;"
+            " ls /etc/netplan"
+        ),
+    }
+    run_network = node.true("test -d /run/network")
+    node.sh("echo 192.0.2.7 of-an-earlier-boot >> /etc/hosts")
+    node.reboot()
+    return Bridged(
+        node,
+        old,
+        **seen,
+        run_network=run_network,
+        after_reboot=node.sh("ip -4 -br address show dev vmbr0; ip -4 route show default"),
+        services=node.sh("systemctl is-active pve-cluster pveproxy networking; ls -d /run/network"),
+        names_after=node.sh("getent ahostsv4 download.proxmox.com"),
+        hosts_after=node.sh("getent ahostsv4 $(hostname); cat /etc/hosts"),
+        second=node.done("nested-pve-network.yml"),
+    )
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A clone of the installed node: a bridge that netplan made, then another address, a static one."""
+
+    node: Node
+    own: str
+    wanted: str
+    lock: str
+    kept: Played
+    kept_network: str
+    cut: Played
+    second: Played
+    network: str
+    hosts: str
+    certificate: str
+    third: Played
+    after_reboot: str
+    refused: Played
+    put_back: str
+
+
+@pytest.fixture(scope="session")
+def changed(installed: Installed) -> Changed:
+    node = installed.node.clone(9912, "elsewhere", "installed")
+    node.start()
+    own, net = node.ip, node.ip.rpartition(".")[0]
+    node.sh(
+        "rm /etc/netplan/*; umask 077; cat > /etc/netplan/10-own.yaml;"
+        " echo 'network: {config: disabled}' > /etc/cloud/cloud.cfg.d/10-own.cfg; netplan generate",
+        data=NETPLAN.format(own=own, net=net),
+    )
+    node.sh(
+        "systemd-run --on-active=0.2 --timer-property=AccuracySec=50ms systemctl restart systemd-networkd"
+    )
+    node.await_answer("ip -4 -br address show dev vmbr0 | grep -q . && getent hosts download.proxmox.com")
+    kept = node.done("nested-pve-network.yml")
+    kept_network = node.sh("ls /etc/netplan /etc/network; systemctl is-active systemd-networkd; " + ADDRESSES)
+    lock = node.sh(
+        "export IFUPDOWN2_NO_IFRELOAD=1; apt-get -qy install ifupdown2 isc-dhcp-client >/dev/null 2>&1;"
+        " test -e /run/network || echo missing; ifreload -a 2>&1; echo rc $?"
+    )
+    wanted = f"{net}.{240 if own != f'{net}.240' else 241}"
+    static = {
+        "nested_pve_network_mode": "static",
+        "nested_pve_address": f"{wanted}/24",
+        "nested_pve_gateway": f"{net}.1",
+        "pve_repository_url": node.variables["pve_repository_url"],
+    }
+    cut = node.play("nested-pve-network.yml", **static, nested_pve_network_reconnect_timeout=2)
+    node.arrive()
+    second = node.done("nested-pve-network.yml", **static)
+    seen = {
+        "network": node.sh(ADDRESSES),
+        "hosts": node.sh("getent ahostsv4 $(hostname)"),
+        "certificate": node.sh("openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -ext subjectAltName"),
+    }
+    third = node.done("nested-pve-network.yml", **static)
+    node.reboot()
+    after_reboot = node.sh(
+        "systemctl is-active pve-cluster; getent hosts download.proxmox.com; getent ahostsv4 $(hostname);"
+        + ADDRESSES
+    )
+    # Too long for a link's name, which nobody notices before the old network is gone.
+    refused = node.play(
+        "nested-pve-network.yml",
+        nested_pve_bridge="vmbr-much-too-long",
+        nested_pve_network_takeover_timeout=2,
+    )
+    put_back = node.sh(ADDRESSES)
+    return Changed(
+        node, own, wanted, lock, kept, kept_network, cut, second, **seen, third=third,
+        after_reboot=after_reboot, refused=refused, put_back=put_back,
+    )  # fmt: skip

@@ -1,0 +1,302 @@
+"""The node of `playbook_fixtures` with keys and a consumer's set-up, and what was seen after each run."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab.playbook_fixtures import Bridged
+from lab.playbook_node import Node, Played, run, said
+
+from pytest_nestedpve import sources
+from pytest_nestedpve.values import Source
+
+KEYS = "/root/.ssh/authorized_keys"
+SITE = "/opt/sources/site"
+STORE = "/root/.config/nested-pve/api-token"
+# Private to the user, indented and quoted as nobody's library would do it by itself.
+SECRETS = """\
+# Of the site; git never saw it.
+database:
+    password: "correct-horse-41"   # until May
+api_tokens:
+    elsewhere: 'root@pam!x=1'
+    playbooks: none yet # by the set-up
+zones: [b, a]
+# the end
+"""
+BY_HAND = "# credentials, kept elsewhere\nother: 0x1F\n"
+
+
+def shown(played: Played, *secrets: str) -> list[str]:
+    """Which of `secrets` a playbook's output has, as they are or as modules hand them over."""
+    return [
+        each
+        for each in secrets
+        if each in played.output or base64.b64encode(each.encode()).decode().rstrip("=")[:-1] in played.output
+    ]
+
+
+def make_key(path: Path) -> str:
+    """A key pair at `path`; the public half."""
+    said(run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)]), "ssh-keygen")
+    return path.with_suffix(".pub").read_text().strip()
+
+
+def private(path: Path) -> str:
+    """A line of a private key that no other has: the first ones are format and public half."""
+    return path.read_text().splitlines()[4]
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """After nested-pve-ssh.yml, twice."""
+
+    node: Node
+    variables: dict[str, Any]
+    pair: Path
+    first: Played
+    second: Played
+    shown: list[str]
+    link_before: str
+    link: str
+    keys_before: str
+    keys: str
+    own_before: str
+    own: str
+    placed: str
+    config: str
+    offered_to_leaf: str
+    offered_elsewhere: str
+    to_leaf: str
+    login: str
+    without_pmxcfs: str
+    login_without_pmxcfs: str
+    users_key: str
+
+
+@pytest.fixture(scope="session")
+def keyed(bridged: Bridged) -> Keyed:
+    node = bridged.node
+    pair, someone = node.dir / "run-key", make_key(node.dir / "someone")
+    public = make_key(pair)
+    variables = {
+        "nested_pve_authorized_keys": [public, someone],
+        "nested_pve_run_key": pair.read_text(),
+        "nested_pve_run_public_key": public,
+        "nested_pve_leaf_pattern": "playbooks-leaf-*",
+    }
+    own = "sha256sum /root/.ssh/id_rsa /root/.ssh/id_rsa.pub"
+    # As people leave it: the last line without its end.
+    node.sh(f"printf '# a line by hand' >> {KEYS}; echo 'Ciphers aes256-ctr' > /root/.ssh/config")
+    before = {
+        "link_before": node.sh(f"readlink {KEYS} || echo no link"),
+        "keys_before": node.sh(f"cat {KEYS}"),
+        "own_before": node.sh(own),
+    }
+    first = node.done("nested-pve-ssh.yml", "-vvv", "--diff", **variables)
+    second = node.done("nested-pve-ssh.yml", **variables)
+    node.sh('echo "leaf $(cut -d" " -f1,2 /etc/ssh/ssh_host_ed25519_key.pub)" > /root/leaf-hosts')
+    seen = {
+        "link": node.sh(f"readlink {KEYS} || echo no link"),
+        "keys": node.sh(f"cat {KEYS}"),
+        "own": node.sh(own),
+        "placed": node.sh("cd /root/.ssh; stat -c '%a %U %n' id_nestedpve; sha256sum < id_nestedpve || true"),
+        "config": node.sh("cat /root/.ssh/config"),
+        "offered_to_leaf": node.sh("ssh -G playbooks-leaf-1 | grep ^identityfile"),
+        "offered_elsewhere": node.sh("ssh -G elsewhere | grep ^identityfile"),
+        # The node itself stands for a leaf that lets the run's key in.
+        "to_leaf": node.sh(
+            "ssh -v -o BatchMode=yes -o HostName=127.0.0.1 -o HostKeyAlias=leaf"
+            " -o UserKnownHostsFile=/root/leaf-hosts playbooks-leaf-1 true 2>&1 || true"
+        ),
+        "login": node.login(pair),
+        "users_key": node.sh("grep -rlF -f - /root /etc /opt /home /tmp || true", data=private(node.key)),
+    }
+    node.sh("systemctl stop pve-cluster")
+    try:
+        down = {
+            "without_pmxcfs": node.sh(f"test -e {KEYS} || echo leads nowhere"),
+            "login_without_pmxcfs": node.login(pair),
+        }
+    finally:
+        node.sh("systemctl start pve-cluster pveproxy")
+    told = shown(first, private(pair))
+    return Keyed(
+        node, variables, pair, first, second, told, **before, **seen, **down
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """What nested-pve-repos.yml made, as the node tells it."""
+
+    content: frozenset[str]
+    token: str
+    answers: str
+    tokens: set[str]
+    certificate: str
+    pveproxy: str
+    files: str
+    modes: str
+    secret: str
+    credentials: str
+    bootstrapped: str
+    keys: str
+
+
+def look(node: Node) -> State:
+    def ask(path: str) -> Any:
+        return json.loads(node.sh(f"pvesh get {path} --output-format json"))
+
+    return State(
+        content=frozenset(ask("/storage/local")["content"].split(",")),
+        token=node.sh(f"cat {STORE} 2>/dev/null || true"),
+        # /storage/local is for who may administer it: a token without its user's rights gets a 403.
+        answers=node.sh(
+            f'curl -s -o /dev/null -w "%{{http_code}}" --cacert /etc/pve/pve-root-ca.pem -H "Authorization:'
+            f' PVEAPIToken=$(cat {STORE} 2>/dev/null)" https://127.0.0.1:8006/api2/json/storage/local || true'
+        ),
+        tokens={each["tokenid"] for each in ask("/access/users/root@pam/token")},
+        certificate=node.sh("openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -fingerprint -sha256"),
+        pveproxy=node.sh("systemctl show pveproxy --property ActiveEnterTimestampMonotonic"),
+        files=node.sh(f"cd {SITE} 2>/dev/null && find . ! -type d -printf '%m %P %l\\n' | sort -k2 || true"),
+        modes=node.sh(
+            f"stat -c '%a %U %n' {STORE} {SITE}/secrets.yaml {SITE}/../.nested-pve/secrets"
+            f" {SITE}/../.nested-pve/secrets/* 2>/dev/null || true"
+        ),
+        secret=node.sh(f"cat {SITE}/secrets.yaml 2>/dev/null || true"),
+        credentials=node.sh(
+            "cd /root; readlink credentials.yaml || echo no link; stat -c '%a %U' there.yaml; cat there.yaml"
+        ),
+        bootstrapped=node.sh("cat /root/bootstrapped 2>/dev/null || true"),
+        keys=node.sh(f"cat {KEYS}"),
+    )
+
+
+class Site:
+    """A consumer's project on this machine: tracked, untracked and ignored files, a secret."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name, text in {
+            ".gitignore": "secrets.yaml\nbuild/\n",
+            "README": "of the site\n",
+            "old/deep/stale.yaml": "goes\n",
+            "bin/run": "#!/bin/sh\n",
+            "build/result": "made from the rest\n",
+            "secrets.yaml": SECRETS,
+        }.items():
+            self.write(name, text)
+        (root / "bin/run").chmod(0o755)
+        (root / "link").symlink_to("bin/run")
+        for command in (["init", "-q"], ["add", "."]):
+            said(run(["git", "-C", str(root), *command]), "git")
+        self.write("untracked", "belongs to it\n")
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def archive(self, target: Path) -> list[dict[str, str]]:
+        """It as it is now, for `nested_pve_source_archives`."""
+        packed = sources.pack(Source("site", str(self.root)), target)
+        return [{"name": packed.name, "archive": str(packed.archive), "digest": packed.digest}]
+
+
+@dataclass(frozen=True)
+class Served:
+    """After runs of nested-pve-repos.yml, each with what was seen before and after it."""
+
+    node: Node
+    variables: dict[str, Any]
+    outer_key: str
+    before: State
+    first: Played
+    after_first: State
+    second: Played
+    after_second: State
+    # The token is gone, the source another, the bootstrap command fails.
+    third: Played
+    between: State
+    after_third: State
+    # The secret is another, the token has another name and goes through a link, the bootstrap command works.
+    fourth: Played
+    after_fourth: State
+    shown: list[str]
+
+
+@pytest.fixture(scope="session")
+def served(keyed: Keyed, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    node = keyed.node
+    site, packed = Site(tmp_path_factory.mktemp("site")), tmp_path_factory.mktemp("packed")
+    outer_key = make_key(node.dir / "root-of-father")
+    variables: dict[str, Any] = {
+        "nested_pve_outer_public_keys": [outer_key],
+        "nested_pve_source_archives": site.archive(packed),
+        "nested_pve_secret_files": [{"src": str(site.root / "secrets.yaml"), "dest": f"{SITE}/secrets.yaml"}],
+        "nested_pve_bootstrap": {
+            "name": "site",
+            "command": "test -e /root/allowed && pwd >> /root/bootstrapped",
+        },
+        "nested_pve_token_file": f"{SITE}/secrets.yaml",
+        "nested_pve_token_keys": ["api_tokens", node.name],
+    }
+    playbook = "nested-pve-repos.yml"
+    # One type that we would not ask for, and without some that we do.
+    node.sh("pvesm set local --content backup,rootdir; touch /root/allowed")
+    node.sh(
+        "cd /root; cat > there.yaml; chown daemon there.yaml; chmod 640 there.yaml;"
+        " ln -s there.yaml credentials.yaml",
+        data=BY_HAND,
+    )
+    before = look(node)
+    first = node.done(playbook, "-vvv", "--diff", **variables)
+    after_first = look(node)
+    second = node.done(playbook, **variables)
+    after_second = look(node)
+
+    node.sh("pveum user token remove root@pam nested-pve; rm /root/allowed")
+    node.sh(f"mkdir {SITE}/made; touch {SITE}/made/here; echo changed by hand >> {SITE}/README")
+    between = look(node)
+    (site.root / "old/deep/stale.yaml").unlink()
+    site.write("new/fresh.yaml", "comes\n")
+    variables["nested_pve_source_archives"] = site.archive(packed)
+    third = node.play(playbook, "-v", **variables)
+    after_third = look(node)
+
+    node.sh("touch /root/allowed")
+    site.write("secrets.yaml", SECRETS.replace("correct-horse-41", "battery-staple-17"))
+    variables |= {"nested_pve_token_name": "another", "nested_pve_token_file": "/root/credentials.yaml"}
+    fourth = node.done(playbook, "-v", **variables)
+    after_fourth = look(node)
+
+    kept = [text for each in (after_first, after_third, after_fourth) for text in (each.token, each.secret)]
+    values = [each.partition("=")[2] for each in kept if each.startswith("root@pam!")]
+    values += [*kept, "correct-horse-41", "battery-staple-17"]
+    told = [one for played in (first, second, third, fourth) for one in shown(played, *values)]
+    return Served(
+        node, variables, outer_key, before, first, after_first, second, after_second, third, between,
+        after_third, fourth, after_fourth, told,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """After nested-pve-setup.yml on a node on which all of it was done."""
+
+    played: Played
+    before: State
+    after: State
+
+
+@pytest.fixture(scope="session")
+def finished(served: Served, keyed: Keyed) -> Finished:
+    before = look(served.node)
+    played = served.node.done("nested-pve-setup.yml", **keyed.variables, **served.variables)
+    return Finished(played, before, look(served.node))
