@@ -69,7 +69,7 @@ def remains(lab: LabInfo, namespace: str) -> list[str]:
 
 
 def loop_devices(vmid: int) -> list[str]:
-    """The machine's loop devices of a VM's disk: their files are known by the path that they had in the lab."""
+    """The machine's loop devices of a VM's disk: their files are known by the path they had in the lab."""
     files = (path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file"))
     return [text.strip() for text in files if f"vm-{vmid}-disk" in text]
 
