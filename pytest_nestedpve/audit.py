@@ -39,6 +39,8 @@ class AuditLog:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
+        if not _ends_a_line(path):
+            self._file.write("\n")  # its writer was killed in the middle of one
 
     def write(self, event: str, /, **fields: Any) -> None:
         """Append one line. Raises OSError when the disk does."""
@@ -68,6 +70,14 @@ class AuditLog:
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def task_ids(path: Path) -> frozenset[str]:

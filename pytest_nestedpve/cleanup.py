@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve import keeping, unmarked, zombies
+from pytest_nestedpve import keeping, runs, unmarked, zombies
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
@@ -208,4 +208,5 @@ def _end_run(
             found.setdefault(row, Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}"))
     if all(each.result == "gone" for each in found.values()):
         keeping.forget(run_id)
+        runs.note_over(settings.run_dir / run_id, host.name)
     return found

@@ -145,7 +145,7 @@ class NestedSession:
             raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
     def _open(self) -> None:
-        from pytest_nestedpve import keeping
+        from pytest_nestedpve import keeping, runs
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
         from pytest_nestedpve.run import Run
@@ -156,6 +156,7 @@ class NestedSession:
         self.run_id = kept.run if kept is not None else self.run_id
         self.remarks += taken.remarks
         run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
+        runs.prune(run.dir.parent, own=run.id)
         if self.family is not None:
             run.directory.write(FAMILY, self.family)
         audit = AuditLog(run.directory.audit, run.id)

@@ -73,6 +73,8 @@ def test_what_a_killed_session_left_goes_and_the_second_time_there_is_nothing(ki
     assert (row["verdict"], row["outcome"], row["run"]) == ("destroy", "gone", run_id(killed))
     assert row["owner"] == owner()
     assert str(row["vmid"]) in (killed.path / "out.xml").read_text()
+    (log,) = killed.audits()
+    assert (log[-1]["event"], log[-1]["status"]) == ("teardown", "clean")
     assert killed.run(ONLY).ret == 0
 
 

@@ -1,0 +1,24 @@
+"""A project does not fill up with the directories of its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from acceptance.conftest import Project
+
+from pytest_nestedpve.runs import NEWEST
+
+
+def test_a_new_run_takes_the_place_of_the_oldest_that_is_over(project: Project) -> None:
+    folder = project.path / ".nested-pve" / "runs"
+    for number in range(NEWEST + 2):
+        log = folder / f"{number:012x}" / "audit.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text(json.dumps({"event": "teardown", "phase": "destroy", "status": "clean"}) + "\n")
+        os.utime(log, (1_700_000_000 - number,) * 2)
+    result = project.run("-q", "test_steps.py", "-k", "preflight")
+    assert result.ret == 0, result.output
+    found = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert {f"{number:012x}" for number in range(NEWEST)} < found
+    assert len(found) == NEWEST + 1

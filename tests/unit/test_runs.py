@@ -1,0 +1,165 @@
+"""Old runs' directories go, but none that somebody may need to clean up after its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nestedpve import keeping
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.run import SessionLock, state_home
+from pytest_nestedpve.runs import NEWEST, note_over, prune
+
+CLEAN: dict[str, Any] = {"event": "teardown", "phase": "destroy", "status": "clean"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "runs"
+
+
+def a_run(folder: Path, number: int, *lines: dict[str, Any], cut_off: bool = False) -> str:
+    """The directory of a run; the higher the number the older."""
+    name = f"{number:012x}"
+    log = AuditLog(folder / name / "audit.jsonl", name)
+    log.write("session", status="new")
+    log.write("phase_start", phase="provision", title="make it")
+    log.write("phase_end", phase="provision", status="done")
+    for line in lines or (CLEAN,):
+        fields = dict(line)
+        log.write(fields.pop("event"), **fields)
+    log.close()
+    (folder / name / "key").write_text("secret")
+    if cut_off:
+        with log.path.open("a") as file:
+            file.write('{"ts": 1, "eve')
+    moment = 1_700_000_000 - number
+    os.utime(log.path, (moment, moment))
+    return name
+
+
+def there(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_newest_runs_that_are_over_stay_and_the_older_ones_go(folder: Path) -> None:
+    runs = [a_run(folder, number) for number in range(NEWEST + 3)]
+    (folder / ".gitignore").write_text("*\n")
+    (folder / "notes").mkdir()
+    prune(folder, own="f" * 12)
+    assert there(folder) == {*runs[:NEWEST], ".gitignore", "notes"}
+
+
+def killed(folder: Path) -> str:
+    return a_run(folder, 900, {"event": "phase_start", "phase": "start_vm"}, cut_off=True)
+
+
+def left_something(folder: Path) -> str:
+    leak = {"event": "leak", "status": "left", "cause": "VM 99900"}
+    return a_run(folder, 901, leak, {**CLEAN, "status": "left"})
+
+
+def teardown_failed(folder: Path) -> str:
+    return a_run(folder, 902, {"event": "leak", "status": "unknown", "cause": "no route to the host"})
+
+
+def gone_on_with_and_killed(folder: Path) -> str:
+    return a_run(folder, 903, CLEAN, {"event": "session", "status": "resumed"})
+
+
+def kept(folder: Path) -> str:
+    run = a_run(folder, 904, {"event": "teardown", "status": "kept", "expires": 1})
+    store(run)
+    return run
+
+
+def kept_and_gone_on_with(folder: Path) -> str:
+    run = a_run(folder, 905, CLEAN)
+    store(run)
+    return run
+
+
+def worked_on(folder: Path) -> str:
+    run = a_run(folder, 906)
+    lock = SessionLock(run)
+    lock.acquire()
+    LOCKS.append(lock)
+    return run
+
+
+LOCKS: list[SessionLock] = []
+
+
+def store(run: str) -> None:
+    """As a session that keeps it does."""
+    kept = keeping.Kept(run, "father", "/", "client", "owner", 1, 1 << 40, {})
+    target = state_home() / "kept" / run
+    target.mkdir(parents=True)
+    (target / "kept.json").write_text(json.dumps(dataclasses.asdict(kept)))
+    assert [each.run for each in keeping.all_kept()] == [run]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        killed,
+        left_something,
+        teardown_failed,
+        gone_on_with_and_killed,
+        kept,
+        kept_and_gone_on_with,
+        worked_on,
+    ],
+)
+def test_a_run_that_may_still_be_needed_stays_however_old(folder: Path, make: Callable[[Path], str]) -> None:
+    for number in range(NEWEST + 1):
+        a_run(folder, number)
+    old = make(folder)
+    prune(folder, own="f" * 12)
+    assert (folder / old / "key").exists()
+    assert len(there(folder)) == NEWEST + 1
+    for lock in LOCKS:
+        lock.release()
+    LOCKS.clear()
+
+
+def test_a_run_that_another_session_cleaned_up_after_is_over(folder: Path) -> None:
+    for number in range(NEWEST):
+        a_run(folder, number)
+    old = killed(folder)
+    log = folder / old / "audit.jsonl"
+    before = log.stat().st_mtime
+    note_over(folder / old, "father")
+    os.utime(log, (before, before))
+    prune(folder, own="f" * 12)
+    assert old not in there(folder)
+
+
+def test_what_cannot_be_removed_or_read_does_not_fail_the_session(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(folder / "none", own="f" * 12)
+    runs = [a_run(folder, number) for number in range(NEWEST + 2)]
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    prune(folder, own="f" * 12)
+    assert there(folder) == set(runs)
+    monkeypatch.setattr(keeping, "all_kept", refuse)
+    prune(folder, own="f" * 12)
+
+
+def test_a_removal_that_was_cut_off_is_finished_later(folder: Path) -> None:
+    run = a_run(folder, 1)
+    (folder / run).rename(folder / f".over-{run}")
+    prune(folder, own="f" * 12)
+    assert there(folder) == set()
