@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -178,3 +179,35 @@ def test_under_xdist_a_workers_hooks_are_named_by_the_controller(told_project: P
     assert "14 passed" in result.output
     assert "pytest_nestedpve_phase_finished (wait_ip) raised ValueError: oops in FINISHED" in result.output
     assert "(after the teardown) raised ValueError: oops in TEARDOWN" in result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_session_is_told_of_its_teardown(
+    told_project: Project, number: signal.Signals
+) -> None:
+    process = told_project.start("test_steps.py", HANG="start_vm")
+    told_project.wait_for(process, cmd="hanging")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    *_, failed, ended = told(told_project)
+    assert (failed["phase"], failed["status"]) == ("start_vm", "failed")
+    assert (ended["hook"], ended["left"]) == ("teardown", [])
+
+
+def test_behind_a_worker_that_died_the_controller_tells(told_project: Project) -> None:
+    told_project.plugins = ("xdist",)
+    told_project.write(
+        test_dies="""
+import os
+import pytest
+
+@pytest.mark.nested_pve(upto="start_vm")
+def test_dies(nested_pve): os._exit(3)
+"""
+    )
+    result = told_project.run("-n1", "--max-worker-restart=0", "test_dies.py")
+    assert result.ret == 1, result.output
+    ended = [line for line in told(told_project) if line["hook"] == "teardown"]
+    assert [line["left"] for line in ended] == [[]]
+    assert len(ended[0]["destroyed"]) == 1

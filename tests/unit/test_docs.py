@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve import builtin, options
+from pytest_nestedpve import builtin, hooks, options
 from pytest_nestedpve.nested import NestedPve
 from pytest_nestedpve.options import KEYS
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings
@@ -23,6 +24,7 @@ from pytest_nestedpve.settings import PROFILE_KEYS, Settings
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
+_ON_MEMORY = "<!-- host: memory -->"
 _BLOCK = re.compile(r"<!-- (file|run)(?:: ?| )?(.*?) ?-->\n```\w*\n(.*?)```", re.DOTALL)
 
 
@@ -40,15 +42,23 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(kind, argument.strip(), text)
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, *, on_memory: bool) -> subprocess.CompletedProcess[str]:
+    """Run a page's command; `on_memory`: with a host in memory for whatever host the page names."""
     words = shlex.split(command)
     assert words[0] == "pytest", command
     ours = ("NESTED_PVE_", "PYTEST")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean |= {"COLUMNS": "200", "XDG_STATE_HOME": str(folder / ".state")}
+    words += ["-p", "no:randomly"]
+    if on_memory:
+        clean["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), clean.get("PYTHONPATH")]))
+        words += ["-p", "on_memory"]
+    else:
+        words += ["-p", "no:cacheprovider"]
     return subprocess.run(
-        [sys.executable, "-m", *words, "-p", "no:randomly", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", *words],
         cwd=folder,
-        env={**clean, "COLUMNS": "200"},
+        env=clean,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -72,13 +82,14 @@ def shown(expected: str, output: str) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
 def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    on_memory = _ON_MEMORY in page.read_text(encoding="utf-8")
     for block in blocks(page):
         if block.kind == "file":
             (tmp_path / block.argument).write_text(block.text)
             continue
         status = int((re.search(r"status=(\d+)", block.argument) or [0, 0])[1])
         command, _, expected = block.text.removeprefix("$ ").partition("\n")
-        done = run(command, tmp_path)
+        done = run(command, tmp_path, on_memory=on_memory)
         output = done.stdout + done.stderr
         assert done.returncode == status, f"$ {command}\n{output}"
         missing = shown(expected, output)
@@ -179,3 +190,14 @@ def test_what_the_fixture_offers_is_documented_and_nothing_else() -> None:
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     told = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
     assert told == {name for name in vars(NestedPve) if not name.startswith("_")}
+
+
+def test_every_hook_is_documented_with_its_arguments_and_no_other() -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(pytest_nestedpve_\w+)\(([^)]*)\)` \|", page, re.MULTILINE)
+    known = {
+        name: list(inspect.signature(hook).parameters)
+        for name, hook in vars(hooks).items()
+        if name.startswith("pytest_nestedpve_")
+    }
+    assert {name: arguments.split(", ") for name, arguments in told} == known
