@@ -145,7 +145,7 @@ class NestedSession:
             raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
     def _open(self) -> None:
-        from pytest_nestedpve import keeping, runs
+        from pytest_nestedpve import ending, keeping, runs
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
         from pytest_nestedpve.run import Run
@@ -171,6 +171,7 @@ class NestedSession:
             rootdir=self.config.rootpath,
         )
         if kept is not None:
+            (run.dir / ending.FINISHED).unlink(missing_ok=True)
             keeping.restore(kept, run.directory)
             keeping.load(environment)
             environment.resumed = True

@@ -301,6 +301,20 @@ def test_two_sessions_never_adopt_one_run(project: Project) -> None:
     end(project)
 
 
+def test_a_run_that_is_gone_on_with_is_finished_no_more(project: Project) -> None:
+    """Or nobody would sweep behind a worker of xdist that is cut off."""
+    keep(project)
+    (finished,) = (project.path / ".nested-pve" / "runs").glob("*/finished")
+    process = project.start("--nested-keep", "-q", "test_users.py", HANG="test")
+    project.wait_for(process, cmd="hanging")
+    said = finished.exists()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert not said
+    assert finished.exists()
+    end(project)
+
+
 def test_a_kept_run_that_somebody_destroyed_is_made_anew(project: Project) -> None:
     keep(project)
     again(project)
