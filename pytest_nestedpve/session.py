@@ -400,6 +400,7 @@ class NestedSession:
     def close(self) -> None:
         """The last thing of a session: signals as before, the lines' descriptor closed."""
         self.finish()
+        self.close_hosts()  # a clean-up has a host and no environment
         if self.environment is not None:
             self.environment.audit.close()
         self.guard.remove()

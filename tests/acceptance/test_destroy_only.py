@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from acceptance.conftest import Project, Result, make_project
+from acceptance.conftest import CONFTEST, Project, Result, make_project
 from terminals import on_terminal
 
 from pytest_nestedpve.ownership import Lease
@@ -237,6 +237,17 @@ def test_on_a_terminal_it_is_asked_and_only_a_yes_is_one(
         assert ("99950" not in model.state["vms"]) is goes
     kept = (99953,) if goes else (99950, 99953)
     assert {vmid: project.host().configuration(vmid) for vmid in kept} == {v: before[v] for v in kept}
+
+
+@pytest.mark.parametrize("args", [[], ["--nested-dry-run"]], ids=["for good", "dry run"])
+def test_the_hosts_connection_is_closed_at_the_end(project: Project, args: list[str]) -> None:
+    made = "return MemoryHost(HERE / 'host.json').connect()"
+    closes = "host.close = (HERE / 'closed').touch"
+    text = CONFTEST.replace('"host.json"', "'host.json'")
+    assert made in text
+    project.write(conftest=text.replace(made, f"host = {made[7:]}; {closes}; return host"))
+    assert project.run(ONLY, *args).ret == 0
+    assert (project.path / "closed").exists()
 
 
 def test_a_context_file_adds_candidates_beyond_pattern_and_range(project: Project) -> None:
