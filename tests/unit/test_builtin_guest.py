@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,10 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from memory_environment import Make, environments
 from memory_host import MemoryHost
 
 from pytest_nestedpve import timing
-from pytest_nestedpve.audit import AuditLog
 from pytest_nestedpve.builtin import guest, vendor
 from pytest_nestedpve.builtin.address import Impostor, check_address, wait_ip
 from pytest_nestedpve.builtin.phases import default_phases
@@ -28,7 +26,6 @@ from pytest_nestedpve.pve import agent
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.teardown import teardown
 from pytest_nestedpve.timing import Deadline
@@ -46,27 +43,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
 
 
 @pytest.fixture
-def make(tmp_path: Path, host: MemoryHost) -> Iterator[Callable[..., Environment]]:
-    with ExitStack() as stack:
-
-        def environment(**settings: Any) -> Environment:
-            chosen = replace(Settings(run_dir=tmp_path / "runs"), **settings)
-            run = Run.create(chosen, tmp_path)
-            audit = AuditLog(run.directory.audit, run.id)
-            stack.callback(audit.close)
-            return Environment(
-                settings=chosen,
-                run=run,
-                connect=host.connect,
-                audit=audit,
-                progress=lambda _: None,
-                rootdir=tmp_path,
-            )
-
-        yield environment
-
-
-Make = Callable[..., Environment]
+def make(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+    with environments(host, tmp_path) as made:
+        yield made
 
 
 def do(env: Environment, *names: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from memory_environment import Make, environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog
 from pytest_nestedpve.builtin.preflight import Finding, PreflightError, disk_format, preflight
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.pve.errors import HostUnreachable
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
 
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 PROFILE = "/etc/nested-pve.ini"
@@ -37,28 +33,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Callable[..., Environment]]:
-    stack = ExitStack()
-
-    def make(**settings: Any) -> Environment:
-        chosen = replace(Settings(run_dir=tmp_path / "runs"), **settings)
-        run = Run.create(chosen, tmp_path)
-        audit = AuditLog(run.directory.audit, run.id)
-        stack.callback(audit.close)
-        return Environment(
-            settings=chosen,
-            run=run,
-            connect=host.connect,
-            audit=audit,
-            progress=lambda _: None,
-            rootdir=tmp_path,
-        )
-
-    with stack:
+def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+    with environments(host, tmp_path) as make:
         yield make
-
-
-Make = Callable[..., Environment]
 
 
 def findings(env: Environment) -> list[str]:

@@ -14,9 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog
 from pytest_nestedpve.creation import NoFreeId, create_marked
 from pytest_nestedpve.destroy import BUDGET
 from pytest_nestedpve.discovery import discover
@@ -26,7 +26,6 @@ from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.report.model import TEARDOWN_PHASES
 from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.teardown import TeardownReport, teardown
 from pytest_nestedpve.timing import set_scale
 
@@ -35,19 +34,8 @@ LOW, HIGH = 99900, 99999
 
 @pytest.fixture
 def env(tmp_path: Path) -> Iterator[Environment]:
-    settings = dataclasses.replace(Settings(), run_dir=tmp_path / "runs")
-    run = Run.create(settings, tmp_path)
-    host = MemoryHost(tmp_path / "host.json")
-    audit = AuditLog(run.directory.audit, run.id)
-    yield Environment(
-        settings=settings,
-        run=run,
-        connect=host.connect,
-        audit=audit,
-        progress=lambda _text: None,
-        rootdir=tmp_path,
-    )
-    audit.close()
+    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
+        yield make()
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+"""Environments of runs whose outer host is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memory_host import MemoryHost
+
+from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
+
+Make = Callable[..., Environment]
+
+
+@contextmanager
+def environments(host: MemoryHost, folder: Path) -> Iterator[Make]:
+    """A function that makes them, each with a run of its own below `folder`, by settings."""
+    with ExitStack() as stack:
+
+        def make(**settings: Any) -> Environment:
+            chosen = replace(Settings(run_dir=folder / "runs"), **settings)
+            run = Run.create(chosen, folder)
+            audit = AuditLog(run.directory.audit, run.id)
+            stack.callback(audit.close)
+            return Environment(
+                settings=chosen,
+                run=run,
+                connect=host.connect,
+                audit=audit,
+                progress=lambda _: None,
+                rootdir=folder,
+            )
+
+        yield make
