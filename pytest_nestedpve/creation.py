@@ -139,7 +139,7 @@ def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
 
     Free is an id without a guest, without a volume on a storage of the node, and in no pool.
     """
-    taken = {guest.vmid for guest in list_guests(host.api)} | _in_pools(host)
+    taken = {guest.vmid for guest in list_guests(host.api)} | ids_in_pools(host)
     path = f"/nodes/{host.node}/storage"
     for entry in entries(host.api.get(path), call=f"get {path}"):
         if "images" in str(entry.get("content", "")).split(",") and whole(entry.get("active", 1)) != 0:
@@ -159,7 +159,7 @@ def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
             yield vmid
 
 
-def _in_pools(host: PveHost) -> set[int]:
+def ids_in_pools(host: PveHost) -> set[int]:
     """The ids that stand in pools, whether or not there is a guest: a VM of such an id would be another's.
 
     The API shows members that exist; ids without a guest stand in the file only (recorded on PVE 9.2).

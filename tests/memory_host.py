@@ -170,6 +170,14 @@ def _set_pool(model: Model, params: State) -> None:
         raise fail(f"pool '{params['poolid']}' does not exist", 2)
     if "comment" in params:
         model.state["pools"][params["poolid"]]["comment"] = params["comment"]
+    for vmid in map(int, filter(None, str(params.get("vms", "")).split(","))):
+        now = model.pool_of(vmid)
+        if now == params["poolid"]:
+            raise fail(f"update pools failed: VM {vmid} is already a pool member")
+        if now is not None:
+            where = f"belongs already to pool '{now}' and 'allow-move' is not set"
+            raise fail(f"update pools failed: VM {vmid} {where}")
+        model.state["pools"][params["poolid"]]["vms"].append(vmid)
 
 
 def _drop_pool(model: Model, params: State) -> None:

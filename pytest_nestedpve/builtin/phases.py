@@ -20,7 +20,7 @@ def default_phases() -> list[Phase]:
     """The fourteen phases. Limits are nominal seconds; what a phase usually takes is measured (usual.py)."""
     own = ("ensure_pve", "download_image")
     return [
-        Phase("preflight", "look at the outer host", _preflight, timeout=600),
+        Phase("preflight", "look at the outer host", preflight, timeout=600),
         Phase("provision", "make the VM", _provision, _probe_provision, 1500, inputs=_input("shape")),
         Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
         Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
@@ -66,11 +66,21 @@ def _input(name: str) -> Callable[[Environment], object]:
     return inputs
 
 
-def _preflight(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve import expired
-    from pytest_nestedpve.builtin.preflight import preflight
+def preflight(env: Environment) -> Mapping[str, Any]:
+    """The action of the phase of that name."""
+    return _look(env, image=True)
 
-    found = preflight(env)
+
+def preflight_without_image(env: Environment) -> Mapping[str, Any]:
+    """The same for a VM that the project makes: what it boots is not looked for."""
+    return _look(env, image=False)
+
+
+def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
+    from pytest_nestedpve import expired
+    from pytest_nestedpve.builtin import preflight as look
+
+    found = look.preflight(env, image=image)
     expired.sweep(env)
     return found
 

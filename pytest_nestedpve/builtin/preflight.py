@@ -77,14 +77,14 @@ class _Looker:
             return None
 
 
-def preflight(env: Environment) -> dict[str, Any]:
-    """Look at everything; facts are what will be used. Raises PreflightError."""
+def preflight(env: Environment, *, image: bool = True) -> dict[str, Any]:
+    """Look at everything, but `image`s only if wanted; facts: what will be used. Raises PreflightError."""
     looker = _Looker([])
     try:
         host = env.outer
         if not _reachable_as_root(looker, host):
             raise PreflightError(host.name, looker.findings)
-        facts = _look(looker, env, host)
+        facts = _look(looker, env, host, image)
     except SshError as e:
         name = env.settings.host or "the outer host"
         said = "by hand" in str(e) or str(e).endswith("?")  # what to do
@@ -92,13 +92,13 @@ def preflight(env: Environment) -> dict[str, Any]:
         raise PreflightError(name, looker.findings) from e
     if looker.findings:
         raise PreflightError(host.name, looker.findings)
-    what = f"image {facts['image']}" if facts["image"] else f"template {facts['template']}"
+    what = next((f"{each} {facts[each]}" for each in ("image", "template") if facts[each]), "a VM of its own")
     where = f"storage {facts['storage']}, bridge {facts['bridge']}"
     did = f"PVE {facts['version']} on {host.name}, {where}, {what}"
     return {**facts, "did": did}
 
 
-def _look(looker: _Looker, env: Environment, host: PveHost) -> dict[str, Any]:
+def _look(looker: _Looker, env: Environment, host: PveHost, boots: bool) -> dict[str, Any]:
     version = _version(looker, host)
     if version is None:
         raise PreflightError(host.name, looker.findings)
@@ -115,8 +115,8 @@ def _look(looker: _Looker, env: Environment, host: PveHost) -> dict[str, Any]:
     storages = looker.ask("storages", lambda: _storages(host, node)) or []
     template = _template(looker, host, settings, guests, node)
     storage = _storage(looker, settings, storages)
-    snippets = None if settings.template else _snippets(looker, storages, storage)
-    image = None if settings.template else _image(looker, host, node, settings, storages)
+    snippets = None if settings.template or not boots else _snippets(looker, storages, storage)
+    image = None if settings.template or not boots else _image(looker, host, node, settings, storages)
     if storage is not None:
         _space(looker, settings, storage)
     bridge = _bridge(looker, host, node, settings)
