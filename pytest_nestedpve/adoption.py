@@ -229,8 +229,9 @@ def made_by(
 
     def do(env: Environment) -> Mapping[str, Any]:
         from pytest_nestedpve.builtin.guest import mac_of
+        from pytest_nestedpve.builtin.resume import resume
 
-        if env.resumed:
+        if env.resumed and (env.has_lease or resume(env)):
             _destroy_former(env)
         with watched(env) as watch:
             answer = create(env, wish(env))

@@ -268,7 +268,7 @@ def test_a_vm_is_proved_and_on_a_kept_run_made_anew_its_former_one_goes(
     env.facts["provision"] = first
     assert phase.probe is not None
     assert phase.probe(env) == first
-    env.resumed = True
+    env.resumed = True  # and its lease is being renewed
     second = dict(phase.do(env) or {})
     assert list(everything(host)) == [str(second["vmid"])]
     assert not prove(env.outer.api, env.settings, _Place(first), env.run).ok

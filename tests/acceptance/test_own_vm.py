@@ -1,0 +1,76 @@
+"""Whole sessions of a project that makes the nested VM by its own tool."""
+
+from __future__ import annotations
+
+import pytest
+from acceptance.conftest import Project
+
+OWN = """
+
+from pytest_nestedpve.adoption import replace_provision
+
+def tool(environment, wish):
+    api, vmid = environment.outer.api, int(os.environ.get("NAMES") or wish.vmid)
+    if not os.environ.get("NAMES"):
+        options = {"name": wish.name, "net0": "virtio,bridge=vmbr0", "cores": wish.cores}
+        api.post("/nodes/father/qemu", vmid=vmid, **options)
+        api.post(f"/nodes/father/qemu/{vmid}/config", scsi0="local:1")
+    if os.environ.get("TOOL_FAILS"):
+        raise PveError("apply failed")
+    return {"node": "father", "vmid": vmid, "did": "made by tofu"}
+
+_of_memory = pytest_nestedpve_phases
+
+def pytest_nestedpve_phases(phases, config):
+    _of_memory(phases, config)
+    replace_provision(phases, tool, inputs=lambda environment: os.environ.get("PLAN", "one"))
+"""
+
+
+@pytest.fixture
+def own(project: Project) -> Project:
+    path = project.path / "conftest.py"
+    path.write_text(path.read_text() + OWN)
+    return project
+
+
+def test_the_projects_vm_is_the_nested_one_and_goes(own: Project) -> None:
+    result = own.run("-v")
+    assert result.ret == 0, result.output
+    assert len(result.outcomes()) == 17
+    (log,) = own.audits()
+    (taken,) = [line for line in log if line["event"] == "adopted"]
+    assert str(taken["vmid"]) in str([line for line in log if line["event"] == "teardown"])
+
+
+def test_a_vm_that_was_there_fails_the_phase_and_outlives_the_session(own: Project) -> None:
+    api = own.host().connect().api
+    api.post("/nodes/father/qemu", vmid=99950, name="nested-pve-production", net0="virtio,bridge=vmbr0")
+    before = own.host().configuration(99950)
+    result = own.run("-v", NAMES="99950")
+    assert result.ret == 1, result.output
+    assert result.outcomes()["test_provision"] == "FAILED"
+    assert result.outcomes()["test_start_vm"] == "SKIPPED"
+    assert "VM 99950 on father is not taken into the run" in result.output
+    assert own.left() == ["vm 99950"]
+    assert own.host().configuration(99950) == before
+    api.delete("/nodes/father/qemu/99950")
+
+
+def test_a_tool_that_fails_leaves_nothing(own: Project) -> None:
+    result = own.run("-k", "provision", TOOL_FAILS="1")
+    assert result.ret == 1, result.output
+    assert "apply failed" in result.output
+    assert "has the run's name: taken into the run" in result.output
+
+
+def test_a_kept_vm_is_proved_and_made_anew_when_the_plan_changes(own: Project) -> None:
+    assert own.run("-k", "start_vm", "--nested-keep").ret == 0
+    (first,) = [line for line in own.left() if line.startswith("vm")]
+    assert own.run("-k", "start_vm", "--nested-keep").ret == 0
+    assert [line for line in own.left() if line.startswith("vm")] == [first]
+    changed = own.run("-v", "-k", "start_vm", "--nested-keep", PLAN="two")
+    assert changed.ret == 0, changed.output
+    (second,) = [line for line in own.left() if line.startswith("vm")]
+    assert second != first
+    assert own.run("-k", "start_vm", PLAN="two").ret == 0
