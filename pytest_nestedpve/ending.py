@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.session import NestedSession
 
 #: The file in a run's directory that says what its teardown left, once it has been.
@@ -21,6 +22,9 @@ def finish(nested: NestedSession) -> None:
     assert environment is not None
     try:
         with interplay.timer_stopped(nested.config, nested.item):
+            if nested.membership is not None and not nested.membership.leave():
+                _leave_to_others(nested)
+                return
             if _keeps(nested):
                 _keep(nested)
             elif runner.acted:
@@ -31,37 +35,60 @@ def finish(nested: NestedSession) -> None:
         nested.teardown_error = f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             runner.audit.write("leak", status="unknown", cause=nested.teardown_error)
-    finally:
-        lines = left(nested)
-        nested.remarks += environment.remarks
-        nested.tally.left = nested.tally.left or bool(lines)
-        with contextlib.suppress(Exception):
-            environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in lines))
-        if nested.settings.context_file is not None and not lines and nested.kept_until is None:
-            from pytest_nestedpve import context
+    _conclude(nested, environment)
 
-            with contextlib.suppress(Exception):
-                context.forget(nested.settings.context_file, environment.facts)
-        if nested.kept_until is None:
-            from pytest_nestedpve.announce import Announcer
 
-            announcer = Announcer(nested.config, environment, nested.tally.hooks)
-            announcer.teardown_finished(nested.teardown_report, lines)
-        if nested.lock is not None:
-            nested.lock.release(remove=not lines)
+def _leave_to_others(nested: NestedSession) -> None:
+    """The environment is that of workers or of a controller that still live."""
+    assert nested.environment is not None
+    nested.remarks += nested.environment.remarks
+    with contextlib.suppress(Exception):
+        nested.environment.close()
+    nested.close_hosts()
+
+
+def _conclude(nested: NestedSession, environment: Environment) -> None:
+    """What comes after the teardown, whatever came of it: told, written down, given back."""
+    lines = left(nested)
+    nested.remarks += environment.remarks
+    nested.tally.left = nested.tally.left or bool(lines)
+    with contextlib.suppress(Exception):
+        environment.run.directory.write(FINISHED, "".join(f"{_flat(each)}\n" for each in lines))
+    if nested.settings.context_file is not None and not lines and nested.kept_until is None:
+        from pytest_nestedpve import context
+
         with contextlib.suppress(Exception):
-            environment.close()
-        nested.close_hosts()
+            context.forget(nested.settings.context_file, environment.facts)
+    if nested.kept_until is None:
+        from pytest_nestedpve.announce import Announcer
+
+        announcer = Announcer(nested.config, environment, nested.tally.hooks)
+        announcer.teardown_finished(nested.teardown_report, lines)
+    if nested.membership is not None:
+        # The controller is dead; what it held is free, and its file is for whoever finishes the job.
+        from pytest_nestedpve.run import SessionLock
+
+        nested.lock = SessionLock(nested.run_id)
+        with contextlib.suppress(Exception):
+            nested.lock.acquire()
+    if nested.lock is not None:
+        nested.lock.release(remove=not lines)
+    with contextlib.suppress(Exception):
+        environment.close()
+    nested.close_hosts()
 
 
 def _keeps(nested: NestedSession) -> bool:
     """Whether the environment outlives this session."""
     assert nested.runner is not None
-    if nested.runner.status.get("provision") not in ("done", "proved"):
-        return False  # there is no whole VM that anybody could go on with
-    failed = bool(nested.tally.failures) or nested.runner.broken is not None
+    whole = nested.runner.status.get("provision") in ("done", "proved")
+    return whole and wants_kept(nested, nested.runner.broken is not None)
+
+
+def wants_kept(nested: NestedSession, broken: bool) -> bool:
+    """Whether an environment with a whole VM is to be kept, by what was asked for and what happened."""
     if nested.settings.keep == "on-failure":
-        return failed and nested.guard.first is None
+        return (broken or bool(nested.tally.failures)) and nested.guard.first is None
     return nested.settings.keep == "always"
 
 
@@ -70,7 +97,7 @@ def _keep(nested: NestedSession) -> None:
 
     assert nested.environment is not None
     lease = keeping.keep(nested.environment)
-    nested.kept_until = lease.expires
+    nested.kept_until, nested.kept_dir = lease.expires, nested.environment.run.dir
     nested.environment.audit.write("teardown", status="kept", expires=lease.expires)
 
 
@@ -132,9 +159,9 @@ def _kept_lines(nested: NestedSession) -> list[str]:
     import datetime
     import shlex
 
-    assert nested.environment is not None
+    assert nested.kept_dir is not None
     until = datetime.datetime.fromtimestamp(nested.kept_until or 0).astimezone()
-    ssh_config = shlex.quote(str(nested.environment.run.directory.ssh_config))
+    ssh_config = shlex.quote(str(nested.kept_dir / "ssh_config"))
     return [
         f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
         "its host destroys it",

@@ -22,7 +22,11 @@ def lines(nested: NestedSession) -> list[str]:
     size = f"{settings.cores} cores, {_gib(settings.memory)} memory, {settings.disk} GiB disk"
     several = bool(getattr(option, "tx", None)) and option.dist != "no"
     run = "RUN" if several else nested.run_id
-    each = " for each worker that needs one" if several else ""
+    workers = len(option.tx) if several else 1
+    shared = settings.scope == "run"
+    each = ""
+    if several:
+        each = " for all workers" if shared else f" for each of {workers} workers that needs one"
     ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
     if settings.any_id:
         ids = "any free id"
@@ -37,6 +41,8 @@ def lines(nested: NestedSession) -> list[str]:
     end = "kept at the end" if settings.keep == "always" else "destroyed at the end"
     if settings.keep == "on-failure":
         end += " unless something failed"
+    if several and not shared:
+        end += f"; up to {_gib(workers * settings.memory)} of the host's memory"
     return [
         where if several else f"{where}; run {run}",
         f"nested-pve: makes one VM {settings.name_prefix}-{run}{each} ({size}; id: {ids}) with a VM inside, "

@@ -48,6 +48,9 @@ def begin(session: pytest.Session) -> None:
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         nested.family = worker.get("nestedpve_session")
+        nested.told = worker.get("nestedpve_shared")
+        if nested.told is not None:
+            nested.run_id = str(nested.told["run"])
 
 
 def of(config: pytest.Config) -> NestedSession:
@@ -87,10 +90,14 @@ def adopt_worker(node: Any) -> None:
         import secrets
 
         nested.family = secrets.token_hex(8)
-    if nested.settings.host is not None:
+    if nested.host_is_named():
         nested.take_signals()
         nested.register_report()
     node.workerinput["nestedpve_session"] = nested.family
+    if nested.settings.scope == "run" and nested.host_is_named():
+        from pytest_nestedpve import sharing
+
+        node.workerinput["nestedpve_shared"] = sharing.prepare(nested)
 
 
 def uses(item: pytest.Item) -> bool:
@@ -145,6 +152,9 @@ class SessionHooks:
         if chosen and not self.nested.host_is_named() and not hasattr(self.config, "workerinput"):
             raise pytest.UsageError(f"nested-pve: {NO_HOST}")
         if chosen:
+            from pytest_nestedpve import shape
+
+            shape.check(chosen)
             self._check_skip()
         return None
 
@@ -171,7 +181,9 @@ class SessionHooks:
         elif "nested_pve" in getattr(item, "fixturenames", ()):
             # Not in the fixture: its value is shared by tests that want more or less of it, and so
             # would be its failure.
-            self.nested.open()
+            from pytest_nestedpve import shape
+
+            shape.open_run(item, FIXTURE)
             self.nested.ensure_for(item)
 
     @pytest.hookimpl(wrapper=True)
@@ -252,7 +264,7 @@ class SessionHooks:
             return
         self._told = True
         nested = self.nested
-        if nested.opened or nested.swept or nested.remarks:
+        if nested.opened or nested.swept or nested.remarks or nested.kept_until is not None:
             from pytest_nestedpve import ending
 
             ending.tell(nested, reporter)

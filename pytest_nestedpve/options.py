@@ -164,6 +164,11 @@ KEYS: tuple[Key, ...] = (
         "whether a chosen step is done again though nothing it depends on has changed; default false",
         values.boolean,
     ),
+    Key(
+        "scope",
+        "with pytest-xdist: worker (each has its own) or run (all share one); default worker",
+        values.one_of_kind("worker or run", r"worker|run"),
+    ),
     Key("timeout", "seconds for the whole set-up, which is interrupted then; default: none", values.seconds),
     Key("timeout_scale", "factor for every limit of this plugin; default 1", values.factor),
     Key("lease", "seconds after which a run that is not renewed counts as dead; default 30m", values.seconds),

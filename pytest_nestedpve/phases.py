@@ -201,6 +201,12 @@ class PhaseRunner:
         """Why the phase failed itself; None if it did not."""
         return self._causes.get(name)
 
+    def learn(self, broken: Broken) -> None:
+        """A phase failed elsewhere, in a process that shares this environment."""
+        self._causes[broken.phase] = broken
+        self.status[broken.phase] = "failed"
+        self.broken = self.broken or broken
+
     def progress(self, text: str) -> None:
         """Tell the listeners what the current phase is at."""
         for listener in self.listeners:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,83 @@ def pytest_configure_node(node: Any) -> None:
     lifecycle.adopt_worker(node)
 
 
-@pytest.fixture(scope="session")
-def nested_pve_run(request: pytest.FixtureRequest) -> Iterator[NestedSession]:
-    """The run: its identity, its environment, and the teardown at the end. Sets up no phase by itself."""
+# The VM's shape: a project's conftest.py may override these, in scope session. See shape.py.
+
+
+def _setting(request: pytest.FixtureRequest, name: str) -> Any:
     from pytest_nestedpve import lifecycle
 
+    return getattr(lifecycle.of(request.config).settings, name)
+
+
+@pytest.fixture(scope="session")
+def nested_pve_cores(request: pytest.FixtureRequest) -> int | str:
+    """Cores of the nested VM: the setting nested_pve_cores, unless overridden."""
+    return _setting(request, "cores")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_memory(request: pytest.FixtureRequest) -> int | str:
+    """Memory of the nested VM in MiB: the setting nested_pve_memory, unless overridden."""
+    return _setting(request, "memory")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_disk(request: pytest.FixtureRequest) -> int | str:
+    """Disk of the nested VM in GiB: the setting nested_pve_disk, unless overridden."""
+    return _setting(request, "disk")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_image(request: pytest.FixtureRequest) -> str | None:
+    """What the nested VM boots: the setting nested_pve_image, unless overridden."""
+    return _setting(request, "image")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_vm_options(request: pytest.FixtureRequest) -> Mapping[str, Any] | str:
+    """Further qm options of the nested VM: the setting nested_pve_vm_options, unless overridden."""
+    return _setting(request, "vm_options")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_extra_vars(request: pytest.FixtureRequest) -> Mapping[str, Any] | str:
+    """Variables for every playbook: the setting nested_pve_extra_vars, unless overridden."""
+    return _setting(request, "extra_vars")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_playbook_dir(request: pytest.FixtureRequest) -> Path | str | None:
+    """Directory of playbooks: the setting nested_pve_playbook_dir, unless overridden."""
+    return _setting(request, "playbook_dir")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def nested_pve_run(
+    request: pytest.FixtureRequest,
+    nested_pve_cores: Any,
+    nested_pve_memory: Any,
+    nested_pve_disk: Any,
+    nested_pve_image: Any,
+    nested_pve_vm_options: Any,
+    nested_pve_extra_vars: Any,
+    nested_pve_playbook_dir: Any,
+) -> Iterator[NestedSession]:
+    """The run: its identity, its environment, and the teardown at the end. Sets up no phase by itself."""
+    from pytest_nestedpve import lifecycle, shape
+
     nested = lifecycle.of(request.config)
+    chosen = {
+        "cores": nested_pve_cores,
+        "memory": nested_pve_memory,
+        "disk": nested_pve_disk,
+        "image": nested_pve_image,
+        "vm_options": nested_pve_vm_options,
+        "extra_vars": nested_pve_extra_vars,
+        "playbook_dir": nested_pve_playbook_dir,
+    }
     try:
+        shape.take(nested, chosen)
         nested.open()
         yield nested
     finally:

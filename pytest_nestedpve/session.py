@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from pytest_nestedpve.nested import NestedPve
     from pytest_nestedpve.progress import ProgressListener
     from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.run import Run
     from pytest_nestedpve.settings import Settings
+    from pytest_nestedpve.sharing import Membership
 
 KEY = pytest.StashKey["NestedSession"]()
 
@@ -62,6 +64,7 @@ class NestedSession:
         self.swept: list[str] = []  # what xdist's workers left
         self.remarks: list[str] = []  # lines for the end of the session
         self.kept_until: int | None = None  # by the clock of the outer host
+        self.kept_dir: Path | None = None
         self.wants_clean = False  # some test that was chosen uses nested_pve_clean
         self.clean: CleanState | None = None
         self.clean_for = ""
@@ -70,6 +73,9 @@ class NestedSession:
         self.finished = False
         self._stderr = 2
         self.lock: Any = None
+        self.told: dict[str, Any] | None = None  # of the run that xdist's workers share, as a worker
+        self.shared: Run | None = None  # the same, as the controller
+        self.membership: Membership | None = None
         self.family: str | None = None  # what the workers of one xdist session have in common
         self.guard = SignalGuard(stop=self._stop, say=self._say, give_up=self._give_up)
 
@@ -149,18 +155,24 @@ class NestedSession:
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
         from pytest_nestedpve.run import Run
+        from pytest_nestedpve.sharing import Membership, joined
 
         phases = self.phases
-        taken = keeping.take_lock(self.settings, self.config.rootpath, self.run_id)
-        kept, self.lock = taken.kept, taken.lock
-        self.run_id = kept.run if kept is not None else self.run_id
-        self.remarks += taken.remarks
+        kept = None
+        if self.told is None:
+            taken = keeping.take_lock(self.settings, self.config.rootpath, self.run_id)
+            kept, self.lock = taken.kept, taken.lock
+            self.run_id = kept.run if kept is not None else self.run_id
+            self.remarks += taken.remarks
         run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
+        if self.told is not None:
+            run = joined(run, self.told)
         runs.prune(run.dir.parent, own=run.id)
         if self.family is not None:
             run.directory.write(FAMILY, self.family)
         audit = AuditLog(run.directory.audit, run.id)
-        audit.write("session", status="resumed" if kept is not None else "new")
+        if self.told is None:
+            audit.write("session", status="resumed" if kept is not None else "new")
         runner: PhaseRunner
         environment = Environment(
             settings=self.settings,
@@ -190,6 +202,8 @@ class NestedSession:
         )
         runner.listeners.append(keeper)
         self.environment, self.runner = environment, runner
+        if self.told is not None:
+            self.membership = Membership(environment, runner, self.shown)
         self._add_listeners(runner)
 
     def _bound(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
@@ -200,6 +214,10 @@ class NestedSession:
             if left < seconds:
                 what, seconds = f"the set-up, at {phase.name} (nested_pve_timeout)", left
         return limit(seconds, what)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """Alone at the set-up, where workers share the environment."""
+        return self.membership.turn() if self.membership is not None else contextlib.nullcontext()
 
     def take_signals(self) -> None:
         """Have INT, TERM and HUP end the session from now on."""
@@ -261,7 +279,7 @@ class NestedSession:
         from pytest_nestedpve import interplay
 
         try:
-            with interplay.timer_stopped(self.config, self.item):
+            with interplay.timer_stopped(self.config, self.item), self._turn():
                 work(self.runner, by)
         except PhaseBroken as error:
             if error.expected or error.__cause__ is None:
@@ -299,7 +317,8 @@ class NestedSession:
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
-        if self.wants_clean and self.clean is None and name == self.target(None):
+        own = self.membership is None
+        if self.wants_clean and own and self.clean is None and name == self.target(None):
             # Now, before any test has it.
             try:
                 self._clean_state()
@@ -311,6 +330,12 @@ class NestedSession:
         from pytest_nestedpve.interplay import clean_scope, timer_stopped
 
         assert self.environment is not None
+        if self.membership is not None:
+            raise Failed(
+                "nested_pve_clean: the workers share one environment (nested_pve_scope = run), which a "
+                "rollback would take from under the others; expected the scope worker",
+                pytrace=False,
+            )
         key = clean_scope(item)
         if key == self.clean_for:
             return

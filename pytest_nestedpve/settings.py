@@ -62,6 +62,7 @@ class Settings:
     pve_repository_key_sha256: str | None = None
     force_stop: bool = True
     redo: bool = False
+    scope: str = "worker"
     timeout: float | None = None
     timeout_scale: float = 1.0
     lease: float = 1800.0

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.ending import FINISHED
+from pytest_nestedpve.ending import FINISHED, wants_kept
 from pytest_nestedpve.session import FAMILY
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def sweep(nested: NestedSession) -> None:
     nested.guard.counting = True
     nested.swept = _finish_all(nested)
     nested.tally.left = nested.tally.left or bool(nested.swept)
+    if nested.shared is not None and nested.lock.held:  # no worker needed it
+        nested.lock.release()
     nested.close_hosts()
 
 
@@ -49,6 +51,7 @@ def _finish_all(nested: NestedSession) -> list[str]:
 
 
 def _finish(nested: NestedSession, path: Path) -> list[str]:
+    from pytest_nestedpve import keeping
     from pytest_nestedpve.announce import Announcer
     from pytest_nestedpve.audit import AuditLog
     from pytest_nestedpve.environment import Environment
@@ -56,14 +59,17 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     from pytest_nestedpve.run import Run, RunDirectory, SessionLock
     from pytest_nestedpve.teardown import teardown
 
-    lock = SessionLock(path.name)
-    lock.acquire()
+    # The lock of the run that all workers share is held here all along.
+    shared = nested.shared if nested.shared is not None and nested.shared.id == path.name else None
+    lock = nested.lock if shared is not None else SessionLock(path.name)
+    if shared is None:
+        lock.acquire()
     shown = ProgressListener(nested.config)
     audit = AuditLog(path / "audit.jsonl", path.name)
     run = Run(id=path.name, owner="", client="", session="", dir=path, created=0, expires=0, hard=0)
     environment = Environment(
         settings=nested.settings,
-        run=run,
+        run=shared or run,
         connect=nested.connect,
         audit=audit,
         progress=_unheard,
@@ -72,9 +78,16 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     try:
         environment.settings = nested.settings.with_profile(_profile(environment.outer))
         environment.facts = RunDirectory(path).load_state()
-        report = teardown(environment, shown)
-        lines = [str(each) for each in report.left]
-        Announcer(nested.config, environment, nested.tally.hooks).teardown_finished(report, lines)
+        if shared is not None and "provision" in environment.facts and wants_kept(nested, False):
+            lease = keeping.keep(environment)
+            nested.kept_until, nested.kept_dir = lease.expires, path
+            audit.write("teardown", status="kept", expires=lease.expires)
+            lines: list[str] = []
+        else:
+            keeping.forget(path.name)
+            report = teardown(environment, shown)
+            lines = [str(each) for each in report.left]
+            Announcer(nested.config, environment, nested.tally.hooks).teardown_finished(report, lines)
         run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
         lock.release(remove=not lines)
         return lines

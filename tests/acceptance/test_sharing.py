@@ -1,0 +1,135 @@
+"""One environment for all workers of xdist: set up once, taken down by the last one out."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import Project, make_project
+from acceptance.test_keeping import CONFTEST
+from lab.on_lab import mentioning
+from memory_phases import PHASES
+
+from pytest_nestedpve.timing import Deadline, wait_until
+
+SHARE = ("-n2", "-o", "nested_pve_scope=run")
+USERS = """
+import os, pytest
+
+@pytest.mark.parametrize("number", range(8))
+def test_user(nested_pve, nested_pve_run, number):
+    assert nested_pve.vmid
+    with open("seen", "a") as out:
+        out.write(f"{nested_pve_run.environment.run.id} {nested_pve.vmid} {os.getpid()}\\n")
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = make_project(tmp_path / "project")
+    made.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])), test_users=USERS)
+    (made.path / "playbooks").mkdir()
+    made.plugins = ("xdist",)
+    yield made
+    assert made.left() == []
+    assert not list((made.path / "state" / "nested-pve" / "locks").glob("*"))
+
+
+def seen(project: Project) -> list[set[str]]:
+    """The runs, VMs and processes that the users saw."""
+    rows = [line.split() for line in (project.path / "seen").read_text().splitlines()]
+    return [set(column) for column in zip(*rows, strict=True)]
+
+
+def test_the_workers_share_one_vm_that_is_set_up_once(project: Project) -> None:
+    result = project.run(*SHARE, "test_users.py")
+    assert result.ret == 0, result.output
+    runs, vms, workers = seen(project)
+    assert (len(runs), len(vms), len(workers)) == (1, 1, 2)
+    done = project.done()
+    assert [name for name in done if name not in ("preflight", "verify_ssh_chain")] == list(PHASES[1:-1])
+    assert len(project.audits()) == 1
+
+
+def test_by_default_each_worker_has_its_own(project: Project) -> None:
+    result = project.run("-n2", "test_users.py", "--pve-host", "father")
+    assert result.ret == 0, result.output
+    runs, _, workers = seen(project)
+    assert len(runs) == len(workers) == 2
+    assert "for each of 2 workers" in result.output
+    assert "up to 16 GiB of the host's memory" in result.output
+
+
+def test_steps_that_another_worker_did_are_proved(project: Project) -> None:
+    result = project.run(*SHARE, "-v", "test_steps.py")
+    assert result.ret == 0, result.output
+    assert "14 passed" in result.output
+    done = project.done()
+    assert [name for name in done if name not in ("preflight", "verify_ssh_chain")] == list(PHASES[1:-1])
+
+
+def test_a_phase_that_failed_in_one_worker_is_not_tried_in_the_other(project: Project) -> None:
+    result = project.run(*SHARE, "test_users.py", FAIL="setup_ssh")
+    assert result.ret == 1, result.output
+    assert project.done().count("setup_ssh") == 1
+    assert "setup_ssh went wrong on purpose" in result.output
+    assert project.left() == []
+
+
+def test_a_worker_that_dies_takes_nothing_with_it(project: Project) -> None:
+    project.write(
+        test_users=USERS + "    if number == 3 and not os.path.exists('died'):\n"
+        "        open('died', 'w').close()\n        os._exit(9)\n"
+    )
+    result = project.run(*SHARE, "test_users.py")
+    assert result.ret == 1, result.output
+    assert "crashed" in result.output
+    runs, vms, workers = seen(project)
+    assert (len(runs), len(vms)) == (1, 1)
+    assert len(workers) >= 2
+    assert project.left() == []
+
+
+def test_a_shared_environment_can_be_kept_and_gone_on_with(project: Project) -> None:
+    result = project.run(*SHARE, "--nested-keep", "test_users.py")
+    assert result.ret == 0, result.output
+    assert "is kept until" in result.output
+    (project.path / "done").write_text("")
+    result = project.run(*SHARE, "test_users.py")
+    assert result.ret == 0, result.output
+    assert set(project.done()) == {"preflight", "verify_ssh_chain"}
+    assert project.left() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: signal.Signals) -> None:
+    project.write(
+        test_users=USERS + "    nested_pve_run.environment.audit.write('call', phase='test', cmd='hanging')\n"
+        "    import threading; threading.Event().wait(8)\n"
+    )
+    process = project.start(*SHARE, "test_users.py")
+    project.wait_for(process, cmd="hanging")
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=90)
+    print(output)
+    wait_until(
+        lambda: not mentioning(str(project.path)), deadline=Deadline(60), what="the workers to end"
+    )
+    assert project.left() == []
+
+
+def test_a_clean_state_cannot_be_had_of_a_shared_environment(project: Project) -> None:
+    project.write(test_users="def test_clean(nested_pve_clean):\n    pass\n")
+    result = project.run(*SHARE, "test_users.py")
+    assert result.ret == 1
+    assert "the workers share one environment (nested_pve_scope = run)" in result.output
+
+
+def test_a_shared_environment_that_nobody_needs_is_not_made(project: Project) -> None:
+    project.write(test_users="def test_nothing():\n    pass\n")
+    result = project.run(*SHARE, "test_users.py")
+    assert result.ret == 0, result.output
+    assert project.done() == []
