@@ -149,33 +149,35 @@ class State:
     keys: str
 
 
-def look(node: Node) -> State:
-    def ask(path: str) -> Any:
-        return json.loads(node.sh(f"pvesh get {path} --output-format json"))
+# /storage/local is for who may administer it: a token without its user's rights gets a 403.
+LOOK = {
+    "content": "pvesh get /storage/local --output-format json",
+    "token": f"cat {STORE}",
+    "answers": (
+        'curl -s -o /dev/null -w "%{http_code}" --cacert /etc/pve/pve-root-ca.pem'
+        f' -H "Authorization: PVEAPIToken=$(cat {STORE})" https://127.0.0.1:8006/api2/json/storage/local'
+    ),
+    "tokens": "pvesh get /access/users/root@pam/token --output-format json",
+    "certificate": "openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -fingerprint -sha256",
+    "pveproxy": "systemctl show pveproxy --property ActiveEnterTimestampMonotonic",
+    "files": f"cd {SITE} && find . ! -type d -printf '%m %P %l\\n' | sort -k2",
+    "modes": f"cd {SITE}/../.nested-pve; stat -c '%a %U %n' {STORE} {SITE}/secrets.yaml secrets secrets/*",
+    "secret": f"cat {SITE}/secrets.yaml",
+    "credentials": "cd; readlink credentials.yaml; stat -c '%a %U' there.yaml; cat there.yaml",
+    "bootstrapped": "cat /root/bootstrapped",
+    "keys": f"cat {KEYS}",
+}
 
-    return State(
-        content=frozenset(ask("/storage/local")["content"].split(",")),
-        token=node.sh(f"cat {STORE} 2>/dev/null || true"),
-        # /storage/local is for who may administer it: a token without its user's rights gets a 403.
-        answers=node.sh(
-            f'curl -s -o /dev/null -w "%{{http_code}}" --cacert /etc/pve/pve-root-ca.pem -H "Authorization:'
-            f' PVEAPIToken=$(cat {STORE} 2>/dev/null)" https://127.0.0.1:8006/api2/json/storage/local || true'
-        ),
-        tokens={each["tokenid"] for each in ask("/access/users/root@pam/token")},
-        certificate=node.sh("openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -fingerprint -sha256"),
-        pveproxy=node.sh("systemctl show pveproxy --property ActiveEnterTimestampMonotonic"),
-        files=node.sh(f"cd {SITE} 2>/dev/null && find . ! -type d -printf '%m %P %l\\n' | sort -k2 || true"),
-        modes=node.sh(
-            f"stat -c '%a %U %n' {STORE} {SITE}/secrets.yaml {SITE}/../.nested-pve/secrets"
-            f" {SITE}/../.nested-pve/secrets/* 2>/dev/null || true"
-        ),
-        secret=node.sh(f"cat {SITE}/secrets.yaml 2>/dev/null || true"),
-        credentials=node.sh(
-            "cd /root; readlink credentials.yaml || echo no link; stat -c '%a %U' there.yaml; cat there.yaml"
-        ),
-        bootstrapped=node.sh("cat /root/bootstrapped 2>/dev/null || true"),
-        keys=node.sh(f"cat {KEYS}"),
-    )
+
+def look(node: Node) -> State:
+    # In one go, because each login costs; what is not there is an empty text.
+    between = "-- next --"
+    answer = node.sh("".join(f"({command}) 2>/dev/null; echo; echo {between}\n" for command in LOOK.values()))
+    texts = [text.strip("\n") for text in answer.split(between)[: len(LOOK)]]
+    seen: dict[str, Any] = dict(zip(LOOK, texts, strict=True))
+    seen["content"] = frozenset(json.loads(seen["content"])["content"].split(","))
+    seen["tokens"] = {each["tokenid"] for each in json.loads(seen["tokens"])}
+    return State(**seen)
 
 
 class Site:
