@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import command, modules, round_trip
+from benchmarks import command, modules, reuse, round_trip
 from benchmarks.rows import Row, show
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "modules": modules.measure,
     "command": command.measure,
     "round_trip": round_trip.measure,
+    "reuse": reuse.measure,
 }
 
 
