@@ -1,4 +1,4 @@
-"""A kept environment on the lab: what it saves, against the cold run that made it; in one project of its own."""
+"""A kept environment on the lab: what it saves, against the cold run that made it; in a project of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_after_no_change(nested_pve_clean):
 
 
 def measure() -> list[Row]:
-    """Rows of seconds, with the cold run as their baseline. Raises RuntimeError when a session is not green."""
+    """Rows of seconds, the cold run as their baseline. Raises RuntimeError when a session is not green."""
     with tempfile.TemporaryDirectory(prefix="bench-reuse-") as name:
         project = Path(name)
         (project / "test_steps.py").write_text("from pytest_nestedpve import steps\n")
