@@ -86,10 +86,11 @@ class Tally:
             elif cause == CAUSE_NO_HOST:
                 self.usage = "a test needs an outer PVE host, and none was named"
 
-    def status(self, status: int, *, executes: bool) -> int:
+    def status(self, status: int, *, executes: bool, stopped: bool = False) -> int:
         """The exit status for what pytest itself would return; sets `reason` where it differs.
 
-        `executes` is False for sessions that are not meant to run tests (--collect-only, a dry run).
+        `executes` is False for sessions that are not meant to run tests (a dry run, say); `stopped`
+        is True when `--sw`, or `-x` under xdist, ended it after a failure: pytest calls that interrupted.
         """
         self.reason = None
         if self.signum is not None:
@@ -104,7 +105,8 @@ class Tally:
         if self.hooks and status in (OK, NOTHING_COLLECTED):
             self.reason = "a hook of the project raised"
             return FAILED
-        if status == FAILED and self.failures and self.failures == self.preflight_failures and not self.left:
+        failed = status == FAILED or (status == INTERRUPTED and stopped)
+        if failed and self.failures and self.failures == self.preflight_failures and not self.left:
             self.reason = "preflight is the only failure: the host or the settings are not usable"
             return USAGE
         if status == OK and executes and self.nested and not self.passed:

@@ -40,7 +40,7 @@ def begin(session: pytest.Session) -> None:
     nested = NestedSession(config, settings)
     config.stash[KEY] = nested
     remember(session)
-    config.pluginmanager.register(SessionHooks(nested), "nestedpve-session")
+    config.pluginmanager.register(SessionHooks(nested, session), "nestedpve-session")
     config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
     config.add_cleanup(nested.close)
     if getattr(option, "htmlpath", None) and nested.host_is_named():
@@ -108,8 +108,9 @@ def uses(item: pytest.Item) -> bool:
 class SessionHooks:
     """The hooks of one session."""
 
-    def __init__(self, nested: NestedSession) -> None:
+    def __init__(self, nested: NestedSession, session: pytest.Session) -> None:
         self.nested = nested
+        self.session = session
         self.config = nested.config
         self._told = False
         self._left_out: str | None = None
@@ -254,7 +255,10 @@ class SessionHooks:
             or nested.settings.dry_run
             or nested.settings.destroy_only
         )
-        found = nested.tally.status(int(status), executes=executes)
+        # Under xdist what stops for a failure is the controller's scheduler.
+        stops = (self.session, self.config.pluginmanager.getplugin("dsession"))
+        stopped = any(getattr(each, "shouldstop", False) for each in stops)
+        found = nested.tally.status(int(status), executes=executes, stopped=stopped)
         if found == exits.NOTHING_COLLECTED and (nested.settings.destroy_only or nested.settings.dry_run):
             return exits.OK
         return found

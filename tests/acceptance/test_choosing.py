@@ -218,6 +218,15 @@ def test_in_random_order_a_choice_of_steps_and_tests_does_each_phase_once(
     assert done == list(PHASES)
 
 
+@pytest.mark.parametrize("how", [("-x",), ("--maxfail=1",), ("--sw",), ("-x", "-n1")])
+def test_a_stop_at_a_preflight_that_fails_is_status_4(project: Project, how: tuple[str, ...]) -> None:
+    project.plugins = ("xdist",)
+    result, done = done_by(project, *how, "test_steps.py", FAIL="preflight")
+    assert result.ret == 4, result.output
+    assert "preflight is the only failure" in result.output
+    assert done == ["preflight"]
+
+
 # -- reruns -----------------------------------------------------------------------------------------------
 
 

@@ -55,3 +55,16 @@ def test_the_status_says_what_happened(found: Tally, status: int, expected: int)
 
 def test_a_session_that_is_not_meant_to_run_tests_may_pass_none() -> None:
     assert tally(report("a", "skipped", when="setup")).status(0, executes=False) == 0
+
+
+def test_a_stop_after_the_failure_of_preflight_is_that_failure() -> None:
+    found = tally(report("a", "failed", cause="preflight"))
+    assert found.status(2, executes=True, stopped=True) == 4
+    found = tally(report("a", "failed", cause="provision"))
+    assert found.status(2, executes=True, stopped=True) == 2
+
+
+def test_hooks_that_raised_are_not_green() -> None:
+    for status, expected in ((0, 1), (5, 1), (1, 1), (2, 2)):
+        found = tally(report("a", "passed"), hooks=["x raised"])
+        assert found.status(status, executes=True) == expected
