@@ -40,6 +40,14 @@ def neutralise(config: pytest.Config) -> None:
             setattr(config.option, name, value)
 
 
+def set_aside(config: pytest.Config) -> None:
+    """Have no plugin choose among the items, or remember them in place of tests."""
+    for name in _PLUGINS:
+        plugin = config.pluginmanager.get_plugin(name)
+        if plugin is not None:
+            config.pluginmanager.unregister(plugin)
+
+
 class Job:
     """The plan and its execution: all of it at the first item that is to go, then told one by one."""
 
@@ -137,10 +145,7 @@ class DestroyItem(pytest.Item):
 def collect(session: pytest.Session, nested: NestedSession) -> None:
     """Make the plan and its items. Raises pytest.UsageError when the host cannot be used."""
     config = session.config
-    for name in _PLUGINS:
-        plugin = config.pluginmanager.get_plugin(name)
-        if plugin is not None:
-            config.pluginmanager.unregister(plugin)
+    set_aside(config)
     where = nested.settings.host or "the outer host"
     try:
         job = _plan(nested)

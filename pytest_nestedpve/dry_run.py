@@ -66,4 +66,6 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
         expected = f"expected, by earlier runs: about {duration(sum(known))} and the teardown"
     else:
         expected = "no earlier run here did all of this, so how long it takes is not known"
+    if nested.settings.exec_command is not None:
+        reporter.write_line(f"then this runs: {nested.settings.exec_command}")
     reporter.write_line(f"then everything is destroyed; {expected}")

@@ -66,6 +66,7 @@ class Tally:
     left: bool = False
     left_reason: str = "the teardown left something behind"
     signum: int | None = None
+    command: int | None = None  # the exit status of --nested-exec's command
     reason: str | None = None
 
     def add(self, report: pytest.TestReport) -> None:
@@ -99,6 +100,8 @@ class Tally:
         if self.usage is not None:
             self.reason = self.usage
             return USAGE
+        if self.command:
+            return self.command
         if self.left and status in (OK, NOTHING_COLLECTED):
             self.reason = self.left_reason
             return FAILED

@@ -30,11 +30,14 @@ def lines(nested: NestedSession) -> list[str]:
     ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
     if settings.any_id:
         ids = "any free id"
+    command = settings.exec_command
+    runs = [f"nested-pve: no tests; runs {command}"] if command is not None else []
     from pytest_nestedpve.keeping import resumable
 
     if (kept := resumable(settings, nested.config.rootpath)) is not None:
         return [
             where,
+            *runs,
             f"nested-pve: goes on with the kept run {kept.run}, if a test needs it; "
             + ("kept again" if settings.keep == "always" else "destroyed at the end unless it is kept again"),
         ]
@@ -45,6 +48,7 @@ def lines(nested: NestedSession) -> list[str]:
         end += f"; up to {_gib(workers * settings.memory)} of the host's memory"
     return [
         where if several else f"{where}; run {run}",
+        *runs,
         f"nested-pve: makes one VM {settings.name_prefix}-{run}{each} ({size}; id: {ids}) with a VM inside, "
         f"if a test needs it; {end}",
     ]

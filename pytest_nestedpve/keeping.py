@@ -39,7 +39,10 @@ SHAPE = (
     "host", "name_patterns", "vmid_ranges", "pool_parent", "image", "template", "storage", "bridge",
     "ipconfig", "cores", "memory", "disk", "vm_options", "leaf_image", "leaf_options",
 )  # fmt: skip
-_FILES = ("key", "key.pub", "known_hosts", "state.json", record.FILE, "api_token", "pve-root-ca.pem")
+_FILES = (
+    "key", "key.pub", "known_hosts", "state.json", record.FILE, "api_token", "pve-root-ca.pem",
+    "root_password",
+)  # fmt: skip
 _RECORD = "kept.json"
 _STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
 

@@ -27,7 +27,7 @@ def begin(session: pytest.Session) -> None:
     looks_only = any(
         getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
     )
-    if looks_only and not option.nested_destroy_only:
+    if looks_only and not option.nested_destroy_only and option.nested_exec is None:
         settings = Settings()
     else:
         try:
@@ -40,6 +40,10 @@ def begin(session: pytest.Session) -> None:
     nested = NestedSession(config, settings)
     config.stash[KEY] = nested
     remember(session)
+    if settings.env_file is not None:
+        from pytest_nestedpve.env_file import EnvFileHooks
+
+        config.pluginmanager.register(EnvFileHooks(nested, settings.env_file), "nestedpve-env-file")
     config.pluginmanager.register(SessionHooks(nested, session), "nestedpve-session")
     config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
     config.add_cleanup(nested.close)
@@ -124,12 +128,17 @@ class SessionHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool | None:
-        if not self.nested.settings.destroy_only:
-            return None
-        from pytest_nestedpve import destroy_items
+        if self.nested.settings.destroy_only:
+            from pytest_nestedpve import destroy_items
 
-        destroy_items.collect(session, self.nested)
-        return True
+            destroy_items.collect(session, self.nested)
+            return True
+        if self.nested.settings.exec_command is not None:
+            from pytest_nestedpve import exec_items
+
+            exec_items.collect(session, self.nested)
+            return True
+        return None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.ssh import CommandResult, SshConnection
 
 API_PORT = 8006
-# Whose own way each is of naming a PVE in the environment.
-ENVIRONMENTS = ("bpg", "telmate", "ansible", "proxmoxer")
+SSH_PORT = 22
 _TOKEN_FILE = "api_token"
 _CA_FILE = "pve-root-ca.pem"
+_PASSWORD_FILE = "root_password"
 
 
 class NestedPve:
@@ -28,8 +28,8 @@ class NestedPve:
 
     def __init__(self, environment: Environment) -> None:
         self._env = environment
-        self._forward: Forward | None = None
-        self._lock = threading.Lock()
+        self._forwards: dict[int, Forward] = {}
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         facts = self._env.facts.get("provision", {})
@@ -86,14 +86,30 @@ class NestedPve:
         return self._env.run.directory.known_hosts
 
     @property
+    def ssh_key(self) -> Path:
+        """The run's private key, which root's account on the nested PVE and the leaf takes."""
+        return self._env.run.directory.key
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """(127.0.0.1, PORT): a listening forward to `port` of the nested PVE, open until the session's end.
+
+        The one to port 22 is in `known_hosts` too, as [127.0.0.1]:PORT.
+        """
+        with self._lock:
+            forward = self._forwards.get(port)
+            if forward is None:
+                forward = self._env.outer.ssh.forward(self.ip, port)  # type: ignore[attr-defined]
+                self._forwards[port] = forward
+                self._env.on_close(forward.close)
+                if port == SSH_PORT:
+                    self._env.run.directory.pin_forward(forward.address, self.name)
+            return forward.address
+
+    @property
     def api_url(self) -> str:
         """https://127.0.0.1:PORT, a forward to the nested PVE's port 8006, opened at first use."""
-        with self._lock:
-            if self._forward is None:
-                self._forward = self._env.outer.ssh.forward(self.ip, API_PORT)  # type: ignore[attr-defined]
-                self._env.on_close(self._forward.close)
-            host, port = self._forward.address
-            return f"https://{host}:{port}"
+        host, port = self.forward(API_PORT)
+        return f"https://{host}:{port}"
 
     @property
     def ca_file(self) -> Path:
@@ -111,46 +127,43 @@ class NestedPve:
         except FileNotFoundError as e:
             raise NotReady("the API token is made by the phase setup_repos, which has not been done") from e
 
-    def environ(self, consumer: str) -> dict[str, str]:
-        """Environment variables that name this PVE to `consumer`: bpg, telmate, ansible, proxmoxer.
+    @property
+    def root_password(self) -> str:
+        """A password of root on the nested PVE (as `root@pam` too): made at first use, then the same for the
+        whole run. Raises PveError when it cannot be set."""
+        import secrets
 
-        Holds the token: keep it out of logs. Raises ValueError for another consumer.
+        path = self._env.run.dir / _PASSWORD_FILE
+        with self._lock:
+            known = path.exists()
+            password = path.read_text(encoding="ascii").strip() if known else secrets.token_urlsafe(24)
+            self._env.hide(password)
+            # Each time: the nested PVE may have gone back to a state of before the first one.
+            line = f"root:{password}\n".encode()
+            self.inner.run(["chpasswd"], stdin=line, timeout=60, secret=True).check()
+            if not known:
+                self._env.run.directory.write(path.name, password + "\n")
+            return password
+
+    def environ(self, *consumers: str) -> dict[str, str]:
+        """Environment variables that name this PVE to `consumers`: bpg, telmate, ansible, proxmoxer.
+
+        Without any: those of all of them, and NESTED_… for other programs. Holds the token: keep it out of
+        logs. Raises ValueError for another consumer, NotReady before setup_repos.
         """
-        url, (user, _, secret) = self.api_url, self.api_token.partition("=")
-        ca = str(self.ca_file)
-        address, _, port = url.removeprefix("https://").partition(":")
-        if consumer == "bpg":
-            return {
-                "PROXMOX_VE_ENDPOINT": url + "/",
-                "PROXMOX_VE_API_TOKEN": f"{user}={secret}",
-                "SSL_CERT_FILE": ca,
-            }
-        if consumer == "telmate":
-            return {
-                "PM_API_URL": f"{url}/api2/json",
-                "PM_API_TOKEN_ID": user,
-                "PM_API_TOKEN_SECRET": secret,
-                "SSL_CERT_FILE": ca,
-            }
-        account, _, token_name = user.partition("!")
-        if consumer == "ansible":
-            return {
-                "PROXMOX_HOST": address,
-                "PROXMOX_PORT": port,
-                "PROXMOX_USER": account,
-                "PROXMOX_TOKEN_ID": token_name,
-                "PROXMOX_TOKEN_SECRET": secret,
-                "REQUESTS_CA_BUNDLE": ca,
-            }
-        if consumer == "proxmoxer":
-            return {
-                "PROXMOXER_HOST": f"{address}:{port}",
-                "PROXMOXER_USER": account,
-                "PROXMOXER_TOKEN_NAME": token_name,
-                "PROXMOXER_TOKEN_VALUE": secret,
-                "REQUESTS_CA_BUNDLE": ca,
-            }
-        raise ValueError(f"expected one of {', '.join(ENVIRONMENTS)}, found {consumer!r}")
+        from pytest_nestedpve import consumers as known
+        from pytest_nestedpve.roots import with_roots
+
+        authority = self.ca_file.read_bytes()
+        roots = {
+            variable: self._env.run.directory.write(
+                f"{variable.lower()}.pem", with_roots(variable, authority)
+            )
+            for variable in known.ROOTS
+        }
+        api = known.Api(*self.forward(API_PORT), self.api_token, self.ca_file, roots)
+        found = known.variables(api, consumers or tuple(known.CONSUMERS))
+        return found if consumers else {**found, **known.general(self, api)}
 
     def run_playbook(
         self, path: str | Path, *, timeout: float = 1800.0, check: bool = True, **variables: Any

@@ -254,5 +254,17 @@ def register(parser: pytest.Parser) -> None:
         default=None,
         help="machine-readable result of --nested-destroy-only or --nested-dry-run",
     )
+    group.addoption(
+        "--nested-exec",
+        metavar="COMMAND",
+        default=None,
+        help="collect no tests; run this shell command against the environment, its exit status is pytest's",
+    )
+    group.addoption(
+        "--nested-env-file",
+        metavar="FILE",
+        default=None,
+        help="write the variables for other tools into this file (0600) while the environment is ready",
+    )
     for key in KEYS:
         parser.addini(key.ini, f"{key.help} (environment {key.env})", type="string", default=None)

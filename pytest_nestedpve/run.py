@@ -288,15 +288,26 @@ class RunDirectory:
         """Make `keys` the only known ones of `alias` in the run's known_hosts. Raises BadHostKey."""
         if not _ALIAS.match(alias):
             raise BadHostKey(f"{alias[:60]!r} is no name for known_hosts")
-        clean = [_one_key(key) for key in keys]
-        if not clean:
-            raise BadHostKey(f"no host key to pin for {alias}")
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            lines = self.known_hosts.read_text(encoding="ascii").splitlines()
-        lines = [line for line in lines if line.split(" ", 1)[0] != alias]
-        lines += [f"{alias} {key}" for key in dict.fromkeys(clean)]
+        self._pin(alias, [_one_key(key) for key in keys])
+
+    def pin_forward(self, address: tuple[str, int], alias: str) -> None:
+        """Make the keys of `alias` those of a forward to it, too. Raises BadHostKey when it has none."""
+        host, port = address
+        pinned = [line.partition(" ") for line in self._known_lines()]
+        self._pin(f"[{host}]:{port}", [key for name, _, key in pinned if name == alias])
+
+    def _pin(self, name: str, keys: Sequence[str]) -> None:
+        if not keys:
+            raise BadHostKey(f"no host key to pin for {name}")
+        lines = [line for line in self._known_lines() if line.split(" ", 1)[0] != name]
+        lines += [f"{name} {key}" for key in dict.fromkeys(keys)]
         self.write("known_hosts", "\n".join(lines) + "\n")
+
+    def _known_lines(self) -> list[str]:
+        try:
+            return self.known_hosts.read_text(encoding="ascii").splitlines()
+        except FileNotFoundError:
+            return []
 
     def write_ssh_config(
         self,

@@ -70,6 +70,7 @@ class NestedSession:
         self.clean_for = ""
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
+        self._offered: NestedPve | None = None
         self.finished = False
         self._stderr = 2
         self.lock: Any = None
@@ -365,7 +366,9 @@ class NestedSession:
 
         assert self.environment is not None
         self.ensure_for(self.item)
-        return NestedPve(self.environment)
+        if self._offered is None:
+            self._offered = NestedPve(self.environment)
+        return self._offered
 
     def unlimited(self) -> contextlib.AbstractContextManager[None]:
         """Without pytest-timeout's limit for the current test."""

@@ -77,6 +77,8 @@ class Settings:
     yes: bool = False
     context_file: Path | None = None
     json_file: Path | None = None
+    exec_command: str | None = None
+    env_file: Path | None = None
 
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -197,6 +199,9 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
             )
         paths[dest] = path
     _check_context(paths["context_file"])
+    command = option("--nested-exec")
+    if command is not None and (not command.strip() or "\0" in command):
+        raise SettingsError(f"--nested-exec: expected a shell command; found {command!r}")
     return {
         "keep": option("nested_keep"),
         "skip": tuple(option("--nested-skip") or ()),
@@ -204,8 +209,24 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         "dry_run": option("--nested-dry-run"),
         "yes": option("--nested-yes"),
         "run_id": run_id,
+        "exec_command": command,
+        "env_file": _env_file(option("--nested-env-file"), here),
         **paths,
     }
+
+
+def _env_file(given: str | None, here: Path) -> Path | None:
+    if given is None:
+        return None
+    if not given.strip():
+        raise SettingsError("--nested-env-file: expected the path of a file; found an empty text")
+    from pytest_nestedpve import env_file
+
+    path = values.absolute(given, here)
+    reason = env_file.fault(path)
+    if reason:
+        raise SettingsError(f"--nested-env-file: {reason}")
+    return path
 
 
 def _check_context(path: Path | None) -> None:
@@ -222,6 +243,7 @@ def _check_context(path: Path | None) -> None:
 
 def _check_together(settings: Settings, config: pytest.Config) -> None:
     """Options and settings that contradict each other."""
+    _check_other_tools(settings, config)
     if not settings.destroy_only:
         for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
             if given:
@@ -258,6 +280,33 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
                 f"{settings.origin(key)}: expected the name of a source ({listed}) before the colon; "
                 f"found {source!r}"
             )
+
+
+def _check_other_tools(settings: Settings, config: pytest.Config) -> None:
+    option = config.option
+    if settings.destroy_only:
+        for given, name in ((settings.exec_command, "exec"), (settings.env_file, "env-file")):
+            if given is not None:
+                raise SettingsError(
+                    f"--nested-destroy-only and --nested-{name} contradict each other: nothing is set up"
+                )
+    if settings.exec_command is not None:
+        for name in ("collect-only", "setup-only", "setup-plan"):
+            if getattr(option, name.replace("-", ""), False):
+                raise SettingsError(
+                    f"--nested-exec and --{name} contradict each other; to see what would be done, use "
+                    "--nested-exec with --nested-dry-run"
+                )
+        for flag, does in (("-k", "selects"), ("-n", "distributes"), ("--numprocesses", "distributes")):
+            if _typed(config, flag):
+                raise SettingsError(
+                    f"--nested-exec collects no tests, so {flag} {does} nothing: leave it out"
+                )
+    elif settings.env_file is not None and getattr(option, "tx", None) and option.dist != "no":
+        raise SettingsError(
+            "--nested-env-file does not go with xdist: each worker would write it, for ports of its own; "
+            "leave out -n, or use nested_pve.environ() in the tests"
+        )
 
 
 def _typed(config: pytest.Config, flag: str) -> bool:

@@ -46,6 +46,7 @@ class SignalGuard:
         self._first_at = 0.0
         self.received: list[int] = []
         self.counting = False  # the session is ending: signals no longer interrupt anything
+        self._divert: Callable[[int], None] | None = None
 
     @property
     def first(self) -> int | None:
@@ -73,7 +74,22 @@ class SignalGuard:
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
+    @contextlib.contextmanager
+    def diverted(self, deliver: Callable[[int], None]) -> Iterator[None]:
+        """In the body signals go to `deliver`, in their order; only the first is kept in `received`."""
+        self._divert = deliver
+        try:
+            yield
+        finally:
+            self._divert = None
+
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._divert is not None:
+            if not self.received:
+                self._first_at = time.monotonic()
+                self.received.append(signum)
+            self._divert(signum)
+            return
         self.received.append(signum)
         name = signal.Signals(signum).name
         if self.received.count(signal.SIGINT) >= 3 and signum == signal.SIGINT:

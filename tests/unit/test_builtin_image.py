@@ -9,8 +9,7 @@ from typing import Any, cast
 import pytest
 
 from pytest_nestedpve.builtin import image
-from pytest_nestedpve.environment import Environment, NotReady
-from pytest_nestedpve.nested import NestedPve
+from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.settings import Settings
@@ -70,35 +69,3 @@ def test_a_url_without_a_checksum_is_refused_before_anything_is_fetched(given: s
 def test_a_file_that_is_not_there_is_told() -> None:
     with pytest.raises(PveError, match="is no file"):
         image.download_image(environment("nowhere.qcow2"), 10)
-
-
-@pytest.fixture
-def nested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NestedPve:
-    (tmp_path / "pve-root-ca.pem").write_text("a certificate\n")
-    made = SimpleNamespace(run=SimpleNamespace(dir=tmp_path, id="0123456789ab"), facts={})
-    monkeypatch.setattr(NestedPve, "api_url", "https://127.0.0.1:18006")
-    return NestedPve(cast(Environment, made))
-
-
-def test_the_token_is_asked_for_too_early_with_the_phase_that_makes_it(nested: NestedPve) -> None:
-    with pytest.raises(NotReady, match="setup_repos"):
-        _ = nested.api_token
-
-
-@pytest.mark.parametrize(
-    ("consumer", "name", "value"),
-    [
-        ("bpg", "PROXMOX_VE_API_TOKEN", "root@pam!nested-pve=SECRET"),
-        ("telmate", "PM_API_TOKEN_SECRET", "SECRET"),
-        ("ansible", "PROXMOX_TOKEN_ID", "nested-pve"),
-        ("proxmoxer", "PROXMOXER_HOST", "127.0.0.1:18006"),
-    ],
-)
-def test_each_consumer_gets_its_own_variables(
-    nested: NestedPve, tmp_path: Path, consumer: str, name: str, value: str
-) -> None:
-    (tmp_path / "api_token").write_text("root@pam!nested-pve=SECRET\n")
-    assert nested.environ(consumer)[name] == value
-    assert "SECRET" not in repr(nested)
-    with pytest.raises(ValueError, match="bpg, telmate, ansible, proxmoxer"):
-        nested.environ("other")

@@ -1,0 +1,155 @@
+"""The nested PVE in the environment variables that other programs read; each has names of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.nested import NestedPve
+
+
+@dataclass(frozen=True)
+class Api:
+    """How the API is reached: `token` is USER@REALM!NAME=SECRET, `authority` the file of its certificate
+    authority alone, `roots` a file with the system's roots too for each variable that replaces those."""
+
+    host: str
+    port: int
+    token: str = field(repr=False)
+    authority: Path
+    roots: Mapping[str, Path]
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.host}:{self.port}"
+
+    @property
+    def token_id(self) -> str:
+        return self.token.partition("=")[0]
+
+    @property
+    def secret(self) -> str:
+        return self.token.partition("=")[2]
+
+    @property
+    def user(self) -> str:
+        return self.token_id.partition("!")[0]
+
+    @property
+    def token_name(self) -> str:
+        return self.token_id.partition("!")[2]
+
+
+#: What replaces the system's roots for OpenSSL and Go, for Python's requests, and for curl.
+ROOTS = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+def _bpg(api: Api) -> dict[str, str]:
+    # https://github.com/bpg/terraform-provider-proxmox, docs/index.md; with a token it wants a user for SSH.
+    return {
+        "PROXMOX_VE_ENDPOINT": api.url + "/",
+        "PROXMOX_VE_API_TOKEN": api.token,
+        "PROXMOX_VE_SSH_USERNAME": "root",
+        "SSL_CERT_FILE": str(api.roots["SSL_CERT_FILE"]),
+    }
+
+
+def _telmate(api: Api) -> dict[str, str]:
+    # https://github.com/Telmate/terraform-provider-proxmox, docs/index.md
+    return {
+        "PM_API_URL": f"{api.url}/api2/json",
+        "PM_API_TOKEN_ID": api.token_id,
+        "PM_API_TOKEN_SECRET": api.secret,
+        "SSL_CERT_FILE": str(api.roots["SSL_CERT_FILE"]),
+    }
+
+
+def _ansible(api: Api) -> dict[str, str]:
+    # https://github.com/ansible-collections/community.proxmox: its modules read HOST and PORT, its inventory
+    # URL, both the rest. The modules do not verify certificates unless they are told to.
+    return {
+        "PROXMOX_HOST": api.host,
+        "PROXMOX_PORT": str(api.port),
+        "PROXMOX_URL": api.url,
+        "PROXMOX_USER": api.user,
+        "PROXMOX_TOKEN_ID": api.token_name,
+        "PROXMOX_TOKEN_SECRET": api.secret,
+        "PROXMOX_VALIDATE_CERTS": "true",
+        "PROXMOX_CA_PATH": str(api.authority),
+        "REQUESTS_CA_BUNDLE": str(api.roots["REQUESTS_CA_BUNDLE"]),
+    }
+
+
+def _proxmoxer(api: Api) -> dict[str, str]:
+    # proxmoxer reads no variables: these are for the lines that call it.
+    return {
+        "PROXMOXER_HOST": f"{api.host}:{api.port}",
+        "PROXMOXER_USER": api.user,
+        "PROXMOXER_TOKEN_NAME": api.token_name,
+        "PROXMOXER_TOKEN_VALUE": api.secret,
+        "REQUESTS_CA_BUNDLE": str(api.roots["REQUESTS_CA_BUNDLE"]),
+    }
+
+
+CONSUMERS: Mapping[str, Callable[[Api], dict[str, str]]] = {
+    "bpg": _bpg,
+    "telmate": _telmate,
+    "ansible": _ansible,
+    "proxmoxer": _proxmoxer,
+}
+
+#: Variables that would mix another PVE's credentials in, take precedence over ours, or switch checks off.
+FOREIGN = frozenset(
+    {
+        *(f"PROXMOX_VE_{name}" for name in ("USERNAME", "PASSWORD", "OTP", "INSECURE")),
+        *(f"PROXMOX_VE_{name}" for name in ("AUTH_PAYLOAD", "AUTH_TICKET", "CSRF_PREVENTION_TOKEN")),
+        *(f"PM_VE_{name}" for name in ("ENDPOINT", "API_TOKEN", "USERNAME", "PASSWORD", "OTP", "INSECURE")),
+        *("PM_USER", "PM_PASS", "PM_OTP", "PM_OTP_PROMPT", "PM_TLS_INSECURE"),
+        *("PROXMOX_PASSWORD", "PROXMOX_OTP"),
+    }
+)
+
+
+def variables(
+    api: Api, consumers: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What these consumers read. Raises ValueError for one that is not known."""
+    found = _no_proxy(api, environ)
+    for name in consumers:
+        if name not in CONSUMERS:
+            raise ValueError(f"expected one of {', '.join(CONSUMERS)}; found {name!r}")
+        found.update(CONSUMERS[name](api))
+    return found
+
+
+def _no_proxy(api: Api, environ: Mapping[str, str]) -> dict[str, str]:
+    """Where a proxy is set, that it is not for the forwards."""
+    if not any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in environ.items()):
+        return {}
+    without = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in without.split(",") if host.strip()]
+    if api.host not in hosts and "*" not in hosts:
+        hosts.append(api.host)
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts))
+
+
+def general(nested: NestedPve, api: Api) -> dict[str, str]:
+    """The nested PVE for programs that are none of these, like curl, ssh and scripts: NESTED_…"""
+    host, port = nested.forward(22)
+    return {
+        "CURL_CA_BUNDLE": str(api.roots["CURL_CA_BUNDLE"]),
+        "NESTED_API_URL": api.url,
+        "NESTED_API_TOKEN": api.token,
+        "NESTED_CA_FILE": str(api.authority),
+        "NESTED_NODE": nested.node,
+        "NESTED_IP": nested.ip,
+        "NESTED_SSH_CONFIG": str(nested.ssh_config),
+        "NESTED_SSH_KEY": str(nested.ssh_key),
+        "NESTED_SSH_HOST": host,
+        "NESTED_SSH_PORT": str(port),
+        "NESTED_KNOWN_HOSTS": str(nested.known_hosts),
+    }

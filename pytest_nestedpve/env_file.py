@@ -1,0 +1,126 @@
+"""--nested-env-file: the variables of `NestedPve.environ` in a file, there while the environment is ready.
+
+A line is NAME=value, with quotes only where a shell needs them: sh, direnv and docker compose read those
+rightly, and `docker run --env-file`, which takes quotes for part of a value, reads all the other lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nestedpve.pve.errors import PveError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session import NestedSession
+
+_OURS = "# Variables of nested-pve run "
+_SAFE = re.compile(r"[A-Za-z0-9_@%+=:,./!-]+\Z")
+
+
+class EnvFileError(PveError):
+    """The file cannot be written."""
+
+
+def text(variables: Mapping[str, str], run: str) -> str:
+    """The file's content."""
+    lines = [f"{_OURS}{run}: they end with it, and so does this file."]
+    lines += [f"{name}={_quoted(value)}" for name, value in sorted(variables.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    if "\n" in value:
+        raise EnvFileError(f"a variable of several lines cannot stand in such a file: {value[:30]!r}…")
+    return value if _SAFE.match(value) else "'" + value.replace("'", "'\\''") + "'"
+
+
+def fault(path: Path) -> str:
+    """Why `path` cannot be written, in words; empty when it can. Nobody else's file is ever replaced."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        return str(e)
+    else:
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path} is not a file"
+        if not _is_ours(path):
+            return f"{path} exists and was not written by a session; name a file that does not exist"
+    parent = path.parent
+    if not parent.is_dir():
+        return f"there is no directory {parent}"
+    return "" if os.access(parent, os.W_OK | os.X_OK) else f"the directory {parent} is not writable"
+
+
+def _is_ours(path: Path, run: str = "") -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(200).startswith((_OURS + run).encode())
+    return False
+
+
+def write(path: Path, content: str) -> None:
+    """Write the file, 0600, in one step. Raises EnvFileError."""
+    reason = fault(path)
+    if reason:
+        raise EnvFileError(f"--nested-env-file: {reason}")
+    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(content)
+        draft.replace(path)
+    except OSError as e:
+        raise EnvFileError(f"--nested-env-file: {path} cannot be written: {e}") from e
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def remove(path: Path, run: str) -> None:
+    """Remove the file, if it is still the one of that run."""
+    if _is_ours(path, run):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class EnvFileHooks:
+    """Writes the file once all is set up: before the first user's own fixtures, or after the last step."""
+
+    def __init__(self, nested: NestedSession, path: Path) -> None:
+        self._nested = nested
+        self._path = path
+        self._tried = self._written = False
+
+    # Registered before the hooks that do the set-up, so that it is called after them.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        self._write()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        result = yield
+        self._write()
+        return result
+
+    def _write(self) -> None:
+        runner, environment = self._nested.runner, self._nested.environment
+        if self._written or runner is None or environment is None or runner.broken or runner.open():
+            return
+        run = environment.run.id
+        if not self._tried:
+            self._tried = True
+            environment.on_close(lambda: remove(self._path, run))
+        try:
+            write(self._path, text(self._nested.nested_pve().environ(), run))
+        except PveError as e:
+            raise pytest.fail.Exception(f"nested-pve: {e}", pytrace=False) from e
+        self._written = True

@@ -1,0 +1,370 @@
+"""Variables, roots, files and passwords for programs of other people; a command that gets signals first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pytest_nestedpve import consumers, env_file, roots
+from pytest_nestedpve.command import Command
+from pytest_nestedpve.environment import Environment, NotReady
+from pytest_nestedpve.exits import Tally
+from pytest_nestedpve.masking import Masker
+from pytest_nestedpve.nested import NestedPve
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.forward import Forward
+from pytest_nestedpve.pve.ssh import CommandFailed, CommandResult
+from pytest_nestedpve.run import BadHostKey, RunDirectory
+from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.signals import Interrupted, SignalGuard
+
+TOKEN = "root@pam!nested=6f0f0f0f-1111-2222-3333-444455556666"
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA"
+ROOT = b"-----BEGIN CERTIFICATE-----\nsystem\n-----END CERTIFICATE-----\n"
+
+
+class Ssh:
+    """What stands for both hosts: it remembers what it was asked."""
+
+    target = SimpleNamespace(alias="father")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, bytes | None, bool]] = []
+        self.forwards: list[tuple[str, int]] = []
+        self.rc = 0
+
+    def forward(self, host: str, port: int) -> Forward:
+        self.forwards.append((host, port))
+        return Forward(lambda: None)
+
+    def run(
+        self, command: Any, *, stdin: bytes | None = None, timeout: float = 0, secret: bool = False
+    ) -> CommandResult:
+        del timeout
+        self.asked.append((command, stdin, secret))
+        return CommandResult("chpasswd", self.rc, b"", b"chpasswd: no", 1.0, secret)
+
+
+class Env:
+    """As much of an environment as NestedPve needs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.ssh = Ssh()
+        self.directory = RunDirectory(directory)
+        self.directory.make()
+        self.run = SimpleNamespace(id="0123456789ab", dir=directory, directory=self.directory)
+        self.ip = "10.77.7.50"
+        self.outer = SimpleNamespace(ssh=self.ssh, name="father")
+        self.inner = SimpleNamespace(run=self.ssh.run, node="nested-pve-1")
+        self.masker = Masker()
+        self.closing: list[Any] = []
+        self.facts = {"provision": {"name": "nested-pve-1", "vmid": 99900}}
+
+    def fact(self, phase: str, name: str) -> Any:
+        return self.facts[phase][name]
+
+    def hide(self, secret: str) -> None:
+        self.masker.add(secret)
+
+    def on_close(self, close: Any) -> None:
+        self.closing.append(close)
+
+    def write_ssh_config(self) -> Path:
+        return self.directory.path / "ssh_config"
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[Env]:
+    made = Env(tmp_path / "run")
+    directory = made.run.directory
+    directory.write("api_token", TOKEN + "\n")
+    directory.write("pve-root-ca.pem", ROOT.replace(b"system", b"nested"))
+    directory.pin_host_keys("nested-pve-1", [KEY])
+    yield made
+    for close in made.closing:
+        close()
+
+
+@pytest.fixture
+def nested(env: Env) -> NestedPve:
+    return NestedPve(cast(Environment, env))
+
+
+# -- variables --------------------------------------------------------------------------------------
+
+
+def test_each_consumer_gets_the_names_that_it_reads(nested: NestedPve) -> None:
+    url = nested.api_url
+    host, port = nested.forward(8006)
+    assert url == f"https://{host}:{port}"
+    secret = TOKEN.partition("=")[2]
+    bpg = nested.environ("bpg")
+    assert (bpg["PROXMOX_VE_ENDPOINT"], bpg["PROXMOX_VE_API_TOKEN"]) == (url + "/", TOKEN)
+    telmate = nested.environ("telmate")
+    assert telmate["PM_API_URL"] == url + "/api2/json"
+    assert (telmate["PM_API_TOKEN_ID"], telmate["PM_API_TOKEN_SECRET"]) == ("root@pam!nested", secret)
+    ansible = nested.environ("ansible")
+    assert (ansible["PROXMOX_HOST"], ansible["PROXMOX_PORT"]) == (host, str(port))
+    assert ansible["PROXMOX_URL"] == url
+    assert (ansible["PROXMOX_USER"], ansible["PROXMOX_TOKEN_ID"]) == ("root@pam", "nested")
+    assert ansible["PROXMOX_TOKEN_SECRET"] == secret
+    assert ansible["PROXMOX_VALIDATE_CERTS"] == "true"
+    proxmoxer = nested.environ("proxmoxer")
+    assert proxmoxer["PROXMOXER_HOST"] == f"{host}:{port}"
+    assert nested.environ("bpg", "telmate") == {**bpg, **telmate}
+    with pytest.raises(ValueError, match="expected one of bpg, telmate, ansible, proxmoxer; found 'pulumi'"):
+        nested.environ("pulumi")
+
+
+def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -> None:
+    everything = nested.environ()
+    for name in consumers.CONSUMERS:
+        assert nested.environ(name).items() <= everything.items()
+    assert everything["NESTED_API_TOKEN"] == TOKEN
+    assert everything["NESTED_NODE"] == "nested-pve-1"
+    assert not any(name.startswith("NESTED_PVE_") for name in everything), "these are settings"
+    assert not consumers.FOREIGN & set(everything)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, None),
+        ({"HTTPS_PROXY": "http://proxy:3128"}, "127.0.0.1"),
+        ({"https_proxy": "http://proxy:3128", "NO_PROXY": ".lan, 10.0.0.1"}, ".lan,10.0.0.1,127.0.0.1"),
+        ({"all_proxy": "socks5://proxy", "no_proxy": "127.0.0.1"}, "127.0.0.1"),
+    ],
+)
+def test_a_proxy_is_not_asked_for_the_forwards(environ: dict[str, str], said: str | None) -> None:
+    roots = dict.fromkeys(consumers.ROOTS, Path("roots"))
+    api = consumers.Api("127.0.0.1", 1, TOKEN, Path("ca"), roots)
+    found = consumers.variables(api, ("bpg",), environ)
+    assert (found.get("no_proxy"), found.get("NO_PROXY")) == (said, said)
+
+
+def test_a_token_that_is_asked_for_too_early_names_the_phase_that_makes_it(
+    env: Env, nested: NestedPve
+) -> None:
+    (env.run.dir / "api_token").unlink()
+    with pytest.raises(NotReady, match="setup_repos"):
+        nested.environ("bpg")
+
+
+def test_the_token_is_in_no_repr(env: Env, nested: NestedPve) -> None:
+    api = consumers.Api("127.0.0.1", 1, TOKEN, Path("ca"), {})
+    assert TOKEN.partition("=")[2] not in repr(api) + repr(nested) + repr(env.run)
+
+
+def test_a_forward_is_opened_once_and_ends_with_the_environment(env: Env, nested: NestedPve) -> None:
+    assert nested.forward(8006) == nested.forward(8006) != nested.forward(22)
+    assert env.ssh.forwards == [("10.77.7.50", 8006), ("10.77.7.50", 22)]
+    assert len(env.closing) == 2
+
+
+def test_the_host_keys_are_known_under_the_forward_s_address_too(env: Env, nested: NestedPve) -> None:
+    host, port = nested.forward(22)
+    lines = nested.known_hosts.read_text().splitlines()
+    assert lines == [f"nested-pve-1 {KEY}", f"[{host}]:{port} {KEY}"]
+    with pytest.raises(BadHostKey, match="no host key to pin"):
+        env.run.directory.pin_forward(("127.0.0.1", 1), "another")
+
+
+# -- roots ------------------------------------------------------------------------------------------
+
+
+def test_the_system_s_roots_stay_trusted(nested: NestedPve) -> None:
+    for variable in consumers.ROOTS:
+        file = Path(nested.environ()[variable])
+        assert file.read_bytes().endswith(b"-----BEGIN CERTIFICATE-----\nnested\n-----END CERTIFICATE-----\n")
+        assert file.read_bytes().count(b"BEGIN CERTIFICATE") > 20
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert Path(nested.environ()["NESTED_CA_FILE"]).read_bytes().count(b"BEGIN CERTIFICATE") == 1
+
+
+def test_roots_that_the_user_chose_are_what_ours_is_added_to(tmp_path: Path) -> None:
+    (tmp_path / "company.pem").write_bytes(ROOT)
+    chosen = {"SSL_CERT_FILE": str(tmp_path / "company.pem")}
+    assert roots.with_roots("SSL_CERT_FILE", b"ours\n", chosen) == ROOT + b"ours\n"
+    assert roots.with_roots("REQUESTS_CA_BUNDLE", b"ours\n", chosen).count(b"BEGIN CERTIFICATE") > 20
+
+
+def test_what_openssl_makes_of_the_roots_is_all_of_them(tmp_path: Path) -> None:
+    bundle = tmp_path / "roots.pem"
+    bundle.write_bytes(roots.with_roots("SSL_CERT_FILE", b"", {}))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(bundle)
+    assert len(context.get_ca_certs()) > 20
+
+
+# -- the password -------------------------------------------------------------------------------------
+
+
+def test_the_password_is_made_once_and_goes_only_through_standard_input(env: Env, nested: NestedPve) -> None:
+    password = nested.root_password
+    assert len(password) >= 24
+    assert NestedPve(cast(Environment, env)).root_password == password
+    # Set again, for a nested PVE that has gone back to an earlier state.
+    assert env.ssh.asked == [(["chpasswd"], f"root:{password}\n".encode(), True)] * 2
+    assert env.masker.mask(f"it is {password}") == "it is ********"
+    assert password not in repr(nested)
+    assert stat.S_IMODE((env.run.dir / "root_password").stat().st_mode) == 0o600
+
+
+def test_a_password_that_could_not_be_set_is_none(env: Env, nested: NestedPve) -> None:
+    env.ssh.rc = 1
+    with pytest.raises(CommandFailed) as error:
+        _ = nested.root_password
+    (_, stdin, _), *_ = env.ssh.asked
+    assert stdin is not None
+    assert stdin.decode().strip().partition(":")[2] not in str(error.value)
+    assert not (env.run.dir / "root_password").exists()
+
+
+# -- the file -----------------------------------------------------------------------------------------
+
+VALUES = {
+    "PLAIN": TOKEN,
+    "URL": "https://127.0.0.1:40123/api2/json",
+    "BLANK": "/home/my project/ca.pem",
+    "QUOTE": 'it\'s $HOME `id` "x" \\ #',
+}
+
+
+def test_a_shell_reads_the_values_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "nested.env"
+    env_file.write(file, env_file.text(VALUES, "0123456789ab"))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    script = 'set -a; . "$0"; exec "$1" -c "import os, json; print(json.dumps(dict(os.environ)))"'
+    command = ["sh", "-ec", script, str(file), sys.executable]
+    said = subprocess.run(command, env={}, capture_output=True, check=True).stdout
+    import json
+
+    found = json.loads(said)
+    assert {name: found[name] for name in VALUES} == VALUES
+
+
+def test_only_what_a_shell_would_misread_is_in_quotes() -> None:
+    lines = env_file.text(VALUES, "0123456789ab").splitlines()
+    assert f"PLAIN={TOKEN}" in lines
+    assert "URL=https://127.0.0.1:40123/api2/json" in lines
+    assert "BLANK='/home/my project/ca.pem'" in lines
+    with pytest.raises(PveError, match="several lines"):
+        env_file.text({"KEY": "a\nb"}, "0123456789ab")
+
+
+def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("MINE=1\n")
+    with pytest.raises(PveError, match="was not written by a session"):
+        env_file.write(file, "x")
+    env_file.remove(file, "0123456789ab")
+    assert file.read_text() == "MINE=1\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".env"]
+
+
+def test_only_the_run_whose_file_it_is_removes_it(tmp_path: Path) -> None:
+    file = tmp_path / "nested.env"
+    env_file.write(file, env_file.text({}, "0123456789ab"))
+    env_file.remove(file, "ba9876543210")
+    assert file.exists()
+    env_file.write(file, env_file.text({}, "ba9876543210"))
+    env_file.remove(file, "ba9876543210")
+    assert not file.exists()
+
+
+def test_a_directory_that_cannot_be_written_is_said_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    assert env_file.fault(tmp_path / "x") == f"the directory {tmp_path} is not writable"
+
+
+# -- the command --------------------------------------------------------------------------------------
+
+
+def run(text: str, folder: Path, before: Sequence[int] = ()) -> int:
+    command = Command(text, folder=folder, environ=os.environ)
+    for signum in before:
+        command.deliver(signum)
+    return command.run()
+
+
+@pytest.mark.parametrize(("text", "status"), [("exit 0", 0), ("exit 200", 200), ("kill -USR1 $$", 138)])
+def test_the_status_is_what_a_shell_would_say(tmp_path: Path, text: str, status: int) -> None:
+    assert run(text, tmp_path) == status
+
+
+def test_a_command_that_was_interrupted_before_it_began_is_not_run(tmp_path: Path) -> None:
+    assert run("touch ran", tmp_path, [signal.SIGTERM]) == 143
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_third_signal_kills_at_once(tmp_path: Path) -> None:
+    command = Command(
+        "trap '' TERM; echo up >up; while :; do sleep 0.05; done", folder=tmp_path, environ=os.environ
+    )
+
+    def strike() -> None:
+        pause = threading.Event()
+        while not (tmp_path / "up").exists():
+            pause.wait(0.02)
+        for _ in range(3):
+            command.deliver(signal.SIGTERM)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    assert command.run() == 128 + signal.SIGKILL
+    thread.join()
+
+
+def test_signals_go_elsewhere_while_they_are_diverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    guard = SignalGuard(stop=lambda _: None, say=lambda _: None, give_up=lambda _: given.append(-1))
+    guard.install()
+    try:
+        with guard.diverted(given.append):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+        assert given == [signal.SIGINT] * 3
+        assert guard.received == [signal.SIGINT]
+        monkeypatch.setattr(guard, "_first_at", 0.0)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        guard.remove()
+
+
+@pytest.mark.parametrize(
+    ("command", "left", "signum", "status"),
+    [
+        (None, False, None, 1),
+        (0, False, None, 1),
+        (5, False, None, 5),
+        (3, True, None, 3),
+        (3, False, 15, 143),
+    ],
+)
+def test_the_status_of_the_session_is_the_command_s_unless_a_signal_ended_it(
+    command: int | None, left: bool, signum: int | None, status: int
+) -> None:
+    assert Tally(command=command, left=left, signum=signum).status(1, executes=True) == status
+
+
+def test_something_left_is_told_after_a_good_command() -> None:
+    assert Tally(command=0, left=True).status(0, executes=True) == 1
+
+
+def test_settings_that_nobody_gave_are_none() -> None:
+    assert (Settings().exec_command, Settings().env_file) == (None, None)
