@@ -100,7 +100,15 @@ class EnvFileHooks:
         self._path = path
         self._tried = self._written = False
 
-    # Registered before the hooks that do the set-up, so that it is called after them.
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+        result = yield
+        if fixturedef.argname == "nested_pve":
+            self._write()
+        return result
+
+    # For a later user who wants more than the first. Registered before the hooks that do the set-up, so that
+    # it is called after them.
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         self._write()

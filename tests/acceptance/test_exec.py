@@ -293,6 +293,13 @@ def test_in_an_ordinary_session_the_file_is_there_for_the_first_user_and_gone_in
     assert "OLD" not in (ready.path / "copy").read_text()
 
 
+def test_the_file_is_there_for_a_later_user_who_wants_more_than_the_first(ready: Project) -> None:
+    first = "@pytest.mark.nested_pve(upto='wait_ip')\ndef test_part(nested_pve):\n    pass\n"
+    ready.write(test_reader=f"import pytest\n\n{first}\n{READER}")
+    result = ready.run("--nested-env-file", "nested.env", "test_reader.py")
+    assert result.ret == 0, result.output
+
+
 def test_with_the_steps_alone_the_file_is_there_after_the_last_one(ready: Project) -> None:
     ready.write(test_zlast="import os\n\ndef test_after():\n    assert os.path.exists('nested.env')\n")
     result = ready.run("--nested-env-file", "nested.env", "test_steps.py", "test_zlast.py")
