@@ -188,13 +188,19 @@ class SessionHooks:
             from pytest_nestedpve import dependents
 
             dependents.before(self.nested, item)
-        elif "nested_pve" in getattr(item, "fixturenames", ()):
-            # Not in the fixture: its value is shared by tests that want more or less of it, and so
-            # would be its failure.
-            from pytest_nestedpve import shape
-
-            shape.open_run(item, FIXTURE)
+        elif "nested_pve" in getattr(item, "fixturenames", ()) and self.nested.opened:
+            # The fixture has its value already; this test may want more of it than those before.
             self.nested.ensure_for(item)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+        try:
+            return (yield)
+        except BaseException:
+            # Its value is shared by tests that want more or less of it; its failure is not.
+            if fixturedef.argname == "nested_pve":
+                fixturedef.cached_result = None
+            raise
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

@@ -80,15 +80,6 @@ def take(nested: NestedSession, chosen: Mapping[str, Any]) -> None:
         raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
 
-def open_run(item: pytest.Item, fixture: str) -> None:
-    """Set up the fixture of the run before the others of the test, as pytest itself would."""
-    request, state = getattr(item, "_request", None), item.session._setupstate
-    if not state.stack:
-        state.setup(item.session)  # type: ignore[arg-type]
-    assert request is not None
-    request.getfixturevalue(fixture)
-
-
 def check(items: Iterable[pytest.Item]) -> None:
     """There is one environment, so these fixtures mean the same for all tests. Raises pytest.UsageError."""
     seen: dict[str, tuple[Any, str]] = {}
@@ -98,14 +89,14 @@ def check(items: Iterable[pytest.Item]) -> None:
             for definition in (known.get(name) or ())[-1:]:
                 if definition.scope != "session":
                     raise pytest.UsageError(
-                        f"nested-pve: the fixture {name}: expected scope='session', as there is one nested PVE "
-                        f"for all tests; found {definition.scope!r} ({item.nodeid})"
+                        f"nested-pve: the fixture {name}: expected scope='session', as there is one nested "
+                        f"PVE for all tests; found {definition.scope!r} ({item.nodeid})"
                     )
                 first, where = seen.setdefault(name, (definition, item.nodeid))
                 if first is not definition:
                     raise pytest.UsageError(
-                        f"nested-pve: the fixture {name} is one for {where} and another for {item.nodeid}; there is "
-                        "one nested PVE for all tests: override it in the conftest.py of the rootdir"
+                        f"nested-pve: the fixture {name} is one for {where} and another for {item.nodeid}; "
+                        "there is one nested PVE for all tests: override it in the conftest.py of the rootdir"
                     )
 
 

@@ -84,7 +84,7 @@ def test_what_the_tool_made_is_the_runs_and_goes_with_it(env: Environment, host:
 
 
 def test_a_description_of_the_tools_stays_above_the_marker(env: Environment, host: MemoryHost) -> None:
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
         put(host, wish.vmid, description="made by tofu\n\ndo not edit\n")
         return {"node": wish.node, "vmid": str(wish.vmid)}
 
@@ -94,7 +94,7 @@ def test_a_description_of_the_tools_stays_above_the_marker(env: Environment, hos
 
 
 def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) -> None:
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
         uuid = f"uuid={wish.uuid}"
         put(host, wish.vmid, name=wish.name, description=wish.description, smbios1=uuid, pool=wish.pool)
         return {"node": wish.node, "vmid": wish.vmid}
@@ -163,7 +163,7 @@ def test_a_new_vm_that_may_not_be_ours_is_refused_untouched(
     options, vmid, reason = REFUSED[what]
     host.connect().api.post("/pools", poolid="production")
 
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
         put(host, vmid, **options)
         return {"node": wish.node, "vmid": vmid}
 
@@ -175,17 +175,19 @@ def test_a_new_vm_that_may_not_be_ours_is_refused_untouched(
     assert everything(host) == now
 
 
-@pytest.mark.parametrize("answer", [None, {}, {"vmid": True, "node": "father"}, {"vmid": 99950, "node": "a/b"}])
+@pytest.mark.parametrize(
+    "answer", [None, {}, {"vmid": True, "node": "father"}, {"vmid": 99950, "node": "a/b"}]
+)
 def test_an_answer_that_names_no_vm_is_refused(env: Environment, answer: Any) -> None:
     with pytest.raises(NotAdopted, match="expected a"):
         do(env, lambda _env, _wish: answer)
 
 
-def test_a_vm_that_does_not_exist_or_is_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_that_is_not_there_or_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
     with pytest.raises(NotAdopted, match="does not exist"):
         do(env, _another(FOREIGN))
 
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, _wish: Wish) -> dict[str, Any]:
         put(host, FOREIGN)
         return {"node": "mother", "vmid": FOREIGN}
 
@@ -194,7 +196,7 @@ def test_a_vm_that_does_not_exist_or_is_on_another_node_is_refused(env: Environm
 
 
 def test_a_container_is_refused(env: Environment, host: MemoryHost) -> None:
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
         put(host, FOREIGN)
         with host.open() as model:
             model.state["vms"][str(FOREIGN)]["kind"] = "lxc"
