@@ -207,6 +207,25 @@ def test_no_test_is_collected_or_imported_and_addopts_do_not_matter(ready: Proje
     assert (ready.path / "times").read_text() == "x\n"
 
 
+def test_the_shape_that_a_project_s_fixtures_say_is_the_commands_too(ready: Project) -> None:
+    more = """
+@pytest.fixture(scope="session")
+def nested_pve_cores():
+    return 3
+
+@pytest.fixture(autouse=True)
+def for_tests_alone(request):
+    raise RuntimeError(request.node.name)
+
+def pytest_nestedpve_phase_finished(phase, environment):
+    (HERE / "cores").write_text(str(environment.settings.cores))
+"""
+    ready.write(conftest=CONFTEST + READY + more)
+    result = ready.run("--nested-exec", "echo cores-$(cat cores)")
+    assert result.ret == 0, result.output
+    assert "cores-3\n" in result.output
+
+
 def test_a_limit_for_tests_is_not_the_commands(ready: Project) -> None:
     ready.plugins = ("pytest_timeout",)
     result = ready.run("--nested-exec", "sleep 1.5; echo through", "--timeout", "0.5")
