@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pytest_nestedpve import ansible_config
+from pytest_nestedpve.ansible_config import GUARDS, AnsibleConfig
 from pytest_nestedpve.inventory import Inventory, InventoryHost, nested_inventory
 from pytest_nestedpve.pve.errors import CommandTimeout, PveError
 from pytest_nestedpve.timing import Deadline
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from pytest_nestedpve.settings import Settings
 
 __all__ = [
-    "AnsibleArgs", "HostRecap", "Inventory", "InventoryHost", "PlaybookEvent", "PlaybookFailed",
-    "PlaybookResult", "PlaybookTimeout", "TaskRecord", "nested_inventory", "playbook_path", "run_playbook",
+    "AnsibleArgs", "AnsibleConfig", "HostRecap", "Inventory", "InventoryHost", "PlaybookEvent",
+    "PlaybookFailed", "PlaybookResult", "PlaybookTimeout", "TaskRecord", "nested_inventory", "playbook_path",
+    "project_config", "run_playbook",
 ]  # fmt: skip
 
 _CHILD = Path(__file__).with_name("ansible_child.py")
@@ -62,7 +65,7 @@ class AnsibleArgs:
     """Where a playbook runs from.
 
     `run_dir` gets `artifacts/`; `ssh_config` is handed to ssh as -F (None: ssh's own defaults);
-    `secrets` are replaced in the artifacts when the playbook has ended.
+    `secrets` are replaced in the artifacts when the playbook has ended; `config` is a project's ansible.cfg.
     """
 
     run_dir: Path
@@ -71,6 +74,7 @@ class AnsibleArgs:
     collections_path: tuple[Path, ...] = ()
     secrets: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()  # further arguments of ansible-playbook, such as --limit
+    config: AnsibleConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,12 @@ def run_playbook(
         "inventory": inventory.to_data(),
         "variables": dict(variables or {}),
         "ssh_config": str(args.ssh_config.absolute()) if args.ssh_config else "",
-        "roles_path": [str(path.absolute()) for path in args.roles_path],
-        "collections_path": [str(path.absolute()) for path in args.collections_path] + _user_collections(),
+        "roles_path": _places(args.roles_path, args.config.roles if args.config else ()),
+        "collections_path": _places(args.collections_path, args.config.collections if args.config else ())
+        + _user_collections(),
+        "guards": GUARDS,
+        "key": str(key.absolute()) if (key := args.run_dir / "key").exists() else "",
+        **_config(args.config),
         "artifacts": str(artifacts),
         "ident": ident,
         "secrets": [secret for secret in args.secrets if secret],
@@ -239,14 +247,38 @@ def playbook_path(name: str, settings: Settings | None = None) -> Path:
 
 def _args_of(env: Any) -> AnsibleArgs:
     run_dir = Path(env.run.dir)
-    config = run_dir / "ssh_config"
+    ssh_config = run_dir / "ssh_config"
     return AnsibleArgs(
         run_dir=run_dir,
-        ssh_config=config if config.exists() else None,
+        ssh_config=ssh_config if ssh_config.exists() else None,
         roles_path=tuple(env.settings.roles_path),
         collections_path=tuple(env.settings.collections_path),
         secrets=tuple(getattr(env, "secrets", ())),
+        config=project_config(env.rootdir),
     )
+
+
+def project_config(rootdir: Path) -> AnsibleConfig | None:
+    """The ansible.cfg of a project, if it has one. Raises PlaybookFailed for one that cannot be used."""
+    try:
+        return ansible_config.find(rootdir)
+    except ansible_config.UnusableConfig as e:
+        raise PlaybookFailed(str(e)) from e
+
+
+def _places(*lists: tuple[Path, ...]) -> list[str]:
+    return list(dict.fromkeys(str(path.absolute()) for each in lists for path in each))
+
+
+def _config(config: AnsibleConfig | None) -> dict[str, Any]:
+    """What the process is told of a project's ansible.cfg."""
+    if config is None:
+        return {"config": "", "theirs": [], "callbacks": []}
+    return {
+        "config": str(config.path),
+        "theirs": list(config.theirs),
+        "callbacks": [str(path) for path in config.callbacks],
+    }
 
 
 def _user_collections() -> list[str]:

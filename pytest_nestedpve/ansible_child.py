@@ -99,34 +99,56 @@ def private_directory() -> Path:
 
 
 def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
-    """Ansible's settings for this run: nothing of the user's ansible.cfg applies."""
+    """Ansible's settings for this run; of a file, only a project's own applies, and not in what is ours."""
     # An empty file, because /dev/null is refused.
     (private / "ansible.cfg").touch()
     (private / "cp").mkdir()
-    ssh_args = ["-o", "BatchMode=yes", "-o", "ControlMaster=auto", "-o", "ControlPersist=60s"]
-    ssh_args += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]
-    if job["ssh_config"]:
-        ssh_args = ["-F", job["ssh_config"], *ssh_args]
-    settings = {
-        "CONFIG": str(private / "ansible.cfg"),
-        "HOME": str(private / "home"),
-        "LOCAL_TEMP": str(private / "tmp"),
-        "HOST_KEY_CHECKING": "True",
+    defaults = {
         "PIPELINING": "True",
-        "SSH_ARGS": shlex.join(ssh_args),
-        "SSH_CONTROL_PATH_DIR": str(private / "cp"),
         "SSH_RETRIES": "3",
-        "NOCOLOR": "1",
         "RETRY_FILES_ENABLED": "False",
-        "FORCE_COLOR": "False",
         "LOCALHOST_WARNING": "False",
         "INVENTORY_UNPARSED_WARNING": "False",
         "PYTHON_INTERPRETER": "auto_silent",
         "TIMEOUT": "15",
+    }
+    settings = {name: value for name, value in defaults.items() if name not in job["theirs"]} | {
+        "CONFIG": job["config"] or str(private / "ansible.cfg"),
+        "HOME": str(private / "home"),
+        "LOCAL_TEMP": str(private / "tmp"),
+        "HOST_KEY_CHECKING": "True",
+        "SSH_HOST_KEY_CHECKING": "True",
+        "PARAMIKO_HOST_KEY_CHECKING": "True",
+        "PARAMIKO_HOST_KEY_AUTO_ADD": "False",
+        "SSH_ARGS": ssh_args(job),
+        "SSH_CONTROL_PATH_DIR": str(private / "cp"),
+        "NOCOLOR": "1",
+        "FORCE_COLOR": "False",
         "ROLES_PATH": os.pathsep.join(job["roles_path"]),
         "COLLECTIONS_PATH": os.pathsep.join(job["collections_path"]),
+        "CALLBACK_PLUGINS": os.pathsep.join(job["callbacks"]),
     }
+    if job["config"]:
+        # Else these are so by default.
+        settings |= {
+            "LOG_PATH": str(private / "log"),
+            "TRANSPORT": "ssh",
+            "SSH_CONTROL_PATH": "%(directory)s/%%C",
+            "PRIVATE_KEY_FILE": job["key"] or str(private / "none"),
+            "INVENTORY_ENABLED": "yaml",
+            "ASK_PASS": "False",
+            "ASK_VAULT_PASS": "False",
+            "BECOME_ASK_PASS": "False",
+        }
     return {f"ANSIBLE_{name}": value for name, value in settings.items() if value}
+
+
+def ssh_args(job: dict[str, Any]) -> str:
+    """The first arguments of every ssh; of an option that is given twice, ssh takes the first."""
+    arguments = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"]
+    arguments += ["-o", "ControlMaster=auto", "-o", "ControlPersist=60s"]
+    arguments += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]
+    return shlex.join(["-F", job["ssh_config"], *arguments] if job["ssh_config"] else arguments)
 
 
 def tell(out: int, message: dict[str, Any]) -> None:
@@ -141,7 +163,8 @@ def run(job: dict[str, Any], private: Path, out: int) -> int:
     import ansible_runner
 
     (private / "inventory.json").write_text(json.dumps(job["inventory"]), encoding="utf-8")
-    (private / "vars.json").write_text(json.dumps(job["variables"]), encoding="utf-8")
+    variables = {**job["variables"], **job["guards"], "ansible_ssh_args": ssh_args(job)}
+    (private / "vars.json").write_text(json.dumps(variables), encoding="utf-8")
     os.environ.update(environment(job, private))
 
     def on_event(event: dict[str, Any]) -> bool:

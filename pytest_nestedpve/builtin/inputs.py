@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve import keeping, playvars
-from pytest_nestedpve.ansible import playbook_path
+from pytest_nestedpve.ansible import playbook_path, project_config
 from pytest_nestedpve.playbook_files import digest_of
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ _VOLATILE = ("nested_pve_ip",)
 
 def _playbook(env: Environment, name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     path = playbook_path(name, env.settings)
+    config = project_config(env.rootdir)
+    roles = (*env.settings.roles_path, *(config.roles if config is not None else ()))
     return {
-        "playbook": digest_of(path, env.settings.roles_path),
+        "playbook": digest_of(path, roles),
+        "ansible.cfg": _hash(config.path) if config is not None else None,
         "variables": {key: value for key, value in variables.items() if key not in _VOLATILE},
     }
 

@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.ansible import Inventory, PlaybookEvent, PlaybookFailed, PlaybookResult, run_playbook
+from pytest_nestedpve.ansible import (
+    Inventory,
+    PlaybookEvent,
+    PlaybookFailed,
+    PlaybookResult,
+    project_config,
+    run_playbook,
+)
+from pytest_nestedpve.ansible_config import GUARDS
 from pytest_nestedpve.inventory import nested_inventory
 from pytest_nestedpve.timing import Deadline
 
@@ -30,6 +38,7 @@ def run(
     """
     name = str(env.fact("provision", "name"))
     env.write_ssh_config()
+    _tell_what_does_not_apply(env, variables)
     deadline = Deadline(timeout)
     result: PlaybookResult | None = None
     try:
@@ -37,7 +46,9 @@ def run(
             env,
             playbook,
             inventory=inventory
-            or nested_inventory(name, address=env.ip, groups=env.settings.inventory_groups),
+            or nested_inventory(
+                name, address=env.ip, groups=env.settings.inventory_groups, extra=_variables(env)
+            ),
             variables=variables,
             timeout=timeout,
             on_event=_progress(env),
@@ -57,6 +68,26 @@ def run(
             recap={host: asdict(recap) for host, recap in result.recap.items()} if result else None,
             failures=list(result.failures) if result and result.failures else None,
         )
+
+
+def _variables(env: Environment) -> dict[str, Any]:
+    """What else a playbook may want to know of the node it runs on."""
+    facts = env.facts["provision"]
+    found = {"nested_pve_run": env.run.id, "nested_pve_vmid": facts.get("vmid")}
+    found["nested_pve_host"] = env.settings.host
+    found["nested_pve_leaf_ip"] = env.facts.get("leaf_wait_ip", {}).get("ip")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tell_what_does_not_apply(env: Environment, variables: Mapping[str, Any]) -> None:
+    """Once, of the project's ansible.cfg and of variables that would undo the run's SSH."""
+    config = project_config(env.rootdir)
+    said = config.remark() if config is not None else None
+    guarded = sorted(name for name in (*GUARDS, "ansible_ssh_args") if name in variables)
+    also = f"of the variables do not apply: {', '.join(guarded)}" if guarded else None
+    for line in filter(None, (said, also)):
+        if line not in env.remarks:
+            env.remark(line)
 
 
 def summary(result: PlaybookResult) -> str:

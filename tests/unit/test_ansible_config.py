@@ -1,0 +1,293 @@
+"""A project's ansible.cfg and its directories are honoured, but for what would undo the run's SSH."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nestedpve.ansible import AnsibleArgs, Inventory, InventoryHost, nested_inventory, run_playbook
+from pytest_nestedpve.ansible_config import AnsibleConfig, UnusableConfig, find, read
+from pytest_nestedpve.values import Text, variables
+
+LOCAL = Inventory(
+    (InventoryHost("here", {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),),
+    {"proxmox": ("here",)},
+)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text).lstrip(), encoding="utf-8")
+    return path
+
+
+def config(directory: Path, text: str) -> AnsibleConfig:
+    return read(write(directory / "ansible.cfg", text))
+
+
+def play(directory: Path, tasks: str, head: str = "") -> Path:
+    top = f"- name: A play\n  hosts: proxmox\n  gather_facts: false\n{textwrap.indent(head, '  ')}"
+    return write(directory / "play.yml", top + "  tasks:\n" + textwrap.indent(textwrap.dedent(tasks), "    "))
+
+
+def told(directory: Path, playbook: Path, given: AnsibleConfig | None, **options: Any) -> Any:
+    """What the playbook gave to set_stats."""
+    run_dir = directory / "run"
+    run_dir.mkdir(exist_ok=True)
+    values = options.pop("variables", None)
+    args = AnsibleArgs(run_dir, config=given, **options)
+    return run_playbook(args, playbook, inventory=LOCAL, variables=values, timeout=60).stats
+
+
+# -- which file ---------------------------------------------------------------------------------------------
+
+
+def test_the_rootdirs_file_is_found_and_the_one_that_is_named_comes_first(tmp_path: Path) -> None:
+    assert find(tmp_path, {}) is None
+    write(tmp_path / "ansible.cfg", "[defaults]\n")
+    named = write(tmp_path / "etc" / "other.cfg", "[defaults]\n")
+    found = [find(tmp_path, {}), find(tmp_path, {"ANSIBLE_CONFIG": str(named)})]
+    assert [each and each.path.name for each in found] == ["ansible.cfg", "other.cfg"]
+    write(tmp_path / "etc" / "ansible.cfg", "[defaults]\n")
+    directory = find(tmp_path, {"ANSIBLE_CONFIG": str(tmp_path / "etc")})
+    assert directory is not None
+    assert directory.path == tmp_path / "etc" / "ansible.cfg"
+
+
+def test_a_file_that_is_named_and_not_there_or_no_file_of_settings_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UnusableConfig, match="ANSIBLE_CONFIG names"):
+        find(tmp_path, {"ANSIBLE_CONFIG": str(tmp_path / "none.cfg")})
+    write(tmp_path / "ansible.cfg", "forks = 5\n")
+    with pytest.raises(UnusableConfig, match="cannot be read"):
+        find(tmp_path, {})
+
+
+def test_a_file_where_everybody_may_write_is_not_looked_at(tmp_path: Path) -> None:
+    write(tmp_path / "ansible.cfg", "[defaults]\n")
+    tmp_path.chmod(0o777)
+    assert find(tmp_path, {}) is None
+
+
+def test_what_does_not_apply_is_named_with_its_reason_once(tmp_path: Path) -> None:
+    checking = "host_key_" + "checking"
+    found = config(
+        tmp_path,
+        f"""
+        [defaults]
+        {checking} = no
+        forks = 7
+        private_key_file = ~/.ssh/id_rsa
+        [ssh_connection]
+        {checking} = off
+        ssh_args = -o ControlMaster=no
+        """,
+    )
+    assert found.remark() == (
+        f"of {tmp_path}/ansible.cfg does not apply: {checking} (host keys are always checked); "
+        "ssh_args (the way to the nested PVE is the run's own); "
+        "private_key_file (only the run's key is offered)"
+    )
+    assert config(tmp_path, f"[defaults]\n{checking} = yes\nforks = 7\n").remark() is None
+
+
+# -- what of it applies -------------------------------------------------------------------------------------
+
+
+def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_honoured(tmp_path: Path) -> None:
+    given = config(
+        tmp_path,
+        """
+        [defaults]
+        forks = 7
+        timeout = 33
+        roles_path = own/roles:~/nowhere
+        collections_path = own/collections
+        callback_plugins = own/callbacks
+        callbacks_enabled = tells
+        vault_password_file = own/password
+        [privilege_escalation]
+        become_method = su
+        """,
+    )
+    write(tmp_path / "own/password", "open sesame\n")
+    vaulted = tmp_path / "group_vars/proxmox.yml"
+    write(vaulted, "hidden: treasure\n")
+    vault = [sys.executable, "-m", "ansible.cli.vault", "encrypt", str(vaulted)]
+    clean = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(tmp_path / "own/password")}
+    assert os.spawnve(os.P_WAIT, vault[0], vault, clean) == 0
+    role = "- name: Tell of the role\n  ansible.builtin.set_stats: {data: {role: here}}\n"
+    write(tmp_path / "own/roles/mine/tasks/main.yml", role)
+    in_collection = role.replace("role: here", "collected: here")
+    write(tmp_path / "own/collections/ansible_collections/acme/pve/roles/two/tasks/main.yml", in_collection)
+    write(
+        tmp_path / "own/callbacks/tells.py",
+        f"""
+        from ansible.plugins.callback import CallbackBase
+
+        class CallbackModule(CallbackBase):
+            CALLBACK_VERSION = 2.0
+            CALLBACK_NAME = "tells"
+            CALLBACK_NEEDS_ENABLED = True
+
+            def v2_playbook_on_stats(self, stats):
+                with open({str(tmp_path / "told")!r}, "w") as out:
+                    out.write("told")
+        """,
+    )
+    playbook = play(
+        tmp_path,
+        """
+        - name: Tell of settings
+          ansible.builtin.set_stats:
+            data:
+              settings:
+                - "{{ lookup('ansible.builtin.config', 'DEFAULT_FORKS') }}"
+                - "{{ lookup('ansible.builtin.config', 'DEFAULT_TIMEOUT') }}"
+                - "{{ lookup('ansible.builtin.config', 'DEFAULT_BECOME_METHOD') }}"
+              hidden: "{{ hidden }}"
+        """,
+        "roles: [mine, acme.pve.two]\n",
+    )
+    assert told(tmp_path, playbook, given) == {
+        "settings": [7, 33, "su"],
+        "hidden": "treasure",
+        "role": "here",
+        "collected": "here",
+    }
+    assert (tmp_path / "told").read_text() == "told"
+
+
+def test_directories_of_the_settings_come_before_those_of_the_file(tmp_path: Path) -> None:
+    given = config(tmp_path, "[defaults]\nroles_path = theirs\ncollections_path = theirs\n")
+    text = "- name: Tell\n  ansible.builtin.set_stats: {data: {WHAT: WHERE}}\n"
+    for place in ("theirs", "ours"):
+        role = text.replace("WHAT", "role").replace("WHERE", place)
+        write(tmp_path / place / "mine/tasks/main.yml", role)
+        collected = text.replace("WHAT", "collected").replace("WHERE", place)
+        write(tmp_path / place / "ansible_collections/acme/pve/roles/two/tasks/main.yml", collected)
+    only = text.replace("WHAT", "only").replace("WHERE", "theirs")
+    write(tmp_path / "theirs/only/tasks/main.yml", only)
+    playbook = write(
+        tmp_path / "play.yml",
+        "- name: A play\n  hosts: all\n  gather_facts: false\n  roles: [mine, acme.pve.two, only]\n",
+    )
+    ours = (tmp_path / "ours",)
+    found = told(tmp_path, playbook, given, roles_path=ours, collections_path=ours)
+    assert found == {"role": "ours", "collected": "ours", "only": "theirs"}
+
+
+# -- what of it does not ------------------------------------------------------------------------------------
+
+ASK = """
+- name: Ask what ssh would be given
+  vars: {kind: connection}
+  ansible.builtin.set_stats:
+    data:
+      given:
+        - "{{ lookup('ansible.builtin.config', 'host_key_checking', plugin_type=kind, plugin_name='ssh') }}"
+        - "{{ lookup('ansible.builtin.config', 'ssh_args', plugin_type=kind, plugin_name='ssh') }}"
+        - "{{ lookup('ansible.builtin.config', 'control_path_dir', plugin_type=kind, plugin_name='ssh') }}"
+        - "{{ lookup('ansible.builtin.config', 'private_key_file', plugin_type=kind, plugin_name='ssh') }}"
+        - "{{ lookup('ansible.builtin.config', 'DEFAULT_TRANSPORT') }}"
+        - "{{ lookup('ansible.builtin.config', 'DEFAULT_LOG_PATH') }}"
+"""
+
+
+def test_no_file_reaches_the_runs_ssh(tmp_path: Path) -> None:
+    checking, strict = "host_key_" + "checking", "StrictHostKey" + "Checking"
+    given = config(
+        tmp_path,
+        f"""
+        [defaults]
+        {checking} = False
+        transport = paramiko
+        private_key_file = /etc/theirs
+        log_path = everything.log
+        ask_pass = True
+        [inventory]
+        enable_plugins = ini
+        [ssh_connection]
+        {checking} = False
+        ssh_args = -o {strict}=no
+        ssh_common_args = -o {strict}=no
+        control_path_dir = /theirs
+        """,
+    )
+    checked, arguments, control, key, transport, log = told(tmp_path, play(tmp_path, ASK), given)["given"]
+    assert checked is True
+    assert f"{strict}=yes" in arguments
+    assert f"{strict}=no" not in arguments
+    assert "theirs" not in f"{control} {key}"
+    assert transport == "ssh"
+    assert "everything" not in log
+    assert not (tmp_path / "everything.log").exists()
+
+
+def test_neither_do_variables(tmp_path: Path) -> None:
+    """The ssh that is run is one that writes down how it was called."""
+    strict = "StrictHostKey" + "Checking"
+    ssh = write(tmp_path / "ssh", f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexit 255\n')
+    ssh.chmod(0o755)
+    write(
+        tmp_path / "group_vars/all.yml",
+        f"""
+        ansible_ssh_executable: {ssh}
+        ansible_ssh_args: -o {strict}=no
+        ansible_ssh_common_args: -o {strict}=no
+        ansible_ssh_extra_args: -o {strict}=no
+        ansible_host_key_checking: false
+        ansible_ssh_host_key_checking: false
+        ansible_ssh_retries: 0
+        """,
+    )
+    playbook = play(tmp_path, "- name: Ping\n  ansible.builtin.ping:\n")
+    (tmp_path / "run").mkdir()
+    inventory = nested_inventory("n1", address="192.0.2.1", groups=("proxmox",))
+    more = {"ansible_ssh_common_args": f"-o {strict}=no"}
+    run_playbook(
+        AnsibleArgs(tmp_path / "run"), playbook, inventory=inventory, variables=more, timeout=60, check=False
+    )
+    called = (tmp_path / "called").read_text()
+    assert f"{strict}=yes" in called
+    assert f"{strict}=no" not in called
+    assert " n1 " in called
+
+
+# -- variables and groups -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'count=3\nratio=1.5\nready=true\nnothing=null\nnames=["a", "b"]\n'
+        'map={"x": {"y": 1}}\nword=plain words\nversion="3"',
+        '{"count": 3, "ratio": 1.5, "ready": true, "nothing": null, "names": ["a", "b"], '
+        '"map": {"x": {"y": 1}}, "word": "plain words", "version": "3"}',
+    ],
+)
+def test_extra_variables_arrive_with_their_types(tmp_path: Path, text: str) -> None:
+    names = ("count", "ratio", "ready", "nothing", "names", "map", "word", "version")
+    kinds = "\n".join(f'      {name}: "{{{{ {name} | type_debug }}}}"' for name in names)
+    playbook = play(tmp_path, f"- name: Tell\n  ansible.builtin.set_stats:\n    data:\n{kinds}\n")
+    found = told(tmp_path, playbook, None, variables=variables(Text(text, tmp_path)))
+    assert {name: kind.removeprefix("_Ansible") for name, kind in found.items()} == {
+        "count": "int", "ratio": "float", "ready": "bool", "nothing": "NoneType", "names": "list",
+        "map": "dict", "word": "str", "version": "str",
+    }  # fmt: skip
+
+
+def test_a_node_is_in_the_groups_that_a_project_wants_with_its_variables() -> None:
+    data = nested_inventory(
+        "n1", address="192.0.2.1", groups=("proxmox", "ceph"), extra={"nested_pve_vmid": 7}
+    )
+    everything = data.to_data()["all"]
+    assert everything["hosts"]["n1"] == {
+        "ansible_host": "n1", "ansible_user": "root", "pve_hostname": "n1", "nested_pve_ip": "192.0.2.1",
+        "nested_pve_vmid": 7,
+    }  # fmt: skip
+    assert everything["children"] == {"proxmox": {"hosts": {"n1": {}}}, "ceph": {"hosts": {"n1": {}}}}
