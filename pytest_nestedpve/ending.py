@@ -143,9 +143,8 @@ def tell(nested: NestedSession, reporter: Any) -> None:
     """What the end of the terminal's output says of the environment."""
     for line in nested.remarks:
         reporter.write_line(f"nested-pve: {line}")
-    if nested.kept_until is not None:
-        for line in _kept_lines(nested):
-            reporter.write_line(line)
+    for line in (*nested.kept_by_workers, *kept_lines(nested)):
+        reporter.write_line(line)
     lines = left(nested)
     if lines:
         reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
@@ -154,13 +153,15 @@ def tell(nested: NestedSession, reporter: Any) -> None:
         reporter.write_line(f"this goes on with it: {finishing_command(nested)}")
 
 
-def _kept_lines(nested: NestedSession) -> list[str]:
-    """How to log in to a kept environment, go on with it, and destroy it."""
+def kept_lines(nested: NestedSession) -> list[str]:
+    """How to log in to a kept environment, go on with it, and destroy it; empty when none was kept."""
     import datetime
     import shlex
 
+    if nested.kept_until is None:
+        return []
     assert nested.kept_dir is not None
-    until = datetime.datetime.fromtimestamp(nested.kept_until or 0).astimezone()
+    until = datetime.datetime.fromtimestamp(nested.kept_until).astimezone()
     ssh_config = shlex.quote(str(nested.kept_dir / "ssh_config"))
     return [
         f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "

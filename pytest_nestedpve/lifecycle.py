@@ -283,7 +283,8 @@ class SessionHooks:
             return
         self._told = True
         nested = self.nested
-        if nested.opened or nested.swept or nested.remarks or nested.kept_until is not None:
+        said = nested.remarks or nested.kept_by_workers or nested.kept_until is not None
+        if nested.opened or nested.swept or said:
             from pytest_nestedpve import ending
 
             ending.tell(nested, reporter)
@@ -306,13 +307,20 @@ class LastHooks:
         said = getattr(node, "workeroutput", {}).get(SAID, {})
         self.nested.tally.hooks += said.get("hooks", [])
         self.nested.remarks += said.get("remarks", [])
+        self.nested.kept_by_workers += said.get("kept", [])
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        self.nested.finish()
-        if hasattr(self.nested.config, "workeroutput"):
-            said = {"hooks": self.nested.tally.hooks, "remarks": self.nested.remarks}
-            self.nested.config.workeroutput[SAID] = said
+        nested = self.nested
+        nested.finish()
+        if nested.opened and hasattr(nested.config, "workeroutput"):
+            from pytest_nestedpve.ending import kept_lines
+
+            nested.config.workeroutput[SAID] = {
+                "hooks": nested.tally.hooks,
+                "remarks": nested.remarks,
+                "kept": kept_lines(nested),
+            }
         if self.nested.family is not None and not hasattr(self.nested.config, "workerinput"):
             from pytest_nestedpve.sweep import sweep
 

@@ -63,6 +63,7 @@ class NestedSession:
         self.job: Any = None  # of --nested-destroy-only
         self.swept: list[str] = []  # what xdist's workers left
         self.remarks: list[str] = []  # lines for the end of the session
+        self.kept_by_workers: list[str] = []  # further ones, as they are
         self.kept_until: int | None = None  # by the clock of the outer host
         self.kept_dir: Path | None = None
         self.wants_clean = False  # some test that was chosen uses nested_pve_clean

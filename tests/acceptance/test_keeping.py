@@ -151,6 +151,15 @@ def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> Non
     end(project)
 
 
+def test_what_a_worker_of_xdist_keeps_the_controller_tells(project: Project) -> None:
+    project.plugins = ("xdist",)
+    result = project.run("-n1", "--nested-keep", "-k", "start_vm")
+    assert result.ret == 0, result.output
+    assert result.output.count("is kept until") == 1
+    assert "  destroy: pytest --nested-destroy-only --nested-run " in result.output
+    end(project)
+
+
 def test_a_second_session_proves_what_the_first_did(project: Project) -> None:
     keep(project)
     assert again(project) == list(PHASES)
