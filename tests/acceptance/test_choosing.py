@@ -6,6 +6,8 @@ import pytest
 from acceptance.conftest import Project, Result
 from memory_phases import PHASES
 
+pytestmark = pytest.mark.thorough
+
 # Each phase gets a probe that notes its name; it says yes for the names in PROVED.
 PROBES = """
     names = os.environ.get("PROVED", "").split()

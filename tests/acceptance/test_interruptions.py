@@ -15,6 +15,8 @@ import pytest
 from acceptance.conftest import Project, Result, make_project
 from memory_phases import PHASES
 
+pytestmark = pytest.mark.thorough
+
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "HUP": signal.SIGHUP}
 PLACES = (*PHASES, "test", "teardown")
 CASES = [(name, place) for place in PLACES for name in SIGNALS] + [

@@ -13,6 +13,8 @@ import pytest
 from acceptance.conftest import Project, make_project
 from memory_phases import PHASES
 
+pytestmark = pytest.mark.thorough
+
 CONFTEST = """
 import dataclasses, os, sys
 from pathlib import Path

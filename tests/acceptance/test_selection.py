@@ -196,12 +196,12 @@ def test_a_short_pytest_timeout_does_not_cut_the_set_up_off(project: Project) ->
         (project.path / "conftest.py")
         .read_text()
         .replace(
-            "facts = phase.do(environment)", "threading.Event().wait(0.1); facts = phase.do(environment)"
+            "facts = phase.do(environment)", "threading.Event().wait(0.15); facts = phase.do(environment)"
         )
     )
     project.write(conftest=text)
     for method in ("signal", "thread"):
-        result = project.run("--timeout", "0.3", "--timeout-method", method, "test_users.py")
+        result = project.run("--timeout", "1.5", "--timeout-method", method, "test_users.py")
         assert result.ret == 0, result.output
     project.write(test_slow="import threading\ndef test_slow(nested_pve): threading.Event().wait(30)\n")
     result = project.run("--timeout", "1", "--timeout-method", "signal", "test_slow.py")

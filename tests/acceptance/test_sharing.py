@@ -15,6 +15,8 @@ from memory_phases import PHASES
 
 from pytest_nestedpve.timing import Deadline, wait_until
 
+pytestmark = pytest.mark.thorough
+
 SHARE = ("-n2", "-o", "nested_pve_scope=run")
 USERS = """
 import os, pytest
@@ -115,9 +117,7 @@ def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: 
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=90)
     print(output)
-    wait_until(
-        lambda: not mentioning(str(project.path)), deadline=Deadline(60), what="the workers to end"
-    )
+    wait_until(lambda: not mentioning(str(project.path)), deadline=Deadline(60), what="the workers to end")
     assert project.left() == []
 
 

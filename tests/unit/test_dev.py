@@ -65,7 +65,10 @@ def test_help_says_what_there_is_and_an_unknown_command_is_a_usage_error(clone: 
 def test_arguments_go_to_pytest_and_its_status_comes_back(clone: Path) -> None:
     done = run(clone, "./dev", "test", "--fast", "-x", "-k", "a or b", STATUS="3")
     assert done.returncode == 3
-    assert "CALLED -m pytest -n 2 --dist worksteal -x -k a or b tests/unit tests/acceptance\n" in done.stdout
+    assert (
+        "CALLED -m pytest -n 2 --dist worksteal -m not thorough -x -k a or b tests/unit tests/acceptance\n"
+        in done.stdout
+    )
     assert "LAB" not in done.stdout
 
 

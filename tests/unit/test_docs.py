@@ -80,6 +80,7 @@ def shown(expected: str, output: str) -> str | None:
     return None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
 def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
     on_memory = _ON_MEMORY in page.read_text(encoding="utf-8")

@@ -1,0 +1,57 @@
+"""The example project, as a stranger has it: the wheel, its own playbook, proxmoxer; on a lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wheels
+
+from pytest_nestedpve.lab import world
+
+EXAMPLE = wheels.ROOT / "examples" / "own-project"
+
+
+@pytest.fixture
+def lab_name() -> Iterator[str]:
+    name = f"example-{os.getpid()}"
+    yield name
+    world.stop(name)
+
+
+def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: str) -> None:
+    python = wheels.install_wheel(wheels.build_wheel(tmp_path / "dist"), tmp_path / "environment")
+    project = tmp_path / "project"
+    shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST", "NESTED_PVE_", "PYTHON", "ANSIBLE_")) or name == "NESTED_PVE_CACHE"
+    }
+    done = subprocess.run(
+        [python, "-m", "pytest", "-v", "--pve-host", f"lab:{lab_name}", "-p", "no:randomly"],
+        cwd=project,
+        env={**clean, "COLUMNS": "160"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "13 passed" in done.stdout
+    assert "does not apply" not in done.stdout
+
+    (audit,) = (project / ".nested-pve" / "runs").glob("*/audit.jsonl")
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    (added,) = [
+        line for line in lines if (line["event"], line.get("phase")) == ("phase_end", "backup_storage")
+    ]
+    assert (added["status"], added["facts"]["did"]) == ("done", "1 changed")
+    (made,) = [line for line in lines if (line["event"], line.get("phase")) == ("phase_end", "provision")]
+    assert "4096 MiB" in made["facts"]["did"]
+    assert str(wheels.ROOT) not in audit.read_text(), "something of the repository was used"
