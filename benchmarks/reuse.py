@@ -1,4 +1,4 @@
-"""A kept environment on the lab: what it saves, against the cold run that made it; in a project of its own."""
+"""A kept environment on the lab: what it saves against the cold run that made it, in a project of its own."""
 
 from __future__ import annotations
 
