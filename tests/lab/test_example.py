@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: st
     done = subprocess.run(
         [python, "-m", "pytest", "-v", "--pve-host", f"lab:{lab_name}", "-p", "no:randomly"],
         cwd=project,
-        env={**clean, "COLUMNS": "160"},
+        # What the environment is lent has its programs beside the python of these tests.
+        env={**clean, "COLUMNS": "160", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
