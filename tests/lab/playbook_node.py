@@ -122,7 +122,7 @@ class Node:
     def snapshot(self, name: str) -> None:
         self.father(f"qm snapshot {self.vmid} {name}")
 
-    def arrive(self, seconds: float = 60.0) -> None:
+    def arrive(self, seconds: float = 180.0) -> None:
         """Wait until the agent tells an IPv4 address, pin the host key that it tells, wait for cloud-init."""
 
         # The agent starts more than once at a first boot: by its package, by its unit.
@@ -179,7 +179,7 @@ class Node:
         options = ["-v", "-i", str(key), "-o", "ControlPath=none", "-o", "BatchMode=yes"]
         return run(["ssh", "-F", str(self.ssh_config), *options, self.name, "true"]).stderr
 
-    def await_answer(self, command: str, seconds: float = 30.0) -> None:
+    def await_answer(self, command: str, seconds: float = 90.0) -> None:
         """Until `command` is true on the node, which may be out of reach meanwhile."""
         wait_until(
             lambda: self.true(f"timeout 5 sh -c {shlex.quote(command)}"),
@@ -197,13 +197,13 @@ class Node:
             done = run(["ssh", "-F", self.lab.ssh_config, self.lab.host, read])
             return done.returncode == 0 and before not in done.stdout
 
-        wait_until(another, deadline=Deadline(60), what=f"{self.name} to boot", interval=(0.2, 0.5))
+        wait_until(another, deadline=Deadline(180), what=f"{self.name} to boot", interval=(0.2, 0.5))
         self.arrive()
         self.ask("systemctl is-system-running --wait")
 
     # -- Ansible
 
-    def play(self, playbook: str, *arguments: str, limit: float = 240.0, **variables: Any) -> Played:
+    def play(self, playbook: str, *arguments: str, limit: float = 600.0, **variables: Any) -> Played:
         """Plain `ansible-playbook` on the node. Whether it failed is for the caller to see."""
         given = self.dir / f"variables-{self.vmid}.json"
         given.write_text(json.dumps(self.variables | variables))
@@ -212,22 +212,22 @@ class Node:
         host["ansible_ssh_common_args"] = f"-F {shlex.quote(str(self.ssh_config))}"
         inventory.write_text(json.dumps({"all": {"hosts": {self.name: host}}}))
         program = Path(sys.executable).with_name("ansible-playbook")
-        done = subprocess.run(
-            [program, "-i", inventory, "-e", f"@{given}", *arguments, PLAYBOOKS / playbook],
-            env={
-                **os.environ,
-                "ANSIBLE_NOCOLOR": "1",
-                "LC_ALL": "C.UTF-8",
-                "ANSIBLE_HOME": str(self.dir / "ansible"),
-            },
-            cwd=self.dir,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=limit,
-        )
+        environment = {"ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8", "ANSIBLE_HOME": str(self.dir / "ansible")}
+        try:
+            done = subprocess.run(
+                [program, "-i", inventory, "-e", f"@{given}", *arguments, PLAYBOOKS / playbook],
+                env={**os.environ, **environment},
+                cwd=self.dir,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired as e:
+            so_far = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout
+            raise NodeError(f"{playbook} on {self.name} did not end within {limit:g} s\n{so_far}") from e
         return Played(done.returncode, done.stdout)
 
     def done(self, playbook: str, *arguments: str, **variables: Any) -> Played:
