@@ -29,16 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadscope`: a file that brings up labs stays in one process, else it goes test by test."""
+    """With `--dist loadscope`: what brings up labs runs in one process, the rest test by test in the others.
+
+    Two labs side by side on two cores would only wait for each other, and for limits.
+    """
     if config.getoption("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith("tests/lab/test_playbooks"):
-                return "playbooks"  # two files that share their nodes
-            labs = nodeid.startswith(("tests/lab/", "tests/test_round_trip.py"))
-            return nodeid.partition("::")[0] if labs else nodeid
+            return "lab" if nodeid.startswith(("tests/lab/", "tests/test_round_trip.py")) else nodeid
 
     return Scheduling(config, log)

@@ -274,6 +274,10 @@ class Project:
 
         return self._wait(process, at_work, limit)
 
+    def wait_for_output(self, process: subprocess.Popen[bytes], text: str, limit: float = 60.0) -> None:
+        """Until the session has said so."""
+        self._wait(process, lambda: text if text in self.output() else None, limit)
+
     def _wait(self, process: subprocess.Popen[bytes], check: Callable[[], _T | None], limit: float) -> _T:
         pause = threading.Event()
         for _ in range(int(limit / 0.01)):

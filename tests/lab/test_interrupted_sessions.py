@@ -201,9 +201,12 @@ def live(project: Project) -> None:
 
 def give_up(project: Project) -> None:
     process = project.start("-q", "test_users.py", "-k", "hangs")
-    for trigger in (HANGING, FOUND, line("", phase="destroy")):
+    for trigger in (HANGING, FOUND):
         project.wait_for(process, trigger)
         strike(process.pid, INT)
+    # As soon as it says so: the destroying takes a second or two only.
+    project.wait_for_output(process, "1 more Ctrl-C would give up on it")
+    strike(process.pid, INT)
     assert project.end(process) == 128 + INT
     said = project.output()
     assert "giving up on the teardown; this finishes it:" in said
