@@ -38,7 +38,7 @@ def run(
     """
     name = str(env.fact("provision", "name"))
     env.write_ssh_config()
-    _tell_what_does_not_apply(env, variables)
+    tell_what_does_not_apply(env, variables)
     deadline = Deadline(timeout)
     result: PlaybookResult | None = None
     try:
@@ -47,7 +47,7 @@ def run(
             playbook,
             inventory=inventory
             or nested_inventory(
-                name, address=env.ip, groups=env.settings.inventory_groups, extra=_variables(env)
+                name, address=env.ip, groups=env.settings.inventory_groups, extra=variables_of(env)
             ),
             variables=variables,
             timeout=timeout,
@@ -70,7 +70,7 @@ def run(
         )
 
 
-def _variables(env: Environment) -> dict[str, Any]:
+def variables_of(env: Environment) -> dict[str, Any]:
     """What else a playbook may want to know of the node it runs on."""
     facts = env.facts["provision"]
     found = {"nested_pve_run": env.run.id, "nested_pve_vmid": facts.get("vmid")}
@@ -79,7 +79,7 @@ def _variables(env: Environment) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _tell_what_does_not_apply(env: Environment, variables: Mapping[str, Any]) -> None:
+def tell_what_does_not_apply(env: Environment, variables: Mapping[str, Any]) -> None:
     """Once, of the project's ansible.cfg and of variables that would undo the run's SSH."""
     config = project_config(env.rootdir)
     said = config.remark() if config is not None else None

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import environments
+from memory_host import MemoryHost
+
 from pytest_nestedpve.ansible import AnsibleArgs, Inventory, InventoryHost, nested_inventory, run_playbook
 from pytest_nestedpve.ansible_config import AnsibleConfig, UnusableConfig, find, read
+from pytest_nestedpve.builtin import playbooks
+from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.values import Text, variables
 
 LOCAL = Inventory(
     (InventoryHost("here", {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),),
     {"proxmox": ("here",)},
 )
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Callable[..., Environment]]:
+    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
+        yield make
 
 
 def write(path: Path, text: str) -> Path:
@@ -291,3 +306,27 @@ def test_a_node_is_in_the_groups_that_a_project_wants_with_its_variables() -> No
         "nested_pve_vmid": 7,
     }  # fmt: skip
     assert everything["children"] == {"proxmox": {"hosts": {"n1": {}}}, "ceph": {"hosts": {"n1": {}}}}
+
+
+def test_what_does_not_apply_is_told_once_in_a_session(
+    tmp_path: Path, memory: Callable[..., Environment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ANSIBLE_CONFIG", raising=False)
+    write(tmp_path / "ansible.cfg", "[ssh_connection]\nssh_args = -C\n")
+    env = memory()
+    for _ in range(2):
+        playbooks.tell_what_does_not_apply(env, {"ansible_ssh_extra_args": "-v", "other": 1})
+    assert env.remarks == [
+        f"of {tmp_path}/ansible.cfg does not apply: ssh_args (the way to the nested PVE is the run's own)",
+        "of the variables do not apply: ansible_ssh_extra_args",
+    ]
+
+
+def test_the_page_names_the_variables_that_a_playbook_is_told(memory: Callable[..., Environment]) -> None:
+    env = memory(host="father")
+    env.facts = {"provision": {"vmid": 7}, "leaf_wait_ip": {"ip": "192.0.2.2"}}
+    (host,) = nested_inventory("n1", address="192.0.2.1", extra=playbooks.variables_of(env)).hosts
+    page = Path(__file__).parents[2] / "docs" / "own-playbooks-and-phases.md"
+    table = page.read_text().partition("with these variables:")[2].partition("\n\nExtra")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(host.variables)
