@@ -1,0 +1,58 @@
+"""A project's own tool makes the nested VM on a lab: by `qm`, as people do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from lab.on_lab import HandLab, Project
+
+LOW = 96500
+
+CONFTEST = """
+import os
+from pytest_nestedpve.adoption import replace_provision
+
+def tool(environment, wish):
+    if os.environ.get("NAMES"):
+        return {"node": wish.node, "vmid": int(os.environ["NAMES"])}
+    create = ["qm", "create", str(wish.vmid), "--name", wish.name, "--memory", "512"]
+    described = ["--description", "made by hand", "--tags", "ours"]
+    environment.outer.run([*create, *described, "--net0", "virtio,bridge=vmbr0"]).check()
+    environment.outer.run(["qm", "set", str(wish.vmid), "--scsi0", "local:1"]).check()
+    if os.environ.get("RUNS"):
+        environment.outer.run(["qm", "start", str(wish.vmid)]).check()
+    return {"node": wish.node, "vmid": wish.vmid}
+
+def pytest_nestedpve_phases(phases):
+    replace_provision(phases, tool)
+"""
+
+
+@pytest.fixture
+def project(hand_lab: HandLab, tmp_path: Path) -> Project:
+    made = Project(tmp_path / "project", hand_lab, LOW, LOW + 9, tmp_path / "state")
+    made.write()
+    (made.path / "conftest.py").write_text(CONFTEST)
+    return made
+
+
+@pytest.mark.parametrize("runs", ["", "yes"])
+def test_the_vm_is_taken_proved_and_gone(project: Project, runs: str) -> None:
+    status = project.run("-v", "test_steps.py", "-k", "start_vm", env={"RUNS": runs})
+    assert status == 0, project.output()
+    (taken,) = [line for line in project.audit() if line["event"] == "adopted"]
+    gone = [line["vmid"] for line in project.audit() if line.get("status") == "gone"]
+    assert gone == [taken["vmid"]]
+    assert project.left() == []
+
+
+def test_a_vm_of_somebody_is_not_touched(project: Project, hand_lab: HandLab) -> None:
+    hand_lab.ask(f"qm create {LOW + 3} --name nested-pve-of-somebody --net0 virtio,bridge=vmbr0")
+    before = project.configurations()
+    assert project.run("-v", "test_steps.py", "-k", "start_vm", env={"NAMES": str(LOW + 3)}) == 1
+    assert re.search(rf"VM {LOW + 3} on \w+ is not taken into the run", project.output())
+    assert project.configurations() == before
+    assert len(before) == 1
+    hand_lab.ask(f"qm destroy {LOW + 3}")
