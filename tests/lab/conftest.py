@@ -21,18 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["bridged", "changed", "finished", "fresh", "installed", "keyed", "playbook_lab", "served"]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The playbooks' tests in the order in which they stand: in another one the clone that `changed` makes
-    was once seen with what `bridged` had done, and why is not known yet."""
-    ours = [item for item in items if item.path.name.startswith("test_playbooks")]
-    if ours:
-        at = min(items.index(item) for item in ours)
-        rest = [item for item in items if item not in ours]
-        ours.sort(key=lambda item: (item.path.name, item.location[1] or 0))
-        items[:] = [*rest[:at], *ours, *rest[at:]]
-
-
 @pytest.fixture(scope="module")
 def hand_lab() -> Iterator[HandLab]:
     """A lab of this file's own, started and stopped by hand as a person does it."""

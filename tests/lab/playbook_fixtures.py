@@ -212,7 +212,8 @@ def changed(installed: Installed) -> Changed:
         "export IFUPDOWN2_NO_IFRELOAD=1; apt-get -qy install ifupdown2 isc-dhcp-client >/dev/null 2>&1;"
         " test -e /run/network || echo missing; ifreload -a 2>&1; echo rc $?"
     )
-    wanted = f"{net}.{240 if own != f'{net}.240' else 241}"
+    # None that father's DHCP server gives away: it may be the other node's.
+    wanted = f"{net}.251"
     static = {
         "nested_pve_network_mode": "static",
         "nested_pve_address": f"{wanted}/24",

@@ -157,7 +157,8 @@ class Node:
             f"  IdentitiesOnly yes\n  UserKnownHostsFile {self.known_hosts}\n"
             "  GlobalKnownHostsFile /dev/null\n"
             f"  HostKeyAlias {self.name}\n  StrictHostKeyChecking yes\n  ProxyJump {self.lab.host}\n"
-            f"  ConnectTimeout 10\n  ControlMaster auto\n  ControlPersist 30\n  ControlPath {self.dir}/%C\n"
+            "  ConnectTimeout 10\n  ControlMaster auto\n  ControlPersist 30\n"
+            f"  ControlPath {self.dir}/{self.vmid}%C\n"
         )
         self.sh("cloud-init status --wait >/dev/null || [ $? -eq 2 ]")
 
