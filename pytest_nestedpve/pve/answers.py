@@ -34,7 +34,7 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     for version in (text.strip(), clean):
         for candidate in (version, version.rpartition("\n")[2]):
             try:
-                return _checked(json.loads(candidate, parse_constant=_refuse))
+                return checked(json.loads(candidate, parse_constant=_refuse))
             except (ValueError, RecursionError):
                 continue
     upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip())
@@ -56,14 +56,15 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _checked(data: Any) -> Any:
+def checked(data: Any) -> Any:
+    """JSON's data with every string one that can be written down."""
     # A lone surrogate (\ud800) is legal JSON, but no text: it would break whoever writes it down.
     if isinstance(data, str):
         return data if data.isascii() else data.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(data, list):
-        return [_checked(item) for item in data]
+        return [checked(item) for item in data]
     if isinstance(data, dict):
-        return {_checked(key): _checked(value) for key, value in data.items()}
+        return {checked(key): checked(value) for key, value in data.items()}
     return data
 
 
