@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nestedpve.masking import Masker
-from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.api import Api, carried_by, carrier
 from pytest_nestedpve.pve.errors import ApiError
 from pytest_nestedpve.pve.host import PveHost
 
@@ -109,7 +109,27 @@ class AuditedApi:
         self.wrapped = api
         self.audit = audit
         self.host = host
-        self.transport = str(getattr(api, "transport", "api"))
+        listen = getattr(api, "listen", None)
+        if listen is not None:
+            listen(self._beside, audit.masker.add)
+
+    @property
+    def transport(self) -> str:
+        """How the host is spoken to, in words."""
+        return str(getattr(self.wrapped, "transport", "the API"))
+
+    def within(self, pool: Callable[[], str]) -> AuditedApi:
+        """See `HostApi.within`."""
+        narrower = getattr(self.wrapped, "within", None)
+        return self if narrower is None else AuditedApi(narrower(pool), self.audit, self.host)
+
+    def close(self) -> None:
+        ending = getattr(self.wrapped, "close", None)
+        if ending is not None:
+            ending()
+
+    def _beside(self, transport: str, cmd: str, rc: int, ms: float) -> None:
+        self.audit.write("call", host=self.host, transport=transport, cmd=cmd, rc=rc, ms=ms)
 
     def get(self, path: str, /, **params: Any) -> Any:
         return self._call("get", self.wrapped.get, path, params)
@@ -127,6 +147,7 @@ class AuditedApi:
         started = time.monotonic()
         rc: int | None = 0
         error: str | None = None
+        carried_by(None)
         try:
             answer = send(path, **params)
         except BaseException as e:
@@ -140,7 +161,7 @@ class AuditedApi:
             self.audit.write(
                 "call",
                 host=self.host,
-                transport=self.transport,
+                transport=carrier() or "api",
                 cmd=" ".join([verb, path, *sorted(params)]),
                 rc=rc,
                 error=error,

@@ -11,7 +11,7 @@ from pytest_nestedpve import keeping, runs, unmarked, zombies
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
-from pytest_nestedpve.ownership import Lease, host_clock, parse_lease, prove, run_of_pool
+from pytest_nestedpve.ownership import Lease, host_clock, parse_lease, pool_name, prove, run_of_pool
 from pytest_nestedpve.parallel import in_parallel
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries
@@ -186,6 +186,7 @@ def _end_run(
     host: PveHost, settings: Settings, run_id: str, rows: list[Row], width: int
 ) -> dict[Row, Outcome]:
     found: dict[Row, Outcome] = {}
+    host = host.within(lambda: pool_name(settings, run_id))
     try:
         audit = settings.run_dir / run_id / "audit.jsonl"
         machines = {row.vmid: row for row in rows if row.vmid is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -138,9 +139,13 @@ class Environment:
 
         with self._lock:
             if self._outer is None:
+                from pytest_nestedpve.ownership import pool_name
+
                 host = self._connect()
-                self._outer = audited(host, self.audit)
-                self._outer.ssh_config = host.ssh_config
+                known = audited(host, self.audit)
+                known.ssh_config = host.ssh_config
+                # PVE itself refuses what would touch another's guest.
+                self._outer = known.within(lambda: pool_name(self.settings, self.run))
             return self._outer
 
     @property
@@ -181,7 +186,8 @@ class Environment:
     def forget_connections(self) -> None:
         """The nested PVE was rebooted or has a new address: log in anew at the next use."""
         with self._lock:
-            for connection in (self._leaf, self._inner):
+            # Only the logins: what the API made for itself on a node that is rebooting expires by itself.
+            for connection in (self._leaf, self._inner.ssh if self._inner is not None else None):
                 if connection is not None:
                     with contextlib.suppress(Exception):
                         connection.close()
@@ -189,11 +195,14 @@ class Environment:
 
     def _nested_host(self, name: str, ip: str) -> PveHost:
         from pytest_nestedpve.audit import audited
+        from pytest_nestedpve.ownership import pool_name
         from pytest_nestedpve.pve.host import PveHost
-        from pytest_nestedpve.pve.transport import PveshApi
+        from pytest_nestedpve.pve.hostapi import HostApi
 
         ssh = self.guest_ssh(name, ip, cast("SshConnection", self.outer.ssh))
-        return audited(PveHost(name, ssh, PveshApi(ssh)), self.audit)
+        host = audited(PveHost(name, ssh, HostApi(ssh)), self.audit)
+        settings = replace(self.settings, pool_parent=None)
+        return host.within(lambda: pool_name(settings, self.run))
 
     def _observer(self, host: str) -> Callable[[CommandResult], None]:
         def observe(result: CommandResult) -> None:

@@ -76,8 +76,8 @@ def lab_runs(host: str) -> bool:
 def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:
     """Log in. Raises HostUnreachable, HostKeyMismatch, LoginRefused; each says what to do."""
     from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.pve.hostapi import HostApi
     from pytest_nestedpve.pve.ssh import SshConnection
-    from pytest_nestedpve.pve.transport import PveshApi
 
     ssh = SshConnection(resolved.target, observer=observer)
     try:
@@ -92,7 +92,7 @@ def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | 
             f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
             "Does the account force a command?"
         )
-    host = PveHost(resolved.name, ssh, PveshApi(ssh))
+    host = PveHost(resolved.name, ssh, HostApi(ssh))
     host.ssh_config = resolved.ssh_config
     return host
 

@@ -178,10 +178,29 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate], say: Say
 
 
 def clear_rest(host: PveHost, settings: Settings, run_id: str) -> list[str]:
-    """What a run has beside its VMs: snippet files, and the pool if it is empty. Lines about what stays."""
+    """What a run has beside its VMs: snippet files, tokens and their rights, and the pool if it is empty.
+
+    Lines about what stays.
+    """
+    from pytest_nestedpve.pve import tokens
+
+    names: list[str] = []
+
+    def grants() -> list[str]:
+        names.extend(tokens.run_tokens(host.api, run_id))
+        tokens.remove_grants(host.api, names)
+        return []
+
+    def remove() -> list[str]:
+        tokens.remove_tokens(host.api, names)
+        return [f"token {name}" for name in tokens.run_tokens(host.api, run_id)]
+
+    # Access control before the pool, the tokens last: otherwise lines stay behind (facts of PVE 9.2, 61).
     parts: tuple[tuple[str, Callable[[], list[str]]], ...] = (
         ("the snippet files", lambda: _snippets(host, run_id)),
+        ("the rights of the run's tokens", grants),
         (f"the pool {pool_name(settings, run_id)}", lambda: _pool(host, settings, run_id)),
+        ("the run's tokens", remove),
     )
     lines: list[str] = []
     for what, clear_it in parts:

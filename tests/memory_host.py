@@ -190,6 +190,30 @@ def _drop_pool(model: Model, params: State) -> None:
     del model.state["pools"][name]
 
 
+def _tokens(model: Model, _params: State) -> list[State]:
+    return [{"tokenid": name, "privsep": 1, "expire": 0} for name in model.state.get("tokens", [])]
+
+
+def _drop_token(model: Model, _params: State, name: str) -> None:
+    if name not in model.state.get("tokens", []):
+        raise fail(f"no such token '{name}' for user 'root@pam'")
+    model.state["tokens"].remove(name)
+
+
+def _acl(model: Model, _params: State) -> list[State]:
+    return list(model.state.get("acl", []))
+
+
+def _set_acl(model: Model, params: State) -> None:
+    kept = [
+        line
+        for line in model.state["acl"]
+        if (line["path"], line["ugid"]) != (params["path"], params["tokens"])
+        or line["roleid"] not in params["roles"].split(",")
+    ]
+    model.state["acl"] = kept
+
+
 def _create(model: Model, params: State, node: str) -> str:
     vmid = model.begin_create(node, params)
     effect = {"do": "create", "vmid": vmid, "node": node, "params": params}
@@ -358,6 +382,10 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("POST", "/pools", _make_pool),
     ("PUT", "/pools", _set_pool),
     ("DELETE", "/pools", _drop_pool),
+    ("GET", "/access/users/root@pam/token", _tokens),
+    ("DELETE", r"/access/users/root@pam/token/([^/]+)", _drop_token),
+    ("GET", "/access/acl", _acl),
+    ("PUT", "/access/acl", _set_acl),
     ("GET", r"/nodes/([^/]+)/qemu", _list),
     ("POST", r"/nodes/([^/]+)/qemu", _create),
     ("GET", f"{_VM}/config", _config),

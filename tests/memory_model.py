@@ -31,6 +31,8 @@ def new_state(node: str) -> State:
         "vms": {},
         "ghosts": {},
         "pools": {},
+        "tokens": [],
+        "acl": [],
         "tasks": [],
         "delays": {},
         "ha": [],

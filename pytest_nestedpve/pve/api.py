@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 _call_limit: ContextVar[float | None] = ContextVar("nested_pve_call_limit", default=None)
+_carrier: ContextVar[str | None] = ContextVar("nested_pve_carrier", default=None)
 
 
 class Api(Protocol):
@@ -46,3 +47,13 @@ def current_call_limit(default: float) -> float:
     """The limit in force for one API call, nominal seconds."""
     limit = _call_limit.get()
     return default if limit is None else limit
+
+
+def carried_by(transport: str | None) -> None:
+    """What carries the call that this thread is making: for whoever writes the log."""
+    _carrier.set(transport)
+
+
+def carrier() -> str | None:
+    """What carried this thread's last call."""
+    return _carrier.get()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -78,7 +78,20 @@ class PveHost:
         """`ssh.run`: a list is an argv, a string is shell text; `timeout` in seconds."""
         return self.ssh.run(command, stdin=stdin, timeout=timeout, secret=secret)
 
+    def within(self, pool: Callable[[], str]) -> PveHost:
+        """The same host, acting on guests inside of that pool only, where its API can have PVE see to it."""
+        narrower = getattr(self.api, "within", None)
+        if narrower is None:
+            return self
+        host = PveHost(self.name, self.ssh, narrower(pool), self._node)
+        host.ssh_config = self.ssh_config
+        return host
+
     def close(self) -> None:
+        """Give up what the API made for itself on the host, then the connection."""
+        ending = getattr(self.api, "close", None)
+        if ending is not None:
+            ending()
         self.ssh.close()
 
 

@@ -1,0 +1,182 @@
+"""One API for two transports: HTTPS with tokens where it can be, root's `pvesh` where it must.
+
+Chosen for each call by what it does (`routes`); callers do not know.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pytest_nestedpve.pve import routes
+from pytest_nestedpve.pve.api import carried_by, current_call_limit
+from pytest_nestedpve.pve.errors import PermissionDenied, PveError, SshError
+from pytest_nestedpve.pve.host import SshLike
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, ReplyLost, Unauthorized, Untrusted
+from pytest_nestedpve.pve.routes import Grant, Identity
+from pytest_nestedpve.pve.tokens import Tokens
+from pytest_nestedpve.pve.transport import PveshApi
+
+# A call over HTTPS does not last as long as its task does: the task's id is the answer.
+LIMIT = 60.0
+# How long a host whose HTTPS failed is spoken to by pvesh before HTTPS is tried again, wall-clock seconds.
+AGAIN = 5.0
+
+Tell = Callable[[str, str, int, float], None]
+
+
+class Line:
+    """What the APIs of one host share: its tokens, and whether HTTPS works just now."""
+
+    def __init__(self, ssh: SshLike) -> None:
+        self.pvesh = PveshApi(ssh)
+        self.tell: Tell | None = None
+        self.hide: Callable[[str], None] | None = None
+        self.tokens = Tokens(ssh, tell=self._tell, hide=self._hide)
+        self._lock = threading.Lock()
+        self._down_until = 0.0
+        self.why_not = ""
+        """Why HTTPS was not used the last time; empty as long as it was."""
+
+    def _tell(self, cmd: str, rc: int) -> None:
+        if self.tell is not None:
+            self.tell("ssh" if cmd.startswith("pveum ") else "https:see", cmd, rc, 0.0)
+
+    def _hide(self, secret: str) -> None:
+        if self.hide is not None:
+            self.hide(secret)
+
+    @property
+    def up(self) -> bool:
+        return time.monotonic() >= self._down_until
+
+    def failed(self, error: NoHttps) -> None:
+        """HTTPS does not work: `pvesh` for a while."""
+        with self._lock:
+            self._down_until = time.monotonic() + AGAIN
+            self.why_not = str(error)
+
+    def works(self) -> None:
+        self.why_not = ""
+
+
+class HostApi:
+    """The API of a host, seen by one token and acted on, within a pool, by another (design: ownership).
+
+    Raises the errors of `pve.errors`. A call whose answer was lost is repeated only if it changes nothing;
+    otherwise ReplyLost, an SshError, says that it is not known what became of it.
+    """
+
+    def __init__(
+        self, ssh: SshLike, *, _line: Line | None = None, _pool: Callable[[], str] | None = None
+    ) -> None:
+        self.line = Line(ssh) if _line is None else _line
+        self._ssh = ssh
+        self._pool = _pool
+
+    def within(self, pool: Callable[[], str]) -> HostApi:
+        """This API, acting on guests by a token that PVE lets touch nothing but the pool's."""
+        return HostApi(self._ssh, _line=self.line, _pool=pool)
+
+    def listen(self, tell: Tell, hide: Callable[[str], None]) -> None:
+        """Hear of the calls that are made beside the caller's own, and of the secrets that come up."""
+        self.line.tell, self.line.hide = tell, hide
+
+    @property
+    def transport(self) -> str:
+        """How this host is spoken to, in words."""
+        if self.line.why_not:
+            return f"pvesh over SSH (HTTPS is not used: {self.line.why_not})"
+        return "HTTPS through SSH, with API tokens"
+
+    def close(self) -> None:
+        """Remove this session's tokens from the host."""
+        self.line.tokens.close()
+
+    def get(self, path: str, /, **params: Any) -> Any:
+        return self._call("get", path, params)
+
+    def post(self, path: str, /, **params: Any) -> Any:
+        return self._call("post", path, params)
+
+    def put(self, path: str, /, **params: Any) -> Any:
+        return self._call("put", path, params)
+
+    def delete(self, path: str, /, **params: Any) -> Any:
+        return self._call("delete", path, params)
+
+    # -- one call ------------------------------------------------------------------------------
+
+    def _call(self, method: str, path: str, params: dict[str, Any]) -> Any:
+        pool = self._pool() if self._pool is not None else None
+        who = routes.identity(method, path, params, pool=pool)
+        if who is not Identity.ROOT and self.line.up:
+            try:
+                answer = self._by_https(method, path, params, who, pool)
+            except NoHttps as error:
+                self.line.failed(error)
+            else:
+                self.line.works()
+                return answer
+        carried_by("pvesh")
+        return getattr(self.line.pvesh, method)(path, **params)
+
+    def _by_https(
+        self, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
+    ) -> Any:
+        # Twice at most: what stood in the way the first time (a token that is gone, another certificate, a
+        # connection that ended) is replaced once.
+        for last in (False, True):
+            client: HttpsClient | None = None
+            try:
+                client = self._client(method, path, params, who, pool)
+                carried_by(f"https:{who.value}")
+                return client.call(method.upper(), path, params, min(LIMIT, current_call_limit(LIMIT)))
+            except Unauthorized:
+                if last:
+                    raise
+                if client is not None:
+                    self.line.tokens.renew(client)
+            except Untrusted:
+                if last:
+                    raise
+                self.line.tokens.distrust()
+            except ReplyLost:
+                if last or method != "get":
+                    raise
+            except PermissionDenied as error:
+                more = _zone(error, params)
+                if last or more is None or who is not Identity.ACT or pool is None:
+                    raise
+                self.line.tokens.acting(pool, [more])
+        raise AssertionError("unreachable")
+
+    def _client(
+        self, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
+    ) -> HttpsClient:
+        tokens = self.line.tokens
+        if who is Identity.SEE or pool is None:
+            return tokens.seeing()
+        needed = routes.grants(path, params)
+        source = routes.cloned(path) if method == "post" else None
+        if source is not None:
+            node, vmid = source
+            config = tokens.seeing().call("GET", f"/nodes/{node}/qemu/{vmid}/config", {}, LIMIT)
+            needed += [routes.storage_grant(name) for name in sorted(routes.storages(config or {}))]
+        try:
+            return tokens.acting(pool, needed)
+        except SshError as error:
+            raise NoHttps(str(error)) from error
+
+
+def _zone(error: PveError, params: dict[str, Any]) -> Grant | None:
+    """What is missing when a bridge that the call names lies in another zone than PVE's own."""
+    import re
+
+    match = re.search(r"\((/sdn/zones/[\w-]+/(?P<bridge>[\w.-]+)), SDN\.Use\)", str(error))
+    if match is None:
+        return None
+    named = any(f"bridge={match['bridge']}" in str(value).split(",") for value in params.values())
+    return Grant(match[1], "PVESDNUser") if named else None

@@ -1,0 +1,298 @@
+"""API tokens of a session: one that sees, with minutes to live, and one for each pool that is acted in.
+
+Sources: recordings of PVE 9.2 of pools, tokens and access control (facts 42, 48 to 66).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve.answers import entries, mapping, whole
+from pytest_nestedpve.pve.errors import NotFound, PveError
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
+from pytest_nestedpve.pve.routes import Grant
+from pytest_nestedpve.timing import Deadline
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.api import Api
+    from pytest_nestedpve.pve.host import SshLike
+
+USER = "root@pam"
+SEES = "npve-see-"
+SEE_SECONDS = 600
+ACT_SECONDS = 24 * 3600
+_CALL = 30.0
+_RUN_POOL = re.compile(r"(?:.*/)?(npve-[0-9a-f]{12})\Z")
+_OURS = re.compile(r"npve-(?:see|[0-9a-f]{12})-[0-9a-f]{8}\Z")
+
+# As root: what the proxy serves, then the authority of PVE's own certificates.
+_READ_TRUST = (
+    "cd /etc/pve && if [ -e local/pveproxy-ssl.pem ]; then cat local/pveproxy-ssl.pem; "
+    "else cat local/pve-ssl.pem /etc/pve/pve-root-ca.pem; fi"
+)
+
+
+class Tokens:
+    """The tokens that one session holds on one host, and the clients that use them. Thread-safe.
+
+    `tell(cmd, rc, ms)` hears of each call that is made here; `hide(secret)` of each token's value.
+    """
+
+    def __init__(
+        self, ssh: SshLike, *, tell: Callable[[str, int], None], hide: Callable[[str], None]
+    ) -> None:
+        self._ssh = ssh
+        self._tell = tell
+        self._hide = hide
+        self._lock = threading.RLock()
+        self._trust: Trust | None = None
+        self._see: HttpsClient | None = None
+        self._see_name = ""
+        self._see_until = Deadline(0)
+        self._act: dict[str, _Acting] = {}
+
+    # -- the two identities --------------------------------------------------------------------
+
+    def seeing(self) -> HttpsClient:
+        """The client that sees everything; its token is replaced before it expires. Raises NoHttps."""
+        with self._lock:
+            if self._see is None:
+                self._see_by_ssh()
+            elif self._see_until.elapsed() > SEE_SECONDS * 0.8:
+                self._see_again()
+            assert self._see is not None
+            return self._see
+
+    def acting(self, pool: str, needed: Iterable[Grant]) -> HttpsClient:
+        """The client of `pool`, its token granted what is `needed`. Raises NoHttps, PveError."""
+        with self._lock:
+            acting = self._act.get(pool)
+            if acting is None:
+                acting = self._new_acting(pool)
+            for grant in needed:
+                if grant not in acting.granted:
+                    self.grant(acting.name, grant)
+                    acting.granted.add(grant)
+            return acting.client
+
+    def renew(self, used: HttpsClient) -> None:
+        """`used` was refused: forget its token, so that the next call makes another. Raises PveError.
+
+        Not for a pool that is gone: whoever removed it has ended this run.
+        """
+        with self._lock:
+            if self._see is used:
+                self._see = None
+            for pool, acting in list(self._act.items()):
+                if acting.client is used:
+                    if not entries(self.send("GET", "/pools", poolid=pool), call="get /pools"):
+                        raise NotFound(f"pool '{pool}' does not exist", call="get /pools")
+                    del self._act[pool]
+                    self._remove(acting.name)
+
+    def distrust(self) -> None:
+        """The certificate was not the expected one: it is read anew, for all clients. Raises NoHttps."""
+        with self._lock:
+            self._trust = None
+            trust = self._read_trust()
+            for client in (self._see, *(acting.client for acting in self._act.values())):
+                if client is not None:
+                    client.trust_anew(trust)
+
+    def close(self) -> None:
+        """Remove the tokens of this session with their ACLs, best effort; whatever is left expires."""
+        with self._lock:
+            try:
+                if self._see is None:
+                    return
+                names = [acting.name for acting in self._act.values()]
+                if names:
+                    remove_grants(_Direct(self), names)
+                for name in names:
+                    self._remove(name)
+                self._remove(self._see_name)
+            except PveError:
+                pass
+            finally:
+                for client in (self._see, *(acting.client for acting in self._act.values())):
+                    if client is not None:
+                        client.close()
+                self._see = None
+                self._act.clear()
+
+    # -- making them ---------------------------------------------------------------------------
+
+    def _see_by_ssh(self) -> None:
+        trust = self._read_trust()
+        name = SEES + secrets.token_hex(4)
+        # One start of pveum; everything else goes over HTTPS with this token (facts 63).
+        script = (
+            f"pveum user token add {USER} {name} --privsep 0 --expire $(( $(date +%s) + {SEE_SECONDS} )) "
+            "--output-format json"
+        )
+        answer = self._ssh.run(["env", "LC_ALL=C.UTF-8", "sh", "-c", script], timeout=60, secret=True)
+        self._tell(f"pveum user token add {USER} {name}", answer.rc)
+        if not answer.ok:
+            raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
+        try:
+            value = mapping(json.loads(answer.stdout.strip().rpartition("\n")[2])).get("value")
+        except (ValueError, PveError) as error:
+            raise NoHttps("pveum made a token, but its answer cannot be read") from error
+        self._set_see(trust, name, value)
+        self._sweep(name)
+
+    def _sweep(self, name: str) -> None:
+        """Remove tokens of this kind that have expired: their sessions were killed."""
+        try:
+            listed = entries(self.send("GET", f"/access/users/{USER}/token"))
+            until = {str(each.get("tokenid")): whole(each.get("expire")) or 0 for each in listed}
+            now = until.get(name, 0) - SEE_SECONDS  # by the host's clock
+            for each, expires in until.items():
+                if _OURS.match(each) and each.startswith(SEES) and 0 < expires < now:
+                    self._remove(each)
+        except PveError:
+            return  # they cannot be used any more
+
+    def _see_again(self) -> None:
+        old, old_name = self._see, self._see_name
+        name = SEES + secrets.token_hex(4)
+        try:
+            value = self._new_token(name, SEE_SECONDS, separate=False)
+        except (NoHttps, Unauthorized):
+            self._see = None
+            return self._see_by_ssh()
+        self._set_see(self._read_trust(), name, value)
+        self._remove(old_name)
+        if old is not None:
+            old.close()
+        return None
+
+    def _set_see(self, trust: Trust, name: str, value: Any) -> None:
+        self._see = self._client(trust, name, value)
+        self._see_name = name
+        self._see_until = Deadline(SEE_SECONDS)
+
+    def _new_acting(self, pool: str) -> _Acting:
+        match = _RUN_POOL.match(pool)
+        if match is None:
+            raise NoHttps(f"{pool!r} is no pool of a run")
+        name = f"{match[1]}-{secrets.token_hex(4)}"
+        value = self._new_token(name, ACT_SECONDS, separate=True)
+        acting = _Acting(name, self._client(self._read_trust(), name, value))
+        self.grant(name, Grant(f"/pool/{pool}", "PVEVMAdmin,PVEPoolAdmin"))
+        self._act[pool] = acting
+        return acting
+
+    def _new_token(self, name: str, seconds: int, *, separate: bool) -> Any:
+        now = self._ssh.run(["date", "+%s"], timeout=20).check().stdout.strip()
+        if not now.isdigit():
+            raise NoHttps(f"expected epoch seconds from `date` there, found {now[:40]!r}")
+        path = f"/access/users/{USER}/token/{name}"
+        answer = mapping(self.send("POST", path, privsep=separate, expire=int(now) + seconds))
+        return answer.get("value")
+
+    def grant(self, name: str, grant: Grant) -> None:
+        """Give a token its roles on a path. Raises PveError."""
+        self.send("PUT", "/access/acl", path=grant.path, roles=grant.roles, tokens=f"{USER}!{name}")
+
+    def send(self, method: str, path: str, /, **params: Any) -> Any:
+        """A call by the token that sees: tokens and ACLs only. Raises what `HttpsClient.call` does."""
+        rc = 0
+        try:
+            client = self.seeing()
+            try:
+                return client.call(method, path, params, _CALL)
+            except Unauthorized:
+                self.renew(client)
+                return self.seeing().call(method, path, params, _CALL)
+        except BaseException as error:
+            rc = int(getattr(error, "rc", None) or 255)
+            raise
+        finally:
+            detail = (params["path"], params["roles"]) if "roles" in params else ()
+            self._tell(" ".join([method.lower(), path, *detail]), rc)
+
+    def _remove(self, name: str) -> None:
+        try:
+            self.send("DELETE", f"/access/users/{USER}/token/{name}")
+        except PveError:
+            return  # gone already, or it expires by itself
+
+    def _client(self, trust: Trust, name: str, value: Any) -> HttpsClient:
+        if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F-]{36}", value):
+            raise NoHttps("expected the value of a new token, found something else")
+        self._hide(value)
+        return HttpsClient(self._ssh.open_channel, trust, f"{USER}!{name}={value}")
+
+    def _read_trust(self) -> Trust:
+        if self._trust is None:
+            answer = self._ssh.run(_READ_TRUST, timeout=30)
+            if not answer.ok:
+                raise NoHttps(f"its certificate cannot be read: {' '.join(answer.stderr.split())[:200]}")
+            self._trust = read_trust(answer.stdout)
+        return self._trust
+
+
+class _Acting:
+    """A pool's token and what it was granted beside its pool."""
+
+    def __init__(self, name: str, client: HttpsClient) -> None:
+        self.name = name
+        self.client = client
+        self.granted: set[Grant] = set()
+
+
+class _Direct:
+    """The token that sees, as the Api that the functions below want."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def get(self, path: str, /, **params: Any) -> Any:
+        return self._tokens.send("GET", path, **params)
+
+    def post(self, path: str, /, **params: Any) -> Any:
+        return self._tokens.send("POST", path, **params)
+
+    def put(self, path: str, /, **params: Any) -> Any:
+        return self._tokens.send("PUT", path, **params)
+
+    def delete(self, path: str, /, **params: Any) -> Any:
+        return self._tokens.send("DELETE", path, **params)
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------
+
+
+def run_tokens(api: Api, run_id: str) -> list[str]:
+    """The names of a run's tokens on the host. Raises PveError."""
+    listed = entries(api.get(f"/access/users/{USER}/token"), call=f"get /access/users/{USER}/token")
+    names = [str(each.get("tokenid")) for each in listed]
+    return sorted(name for name in names if _OURS.match(name) and name.startswith(f"npve-{run_id}-"))
+
+
+def remove_grants(api: Api, names: Iterable[str]) -> None:
+    """Take the ACLs of these tokens away: before the pool, and before the tokens themselves, or lines would
+    stay behind that every command complains of (facts 61). Raises PveError.
+    """
+    mine = {f"{USER}!{name}" for name in names}
+    by_place: dict[tuple[str, str], list[str]] = {}
+    for each in entries(api.get("/access/acl"), call="get /access/acl"):
+        if each.get("ugid") in mine:
+            by_place.setdefault((str(each["path"]), str(each["ugid"])), []).append(str(each["roleid"]))
+    for (path, who), roles in by_place.items():
+        api.put("/access/acl", path=path, roles=",".join(sorted(roles)), tokens=who, delete=1)
+
+
+def remove_tokens(api: Api, names: Iterable[str]) -> None:
+    """Remove these tokens; those that are gone are no error. Raises PveError."""
+    for name in names:
+        try:
+            api.delete(f"/access/users/{USER}/token/{name}")
+        except NotFound:
+            continue
