@@ -48,12 +48,21 @@ class Channel(paramiko.Channel):
 
 
 class Transport(paramiko.Transport):
-    """A transport that opens such channels."""
+    """A transport that opens such channels, and asks for host keys in the order that is wanted."""
+
+    #: Host key algorithms, the first preferred; None: paramiko's own order.
+    wanted_host_keys: tuple[str, ...] | None = None
 
     _channel_handler_table: ClassVar[dict[int, Any]] = {
         **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]
         MSG_CHANNEL_CLOSE: lambda channel, message: channel._handle_close(message),
     }
+
+    @property
+    def preferred_keys(self) -> tuple[str, ...]:
+        if self.wanted_host_keys is not None:
+            return self.wanted_host_keys
+        return tuple(super().preferred_keys)
 
     def open_channel(self, *args: Any, **kwargs: Any) -> paramiko.Channel:
         channel = super().open_channel(*args, **kwargs)

@@ -7,7 +7,9 @@ import binascii
 import fnmatch
 import hashlib
 import hmac
-import re
+import shlex
+import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from pytest_nestedpve.pve.errors import HostKeyMismatch
 _ALGORITHMS = {
     "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
 }
+CERTIFICATE = "-cert-v01@openssh.com"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class KnownKey:
     def names(self, name: str) -> bool:
         """Whether the line is about `name`, in plain, wildcard or hashed form."""
         if self.patterns.startswith("|1|"):
-            return _hashed(self.patterns, name)
+            # OpenSSH hashes the name in lower case.
+            return _hashed(self.patterns, name) or _hashed(self.patterns, name.lower())
         found = False
         for pattern in self.patterns.split(","):
             wanted = pattern.removeprefix("!").lower()
@@ -82,9 +86,17 @@ def lookup_name(host: str, port: int, alias: str | None) -> str:
 
 
 def algorithms(known: Sequence[KnownKey], offered: Sequence[str]) -> tuple[str, ...]:
-    """`offered` host key algorithms, those for which a key is known first."""
-    first = [name for key in known if not key.marker for name in _ALGORITHMS.get(key.type, (key.type,))]
-    return tuple(sorted(offered, key=lambda name: name not in first))
+    """`offered` host key algorithms, those first whose outcome is known: plain keys, certificates."""
+    plain = {name for key in known if not key.marker for name in _ALGORITHMS.get(key.type, (key.type,))}
+    authority = any(key.marker == "@cert-authority" for key in known)
+
+    def rank(name: str) -> int:
+        if name.endswith(CERTIFICATE):
+            # Whatever kind of key it is for: an authority signs any.
+            return 0 if authority else 3
+        return 1 if name in plain else 2
+
+    return tuple(sorted(offered, key=rank))
 
 
 def known_for(files: Iterable[Path], host: str, port: int, alias: str | None) -> list[KnownKey]:
@@ -102,28 +114,71 @@ def fingerprint(blob: bytes) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
+def refuse_revoked(known: Sequence[KnownKey], blob: bytes, shown: str, name: str) -> None:
+    """Raises HostKeyMismatch when a @revoked line of `known` has this key."""
+    for key in known:
+        if key.marker == "@revoked" and key.blob == blob:
+            raise HostKeyMismatch(
+                f"the host key of {name} is revoked ({key.file}, line {key.line}): {shown}. Do not connect."
+            )
+
+
+def refuse_revoked_by(file: Path, type: str, blob: bytes, name: str) -> None:
+    """Raises HostKeyMismatch when RevokedHostKeys has this key, or cannot be asked.
+
+    OpenSSH is asked (`ssh-keygen -Q`): the file may be a list or a binary key revocation list.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".pub") as key:
+        key.write(f"{type} {base64.b64encode(blob).decode()}\n")
+        key.flush()
+        argv = ["ssh-keygen", "-Q", "-f", str(file), key.name]
+        done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == 0:
+        return
+    if b"REVOKED" in done.stdout:
+        raise HostKeyMismatch(
+            f"the host key of {name} is revoked by RevokedHostKeys {file}: {type} {fingerprint(blob)}. "
+            "Do not connect."
+        )
+    said = (done.stderr or done.stdout).decode(errors="replace").strip()[:300]
+    raise HostKeyMismatch(
+        f"RevokedHostKeys {file} cannot be read, so no host key is accepted: {said}. Mend or remove it"
+    )
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a person needs to mend a host key that is not known.
+
+    `by_hand` logs in once; `scan` prints the host's keys from here (None: it cannot be reached directly);
+    `remark` is anything to add to the error.
+    """
+
+    by_hand: str
+    scan: str | None = None
+    remark: str = ""
+
+
 def judge(
     known: Sequence[KnownKey],
     *,
     type: str,
     blob: bytes,
-    host: str,
-    port: int,
-    alias: str | None,
+    name: str,
     files: Sequence[Path],
-    command: str,
+    advice: Advice,
 ) -> None:
     """Accept the key `blob` of `type` that the host showed, or raise HostKeyMismatch.
 
-    `command` is what a person types to log in by hand once (it ends up in the error's advice).
+    `name` is the one under which the host's key is filed, `known` the lines about it, `files` where they
+    were looked for. Nothing is ever added to a file.
     """
-    name = lookup_name(host, port, alias)
     shown = f"{type} {fingerprint(blob)}"
-    if any(key.marker == "@revoked" and key.blob == blob for key in known):
-        raise HostKeyMismatch(f"the host key of {name} is revoked in known_hosts: {shown}. Do not connect.")
+    refuse_revoked(known, blob, shown, name)
     plain = [key for key in known if not key.marker]
     if any(key.blob == blob and key.type == type for key in plain):
         return
+    remark = f"; {advice.remark}" if advice.remark else ""
     # A line without the port only ever helps: that host on another port may be another machine.
     exact = [key for key in plain if key.names(name)]
     same_type = [key for key in exact if key.type == type]
@@ -131,20 +186,24 @@ def judge(
         key = same_type[0]
         raise HostKeyMismatch(
             f"the host key of {name} CHANGED: expected {key.type} {fingerprint(key.blob)} "
-            f"({key.file}, line {key.line}), found {shown}. Somebody may be listening in, or the host was "
-            f"installed anew: ask its administrator. If the new key is right, remove the old one with "
-            f"`ssh-keygen -R {_quoted(name)} -f {key.file}` and log in once by hand with `{command}`"
+            f"({key.file}, line {key.line}), found {shown}{remark}. Somebody may be listening in, or the "
+            "host was installed anew: ask its administrator. If the new key is right, remove the old one "
+            f"with `ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(key.file))}` and log in once by "
+            f"hand with `{advice.by_hand}`"
         )
     others = "".join(f"; known for it is {key.type} ({key.file}, line {key.line})" for key in exact[:3])
-    if any(key.marker == "@cert-authority" for key in known):
-        others += "; host certificates (@cert-authority) are not supported, the key itself must be known"
-    where = ", ".join(str(file) for file in files) or "no known_hosts file"
-    scan = f"ssh-keyscan {'' if port == 22 else f'-p {port} '}{host}"
+    where = ", ".join(str(file) for file in files) or "a known_hosts file, but the configuration names none"
+    add = f"Then log in once by hand with `{advice.by_hand}`, which adds it"
+    if not files:
+        add = f"Then name a file (UserKnownHostsFile ~/.ssh/known_hosts) and log in by `{advice.by_hand}`"
+    elif advice.scan is not None:
+        add += f"; or: `{advice.scan} >>{shlex.quote(str(files[0]))}`"
     raise HostKeyMismatch(
-        f"the host key of {name} is unknown: expected it in {where}, found {shown}{others}. Log in once by "
-        f"hand with `{command}` and compare the fingerprint, or take it from `{scan}` after comparing it"
+        f"the host key of {name} is unknown: expected it in {where}, found {shown}{others}{remark}. Compare "
+        f"it with `ssh-keygen -lf /etc/ssh/ssh_host_{kind(type)}_key.pub` on the host's console. {add}"
     )
 
 
-def _quoted(name: str) -> str:
-    return f"'{name}'" if re.search(r"[\[\]*?]", name) else name
+def kind(type: str) -> str:
+    """What ssh-keygen and ssh-keyscan call keys of this type: ed25519, rsa, ecdsa."""
+    return "ecdsa" if type.startswith("ecdsa") else type.removeprefix("ssh-")

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import shlex
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.pve import knownhosts
+from pytest_nestedpve.pve import algorithms, hostcert, identities, knownhosts
 from pytest_nestedpve.pve.errors import HostUnreachable, LoginRefused, SshError
+from pytest_nestedpve.pve.proxy import Proxy
 from pytest_nestedpve.timing import Deadline
 
 if TYPE_CHECKING:
     import paramiko
+
+    from pytest_nestedpve.pve.knownhosts import KnownKey
 
 _LOGGER = "pytest_nestedpve.paramiko"
 
@@ -29,7 +30,11 @@ _LOGGER = "pytest_nestedpve.paramiko"
 class SshTarget:
     """Where and how to log in; what `ssh -G` would say. `alias` is what the user typed.
 
-    `connect_timeout` (seconds) bounds everything up to the login, per attempt to connect.
+    `connect_timeout` (seconds) bounds everything up to the login, per attempt to connect. `algorithms`
+    are those that the configuration restricts, by the name of its option in small letters, all others
+    are free. `lenient` is what it says about host keys that is not followed, for the errors; `asks`:
+    whether ssh by hand asks before it adds a host key. `notes` are sentences on options that matter for
+    connecting and are not honoured.
     """
 
     host: str
@@ -46,6 +51,14 @@ class SshTarget:
     jump: SshTarget | None = None
     proxy_command: str | None = None
     alias: str = ""
+    config: Path | None = None
+    address_family: str = "any"
+    bind_address: str | None = None
+    revoked_host_keys: Path | None = None
+    algorithms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    lenient: str = ""
+    asks: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -56,11 +69,25 @@ class SshTarget:
     @property
     def by_hand(self) -> str:
         """The ssh command a person would type."""
+        return self._typed("")
+
+    @property
+    def first_login(self) -> str:
+        """The ssh command with which a person adds the host's key after looking at it."""
+        return self._typed("" if self.asks else "-o StrictHostKeyChecking=ask ")
+
+    def _typed(self, options: str) -> str:
         if self.alias:
-            return f"ssh {self.alias}"
+            config = f"-F {shlex.quote(str(self.config))} " if self.config is not None else ""
+            return f"ssh {config}{options}{self.alias}"
         jump = f"-J {self.jump.user}@{self.jump.host}:{self.jump.port} " if self.jump else ""
         port = "" if self.port == 22 else f"-p {self.port} "
-        return f"ssh {jump}{port}{self.user}@{self.host}"
+        return f"ssh {options}{jump}{port}{self.user}@{self.host}"
+
+    @property
+    def known_as(self) -> str:
+        """The name under which OpenSSH files the host's key."""
+        return knownhosts.lookup_name(self.host, self.port, self.host_key_alias)
 
 
 class Slow(Exception):
@@ -98,34 +125,36 @@ def _attempt(
     from pytest_nestedpve.pve.channels import Transport
 
     _quiet()
+    proxy: Proxy | None = None
+    sock: Any
     if open_socket is not None:
-        sock, done = open_socket(deadline), _nothing
+        sock = open_socket(deadline)
     elif target.proxy_command:
-        sock, done = _proxy(target.proxy_command)
+        proxy = Proxy(target.proxy_command)
+        sock = proxy.socket
     else:
-        sock, done = _connect(target, deadline), _nothing
+        sock = _connect(target, deadline)
+    done = proxy.close if proxy is not None else _nothing
     transport = None
     try:
-        transport = Transport(sock)
+        transport = Transport(sock, disabled_algorithms=algorithms.disabled(target))
         transport.set_log_channel(_LOGGER)
         transport.daemon = True
         left = max(0.1, deadline.remaining())
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = left
         known = knownhosts.known_for(target.known_hosts, target.host, target.port, target.host_key_alias)
-        options = transport.get_security_options()
-        options.key_types = knownhosts.algorithms(known, options.key_types)
-        _negotiate(transport, target, deadline)
-        key = transport.get_remote_server_key()
-        knownhosts.judge(
-            known,
-            type=key.get_name(),
-            blob=key.asbytes(),
-            host=target.host,
-            port=target.port,
-            alias=target.host_key_alias,
-            files=target.known_hosts,
-            command=target.by_hand,
-        )
+        wanted = algorithms.host_keys(target, transport.preferred_keys)
+        transport.wanted_host_keys = knownhosts.algorithms(known, wanted)
+        try:
+            _negotiate(transport, target, deadline)
+        except (Slow, HostUnreachable) as error:
+            if proxy is not None and (ended := proxy.ended()) is not None:
+                raise HostUnreachable(
+                    f"the ProxyCommand of {target.text} ended ({ended}) before an SSH session began: "
+                    f"`{target.proxy_command}`. Does it work by hand: `{target.by_hand}`?"
+                ) from error
+            raise
+        _check_host_key(transport, target, known)
         _authenticate(transport, target, deadline)
     except BaseException:
         if transport is not None:
@@ -135,6 +164,31 @@ def _attempt(
         done()
         raise
     return transport, done
+
+
+def _check_host_key(transport: paramiko.Transport, target: SshTarget, known: list[KnownKey]) -> None:
+    key = transport.get_remote_server_key()
+    name, type, blob = target.known_as, key.get_name(), key.asbytes()
+    remarks = [target.lenient] if target.lenient else []
+    if target.revoked_host_keys is not None:
+        knownhosts.refuse_revoked_by(target.revoked_host_keys, type, blob, name)
+    shown = getattr(key, "public_blob", None)
+    if shown is not None:
+        certificate = hostcert.HostCertificate(shown.key_type, shown.key_blob)
+        if target.revoked_host_keys is not None:
+            knownhosts.refuse_revoked_by(target.revoked_host_keys, shown.key_type, shown.key_blob, name)
+        knownhosts.refuse_revoked(known, blob, f"{type} {knownhosts.fingerprint(blob)}", name)
+        refusal = hostcert.refusal(certificate, known, target.host_key_alias or target.host)
+        if refusal is None:
+            return
+        remarks += [refusal] if refusal else []
+    elif any(line.marker == "@cert-authority" for line in known):
+        remarks.append("known for it is a @cert-authority, but the host showed no certificate")
+    direct = target.host_key_alias is None and target.jump is None and not target.proxy_command
+    port = "" if target.port == 22 else f"-p {target.port} "
+    scan = f"ssh-keyscan {port}-t {knownhosts.kind(type)} {target.host}" if direct else None
+    advice = knownhosts.Advice(target.first_login, scan, "; ".join(remarks))
+    knownhosts.judge(known, type=type, blob=blob, name=name, files=target.known_hosts, advice=advice)
 
 
 def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
@@ -161,8 +215,8 @@ def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadl
 
 def _authenticate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
     problems: list[str] = []
-    with _agent_keys(target, problems) as agent:
-        _offer(transport, target, _keys(target, agent, problems), problems, deadline)
+    with identities.agent_of(target, problems) as agent:
+        _offer(transport, target, identities.keys_for(target, agent, problems), problems, deadline)
 
 
 def _offer(
@@ -211,99 +265,14 @@ def _offer(
     )
 
 
-def _keys(target: SshTarget, agent: tuple[Any, ...], problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """Keys in the order of OpenSSH: the agent's that are configured, the agent's others, files."""
-    in_agent = {key.asbytes(): key for key in agent}
-    files = [(path, _public_blob(path)) for path in target.identity_files]
-    named = {blob for _, blob in files if blob}
-    for blob, key in in_agent.items():
-        if blob in named:
-            yield f"{_comment(key)} (agent)", key
-    if not target.identities_only:
-        for blob, key in in_agent.items():
-            if blob not in named:
-                yield f"{_comment(key)} (agent)", key
-    for path, blob in files:
-        if blob in in_agent:
-            continue
-        key = _load(path, problems)
-        if key is None:
-            continue
-        for certificate in target.certificate_files:
-            with suppress(Exception):
-                # Raises when it is another key's certificate.
-                key.load_certificate(str(certificate))
-                break
-        if key.public_blob is not None:
-            yield f"{path} with its certificate", key
-            key.public_blob = None
-        yield str(path), key
-
-
-def _load(path: Path, problems: list[str]) -> Any:
-    import paramiko
-    from cryptography.exceptions import UnsupportedAlgorithm
-
-    if not path.exists():
-        return None
-    try:
-        return paramiko.PKey.from_path(str(path))
-    except (paramiko.PasswordRequiredException, TypeError):
-        problems.append(
-            f"{path} is protected by a passphrase and not in the agent: `ssh-add {shlex.quote(str(path))}`"
-        )
-    except OSError as error:
-        problems.append(f"{path} cannot be read: {error.strerror}")
-    except (paramiko.SSHException, ValueError, UnsupportedAlgorithm, paramiko.pkey.UnknownKeyType) as error:
-        why = str(error)[:100] or type(error).__name__
-        problems.append(f"{path} is not a private key that can be used: {why}")
-    return None
-
-
-def _public_blob(path: Path) -> bytes | None:
-    import base64
-
-    try:
-        fields = Path(f"{path}.pub").read_text().split()
-        return base64.b64decode(fields[1])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _comment(key: Any) -> str:
-    return str(getattr(key, "comment", "") or knownhosts.fingerprint(key.asbytes()))
-
-
-@contextmanager
-def _agent_keys(target: SshTarget, problems: list[str]) -> Iterator[tuple[Any, ...]]:
-    """The keys of the SSH agent, none if there is none; they sign only within the block."""
-    path = target.identity_agent or "SSH_AUTH_SOCK"
-    if path in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK"):
-        path = os.environ.get("SSH_AUTH_SOCK", "")
-    if not target.allow_agent or path in ("", "none"):
-        yield ()
-        return
-    from paramiko.agent import AgentSSH
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(30)  # an agent may ask its user before it signs
-        agent = AgentSSH()
-        keys: tuple[Any, ...] = ()
-        try:
-            sock.connect(os.path.expanduser(path))
-            agent._connect(sock)  # type: ignore[attr-defined]
-            keys = tuple(agent.get_keys())
-        except Exception as error:
-            problems.append(f"the SSH agent at {path} cannot be used: {error}")
-        yield keys
-
-
 def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:
     last: OSError | None = None
     for family, kind, proto, _, address in _resolve(target, deadline):
         sock = socket.socket(family, kind, proto)
         try:
             sock.settimeout(max(0.05, deadline.remaining()))
+            if target.bind_address:
+                sock.bind((target.bind_address, 0))
             sock.connect(address)
             # Without it each request waits for the other side's delayed acknowledgement: 54 ms, not 6.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -329,10 +298,11 @@ def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:
 def _resolve(target: SshTarget, deadline: Deadline) -> list[Any]:
     # In a thread: a name server that is silent would hold us far beyond the limit.
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(target.address_family, 0)
 
     def ask() -> None:
         try:
-            answers.put(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
+            answers.put(socket.getaddrinfo(target.host, target.port, family, socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
             answers.put(error)
 
@@ -350,29 +320,6 @@ def _resolve(target: SshTarget, deadline: Deadline) -> list[Any]:
             "a name in DNS"
         ) from answer
     return list(answer)
-
-
-def _proxy(command: str) -> tuple[socket.socket, Callable[[], None]]:
-    # A socket pair instead of paramiko.ProxyCommand: real limits, and the child goes with the connection.
-    ours, theirs = socket.socketpair()
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", f"exec {command}"],
-        stdin=theirs.fileno(),
-        stdout=theirs.fileno(),
-        start_new_session=True,
-    )
-    theirs.close()
-
-    def done() -> None:
-        ours.close()
-        process.terminate()
-        try:
-            process.wait(2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-    return ours, done
 
 
 def _nothing() -> None:

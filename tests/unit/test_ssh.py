@@ -381,7 +381,9 @@ def test_a_user_certificate_is_used(make_server: MakeServer, tmp_path: Path) -> 
 
 def test_an_unknown_host_key_is_refused_with_advice(server: Sshd, tmp_path: Path) -> None:
     with (
-        pytest.raises(HostKeyMismatch, match=r"is unknown.*SHA256:.*by hand.*ssh-keyscan -p \d+ 127.0.0.1"),
+        pytest.raises(
+            HostKeyMismatch, match=r"is unknown.*SHA256:.*by hand.*ssh-keyscan -p \d+ -t ed25519 127"
+        ),
         SshConnection(server.target(known_hosts=(tmp_path / "empty",))) as ssh,
     ):
         ssh.run("true")
