@@ -1,0 +1,234 @@
+"""A host that answers over TLS as a PVE host does: certificates, tokens, scripted answers."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import shlex
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qs, urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from pytest_nestedpve.pve.errors import HostUnreachable
+from pytest_nestedpve.pve.ssh import CommandResult
+
+NAMES = ("father", "localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it arrived."""
+
+    method: str
+    path: str
+    params: dict[str, list[str]]
+    token: str
+
+
+@dataclass
+class HttpsHost:
+    """What the server serves and remembers; also the SshLike that reaches it."""
+
+    folder: Path
+    answers: list[Callable[[Any], bool]] = field(default_factory=list)
+    """Each takes one request by itself (the handler is its argument) and says whether it did."""
+    asked: list[Asked] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    tokens: dict[str, str] = field(default_factory=dict)
+    read_pem: str = ""
+    """What root reads on the host."""
+    listens: bool = True
+    made: int = 0
+    pools: set[str] = field(default_factory=set)
+    connections: int = 0
+    address: tuple[str, int] = ("", 0)
+    channels: list[socket.socket] = field(default_factory=list)
+
+    # -- the login ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float = 60.0,
+        secret: bool = False,
+    ) -> CommandResult:
+        del stdin, timeout
+        text = command if isinstance(command, str) else shlex.join(command)
+        self.commands.append(text)
+        if "pve-ssl.pem" in text:
+            return self._said(self.read_pem, secret)
+        if "pveum user token add" in text:
+            name = text.split("root@pam ")[1].split()[0]
+            return self._said(json.dumps({"full-tokenid": name, "value": self.new_token(name)}), secret)
+        if text.startswith("date"):
+            return self._said(f"{int(time.time())}\n", secret)
+        if " pvesh " in text:
+            return self._said('{"by":"pvesh"}\n', secret)
+        raise AssertionError(f"the host knows no command {text}")
+
+    def _said(self, text: str, secret: bool) -> CommandResult:
+        return CommandResult("…", 0, text.encode(), b"", 1.0, secret)
+
+    def new_token(self, name: str) -> str:
+        self.made += 1
+        self.tokens[name] = f"{self.made:08d}-0000-4000-8000-00000000cafe"
+        return self.tokens[name]
+
+    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
+        raise NotImplementedError
+
+    def get(self, remote: str, limit: int = 0) -> bytes:
+        raise NotImplementedError
+
+    def open_channel(self, host: str, port: int) -> Any:
+        assert (host, port) == ("127.0.0.1", 8006)
+        if not self.listens:
+            raise HostUnreachable("father cannot connect to 127.0.0.1 port 8006: Connect failed")
+        channel = socket.create_connection(self.address, timeout=10)
+        self.channels.append(channel)
+        return channel
+
+    def close(self) -> None:
+        return None
+
+    # -- the server ---------------------------------------------------------------------------
+
+    def serve_with(self, pem: tuple[str, str]) -> None:
+        """Serve with this certificate and key from the next connection on."""
+        cert, key = self.folder / "cert.pem", self.folder / "key.pem"
+        cert.write_text(pem[0])
+        key.write_text(pem[1])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        self.context = context
+
+    def pvesh(self) -> list[str]:
+        """The API calls that came by pvesh."""
+        return [text.split(" pvesh ")[1] for text in self.commands if " pvesh " in text]
+
+    def guest_calls(self) -> list[Asked]:
+        return [each for each in self.asked if "/qemu" in each.path]
+
+
+def certificate(*, days: int = 30, names: Sequence[str] = NAMES) -> tuple[str, str]:
+    """A certificate and its key as PEM, signed by an authority that is in no list."""
+    now = datetime.datetime.now(datetime.UTC)
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    alternative = [
+        x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name)
+        for name in names
+    ]
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "father")]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority of somebody's")]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=60))
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+    if alternative:
+        built = built.add_extension(x509.SubjectAlternativeName(alternative), critical=False)
+    signed = built.sign(authority, hashes.SHA256())
+    return (
+        signed.public_bytes(serialization.Encoding.PEM).decode(),
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ).decode(),
+    )
+
+
+@contextmanager
+def https_host(folder: Path) -> Iterator[HttpsHost]:
+    """Such a host, served until the block ends."""
+    host = HttpsHost(folder)
+    pem = certificate()
+    host.serve_with(pem)
+    host.read_pem = pem[0]
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def _serve(self) -> None:
+            url = urlsplit(self.path)
+            length = int(self.headers.get("Content-Length") or 0)
+            params = parse_qs(url.query) | parse_qs(self.rfile.read(length).decode(), keep_blank_values=True)
+            header = self.headers.get("Authorization", "")
+            name = header.partition("!")[2].partition("=")[0]
+            assert url.path.startswith("/api2/json/")
+            path = url.path.removeprefix("/api2/json")
+            host.asked.append(Asked(self.command, path, params, name))
+            if header.partition("=")[2].partition("=")[2] != host.tokens.get(name, "none"):
+                return self.say(401, "Authentication failed!", b"")
+            for each in list(host.answers):
+                if each(self):
+                    return None
+            if self.command == "POST" and "/token/" in path:
+                made = path.rpartition("/")[2]
+                return self.data({"value": host.new_token(made), "full-tokenid": made})
+            if self.command == "DELETE" and "/token/" in path:
+                host.tokens.pop(path.rpartition("/")[2], None)
+                return self.data(None)
+            if self.command == "GET" and path.endswith("/token"):
+                return self.data([{"tokenid": token, "expire": 0} for token in host.tokens])
+            if self.command == "GET" and path == "/pools":
+                wanted = params.get("poolid", [""])[0]
+                return self.data([{"poolid": wanted, "members": []}] if wanted in host.pools else [])
+            return self.data({"by": "https"})
+
+        do_GET = do_POST = do_PUT = do_DELETE = _serve
+
+        def data(self, value: Any) -> None:
+            self.say(200, "OK", json.dumps({"data": value}).encode())
+
+        def say(self, status: int, reason: str, body: bytes) -> None:
+            self.send_response(status, reason)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """No log."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            host.connections += 1
+            with suppress(OSError, ssl.SSLError):
+                request.settimeout(20)
+                with host.context.wrap_socket(request, server_side=True) as secure:
+                    Handler(secure, client_address, self)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that goes away is part of the tests."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    host.address = ("127.0.0.1", server.server_port)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield host
+    finally:
+        for channel in host.channels:
+            channel.close()
+        server.shutdown()
+        server.server_close()

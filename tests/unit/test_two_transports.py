@@ -1,0 +1,422 @@
+"""HTTPS with tokens and pvesh as root: which one carries a call, and what happens when one does not work."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from https_host import HttpsHost, certificate, https_host
+
+from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.errors import (
+    ApiError,
+    BadParameter,
+    CommandTimeout,
+    GuestNotFound,
+    NodeUnreachable,
+    NotFound,
+    PermissionDenied,
+    UnreadableAnswer,
+)
+from pytest_nestedpve.pve.hostapi import HostApi
+from pytest_nestedpve.pve.https import ReplyLost, Unauthorized
+from pytest_nestedpve.pve.routes import Grant, Identity, grants, identity, storages
+from pytest_nestedpve.pve.tokens import remove_grants, run_tokens
+
+POOL = "npve-a1b2c3d4e5f6"
+VM = "/nodes/father/qemu/99901"
+GONE = "Configuration file 'nodes/father/qemu-server/99901.conf' does not exist"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[HttpsHost]:
+    with https_host(tmp_path) as made:
+        made.pools.add(POOL)
+        yield made
+
+
+@pytest.fixture
+def api(host: HttpsHost) -> HostApi:
+    return HostApi(host).within(lambda: POOL)
+
+
+def said(status: int, reason: str, answer: Any, *, only: str = "", times: int = 1) -> Any:
+    """An answer to requests whose path contains `only`."""
+    left = [times]
+
+    def answers(handler: Any) -> bool:
+        if only not in handler.path or not left[0]:
+            return False
+        left[0] -= 1
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        handler.say(status, reason, body)
+        return True
+
+    return answers
+
+
+# -- which one carries a call ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "params", "pool", "expected"),
+    [
+        ("get", "/cluster/resources", {}, POOL, Identity.SEE),
+        ("get", f"{VM}/config", {}, POOL, Identity.SEE),
+        ("post", "/pools", {"poolid": POOL}, POOL, Identity.SEE),
+        ("put", "/pools", {"poolid": POOL, "comment": "x"}, POOL, Identity.ACT),
+        ("put", "/pools", {"poolid": POOL, "vms": 99901}, POOL, Identity.SEE),
+        ("put", "/pools", {"poolid": "npve-000000000000", "comment": "x"}, POOL, Identity.SEE),
+        ("delete", "/pools", {"poolid": POOL}, POOL, Identity.SEE),
+        ("post", "/nodes/father/qemu", {"vmid": 99901}, POOL, Identity.ACT),
+        ("delete", VM, {}, POOL, Identity.ACT),
+        ("delete", VM, {}, None, Identity.ROOT),
+        ("delete", VM, {"skiplock": True}, POOL, Identity.ROOT),
+        ("post", f"{VM}/status/stop", {}, POOL, Identity.ACT),
+        ("post", f"{VM}/agent/exec", {"command": ["id"]}, POOL, Identity.ACT),
+        ("post", f"{VM}/monitor", {"command": "info"}, POOL, Identity.ROOT),
+        ("post", f"{VM}/config", {"args": "-device x"}, POOL, Identity.ROOT),
+        ("put", f"{VM}/config", {"delete": "lock"}, POOL, Identity.ROOT),
+        ("put", f"{VM}/config", {"delete": "description"}, POOL, Identity.ACT),
+        ("post", f"{VM}/config", {"scsi0": "local:0,import-from=/tmp/x.raw"}, POOL, Identity.ROOT),
+        ("post", f"{VM}/config", {"scsi0": "local:0,import-from=local:import/x.raw"}, POOL, Identity.ACT),
+        ("post", f"{VM}/config", {"serial0": "socket"}, POOL, Identity.ACT),
+        ("post", f"{VM}/config", {"serial0": "/dev/ttyS0"}, POOL, Identity.ROOT),
+        ("delete", "/nodes/father/storage/local/content/local:99901/x.raw", {}, POOL, Identity.ROOT),
+        ("delete", "/nodes/father/tasks/UPID:x", {}, POOL, Identity.ROOT),
+        ("delete", "/nodes/father/lxc/100", {}, POOL, Identity.ACT),
+        ("post", "/nodes/father/storage/local/download-url", {"url": "x"}, POOL, Identity.SEE),
+        ("put", "/storage/local", {"content": "images"}, POOL, Identity.ROOT),
+        ("post", "/nodes/father/status", {"command": "reboot"}, POOL, Identity.ROOT),
+    ],
+)
+def test_what_changes_a_guest_goes_by_the_pools_token_and_by_nothing_else(
+    method: str, path: str, params: dict[str, Any], pool: str | None, expected: Identity
+) -> None:
+    assert identity(method, path, params, pool=pool) is expected
+
+
+def test_a_pools_token_is_granted_the_storages_and_bridges_that_a_call_names_and_no_guest() -> None:
+    params = {
+        "scsi0": "fast:0,import-from=local:import/debian.qcow2,format=qcow2",
+        "ide2": "slow:cloudinit",
+        "cicustom": "vendor=snips:snippets/npve.yaml",
+        "net0": "virtio,bridge=vmbr1,firewall=0",
+        "smbios1": "uuid=0:1",
+        "description": "/vms/100:x",
+    }
+    assert set(grants(f"{VM}/config", params)) == {
+        Grant("/storage/fast", "PVEDatastoreUser"),
+        Grant("/storage/local", "PVEDatastoreUser"),
+        Grant("/storage/slow", "PVEDatastoreUser"),
+        Grant("/storage/snips", "PVEDatastoreUser"),
+        Grant("/sdn/zones/localnetwork/vmbr1", "PVESDNUser"),
+    }
+    assert grants(VM, {}) == []
+    assert grants("/nodes/father/qemu/9000/clone", {"newid": 99901, "storage": "fast"}) == [
+        Grant("/storage/fast", "PVEDatastoreUser"),
+        Grant("/vms/9000", "PVETemplateUser"),
+    ]
+    config = {"scsi0": "lvm:base-9000-disk-0,size=4G", "ide2": "none,media=cdrom", "net0": "virtio=AA:BB"}
+    assert storages(config) == {"lvm"}
+
+
+def test_reads_go_over_https_and_start_no_command(host: HttpsHost, api: HostApi) -> None:
+    for _ in range(5):
+        assert api.get("/version") == {"by": "https"}
+    assert host.pvesh() == []
+    assert sum("pveum" in command for command in host.commands) == 1
+    assert host.connections == 1
+    assert api.transport.startswith("HTTPS")
+
+
+def test_the_token_that_sees_never_changes_a_guest(host: HttpsHost, api: HostApi) -> None:
+    api.get(f"{VM}/config")
+    api.post("/nodes/father/qemu", vmid=99901, pool=POOL)
+    api.delete(VM)
+    seen = {(each.method, each.token.startswith("npve-see-")) for each in host.guest_calls()}
+    assert seen == {("GET", True), ("POST", False), ("DELETE", False)}
+    acting = {each.token for each in host.guest_calls() if each.method != "GET"}
+    assert len(acting) == 1
+    assert acting.pop().startswith(f"{POOL}-")
+
+
+def test_what_only_root_may_do_goes_by_pvesh(host: HttpsHost, api: HostApi) -> None:
+    assert api.delete(VM, skiplock=True) == {"by": "pvesh"}
+    assert host.pvesh() == [f"delete {VM} --skiplock 1 --output-format json"]
+    assert host.guest_calls() == []
+
+
+def test_without_a_pool_guests_are_changed_by_root(host: HttpsHost) -> None:
+    assert HostApi(host).delete(VM) == {"by": "pvesh"}
+    assert host.guest_calls() == []
+
+
+def test_parameters_arrive_as_they_are(host: HttpsHost, api: HostApi) -> None:
+    value = "a b&c=d\nü%41+\"';"
+    api.post(f"{VM}/agent/exec", command=["sh", "-c", value], flag=True, off=False, left_out=None)
+    (asked,) = host.guest_calls()
+    assert asked.params == {"command": ["sh", "-c", value], "flag": ["1"], "off": ["0"]}
+    api.get("/nodes/father/tasks", vmid=99901, source="active")
+    assert host.asked[-1].params == {"vmid": ["99901"], "source": ["active"]}
+
+
+@pytest.mark.parametrize("path", ["version", "/a/../b", "/a\0"])
+def test_a_path_that_is_none_is_refused_before_anything_is_sent(
+    host: HttpsHost, api: HostApi, path: str
+) -> None:
+    with pytest.raises(BadParameter):
+        api.get(path)
+    assert [each for each in host.asked if not each.path.startswith("/access")] == []
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "answer", "kind", "text"),
+    [
+        # Words and statuses are those of recordings of PVE 9.2 over HTTPS.
+        (403, "Permission check failed (/vms/99901, VM.Audit)",
+         {"data": None, "message": "Permission check failed (/vms/99901, VM.Audit)\n"},
+         PermissionDenied, "403 Permission check failed (/vms/99901, VM.Audit)"),
+        (500, GONE, {"data": None, "message": f"{GONE}\n"}, GuestNotFound, GONE),
+        (400, "Parameter verification failed.",
+         {"data": None, "message": "Parameter verification failed.\n",
+          "errors": {"vmid": "invalid format - value does not look like a valid VM ID\n"}},
+         BadParameter, "400 Parameter verification failed.\nvmid: invalid format"),
+        (596, "Broken pipe", b"", NodeUnreachable, "596 Broken pipe"),
+        (200, "OK", b"<html>not the API</html>", UnreadableAnswer, "expected an object with `data`"),
+        (200, "OK", b'{"data": ', UnreadableAnswer, "expected an object with `data`"),
+        (502, "Bad Gateway", b"<html>a proxy in between</html>", ApiError, "502 Bad Gateway"),
+    ],
+)  # fmt: skip
+def test_errors_are_those_that_pvesh_would_give(
+    host: HttpsHost, api: HostApi, status: int, reason: str, answer: Any, kind: type[ApiError], text: str
+) -> None:
+    host.answers.append(said(status, reason, answer, only="/config"))
+    with pytest.raises(kind) as caught:
+        api.get(f"{VM}/config")
+    assert type(caught.value) is kind
+    assert text in caught.value.text
+    assert host.pvesh() == []
+
+
+def test_a_refusal_by_the_fence_is_never_tried_again_as_root(host: HttpsHost, api: HostApi) -> None:
+    words = "Permission check failed (/vms/99901, VM.Allocate)"
+    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/qemu/", times=9))
+    with pytest.raises(PermissionDenied, match=r"VM\.Allocate"):
+        api.delete(VM)
+    assert [each.method for each in host.guest_calls()] == ["DELETE"]
+    assert host.pvesh() == []
+
+
+def test_a_bridge_of_another_zone_is_granted_when_the_call_names_it(host: HttpsHost, api: HostApi) -> None:
+    words = "Permission check failed (/sdn/zones/lab/vnet7, SDN.Use)"
+    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/config"))
+    assert api.post(f"{VM}/config", net0="virtio,bridge=vnet7") == {"by": "https"}
+    granted = [each.params["path"][0] for each in host.asked if each.path == "/access/acl"]
+    assert granted[-1] == "/sdn/zones/lab/vnet7"
+    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/config"))
+    with pytest.raises(PermissionDenied):
+        api.post(f"{VM}/config", net0="virtio,bridge=vmbr0")
+
+
+# -- when something is in the way --------------------------------------------------------------------
+
+
+def test_a_token_that_is_gone_is_replaced_once(host: HttpsHost, api: HostApi) -> None:
+    api.get("/version")
+    host.tokens.clear()
+    assert api.get("/version") == {"by": "https"}
+    assert sum("pveum" in command for command in host.commands) == 2
+
+
+def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
+    host: HttpsHost, api: HostApi
+) -> None:
+    api.post(f"{VM}/status/start")
+    host.tokens = {name: value for name, value in host.tokens.items() if name.startswith("npve-see")}
+    assert api.post(f"{VM}/status/stop") == {"by": "https"}
+    host.tokens = {name: value for name, value in host.tokens.items() if name.startswith("npve-see")}
+    host.pools.clear()
+    with pytest.raises(NotFound, match="does not exist"):
+        api.post(f"{VM}/status/start")
+    assert host.pvesh() == []
+
+
+def test_a_token_that_is_refused_twice_is_an_error_and_not_a_loop(host: HttpsHost, api: HostApi) -> None:
+    host.answers.append(said(401, "Authentication failed!", b"", only="/version", times=9))
+    with pytest.raises(Unauthorized, match="401 Authentication failed!"):
+        api.get("/version")
+    assert [each.path for each in host.asked].count("/version") == 2
+
+
+def test_a_new_certificate_is_taken_when_root_reads_the_same(host: HttpsHost, api: HostApi) -> None:
+    api.get("/version")
+    pem = certificate()
+    host.serve_with(pem)
+    host.read_pem = pem[0]
+    api.line.tokens.seeing().close()
+    assert api.get("/version") == {"by": "https"}
+    assert sum("pveum" in command for command in host.commands) == 1
+
+
+def test_another_certificate_than_root_reads_gets_no_token(host: HttpsHost, api: HostApi) -> None:
+    host.serve_with(certificate())
+    assert api.get("/version") == {"by": "pvesh"}
+    assert host.asked == []
+    assert "not the one that root reads" in api.transport
+
+
+@pytest.mark.parametrize(
+    ("pem", "words"),
+    [
+        (certificate(days=-1), "expired"),
+        (certificate(names=()), "no subject alternative name"),
+        (("no certificate", ""), "cannot be read"),
+    ],
+)
+def test_a_certificate_that_cannot_be_checked_means_pvesh(
+    host: HttpsHost, api: HostApi, pem: tuple[str, str], words: str
+) -> None:
+    if pem[1]:
+        host.serve_with(pem)
+    host.read_pem = pem[0]
+    assert api.get("/version") == {"by": "pvesh"}
+    assert words in api.transport
+    assert host.asked == []
+
+
+def test_a_certificate_of_an_administrator_with_a_wildcard_is_checked_too(tmp_path: Path) -> None:
+    with https_host(tmp_path) as host:
+        pem = certificate(names=("*.example.org",))
+        host.serve_with(pem)
+        host.read_pem = pem[0]
+        assert HostApi(host).get("/version") == {"by": "https"}
+
+
+def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
+    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.listens = False
+    assert api.get("/version") == {"by": "pvesh"}
+    assert "port 8006" in api.transport
+    host.listens = True
+    assert api.get("/version") == {"by": "pvesh"}  # not asked again at once
+    later = time.monotonic() + 6
+    monkeypatch.setattr("pytest_nestedpve.pve.hostapi.time.monotonic", lambda: later)
+    assert api.get("/version") == {"by": "https"}
+    assert api.transport.startswith("HTTPS")
+
+
+def test_a_request_that_nobody_took_goes_by_pvesh(host: HttpsHost, api: HostApi) -> None:
+    host.answers.append(said(595, "Connection refused", b"", only="/status/start"))
+    assert api.post(f"{VM}/status/start") == {"by": "pvesh"}
+
+
+def test_a_read_whose_answer_is_lost_is_asked_again_and_a_change_is_not(
+    host: HttpsHost, api: HostApi
+) -> None:
+    def cut(handler: Any) -> bool:
+        if handler.path.endswith(("/version", "/start")) and not cuts.get(handler.path):
+            cuts[handler.path] = True
+            handler.close_connection = True
+            handler.connection.shutdown(2)
+            return True
+        return False
+
+    cuts: dict[str, bool] = {}
+    host.answers.append(cut)
+    assert api.get("/version") == {"by": "https"}
+    with pytest.raises(ReplyLost, match="ended before the answer"):
+        api.post(f"{VM}/status/start")
+    assert [each.path for each in host.guest_calls()] == [f"{VM}/status/start"]
+    assert host.pvesh() == []
+
+
+def test_an_answer_that_never_ends_is_cut_off_at_the_limit(host: HttpsHost, api: HostApi) -> None:
+    api.get("/version")
+
+    def drip(handler: Any) -> bool:
+        if not handler.path.endswith("/slow"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+        return True
+
+    host.answers.append(drip)
+    began = time.monotonic()
+    with pytest.raises(CommandTimeout, match=r"no answer over HTTPS within 0\.5 s"), call_limit(0.5):
+        api.get("/slow")
+    assert time.monotonic() - began < 3
+    assert api.get("/version") == {"by": "https"}
+
+
+def test_no_token_stands_in_an_error_or_in_what_is_told(host: HttpsHost, api: HostApi) -> None:
+    told: list[Any] = []
+    hidden: list[str] = []
+    api.listen(lambda *call: told.append(call), hidden.append)
+    host.answers.append(said(500, "boom", {"data": None, "message": "boom"}, only="/config"))
+    with pytest.raises(ApiError) as caught:
+        api.get(f"{VM}/config")
+    api.post(f"{VM}/status/start")
+    secrets = [*hidden]
+    assert len(secrets) == 2
+    shown = repr((told, str(caught.value), api.line.tokens.seeing(), host.commands))
+    assert not any(secret in shown for secret in secrets)
+    assert all("cafe" not in text for text in (shown,))
+
+
+# -- the end -------------------------------------------------------------------------------------------
+
+
+def test_a_session_takes_its_tokens_and_their_rights_with_it(host: HttpsHost, api: HostApi) -> None:
+    api.post(f"{VM}/config", scsi0="local:1")
+    acting = next(name for name in host.tokens if name.startswith(POOL))
+    lines = [
+        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{acting}", "roleid": "PVEVMAdmin"},
+        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{acting}", "roleid": "PVEPoolAdmin"},
+        {"path": "/storage/local", "ugid": "root@pam!somebodys", "roleid": "PVEDatastoreUser"},
+    ]
+    host.answers.append(
+        lambda handler: handler.command == "GET" and handler.path.endswith("/acl") and not handler.data(lines)
+    )
+    api.close()
+    assert host.tokens == {}
+    ends = [each for each in host.asked if "delete" in each.params or each.method == "DELETE"]
+    assert next((each.method, each.path.rpartition("/")[2]) for each in ends) == ("PUT", "acl")
+    assert [each.params["roles"] for each in ends if each.method == "PUT"] == [["PVEPoolAdmin,PVEVMAdmin"]]
+
+
+def test_only_the_runs_own_tokens_and_rights_are_taken() -> None:
+    class Fake:
+        def __init__(self) -> None:
+            self.puts: list[dict[str, Any]] = []
+
+        def get(self, path: str, /, **_: Any) -> Any:
+            if path.endswith("/token"):
+                names = (f"{POOL}-00000001", f"{POOL}-mine", "npve-a1b2c3d4e5f7-00000001", "npve-see-0a")
+                return [{"tokenid": name} for name in (*names, "terraform", None)]
+            return [
+                {"path": "/", "ugid": f"root@pam!{POOL}-00000001", "roleid": "PVEAuditor"},
+                {"path": "/", "ugid": "root@pam!terraform", "roleid": "Administrator"},
+            ]
+
+        def put(self, path: str, /, **params: Any) -> Any:
+            self.puts.append({"acl": path, **params})
+
+        post = delete = put
+
+    fake = Fake()
+    assert run_tokens(fake, "a1b2c3d4e5f6") == [f"{POOL}-00000001"]
+    remove_grants(fake, run_tokens(fake, "a1b2c3d4e5f6"))
+    assert [put["tokens"] for put in fake.puts] == [f"root@pam!{POOL}-00000001"]
