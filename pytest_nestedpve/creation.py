@@ -14,6 +14,7 @@ from pytest_nestedpve.pve.errors import (
     AlreadyExists,
     CommandTimeout,
     GuestNotFound,
+    Interrupted,
     Locked,
     PveError,
     SshError,
@@ -34,7 +35,7 @@ _DRAWN = 20_000
 _SETTLE = 30.0
 """Seconds in which a create whose answer is unknown has come to an end."""
 # After these it is not known whether a VM was made; after any other, none was.
-_UNCERTAIN = (SshError, CommandTimeout, WorkerFailed, Locked, UnreadableAnswer)
+_UNCERTAIN = (SshError, CommandTimeout, WorkerFailed, Interrupted, Locked, UnreadableAnswer)
 
 
 class NoFreeId(PveError):

@@ -12,7 +12,6 @@ from pytest_nestedpve.discovery import Candidate
 from pytest_nestedpve.ownership import Proof, prove
 from pytest_nestedpve.parallel import in_parallel
 from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import (
     BadParameter,
     CommandTimeout,
@@ -220,10 +219,9 @@ class _Target:
 
         Nothing works on the VM (`_waits`); but a backup of several guests has no id in its task.
         """
-        path = f"/nodes/{self.node}/tasks"
         if proof.lock == "backup":
-            active = entries(self.api.get(path, source="active"), call=f"get {path}")
-            if any(each.get("type") == "vzdump" and not each.get("endtime") for each in active):
+            active = zombies.read_tasks(self.api, self.node, source="active")
+            if any(task.type == "vzdump" and not over for task, over in active):
                 self.seen = "a backup task runs, and it is locked (backup)"
                 return
         self.seen = f"VM is locked ({proof.lock})"

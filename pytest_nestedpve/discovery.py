@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.ownership import in_range, name_matches, parse_marker, pool_name, read_pool
-from pytest_nestedpve.pve.errors import GuestNotFound, UnreadableAnswer
+from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, UnreadableAnswer
 from pytest_nestedpve.pve.guests import guest_config, list_guests
 from pytest_nestedpve.zombies import bare_lock, is_bare
 
@@ -41,7 +41,11 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
     pool = read_pool(host.api, pool_name(settings, run_id))
     for kind, vmid, node in pool.members if pool is not None else ():
         if kind == "qemu":
-            found[vmid] = Candidate(vmid, node, "it is in the run's pool", bare_lock(host, node, vmid))
+            try:
+                bare = bare_lock(host, node, vmid)
+            except NodeUnreachable:
+                bare = None  # it is told when its turn comes, and holds up no other
+            found[vmid] = Candidate(vmid, node, "it is in the run's pool", bare)
     wanted = set(extra)
     for guest in list_guests(host.api):
         if guest.kind != "qemu" or guest.vmid in found:
@@ -52,7 +56,9 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
             continue
         try:
             config = guest_config(host.api, guest.node, guest.vmid)
-        except GuestNotFound:
+        except (GuestNotFound, NodeUnreachable):
+            # The guests of a node that is off, or was removed from the cluster, are listed on (recorded);
+            # whatever is ours among them is in the pool.
             continue
         except UnreadableAnswer:
             config = {}

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_nestedpve.pve.answers import entries, shown
 from pytest_nestedpve.pve.api import Api
 from pytest_nestedpve.pve.errors import (
     AlreadyExists,
@@ -24,6 +25,7 @@ from pytest_nestedpve.pve.errors import (
     SshError,
     UnreadableAnswer,
 )
+from pytest_nestedpve.pve.guests import cautious, path_of, protects, read_guest
 from pytest_nestedpve.run import HARD_LIMIT, RUN_ID, Run
 
 if TYPE_CHECKING:
@@ -194,30 +196,22 @@ class Pool:
 def read_pool(api: Api, pool: str) -> Pool | None:
     """The pool, or None when there is none. Raises PveError.
 
-    `/pools?poolid=` is right at once and the only form that works for nested pools.
+    `/pools?poolid=` is right at once and the only form that works for nested pools. Members that make no
+    sense are left out.
     """
     try:
         answer = api.get("/pools", poolid=pool)
     except NotFound:
         return None
-    entries = (
-        [e for e in answer if isinstance(e, dict) and e.get("poolid") == pool]
-        if isinstance(answer, list)
-        else []
-    )
-    if not entries:
-        return None
-    members = []
-    for each in entries[0].get("members") or ():
-        if isinstance(each, dict) and each.get("type") in ("qemu", "lxc") and _is_id(each.get("vmid")):
-            members.append((str(each["type"]), int(each["vmid"]), str(each.get("node", ""))))
-    return Pool(pool, str(entries[0].get("comment") or ""), tuple(members))
-
-
-def _is_id(value: object) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (
-        isinstance(value, str) and value.isdigit()
-    )
+    found = [entry for entry in entries(answer, call="get /pools") if entry.get("poolid") == pool]
+    if not found:
+        # A pool that does not exist is an error (recorded); this is an answer about something else.
+        raise UnreadableAnswer(f"expected the pool {pool}, found {shown(answer)}", call="get /pools")
+    listed = found[0].get("members")
+    guests = [read_guest(each) for each in entries([] if listed is None else listed, call="get /pools")]
+    members = tuple((guest.kind, guest.vmid, guest.node) for guest in guests if guest is not None)
+    comment = found[0].get("comment")
+    return Pool(pool, comment if isinstance(comment, str) else "", members)
 
 
 def create_pool(api: Api, run: Run, settings: Settings, now: int) -> Lease:
@@ -309,7 +303,7 @@ def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool:
     """
     run_id = run if isinstance(run, str) else run.id
     name = pool if pool is not None and run_of_pool(pool) == run_id else pool_name(settings, run_id)
-    base = f"/nodes/{guest.node}/qemu/{guest.vmid}"
+    base = path_of(guest.node, guest.vmid)
     members = read_pool(api, name)
     try:
         # The configuration last: what is read of it is the youngest when the blow follows.
@@ -372,9 +366,9 @@ def _against(settings: Settings, vmid: int, config: dict[str, Any], status: dict
         return "its id is outside the range"
     if not name_matches(settings, config.get("name")):
         return f"its name {str(config.get('name'))[:60]!r} does not match the pattern"
-    if _set(config.get("template")) or _set(status.get("template")):
+    if protects(config, "template") or protects(status, "template"):
         return "it is a template"
-    if _set(config.get("protection")):
+    if protects(config, "protection"):
         return "it is protected"
     managed = status.get("ha")
     if not isinstance(managed, dict) or _set(managed.get("managed", 1)):
@@ -383,8 +377,8 @@ def _against(settings: Settings, vmid: int, config: dict[str, Any], status: dict
 
 
 def _set(value: object) -> bool:
-    """A PVE boolean; everything but a plain no is a yes."""
-    return value not in (None, 0, False, "0", "")
+    """A PVE boolean; everything but a plain no is a yes, also what is there and says nothing."""
+    return value is None or cautious(value)
 
 
 def in_range(settings: Settings, vmid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve import zombies
@@ -17,8 +18,8 @@ from pytest_nestedpve.ownership import (
     name_matches,
     parse_marker,
 )
-from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve import answers, guests
+from pytest_nestedpve.pve.answers import entries, whole
 from pytest_nestedpve.pve.errors import GuestNotFound, PveError
 from pytest_nestedpve.rows import Row
 from pytest_nestedpve.volumes import Volumes
@@ -102,21 +103,25 @@ class _Jobs:
 
     @classmethod
     def read(cls, host: PveHost) -> _Jobs:
-        everything, listed = False, set()
-        for job in entries(host.api.get("/cluster/backup"), call="get /cluster/backup"):
-            everything = everything or guests.cautious(job.get("all"))
-            listed |= {
-                int(part) for part in re.split(r"[,;\s]+", str(job.get("vmid") or "")) if part.isdigit()
-            }
-        for job in entries(host.api.get("/cluster/replication"), call="get /cluster/replication"):
-            if str(job.get("guest") or "").isdigit():
-                listed.add(int(job["guest"]))
+        everything, listed = False, set[int]()
+        for job in entries(host.api.get("/cluster/backup"), call="get /cluster/backup", strict=True):
+            ids = re.split(r"[,;\s]+", str(job["vmid"]).strip(",; ")) if job.get("vmid") else []
+            named = [whole(part) for part in ids]
+            # Neither a list of ids nor a pool (whose guests stay anyway): it may be about any guest.
+            unclear = None in named or not (named or answers.text(job.get("pool")))
+            everything = everything or unclear or guests.protects(job, "all")
+            listed |= {vmid for vmid in named if vmid is not None}
+        call = "get /cluster/replication"
+        for job in entries(host.api.get("/cluster/replication"), call=call, strict=True):
+            vmid = whole(job.get("guest"))
+            everything = everything or vmid is None
+            listed |= {vmid} if vmid is not None else set()
         return cls(everything, frozenset(listed))
 
 
 def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Jobs, now: int) -> str:
     """The first thing that speaks against destroying a VM without a marker; empty if nothing does."""
-    cautious = guests.cautious
+    protects = partial(guests.protects, config)
     status = host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/status/current")
     managed = status.get("ha") if isinstance(status, dict) else None
     created = _created(config)
@@ -124,22 +129,28 @@ def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Job
     snapshots = [
         each
         for each in entries(
-            host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/snapshot"), call="get snapshots"
+            host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/snapshot"),
+            call="get snapshots",
+            strict=True,
         )
         if each.get("name") != "current"
     ]
     reasons = (
-        (cautious(config.get("template")), "it is a template"),
-        (cautious(config.get("protection")), "it is protected"),
-        (bool(config.get("lock")), f"it is locked ({config.get('lock')})"),
-        (cautious(config.get("onboot")), "it starts with the host"),
+        (protects("template"), "it is a template"),
+        (protects("protection"), "it is protected"),
+        (protects("lock"), f"it is locked ({config.get('lock')})"),
+        (protects("onboot"), "it starts with the host"),
         (guest.pool is not None, f"it is in the pool {guest.pool}"),
         (bool(snapshots), "it has snapshots"),
         (guest.vmid in jobs.listed, "a backup or replication job names it"),
         (jobs.everything, "a backup job takes all VMs"),
-        (not isinstance(managed, dict) or cautious(managed.get("managed", 1)), "HA may manage it"),
+        (
+            not isinstance(managed, dict) or "managed" not in managed or guests.protects(managed, "managed"),
+            "HA may manage it",
+        ),
         (bool(tags), f"it has the tag {tags[0] if tags else ''}"),
-        (bool(str(config.get("description") or "").strip()), "it has a description"),
+        (not isinstance(config.get("tags", ""), str), "its tags are not readable"),
+        (protects("description"), "it has a description"),
         (created is None, "its age is not known"),
         (created is not None and now - created > OLD, "it is older than 7 days"),
     )

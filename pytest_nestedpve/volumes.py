@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api
 
 _DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
-_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:\S+\Z")
+# Storage and name; it becomes part of a path, so nothing in it may end or leave one.
+_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:(?!.*(?:\A|[:/])\.{0,2}(?:/|\Z))[A-Za-z0-9_./@+=,~^-]+\Z")
+
+
+_STORAGE = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 
 
 @dataclass
@@ -59,7 +63,9 @@ class Volumes:
             known.node = node
             known.volumes |= dict.fromkeys(named)
             for volid in self._listed[node].get(vmid, ()):
-                if volid in self._shared:
+                if not belongs(volid, vmid):
+                    known.volumes.setdefault(volid, "listed for this id, and not named for it")
+                elif volid in self._shared:
                     known.volumes.setdefault(
                         volid, "on a shared storage, and no configuration of ours names it"
                     )
@@ -71,7 +77,7 @@ class Volumes:
         path = f"/nodes/{node}/storage"
         for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
             name = storage.get("storage")
-            if isinstance(name, str) and whole(storage.get("active", 1)) != 0:
+            if isinstance(name, str) and _STORAGE.match(name) and whole(storage.get("active", 1)) != 0:
                 call = f"{path}/{name}/content"
                 try:
                     listed = entries(self._api.get(call, content="images"), call=f"get {call}")
@@ -128,5 +134,12 @@ class Volumes:
 def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
     """The volumes of a configuration that belong to the VM itself, not to another one or to a library."""
     first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
-    own = re.compile(rf"(?:^|[/:])(?:vm|base|subvol)-{vmid}-")
-    return [volid for volid in first if _VOLID.match(volid) and own.search(volid)]
+    return [volid for volid in first if belongs(volid, vmid)]
+
+
+def belongs(volid: str, vmid: int) -> bool:
+    """Whether a volume is the VM's own by the last part of its name: what a linked clone hangs on is not."""
+    if not _VOLID.match(volid):
+        return False
+    *above, name = volid.partition(":")[2].split("/")
+    return re.match(rf"(?:vm|base|subvol)-{vmid}-", name) is not None or above[-1:] == [str(vmid)]

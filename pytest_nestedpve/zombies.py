@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.answers import entries, mapping, whole
+from pytest_nestedpve.pve.answers import entries, mapping, shown, whole
 from pytest_nestedpve.pve.errors import GuestNotFound, UnreadableAnswer
-from pytest_nestedpve.pve.tasks import parse_upid
+from pytest_nestedpve.pve.tasks import Upid, parse_upid
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LEAVES = {"create": "qmcreate", "destroyed": "qmdestroy"}
 _LIMIT = 200
+_LATEST = 1 << 40  # epoch seconds that no clock shows
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,30 @@ def remains(host: PveHost, node: str, vmid: int, ours: frozenset[str]) -> Remain
 
 def running_tasks(api: Api, node: str, vmid: int) -> list[str]:
     """The UPIDs of the tasks that work on that id now. Raises PveError."""
-    path = f"/nodes/{node}/tasks"
-    found = entries(api.get(path, vmid=vmid, source="active"), call=f"get {path}")
-    upids = [
-        str(each["upid"]) for each in found if isinstance(each.get("upid"), str) and not each.get("endtime")
-    ]
+    listed = read_tasks(api, node, source="active", vmid=vmid)
     # The list of active tasks is written when a task begins and ends: one that was killed may still be in it.
-    return [upid for upid in upids if not _ended(api, node, upid)]
+    return [task.text for task, over in listed if not over and not _ended(api, node, task.text)]
+
+
+def read_tasks(api: Api, node: str, **chosen: Any) -> list[tuple[Upid, bool]]:
+    """Tasks of a node, and of each whether it is over. Raises PveError.
+
+    One that cannot be read may not be passed over: what is destroyed hangs on who works on it, and who did
+    so last. So the list is then unreadable.
+    """
+    path = f"/nodes/{node}/tasks"
+    found = []
+    for each in entries(api.get(path, **chosen), call=f"get {path}", strict=True):
+        task = parse_upid(each.get("upid"))
+        end = whole(each.get("endtime"))
+        found.append((task, end is not None and task.starttime <= end < _LATEST))
+    return found
 
 
 def _newest_tasks(api: Api, node: str, vmid: int) -> list[str]:
     """The newest task of an id; several, if they began in the same second and cannot be told apart."""
-    path = f"/nodes/{node}/tasks"
-    found = [
-        (whole(each.get("starttime")) or 0, str(each["upid"]))
-        for each in entries(api.get(path, vmid=vmid, source="all", limit=_LIMIT), call=f"get {path}")
-        if isinstance(each.get("upid"), str)
-    ]
+    listed = read_tasks(api, node, vmid=vmid, source="all", limit=_LIMIT)
+    found = [(task.starttime, task.text) for task, _ in listed]
     latest = max((start for start, _ in found), default=0)
     # A task that makes a thing comes before one that takes it away in the same second, unless it failed: then
     # nothing at that id is proved by either, and both have to be ours.
@@ -138,7 +146,12 @@ def _ended(api: Api, node: str, upid: str) -> bool:
 
 
 def _end(api: Api, node: str, upid: str) -> str | None:
-    """How a task ended, in PVE's words; None while it runs."""
+    """How a task ended, in PVE's words; None while it runs. Raises PveError."""
     path = f"/nodes/{node}/tasks/{upid}/status"
     status = mapping(api.get(path), call=f"get {path}")
-    return str(status.get("exitstatus") or "") if status.get("status") == "stopped" else None
+    if status.get("status") != "stopped":
+        return None
+    end = status.get("exitstatus")
+    if not isinstance(end, str) or not end.strip():
+        raise UnreadableAnswer(f"expected how the task ended, found {shown(end)}", call=f"get {path}")
+    return end.strip()

@@ -18,6 +18,7 @@ from pytest_nestedpve.pve.errors import (
     NotRunning,
     UnreadableAnswer,
 )
+from pytest_nestedpve.pve.guests import path_of
 
 # Without an agent PVE answers after 3 to 5 seconds, with a hanging one after 10 or more.
 _LIMIT = 30.0
@@ -162,4 +163,4 @@ def _result(answer: Any, path: str) -> Any:
 
 
 def _path(node: str, vmid: int, command: str) -> str:
-    return f"/nodes/{node}/qemu/{vmid}/agent/{command}"
+    return f"{path_of(node, vmid)}/agent/{command}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from typing import Any
 
 from pytest_nestedpve.pve.errors import UnreadableAnswer, plain
 
+# No separators of paths, shells, URLs or terminals: a UPID becomes part of a path.
+_PART = r"[^\x00-\x20\x7f-\xa0:/\\\"'`$;&|<>?#\s]"
 UPID = re.compile(
     r"UPID:(?P<node>[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?):(?P<pid>[0-9A-Fa-f]{8}):"
-    r"(?P<pstart>[0-9A-Fa-f]{8,9}):(?P<starttime>[0-9A-Fa-f]{8}):(?P<type>[^:\s\"]+):(?P<id>[^:\s\"]*):"
-    r"(?P<user>[^:\s\"]+):"
+    r"(?P<pstart>[0-9A-Fa-f]{8,9}):(?P<starttime>[0-9A-Fa-f]{8}):(?P<type>[A-Za-z0-9_-]{1,64}):"
+    rf"(?P<id>{_PART}{{0,255}}):(?P<user>{_PART}{{1,255}}):"
 )
 _UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z")
 _SHOWN = 300
@@ -68,23 +71,34 @@ def checked(data: Any) -> Any:
     return data
 
 
-def entries(answer: Any, *, call: str = "") -> list[dict[str, Any]]:
-    """The answer as a list of objects; None is empty, items that are no objects are left out.
+def entries(answer: Any, *, call: str = "", strict: bool = False) -> list[dict[str, Any]]:
+    """The answer as a list of objects; items that are no objects are left out, or, if `strict`, no answer.
 
-    Raises UnreadableAnswer when it is no list.
+    Raises UnreadableAnswer when it is no list: an empty one is `[]` (recorded), and nothing at all is not
+    that there is nothing.
     """
-    if answer is None:
-        return []
     if not isinstance(answer, list):
-        raise UnreadableAnswer(f"expected a list, found {str(answer)[:_SHOWN]!r}", call=call)
-    return [item for item in answer if isinstance(item, dict)]
+        raise UnreadableAnswer(f"expected a list, found {shown(answer)}", call=call)
+    found = [item for item in answer if isinstance(item, dict)]
+    if strict and len(found) != len(answer):
+        odd = next(item for item in answer if not isinstance(item, dict))
+        raise UnreadableAnswer(f"expected a list of objects, found {shown(odd)} in it", call=call)
+    return found
 
 
 def mapping(answer: Any, *, call: str = "") -> dict[str, Any]:
     """The answer as an object; raises UnreadableAnswer when it is none."""
     if not isinstance(answer, dict):
-        raise UnreadableAnswer(f"expected an object, found {str(answer)[:_SHOWN]!r}", call=call)
+        raise UnreadableAnswer(f"expected an object, found {shown(answer)}", call=call)
     return answer
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its beginning, whatever its size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _SHOWN
+    short.maxlevel, short.maxlist, short.maxdict = 3, 4, 6
+    return short.repr(value)[:_SHOWN]
 
 
 def whole(value: Any) -> int | None:

@@ -94,6 +94,34 @@ class BadParameter(ApiError):
     """A parameter failed verification."""
 
 
+class WrongState(ApiError):
+    """The guest is in a state that the call is not for, and stays in it: template, paused, with snapshots."""
+
+
+class StartFailed(ApiError):
+    """The host could not start the guest's QEMU (no KVM, or QEMU ended at once)."""
+
+
+class GuestTimeout(ApiError):
+    """The guest, or its QEMU, did not do in time what it was asked to; it may yet do it."""
+
+
+class Interrupted(ApiError):
+    """The task's process ended before its work did; what it was to make or remove may be there by halves."""
+
+
+class Unsupported(ApiError):
+    """The storage is disabled, or it cannot hold or do what was asked."""
+
+
+class DownloadFailed(ApiError):
+    """The host could not fetch the file."""
+
+
+class WrongContent(DownloadFailed):
+    """The file was fetched, and is not the one expected (checksum, format); PVE has removed it again."""
+
+
 class NoQuorum(ApiError):
     """The cluster has no quorum: /etc/pve is read-only."""
 
@@ -102,8 +130,12 @@ class AgentUnavailable(ApiError):
     """The guest agent is not configured, not running or did not answer."""
 
 
+class AgentFailed(ApiError):
+    """The guest agent answered, and could not do it: no such file, no such command."""
+
+
 class NodeUnreachable(ApiError):
-    """The node that was asked could not reach the other node of its cluster."""
+    """The node that was asked could not reach the other node of its cluster, or finds no address for it."""
 
 
 class ClusterFilesystemDown(ApiError):
@@ -129,8 +161,8 @@ class TaskFailed(ApiError):
     """
 
     def __init__(self, upid: str, exitstatus: str, log: tuple[str, ...] = ()) -> None:
-        tail = "".join(f"\n    {line}" for line in log[-12:])
-        super().__init__(f"task {upid} ended: {exitstatus}{tail}")
+        tail = "".join(f"\n    {plain(line)[:_LINE]}" for line in log[-12:])
+        super().__init__(f"task {upid} ended: {plain(exitstatus)[:_TEXT_LIMIT]}{tail}")
         self.upid = upid
         self.exitstatus = exitstatus
         self.log = log
@@ -146,8 +178,16 @@ class TaskFailed(ApiError):
 _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (NoPve, r"pvesh: (?:command )?not found|pvesh\W{0,2}: No such file or directory"),
     (ClusterFilesystemDown, r"^ipcc_send_rec\[\d+\] failed: |^Unable to load access control list: "),
-    (NodeUnreachable, r"^proxy handler failed: ssh: |^ssh: connect to host .* port \d+: "),
-    (NoQuorum, r"no quorum[?!]|^unable to open file '/etc/pve/[^']*' - Permission denied"),
+    (
+        NodeUnreachable,
+        r"^proxy handler failed: (?:ssh: |Host key verification failed|Connection (?:closed|reset|timed))|"
+        r"^ssh: (?:connect to host|Could not resolve hostname) |hostname lookup '[^']*' failed",
+    ),
+    (
+        NoQuorum,
+        r"no quorum[?!]|'/etc/pve/[^'\n]*'[^'\n]*(?:Permission denied|Read-only file system)",
+    ),
+    (Interrupted, r"\A(?:unexpected status|received interrupt|interrupted by signal|broken pipe)\s*\Z"),
     (NotFound, r"^403 Permission check failed \(pool '[^']*' does not exist\)"),
     (
         PermissionDenied,
@@ -168,12 +208,19 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (UnreadableAnswer, r"Result verification failed"),
     (
         BadParameter,
-        r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |"
+        r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |^501 |"
         r"^no options specified|pool name must start with a letter|key validation error",
     ),
     (
+        Unsupported,
+        r"storage '?[\w.-]+'? (?:does not support (?:vm images|\w+ content)|is disabled|"
+        r"is not (?:online|active)|is not configured for content-type|is not available on node)|"
+        r"snapshot feature is not available|feature is not supported|shrinking disks is not supported",
+    ),
+    (
         LockTimeout,
-        r"can't lock file '[^']*' - got timeout|cfs-lock '[^']*' error: got lock (?:request )?timeout",
+        r"can't (?:lock file|ac?quire lock) '[^']*' - got timeout|"
+        r"cfs-lock '[^']*' error: got lock (?:request )?timeout",
     ),
     (Locked, r"(?:VM|CT|guest) is locked(?: \(|$)|VM \d+ is locked"),
     (Protected, r"protection mode enabled"),
@@ -182,8 +229,25 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"No QEMU guest agent configured|QEMU guest agent is not running|^QMP (?:guest )?agent|"
         r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect)",
     ),
+    (AgentFailed, r"^Agent error: "),
     (Running, r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running VM"),
     (NotRunning, r"(?:VM|CT) \d+ (?:is )?not running"),
+    (
+        GuestTimeout,
+        r"quit/powerdown failed - got timeout|"
+        r"qmp command '[\w-]+' failed - (?:got timeout|unable to connect)|^Timeout while waiting for port ",
+    ),
+    (
+        WrongState,
+        r"^VM is paused|you can't (?:start|convert|reset|suspend|migrate) a (?:vm|template)|"
+        r"because (?:VM|CT) contains snapshots",
+    ),
+    (StartFailed, r"^start failed: |QEMU exited with code|^KVM virtualisation configured, but not available"),
+    (
+        WrongContent,
+        r"checksum mismatch: got |failed to verify file|invalid filename or wrong extension",
+    ),
+    (DownloadFailed, r"^download failed: |^invalid server response"),
     (
         InUse,
         r"pool '[^']*' is not empty|is still in use by linked clone|used in HA resources|"
@@ -199,7 +263,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         NotFound,
         r"does not exist\b|^unable to find configuration file|^no such |^500 no such |"
-        r"hostname lookup '[^']*' failed|^No '\w+' handler defined for|"
+        r"^No '\w+' handler defined for|"
         r"non-existent or non-regular file|no such (?:user|token|cluster node)",
     ),
 )
@@ -209,9 +273,25 @@ _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in
 _NOISE = re.compile(
     r"^(?:user config - ignore invalid |perl: warning: |\s+(?:LANGUAGE|LC_\w+|LANG) = |"
     r"\s+are supported and installed|trying to acquire (?:cfs )?lock|Wide character in |UPID:|"
+    r"Use of uninitialized value |Task finished with \d+ warning|\s+\S.* called at \S+ line \d+|"
     r"(?:pvesh|qm|pveum|pvesm) \S.*<\w+>)"
 )
+# pmxcfs is asked three times, and each time it is told; the line after them says what failed for it.
+_BESIDE = re.compile(r"^ipcc_send_rec\[\d+\] failed: ")
+# What stands before the reason proper: who says it, or which call it was.
+_SAYS = re.compile(
+    r"^(?:proxy handler failed: |TASK ERROR: |ERROR: |unable to create (?:VM|CT) \d+ - |"
+    r"(?:create|delete|update|clone|generating|ACL)(?: \w+)? failed: )+",
+    re.MULTILINE,
+)
 _TEXT_LIMIT = 4000
+_READ_LIMIT = 200_000
+_LINE = 1000
+
+
+def is_noise(text: str) -> bool:
+    """Whether nothing in `text` is a reason: empty, or warnings that stand beside results too."""
+    return not any(line.strip() and not _NOISE.match(line) for line in plain(text[:_READ_LIMIT]).split("\n"))
 
 
 def plain(text: str) -> str:
@@ -225,12 +305,19 @@ def classify(text: str, rc: int | None = None, call: str = "") -> ApiError:
 
     Never fails: words nobody has seen become a plain ApiError.
     """
+    if len(text) > _READ_LIMIT:
+        text = text[: _READ_LIMIT // 2] + "\n" + text[-_READ_LIMIT // 2 :]
     readable = plain(text)
-    lines = [line.rstrip() for line in readable.splitlines() if line.strip() and not _NOISE.match(line)]
-    said = "\n".join(lines) or readable.strip() or f"failed without a word (exit status {rc})"
+    # Each line once: what is said twice is said by the task and by the one who waited for it.
+    lines = dict.fromkeys(line.rstrip() for line in readable.split("\n") if line.strip())
+    told = [line for line in lines if not _NOISE.match(line)]
+    told = [line for line in told if not _BESIDE.match(line)] or told[:1]
+    said = "\n".join(told or lines) or f"failed without a word (exit status {rc})"
     if len(said) > _TEXT_LIMIT:
         said = said[: _TEXT_LIMIT // 2] + "\n[…]\n" + said[-_TEXT_LIMIT // 2 :]
+    reason = _SAYS.sub("", said)
+    words = said if reason == said else f"{said}\n{reason}"
     for kind, pattern in _COMPILED:
-        if pattern.search(said):
+        if pattern.search(words):
             return kind(said, call=call, rc=rc)
     return ApiError(said, call=call, rc=rc)

@@ -23,6 +23,8 @@ from pytest_nestedpve.timing import Deadline, wait_until
 
 # Keys of a VM's configuration that bring a volume with them.
 _DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
+UNREADABLE = "(unreadable)"
+"""Stands for a pool or lock that the host names in no readable way; no pool or lock is called so."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def read_guest(entry: Mapping[str, Any]) -> Guest | None:
     What cannot be read is taken for that which keeps the guest from being touched.
     """
     vmid, node, kind = whole(entry.get("vmid")), text(entry.get("node")), entry.get("type")
-    if vmid is None or vmid < 100 or node is None or not NODE_NAME.match(node) or kind not in ("qemu", "lxc"):
+    if vmid is None or not is_vmid(vmid) or kind not in ("qemu", "lxc"):
+        return None
+    if node is None or not NODE_NAME.match(node):
         return None
     name = text(entry.get("name"))
     return Guest(
@@ -65,10 +69,10 @@ def read_guest(entry: Mapping[str, Any]) -> Guest | None:
         # A guest without a name is shown by this one, which no guest can have for its own.
         name=None if name in (f"VM {vmid}", f"CT {vmid}") else name,
         status=text(entry.get("status")) or "unknown",
-        pool=text(entry.get("pool")),
+        pool=text(entry.get("pool")) or (UNREADABLE if protects(entry, "pool") else None),
         tags=read_tags(entry.get("tags")),
-        template=cautious(entry.get("template")),
-        lock=text(entry.get("lock")),
+        template=protects(entry, "template"),
+        lock=text(entry.get("lock")) or (UNREADABLE if protects(entry, "lock") else None),
         kind=str(kind),
     )
 
@@ -85,19 +89,29 @@ def cautious(value: Any) -> bool:
     return value not in (None, 0, "0", "", False)
 
 
+def protects(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a key that would keep a guest from being touched says so: it is there, and no plain no."""
+    return key in values and (values[key] is None or cautious(values[key]))
+
+
+def is_vmid(value: int) -> bool:
+    """Whether a guest may have that id."""
+    return 100 <= value <= 999_999_999
+
+
 def guest_config(api: Api, node: str, vmid: int, *, current: bool = False) -> dict[str, Any]:
     """A VM's configuration; with `current` the active values instead of the pending ones.
 
     Raises GuestNotFound; UnreadableAnswer for a VM whose destroy was killed half-way (facts of PVE
     9.2: `lock: destroyed` fails the host's own verification).
     """
-    path = f"{_path(node, vmid)}/config"
+    path = f"{path_of(node, vmid)}/config"
     return mapping(api.get(path, current=True if current else None), call=f"get {path}")
 
 
 def guest_status(api: Api, node: str, vmid: int) -> str:
     """ "running", "stopped" or another word of PVE's. Raises GuestNotFound, UnreadableAnswer."""
-    path = f"{_path(node, vmid)}/status/current"
+    path = f"{path_of(node, vmid)}/status/current"
     status = mapping(api.get(path), call=f"get {path}").get("status")
     if not isinstance(status, str) or not status:
         raise UnreadableAnswer(f"expected a status, found {status!r}", call=f"get {path}")
@@ -124,31 +138,31 @@ def create_diskless(
     if disks:
         raise BadParameter(f"a VM is made without volumes first, found {', '.join(disks)}")
     given = {"vmid": vmid, "name": name, "pool": pool, "description": description, **options}
-    return awaited(api, lambda: api.post(_path(node), **given), timeout)
+    return awaited(api, lambda: api.post(path_of(node), **given), timeout)
 
 
 def configure(api: Api, node: str, vmid: int, *, timeout: float = 120.0, **options: Any) -> TaskResult:
     """Change a VM's configuration by a task, which may import or allocate volumes."""
-    return awaited(api, lambda: api.post(f"{_path(node, vmid)}/config", **options), timeout)
+    return awaited(api, lambda: api.post(f"{path_of(node, vmid)}/config", **options), timeout)
 
 
 def start(api: Api, node: str, vmid: int, *, timeout: float = 120.0) -> TaskResult | None:
     """Start a VM; None if it runs already. Raises the typed reason of the task that failed."""
     try:
-        return awaited(api, lambda: api.post(f"{_path(node, vmid)}/status/start"), timeout)
+        return awaited(api, lambda: api.post(f"{path_of(node, vmid)}/status/start"), timeout)
     except Running:
         return None
 
 
 def stop(api: Api, node: str, vmid: int, *, timeout: float = 60.0) -> TaskResult:
     """Switch a VM off at once; a stopped one stays so. Raises when the task did not end with OK."""
-    return awaited(api, lambda: api.post(f"{_path(node, vmid)}/status/stop"), timeout)
+    return awaited(api, lambda: api.post(f"{path_of(node, vmid)}/status/stop"), timeout)
 
 
 def shutdown(api: Api, node: str, vmid: int, *, timeout: float = 60.0) -> TaskResult:
     """Ask the guest to go down; raises (ApiError "… got timeout") if it runs after `timeout` seconds."""
     seconds = max(1, int(timeout))
-    post = f"{_path(node, vmid)}/status/shutdown"
+    post = f"{path_of(node, vmid)}/status/shutdown"
     return awaited(api, lambda: api.post(post, timeout=seconds), timeout + 30)
 
 
@@ -159,7 +173,7 @@ def destroy(api: Api, node: str, vmid: int, *, timeout: float = 120.0) -> TaskRe
     sends a delete to queue behind a lock may hit another VM of the same id (facts of PVE 9.2, 52), so
     LockTimeout is raised and the caller proves again before trying again.
     """
-    return awaited(api, lambda: api.delete(_path(node, vmid)), timeout, again=False)
+    return awaited(api, lambda: api.delete(path_of(node, vmid)), timeout, again=False)
 
 
 def awaited(api: Api, call: Callable[[], Any], timeout: float, *, again: bool = True) -> TaskResult:
@@ -198,9 +212,10 @@ def awaited(api: Api, call: Callable[[], Any], timeout: float, *, again: bool = 
     )
 
 
-def _path(node: str, vmid: int | None = None) -> str:
-    if not NODE_NAME.match(node):
+def path_of(node: str, vmid: int | None = None) -> str:
+    """The API's path of a node's guests, or of one. Raises BadParameter for what is no node or no id."""
+    if not isinstance(node, str) or not NODE_NAME.match(node):
         raise BadParameter(f"expected the name of a node, found {node!r}")
-    if vmid is not None and (isinstance(vmid, bool) or not isinstance(vmid, int) or vmid < 100):
+    if vmid is not None and (isinstance(vmid, bool) or not isinstance(vmid, int) or not is_vmid(vmid)):
         raise BadParameter(f"expected the id of a guest, 100 or above, found {vmid!r}")
     return f"/nodes/{node}/qemu" if vmid is None else f"/nodes/{node}/qemu/{vmid}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_nestedpve.pve.answers import UPID, entries, mapping
+from pytest_nestedpve.pve.answers import UPID, entries, mapping, shown
 from pytest_nestedpve.pve.api import Api
 from pytest_nestedpve.pve.errors import PveError, TaskFailed, UnreadableAnswer
 from pytest_nestedpve.timing import Deadline, wait_until
+
+_WARNINGS = re.compile(r"WARNINGS: \d+")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def parse_upid(text: Any) -> Upid:
     """Take a UPID apart; raises UnreadableAnswer for anything that is not one."""
     match = UPID.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise UnreadableAnswer(f"expected the id of a task (UPID:…), found {str(text)[:200]!r}")
+        raise UnreadableAnswer(f"expected the id of a task (UPID:…), found {shown(text)}")
     return Upid(
         match.string,
         match["node"],
@@ -78,7 +81,7 @@ def wait_task(
         what=lambda: f"the end of task {upid} (last seen: {seen})",
         interval=interval,
     )
-    warnings = exitstatus.startswith("WARNINGS:")
+    warnings = _WARNINGS.fullmatch(exitstatus) is not None
     if exitstatus != "OK" and not warnings:
         try:
             log = task_log(api, upid)

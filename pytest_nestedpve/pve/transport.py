@@ -7,7 +7,7 @@ from typing import Any
 
 from pytest_nestedpve.pve.answers import read_answer
 from pytest_nestedpve.pve.api import current_call_limit
-from pytest_nestedpve.pve.errors import ApiError, BadParameter, SshError, classify
+from pytest_nestedpve.pve.errors import ApiError, BadParameter, SshError, classify, is_noise
 from pytest_nestedpve.pve.host import SshLike
 
 # Parameters whose values are kept out of messages and logs.
@@ -62,7 +62,9 @@ class PveshApi:
             return read_answer(result.stdout, call=call, secret=secret)
         if result.rc == -1:
             raise SshError(f"{call}: pvesh was ended by a signal: {result.stderr.strip()[:300]}")
-        error = classify(result.stderr if result.stderr.strip() else result.stdout, result.rc, call)
+        # QEMU's reason, and some of pvesh's, stand on the other stream.
+        said = result.stderr if not is_noise(result.stderr) or is_noise(result.stdout) else result.stdout
+        error = classify(said, result.rc, call)
         raise _without(error, params) if secret else error
 
 

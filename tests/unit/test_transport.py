@@ -32,7 +32,7 @@ RECORDED: dict[str, dict[str, Any]] = {record["id"]: record for record in map(js
 # What the client makes of the words of each recorded failure, whichever command printed them.
 FAILURES: dict[type[ApiError], str] = {
     errors.GuestNotFound: "basic-104 basic-108 basic-141 basic-142 cluster-040",
-    errors.NotFound: "basic-077 basic-078 basic-079 power-038 power-044 clone-009 snapshot-013 snapshot-031 "
+    errors.NotFound: "basic-077 basic-078 power-038 power-044 clone-009 snapshot-013 snapshot-031 "
     "tasks-014 cluster-057 storage-005 pveum-005 pveum-025",
     errors.AlreadyExists: "clone-005 snapshot-003 snapshot-028 destroy-041 create-003 create-056 pveum-007 "
     "ownF-036 ownL-005",
@@ -46,10 +46,14 @@ FAILURES: dict[type[ApiError], str] = {
     errors.AgentUnavailable: "agent-001 agent-007 agent-012",
     errors.NoQuorum: "noquorum-007 noquorum-011 noquorum-020 noquorum-023",
     errors.ClusterFilesystemDown: "services-024",
-    errors.NodeUnreachable: "nodedown-022",
+    errors.NodeUnreachable: "nodedown-022 basic-079",
     errors.BadParameter: "basic-084 basic-094 basic-096 tasks-016 config-008 storage-047",
-    errors.ApiError: "power-033 power-034 power-045 power-048 power-057 clone-023 create-052 "
-    "ownL-007 ownL-009",
+    errors.StartFailed: "power-033 power-034",
+    errors.GuestTimeout: "power-045 power-048",
+    errors.WrongState: "power-057 clone-023",
+    errors.WrongContent: "ownL-007",
+    errors.DownloadFailed: "ownL-009",
+    errors.ApiError: "create-052",
 }
 
 
@@ -211,7 +215,7 @@ def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> No
         ("clone-020", errors.InUse),
         ("snapshot-028", errors.AlreadyExists),
         ("create-052", errors.TaskFailed),
-        ("power-034", errors.TaskFailed),
+        ("power-034", errors.StartFailed),
         ("ownL-005", errors.AlreadyExists),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from memory_host import MemoryHost
+from memory_model import Model
 
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.zombies import bare_lock, remains
@@ -43,6 +44,15 @@ def killed(memory: MemoryHost, host: PveHost, kind: str = "qmcreate") -> str:
     return upid
 
 
+def began(model: Model, number: int, shift: float) -> str:
+    """Let a task have begun `shift` seconds later; its id then, for the id names that second."""
+    task = model.state["tasks"][number]
+    task["start"] += shift
+    parts = task["upid"].split(":")
+    task["upid"] = ":".join([*parts[:4], f"{int(task['start']):08X}", *parts[5:]])
+    return str(task["upid"])
+
+
 def test_a_killed_create_of_ours_is_ours(memory: MemoryHost, host: PveHost) -> None:
     upid = killed(memory, host)
     found = remains(host, "father", VMID, frozenset({upid}))
@@ -55,7 +65,7 @@ def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
 ) -> None:
     host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
     with memory.open() as model:  # the create is older
-        model.state["tasks"][0]["start"] -= 60
+        began(model, 0, -60)
     upid = killed(memory, host, "qmdestroy")
     found = remains(host, "father", VMID, frozenset({upid}))
     assert found is not None
@@ -80,7 +90,7 @@ def test_a_create_of_ours_that_was_refused_does_not_make_the_thing_ours(
 ) -> None:
     killed(memory, host)
     with memory.open() as model:  # another's, and older
-        model.state["tasks"][-1]["start"] -= 60
+        began(model, -1, -60)
         model.state["tasks"].append(
             {**model.state["tasks"][-1], "start": model.now, "end": model.now, "exit": end}
         )
@@ -96,7 +106,7 @@ def test_a_create_of_ours_that_was_refused_does_not_make_the_thing_ours(
 def test_a_newer_task_of_another_makes_it_theirs(memory: MemoryHost, host: PveHost) -> None:
     upid = killed(memory, host)
     with memory.open() as model:
-        model.state["tasks"][-1]["start"] -= 60
+        began(model, -1, -60)
         model.state["vms"].clear()
     killed(memory, host)
     found = remains(host, "father", VMID, frozenset({upid}))
@@ -110,7 +120,8 @@ def test_two_tasks_of_one_second_have_both_to_be_ours(memory: MemoryHost, host: 
         model.state["vms"].clear()
     second = killed(memory, host)
     with memory.open() as model:
-        model.state["tasks"][0]["start"] = model.state["tasks"][1]["start"]
+        apart = model.state["tasks"][1]["start"] - model.state["tasks"][0]["start"]
+        first = began(model, 0, apart)
     for ours, expected in (({first}, False), ({second}, False), ({first, second}, True)):
         found = remains(host, "father", VMID, frozenset(ours))
         assert found is not None
@@ -130,8 +141,8 @@ def test_a_create_that_still_works_is_not_touched(memory: MemoryHost, host: PveH
 def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: MemoryHost, host: PveHost) -> None:
     host.api.post("/nodes/father/qemu", vmid=VMID, name="x")
     with memory.open() as model:
-        for task in model.state["tasks"]:
-            task["start"] -= 60
+        for number in range(len(model.state["tasks"])):
+            began(model, number, -60)
     upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
     with memory.open() as model:
         model.state["vms"][str(VMID)].update(config={"lock": "create"}, running=False)
