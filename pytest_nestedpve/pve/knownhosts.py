@@ -20,6 +20,7 @@ from pytest_nestedpve.pve.errors import HostKeyMismatch
 _ALGORITHMS = {
     "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
 }
+_KRL = b"SSHKRL\n\0"
 CERTIFICATE = "-cert-v01@openssh.com"
 
 
@@ -124,25 +125,43 @@ def refuse_revoked(known: Sequence[KnownKey], blob: bytes, shown: str, name: str
 
 
 def refuse_revoked_by(file: Path, type: str, blob: bytes, name: str) -> None:
-    """Raises HostKeyMismatch when RevokedHostKeys has this key, or cannot be asked.
+    """Raises HostKeyMismatch when RevokedHostKeys has this key, or cannot be read.
 
-    OpenSSH is asked (`ssh-keygen -Q`): the file may be a list or a binary key revocation list.
+    It is a list of public keys, or a binary key revocation list, about which OpenSSH is asked.
     """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error.strerror or str(error)) from error
+    if content.startswith(_KRL):
+        revoked, said = _revoked_by_krl(file, type, blob)
+        if said:
+            raise _unreadable(file, said)
+    else:
+        text = base64.b64encode(blob).decode()
+        revoked = any(text in line.split() for line in content.decode(errors="replace").splitlines())
+    if revoked:
+        raise HostKeyMismatch(
+            f"the host key of {name} is revoked by RevokedHostKeys {file}: {type} {fingerprint(blob)}. "
+            "Do not connect."
+        )
+
+
+def _revoked_by_krl(file: Path, type: str, blob: bytes) -> tuple[bool, str]:
+    """Whether it is revoked, and what OpenSSH says against the list."""
     with tempfile.NamedTemporaryFile("w", suffix=".pub") as key:
         key.write(f"{type} {base64.b64encode(blob).decode()}\n")
         key.flush()
         argv = ["ssh-keygen", "-Q", "-f", str(file), key.name]
         done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode == 0:
-        return
-    if b"REVOKED" in done.stdout:
-        raise HostKeyMismatch(
-            f"the host key of {name} is revoked by RevokedHostKeys {file}: {type} {fingerprint(blob)}. "
-            "Do not connect."
-        )
-    said = (done.stderr or done.stdout).decode(errors="replace").strip()[:300]
-    raise HostKeyMismatch(
-        f"RevokedHostKeys {file} cannot be read, so no host key is accepted: {said}. Mend or remove it"
+    if done.returncode == 0 or b"REVOKED" in done.stdout:
+        return done.returncode != 0, ""
+    return False, (done.stderr or done.stdout).decode(errors="replace").strip()[:300] or "no reason given"
+
+
+def _unreadable(file: Path, why: str) -> HostKeyMismatch:
+    return HostKeyMismatch(
+        f"RevokedHostKeys {file} cannot be read, so no host key is accepted: {why}. Mend or remove it"
     )
 
 

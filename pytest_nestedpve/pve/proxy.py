@@ -28,13 +28,11 @@ class Proxy:
         theirs.close()
 
     def ended(self) -> str | None:
-        """How the command failed and its last words; None while it runs or when it ended well."""
+        """The command's exit status and last words; None while it runs."""
         try:
             # Its end of the socket closes a moment before it is gone.
             status = self._process.wait(0.5)
         except subprocess.TimeoutExpired:
-            return None
-        if status == 0:
             return None
         self._errors.seek(0)
         said = " ".join(self._errors.read().decode(errors="replace").split())[-_TAIL:]

@@ -52,8 +52,9 @@ def _target(
         digest=lambda: _digest(alias, config, user, port),
     )
 
-    def paths(key: str) -> tuple[Path, ...]:
-        return tuple(Path(tokens.path(value, key)) for value in said.get(key, []) if value.lower() != "none")
+    def paths(option: str) -> tuple[Path, ...]:
+        values = said.get(option.lower(), [])
+        return tuple(Path(tokens.path(value, option)) for value in values if value.lower() != "none")
 
     # ssh -G has expanded what stands in UserKnownHostsFile and IdentityAgent.
     known = [
@@ -63,15 +64,15 @@ def _target(
     ]
     jump_text = tokens.command(_one(said, "proxyjump") or "none", "ProxyJump")
     command = _one(said, "proxycommand") or "none"
-    revoked = paths("revokedhostkeys")
+    revoked = paths("RevokedHostKeys")
     seconds = re.fullmatch(r"[1-9]\d*", _one(said, "connecttimeout") or "")
     usual = sshoptions.usual(_ask)
     return SshTarget(
         host=host,
         port=number,
         user=login,
-        identity_files=paths("identityfile"),
-        certificate_files=paths("certificatefile"),
+        identity_files=paths("IdentityFile"),
+        certificate_files=paths("CertificateFile"),
         known_hosts=tuple(known),
         host_key_alias=key_alias,
         identity_agent=_agent(_one(said, "identityagent"), tokens),
