@@ -53,6 +53,7 @@ class Environment:
         self.resumed = False
         self.remarks: list[str] = []
         self.leaf_used = False  # a test logged in to the VM inside
+        self.workers = 1  # how many environments of its kind this session has at once
         self.secrets: list[str] = []
         self._connect = connect
         self._lock = threading.RLock()

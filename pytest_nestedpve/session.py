@@ -185,6 +185,8 @@ class NestedSession:
             progress=lambda text: runner.progress(text),
             rootdir=self.config.rootpath,
         )
+        if self.told is None:
+            environment.workers = int(getattr(self.config, "workerinput", {}).get("workercount", 1))
         if kept is not None:
             (run.dir / ending.FINISHED).unlink(missing_ok=True)
             keeping.restore(kept, run.directory)

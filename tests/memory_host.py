@@ -140,6 +140,11 @@ def _resources(model: Model, params: State) -> list[State]:
     return [{"id": f"node/{model.node}", "node": model.node, "type": "node", "status": "online"}, *found]
 
 
+def _node_status(model: Model, _params: State, _node: str) -> State:
+    memory = {"total": 64 << 30, "available": 48 << 30, "free": 40 << 30, "used": 16 << 30}
+    return {"memory": memory | model.state.get("memory", {}), "pveversion": "pve-manager/9.2.11"}
+
+
 def _pools(model: Model, params: State) -> list[State]:
     pools = model.state["pools"]
     wanted = params.get("poolid")
@@ -378,6 +383,7 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("GET", "/cluster/replication", lambda m, _p: m.state["replication"]),
     ("GET", "/cluster/ha/resources", lambda m, _p: [{"sid": sid} for sid in m.state["ha"]]),
     ("GET", "/nodes", lambda m, _p: [{"node": m.node, "status": "online"}]),
+    ("GET", r"/nodes/([^/]+)/status", _node_status),
     ("GET", "/pools", _pools),
     ("POST", "/pools", _make_pool),
     ("PUT", "/pools", _set_pool),

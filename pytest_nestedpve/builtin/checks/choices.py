@@ -1,0 +1,34 @@
+"""What a run would use of a host, and why that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the checks chose; None where there is nothing to choose from, or nothing is needed.
+
+    `why` has the reason of each choice, by field.
+    """
+
+    version: str | None = None
+    node: str | None = None
+    clock_offset: int | None = None
+    storage: str | None = None
+    format: str | None = None
+    snippets: str | None = None
+    image: str | None = None
+    template: int | None = None
+    bridge: str | None = None
+    vmid: str | None = None
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What the phase preflight records."""
+        names = (
+            "version", "node", "clock_offset", "storage", "format", "snippets", "image", "template", "bridge",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}

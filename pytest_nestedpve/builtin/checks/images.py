@@ -1,0 +1,144 @@
+"""What the nested VM boots: an image that is imported, or a template that is cloned."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.builtin.checks.finding import Finding, fine
+from pytest_nestedpve.builtin.checks.storages import contents, mend_content, usable
+from pytest_nestedpve.pve.answers import entries, flag, text, whole
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.builtin.checks.seen import Seen
+
+_IMAGE = re.compile(r"debian-(?P<release>12|13)\b.*\.(?:qcow2|raw)\Z", re.IGNORECASE)
+_SITE = "cloud.debian.org"
+_NAME = "debian-13-genericcloud-amd64.qcow2"
+
+
+def fetch(node: str, storage: str) -> str:
+    """The command that has the host fetch Debian's cloud image."""
+    return shlex.join(
+        [
+            "pvesh", "create", f"/nodes/{node}/storage/{storage}/download-url", "--content", "import",
+            "--filename", _NAME, "--url", f"https://{_SITE}/images/cloud/trixie/latest/{_NAME}",
+        ]
+    )  # fmt: skip
+
+
+def image(seen: Seen) -> Iterator[Finding]:
+    """An image among the import volumes of the host, or the one that was named."""
+    if seen.settings.template or not seen.boots:
+        return
+    if seen.settings.image is not None:
+        yield from _named_image(seen)
+        return
+    node, storages = seen.host.node, seen.storages
+    importing = [str(each["storage"]) for each in storages if usable(each) and "import" in contents(each)]
+    if not importing:
+        yield Finding(
+            "image", "a storage with content import, and a Debian cloud image in it", "no such storage",
+            "Give one that content, and fetch an image.",
+            fix=(mend_content(storages, "local", "import"), fetch(node, "local")),
+        )  # fmt: skip
+        return
+    volumes = [volid for storage in importing for volid in _imports(seen, storage)]
+    matches = {volid: m for volid in volumes if (m := _IMAGE.search(volid.rpartition("/")[2]))}
+    if matches:
+        # The newest release; of one release's images the generic ones, which have all drivers.
+        best = max(matches, key=lambda v: (int(matches[v]["release"]), "generic" in v, v))
+        several = f", of {len(matches)} Debian images the newest" if len(matches) > 1 else ""
+        seen.choose(f"found among the import volumes{several}", image=best)
+    elif len(volumes) == 1:
+        seen.choose("the only import volume", image=volumes[0])
+    else:
+        yield Finding(
+            "image", f"a Debian cloud image among the import volumes of {', '.join(importing)}",
+            ", ".join(sorted(volumes)) or "none", "Name one in nested_pve_image, or fetch one.",
+            fix=(fetch(node, importing[0]),),
+        )  # fmt: skip
+        return
+    yield fine("image", str(seen.choices.image))
+
+
+def _named_image(seen: Seen) -> Iterator[Finding]:
+    settings, node, storages = seen.settings, seen.host.node, seen.storages
+    name, origin = str(settings.image), settings.origin("image")
+    storage, _, rest = name.partition(":")
+    there = next((each for each in storages if each.get("storage") == storage), None)
+    if there is None or not usable(there):
+        names = ", ".join(sorted(str(each.get("storage")) for each in storages)) or "none"
+        yield Finding(
+            "image", f"{name} ({origin}) on a storage of {node}",
+            f"no usable storage {storage!r} among {names}",
+            "Set nested_pve_image to a volume that is there.",
+        )  # fmt: skip
+        return
+    kind = "import" if rest.startswith("import/") else "images"
+    if rest.startswith(("iso/", "snippets/", "vztmpl/", "backup/")):
+        yield Finding(
+            "image", f"a volume with content import, like {storage}:import/debian-13.qcow2 ({origin})", name,
+            "PVE imports disks from content import or images only: put the file into that.",
+        )  # fmt: skip
+        return
+    if kind not in contents(there):
+        yield Finding(
+            "image", f"{storage} to have content {kind}, for {name} ({origin})",
+            ",".join(sorted(contents(there))), fix=(mend_content(storages, storage, kind),),
+        )  # fmt: skip
+        return
+    volumes = _imports(seen, storage, kind)
+    if name not in volumes:
+        yield Finding(
+            "image", f"{name} ({origin})", ", ".join(sorted(volumes)) or f"no {kind} volume on {storage}",
+            "Set nested_pve_image to one of these, or fetch one.", fix=(fetch(node, storage),),
+        )  # fmt: skip
+        return
+    seen.choose(origin, image=name)
+    yield fine("image", name)
+
+
+def _imports(seen: Seen, storage: str, kind: str = "import") -> list[str]:
+    path = f"/nodes/{seen.host.node}/storage/{storage}/content"
+    found = entries(seen.host.api.get(path, content=kind))
+    return [volid for each in found if (volid := text(each.get("volid")))]
+
+
+def template(seen: Seen) -> Iterator[Finding]:
+    """The template that was named, on this node."""
+    settings, node = seen.settings, seen.host.node
+    if settings.template is None:
+        return
+    wanted, origin = settings.template, settings.origin("template")
+    # /cluster/resources is a broadcast up to 10 s old, in which a new template is an unnamed VM.
+    live = entries(seen.host.api.get(f"/nodes/{node}/qemu"))
+    here = [{**each, "node": node, "type": "qemu"} for each in live]
+    guests = here + [each for each in seen.guests if each.get("node") != node]
+    same = [
+        each for each in guests
+        if each.get("type", "qemu") == "qemu"
+        and (str(each.get("vmid")) == wanted or text(each.get("name")) == wanted)
+    ]  # fmt: skip
+    same = [each for each in same if str(each.get("vmid")) == wanted] or same
+    templates = [each for each in guests if flag(each.get("template"))]
+    listed = ", ".join(f"{each.get('vmid')} ({text(each.get('name')) or 'unnamed'})" for each in templates)
+    advice = f"Templates here: {listed or 'none'}. Set nested_pve_template to one, or leave it out."
+    if not same:
+        yield Finding("template", f"the template {wanted!r} ({origin})", "no such VM", advice)
+    elif len(same) > 1:
+        ids = ", ".join(str(each.get("vmid")) for each in same)
+        yield Finding("template", f"one VM called {wanted!r} ({origin})", f"several: {ids}", "Give its id.")
+    elif not flag(same[0].get("template")):
+        yield Finding("template", f"{wanted} ({origin}) to be a template", "an ordinary VM", advice)
+    elif same[0].get("node") != node:
+        yield Finding(
+            "template", f"{wanted} ({origin}) on {node}", f"it is on {same[0].get('node')}",
+            "Connect to that node, or clone the template to this one.",
+        )  # fmt: skip
+    else:
+        vmid = whole(same[0].get("vmid"))
+        seen.choose(origin, template=vmid)
+        yield fine("template", f"{vmid} ({text(same[0].get('name')) or 'unnamed'})")

@@ -1,0 +1,109 @@
+"""The checks, in order, each on its own: one that fails does not keep the others from being made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.builtin.checks import basics, guests, images, places, storages
+from pytest_nestedpve.builtin.checks.finding import MISSING, UNKNOWN, Finding
+from pytest_nestedpve.pve.errors import ApiError, PveError, SshError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.builtin.checks.seen import Seen
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check; `needs` names those without which there is nothing to look at."""
+
+    name: str
+    do: Callable[[Seen], Iterable[Finding]]
+    needs: tuple[str, ...] = ()
+
+
+_ROOT = ("login",)
+_PVE = ("login", "PVE")
+_NODE = (*_PVE, "node")
+
+CHECKS: tuple[Check, ...] = (
+    Check("login", basics.login),
+    Check("PVE", basics.version, _ROOT),
+    Check("clock", basics.clock, _PVE),
+    Check("profile", basics.profile, _PVE),
+    Check("nested virtualisation", basics.virtualisation, _PVE),
+    Check("node", basics.node, _PVE),
+    Check("memory", guests.memory, _NODE),
+    Check("template", images.template, _NODE),
+    Check("storage", storages.storage, _NODE),
+    Check("snippets", storages.snippets, _NODE),
+    Check("image", images.image, _NODE),
+    Check("space", storages.space, (*_NODE, "storage")),
+    Check("bridge", places.bridge, _NODE),
+    Check("VM id", guests.ids, _NODE),
+    Check("pool", guests.pool_parent, _PVE),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """All findings, and the error that ended the connection, if one did."""
+
+    findings: tuple[Finding, ...]
+    lost: SshError | None = None
+
+    def of(self, level: str) -> tuple[Finding, ...]:
+        """The findings of one level."""
+        return tuple(each for each in self.findings if each.level == level)
+
+
+def look(
+    seen: Seen,
+    *,
+    begin: Callable[[str], None] = lambda _name: None,
+    told: Callable[[Finding], None] = lambda _finding: None,
+    checks: Iterable[Check] = CHECKS,
+) -> Found:
+    """Make the checks; `begin` hears of each before it is made, `told` of each finding at once."""
+    findings: list[Finding] = []
+    failed: set[str] = set()
+    known: set[int] = set()  # errors that stand among the findings already
+    lost: SshError | None = None
+
+    def take(finding: Finding) -> None:
+        findings.append(finding)
+        told(finding)
+
+    for check in checks:
+        lacking = next((need for need in check.needs if need in failed), None)
+        if lost is not None or lacking is not None:
+            failed.add(check.name)
+            why = "the connection is lost" if lost is not None else f"{lacking} comes first"
+            take(Finding(check.name, "", f"not looked at: {why}", level=UNKNOWN))
+            continue
+        begin(check.name)
+        before = len(findings)
+        try:
+            for finding in check.do(seen):
+                take(finding)
+        except SshError as e:
+            lost = e
+            take(unreachable(seen.settings.host or seen.host.name, e))
+        except PveError as e:
+            if id(e) in known:
+                take(Finding(check.name, "", "not looked at: the answer for it failed", level=UNKNOWN))
+            else:
+                known.add(id(e))
+                words = e.text if isinstance(e, ApiError) else str(e)
+                said = " / ".join(words.split("\n")[:3])
+                take(Finding(check.name, "an answer", said, "Mend that on the host first."))
+        if any(each.level in (MISSING, UNKNOWN) for each in findings[before:]):
+            failed.add(check.name)
+    return Found(tuple(findings), lost)
+
+
+def unreachable(name: str, error: SshError) -> Finding:
+    """A host that cannot be logged in to."""
+    said = "by hand" in str(error) or str(error).endswith("?")  # what to do
+    return Finding("SSH", f"a login as root at {name}", str(error), "" if said else "Try `ssh` by hand.")

@@ -1,0 +1,146 @@
+"""Storages: for the disk, for the snippet that brings the guest agent, and their room."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.builtin.checks.finding import Finding, fine
+from pytest_nestedpve.pve.answers import flag, whole
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.builtin.checks.seen import Seen
+
+GIB = 1024**3
+# A nested PVE with a leaf uses about this much of a disk that grows with its use.
+GROWN = 8 * GIB
+THIN = frozenset({"qcow2", "subvol"})
+THIN_TYPES = frozenset({"lvmthin", "zfspool", "rbd", "btrfs"})
+
+
+def contents(storage: dict[str, Any]) -> frozenset[str]:
+    """The content types of a storage as /nodes/N/storage lists it."""
+    return frozenset(str(storage.get("content") or "").split(","))
+
+
+def usable(storage: dict[str, Any]) -> bool:
+    """Whether a storage is enabled and active."""
+    return flag(storage.get("active", 1)) and flag(storage.get("enabled", 1))
+
+
+def disk_format(storage: dict[str, Any]) -> str | None:
+    """qcow2 where the storage can have it (raw files have no snapshots), else None: its own default.
+
+    What it can have it says itself, in `formats` of /nodes/N/storage?format=1: {"supported": […]}, in
+    PVE 8 and older a list whose first element holds the formats as keys.
+    """
+    formats = storage.get("formats", storage.get("format"))
+    supported: Any = ()
+    if isinstance(formats, dict):
+        supported = formats.get("supported", ())
+    elif isinstance(formats, list) and formats and isinstance(formats[0], dict):
+        supported = [name for name, able in formats[0].items() if flag(able)]
+    if not formats:
+        return "qcow2" if storage.get("type") in ("dir", "nfs", "cifs") else None
+    return "qcow2" if isinstance(supported, (list, tuple)) and "qcow2" in supported else None
+
+
+def mend_content(storages: list[dict[str, Any]], name: str, kind: str) -> str:
+    """The command that gives a storage one more content type."""
+    there = next((each for each in storages if each.get("storage") == name), None)
+    wanted = (contents(there) if there else frozenset({"iso"})) - {"", "none"} | {kind}
+    return shlex.join(["pvesm", "set", name, "--content", ",".join(sorted(wanted))])
+
+
+def _named(storages: list[dict[str, Any]]) -> str:
+    return ", ".join(sorted(str(each.get("storage")) for each in storages)) or "none"
+
+
+def _room(storage: dict[str, Any]) -> str:
+    free = whole(storage.get("avail"))
+    return f"{storage.get('type', 'storage')}" + (f", {free / GIB:.0f} GiB free" if free is not None else "")
+
+
+def storage(seen: Seen) -> Iterator[Finding]:
+    """Where the disk goes: the storage that was named, or the one with the most room."""
+    settings, storages = seen.settings, seen.storages
+    able = [each for each in storages if usable(each) and "images" in contents(each)]
+    origin, name = settings.origin("storage"), settings.storage
+    if name is None:
+        if not able:
+            first = next((each for each in storages if usable(each)), {"storage": "local"})
+            yield Finding(
+                "storage", "an active storage with content images", f"none such among {_named(storages)}",
+                "Give one that content.", fix=(mend_content(storages, str(first["storage"]), "images"),),
+            )  # fmt: skip
+            return
+        best = max(able, key=lambda each: (whole(each.get("avail")) or 0, str(each.get("storage"))))
+        why = f"the most room of {_named(able)}" if len(able) > 1 else "the only one with content images"
+        seen.choose(why, storage=str(best["storage"]), format=disk_format(best))
+        yield fine("storage", f"{best['storage']} ({_room(best)})")
+        return
+    found = next((each for each in storages if each.get("storage") == name), None)
+    if found is None:
+        yield Finding(
+            "storage", f"the storage {name!r} ({origin})", f"no such one; with images: {_named(able)}",
+            "Set nested_pve_storage to one of them.",
+        )  # fmt: skip
+    elif not usable(found):
+        yield Finding(
+            "storage", f"{name} ({origin}) to be active", "it is disabled or not active",
+            f"See what it says in `pvesm status --storage {name}`.",
+            fix=(shlex.join(["pvesm", "set", name, "--disable", "0"]),),
+        )  # fmt: skip
+    elif "images" not in contents(found):
+        yield Finding(
+            "storage", f"{name} ({origin}) to have content images", ",".join(sorted(contents(found))),
+            f"Give it that, or set nested_pve_storage to one of: {_named(able)}.",
+            fix=(mend_content(storages, name, "images"),),
+        )  # fmt: skip
+    else:
+        seen.choose(origin, storage=name, format=disk_format(found))
+        yield fine("storage", f"{name} ({_room(found)})")
+
+
+def snippets(seen: Seen) -> Iterator[Finding]:
+    """Where the vendor-data goes that installs the guest agent; a template has its own."""
+    if seen.settings.template or not seen.boots:
+        return
+    able = [str(each["storage"]) for each in seen.storages if usable(each) and "snippets" in contents(each)]
+    if not able:
+        yield Finding(
+            "snippets", "an active storage with content snippets (the guest agent comes to the VM that way)",
+            "none", "Give one that content, or use a template that has the agent.",
+            fix=(mend_content(seen.storages, "local", "snippets"),),
+        )  # fmt: skip
+        return
+    chosen = seen.choices.storage
+    if chosen in able:
+        seen.choose("with the disk", snippets=chosen)
+    elif "local" in able:
+        seen.choose("the usual one", snippets="local")
+    else:
+        seen.choose("the first that has content snippets", snippets=able[0])
+    yield fine("snippets", str(seen.choices.snippets))
+
+
+def space(seen: Seen) -> Iterator[Finding]:
+    """Room for the disks of all nested PVEs that there will be."""
+    found = next(each for each in seen.storages if each.get("storage") == seen.choices.storage)
+    settings, free = seen.settings, whole(found.get("avail"))
+    if free is None:
+        return
+    disk = settings.disk * GIB
+    thin = disk_format(found) in THIN or found.get("type") in THIN_TYPES
+    needed = min(GROWN, disk) if thin or settings.template else disk
+    if free < needed:
+        yield Finding(
+            "space", f"{needed / GIB:.0f} GiB free on {found.get('storage')}"
+            + ("" if thin else f" for a disk of {settings.disk} GiB, which takes its room at once"),
+            f"{free / GIB:.1f} GiB", "Make room, name another storage, or a smaller nested_pve_disk.",
+            fix=(shlex.join(["pvesm", "list", str(found.get("storage"))]),),
+        )  # fmt: skip
+        return
+    room = f"{free / GIB:.0f} GiB free on {found.get('storage')}"
+    yield fine("space", f"{room}, about {needed / GIB:.0f} needed")
