@@ -6,7 +6,6 @@ Chosen for each call by what it does (`routes`); callers do not know.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,20 @@ from pytest_nestedpve.pve import routes
 from pytest_nestedpve.pve.api import carried_by, current_call_limit
 from pytest_nestedpve.pve.errors import PermissionDenied, PveError, SshError
 from pytest_nestedpve.pve.host import SshLike
-from pytest_nestedpve.pve.https import HttpsClient, NoHttps, ReplyLost, Unauthorized, Untrusted
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, NotTaken, ReplyLost, Unauthorized, Untrusted
 from pytest_nestedpve.pve.routes import Grant, Identity
 from pytest_nestedpve.pve.tokens import Tokens
 from pytest_nestedpve.pve.transport import PveshApi
+from pytest_nestedpve.timing import Deadline
 
 # A call over HTTPS does not last as long as its task does: the task's id is the answer.
 LIMIT = 60.0
-# How long a host whose HTTPS failed is spoken to by pvesh before HTTPS is tried again, wall-clock seconds.
+# How long a host whose HTTPS failed is spoken to by pvesh before HTTPS is tried again, seconds.
 AGAIN = 5.0
+# A proxy that answered before and does not now is perhaps restarted: so long it is waited for, seconds. When
+# that was in vain it is left alone for longer.
+RESTART = 8.0
+AGAIN_AFTER_RESTART = 30.0
 
 Tell = Callable[[str, str, int, float], None]
 
@@ -36,7 +40,8 @@ class Line:
         self.hide: Callable[[str], None] | None = None
         self.tokens = Tokens(ssh, tell=self._tell, hide=self._hide)
         self._lock = threading.Lock()
-        self._down_until = 0.0
+        self._down = Deadline(0)
+        self._worked = False
         self.why_not = ""
         """Why HTTPS was not used the last time; empty as long as it was."""
 
@@ -50,16 +55,22 @@ class Line:
 
     @property
     def up(self) -> bool:
-        return time.monotonic() >= self._down_until
+        return self._down.expired
 
     def failed(self, error: NoHttps) -> None:
         """HTTPS does not work: `pvesh` for a while."""
         with self._lock:
-            self._down_until = time.monotonic() + AGAIN
+            self._down = Deadline(AGAIN_AFTER_RESTART if self._worked else AGAIN)
+            self._worked = False
             self.why_not = str(error)
 
     def works(self) -> None:
         self.why_not = ""
+        self._worked = True
+
+    def patience(self) -> Deadline:
+        """How long a call waits for the proxy to be back."""
+        return Deadline(RESTART if self._worked else 0)
 
 
 class HostApi:
@@ -113,13 +124,20 @@ class HostApi:
         pool = self._pool() if self._pool is not None else None
         who = routes.identity(method, path, params, pool=pool)
         if who is not Identity.ROOT and self.line.up:
-            try:
-                answer = self._by_https(method, path, params, who, pool)
-            except NoHttps as error:
-                self.line.failed(error)
-            else:
-                self.line.works()
-                return answer
+            patience, pause = self.line.patience(), 0.05
+            while True:
+                try:
+                    answer = self._by_https(method, path, params, who, pool)
+                except NoHttps as error:
+                    # Nothing was done, so it can be tried again.
+                    if not isinstance(error, NotTaken) or patience.remaining() <= pause:
+                        self.line.failed(error)
+                        break
+                    threading.Event().wait(pause)
+                    pause = min(pause * 2, 0.5)
+                else:
+                    self.line.works()
+                    return answer
         carried_by("pvesh")
         return getattr(self.line.pvesh, method)(path, **params)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,9 +310,35 @@ def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
     host.listens = True
     assert api.get("/version") == {"by": "pvesh"}  # not asked again at once
     later = time.monotonic() + 6
-    monkeypatch.setattr("pytest_nestedpve.pve.hostapi.time.monotonic", lambda: later)
+    monkeypatch.setattr("pytest_nestedpve.timing.time.monotonic", lambda: later)
     assert api.get("/version") == {"by": "https"}
     assert api.transport.startswith("HTTPS")
+
+
+def test_a_proxy_that_restarts_is_waited_for(host: HttpsHost, api: HostApi) -> None:
+    api.post(f"{VM}/status/start")
+    host.listens = False
+    api.line.tokens.acting(POOL, []).close()
+
+    def back() -> None:
+        host.listens = True
+
+    timer = threading.Timer(0.4, back)
+    timer.start()
+    assert api.post(f"{VM}/status/stop") == {"by": "https"}
+    timer.join()
+    assert host.pvesh() == []
+
+
+def test_a_proxy_that_stays_away_is_given_up(
+    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_nestedpve.pve.hostapi.RESTART", 0.3)
+    api.get("/version")
+    host.listens = False
+    api.line.tokens.seeing().close()
+    assert api.get("/version") == {"by": "pvesh"}
+    assert api.get("/version") == {"by": "pvesh"}
 
 
 def test_a_request_that_nobody_took_goes_by_pvesh(host: HttpsHost, api: HostApi) -> None:
