@@ -1,4 +1,4 @@
-"""The command `nestedpve-lab`: install, start, stop, list, exec."""
+"""The command `nestedpve-lab`: install, start, stop, list, set, exec."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_usage(sys.stderr)
         print("nestedpve-lab: exec: expected `-- COMMAND` at the end", file=sys.stderr)
         return 4
-    from .names import LabUnavailable
+    from .names import LabUnavailable, LabUsage
 
     try:
         return _do(options, command)
-    except LabUnavailable as e:
+    except (LabUnavailable, LabUsage) as e:
         print(f"nestedpve-lab: {e}", file=sys.stderr)
         return 4
     except LabError as e:
@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--all", action="store_true", help="all labs of this user's cache")
     listing = commands.add_parser("list", help="running labs")
     listing.add_argument("--json", action="store_true")
+    pace = commands.add_parser("set", help="make a running lab as slow as a real host; without pairs: say it")
+    pace.add_argument("name")
+    pace.add_argument(
+        "pairs", nargs="*", metavar="KEY=SECONDS", help="cli_delay_s, start_s, stop_s, destroy_s"
+    )
     enter = commands.add_parser("exec", help="run a command on a node of a lab", usage=_EXEC_USAGE)
     enter.add_argument("name")
     enter.add_argument(
@@ -99,6 +104,11 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
                 print(f"{lab.name:20} {lab.networks[0]:18} {lab.networks[1]:18} {lab.state}")
             if not labs:
                 print("no lab runs")
+    elif options.command == "set":
+        from . import pace
+
+        for key, seconds in pace.change(options.name, pace.parse(options.pairs)).items():
+            print(f"{key}={seconds:g}")
     else:
         return world.enter(options.name, options.node, command)
     return 0

@@ -35,6 +35,10 @@ class LabUnavailable(LabError):
     """The lab cannot run here; the text says what is missing and what works without the lab."""
 
 
+class LabUsage(LabError):
+    """Something was asked of a lab that it does not know; the text says what it knows."""
+
+
 def check_name(name: str) -> str:
     """The lab name itself. LabError unless it is up to 32 lower-case letters, digits and inner hyphens."""
     if not _NAME.fullmatch(name):

@@ -119,6 +119,15 @@ def find(name: str) -> LabInfo | None:
     )
 
 
+def need(name: str) -> LabInfo:
+    """The lab, which runs. LabError if it does not."""
+    lab = find(name)
+    if lab is None:
+        shown = ", ".join(one.name for one in running()) or "none"
+        raise LabError(f"lab {name!r} does not run; running: {shown}. `nestedpve-lab start {name}` starts it")
+    return lab
+
+
 def running() -> list[LabInfo]:
     """All labs of this cache that run."""
     return [lab for name in names() if (lab := find(name)) is not None]
@@ -178,11 +187,7 @@ def enter(name: str, node: str, command: Sequence[str]) -> int:
     """
     from .nodes import namespace_command
 
-    lab = find(name)
-    if lab is None:
-        shown = ", ".join(one.name for one in running()) or "none"
-        raise LabError(f"lab {name!r} does not run; running: {shown}. `nestedpve-lab start {name}` starts it")
-    argv = namespace_command(lab.pid, node, command)
+    argv = namespace_command(need(name).pid, node, command)
     return subprocess.run(argv, env={**os.environ, "PATH": programs.search_path()}, check=False).returncode
 
 

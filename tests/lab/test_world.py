@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,6 +223,25 @@ def test_exec_runs_in_father_and_passes_input_output_and_status_on(names: tuple[
     assert done.stdout == "given\nfather\n/\n"
     with pytest.raises(LabError, match="expected exactly one VM booted on father, found: none"):
         world.enter(names[0], "nested", ["true"])
+
+
+def set_pace(lab: str, *pairs: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, "set", lab, *pairs], capture_output=True, text=True, check=False)
+
+
+def test_a_lab_is_as_slow_as_it_was_told_to_be(names: tuple[str, str]) -> None:
+    lab = start(names[0])
+    told = set_pace(names[0], "cli_delay_s=1.5").stdout
+    assert "cli_delay_s=1.5\n" in told
+    assert set_pace(names[0]).stdout == told
+    before = time.monotonic()
+    father(lab, "qm list")
+    assert time.monotonic() - before >= 1.5
+    assert "cli_delay_s=0\n" in set_pace(names[0], "cli_delay_s=0").stdout
+    assert "cli_delay_s" in father(lab, "cat /etc/nestedpve-lab.json")
+    assert " qm list" in father(lab, "cat /var/log/nestedpve-lab-commands.log")
+    missing = set_pace(names[1], "stop_s=1")
+    assert (missing.returncode, "does not run" in missing.stderr) == (1, True)
 
 
 def test_what_runs_in_a_lab_has_no_hold_on_the_machine(names: tuple[str, str]) -> None:

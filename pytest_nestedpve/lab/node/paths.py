@@ -39,19 +39,29 @@ def database() -> Path:
     return at("/var/lib/pve-cluster/config.db")
 
 
+def pace_file() -> Path:
+    """How slow the node shall be (`nestedpve-lab set`); the guests that boot on it see the same file."""
+    return at("/etc/nestedpve-lab.json")
+
+
+def command_log() -> Path:
+    """A line for each start of one of PVE's commands."""
+    return at("/var/log/nestedpve-lab-commands.log")
+
+
 def delays() -> dict[str, float]:
-    """How slow the node shall be, from /etc/nestedpve-lab.json: `cli_delay_s`, `stop_s`, `destroy_s`."""
+    """How slow the node shall be: seconds by `cli_delay_s`, `start_s`, `stop_s`, `destroy_s`."""
     try:
-        loaded = json.loads(at("/etc/nestedpve-lab.json").read_text())
+        loaded = json.loads(pace_file().read_text())
     except (OSError, ValueError):
         return {}
     return {key: float(value) for key, value in loaded.items() if isinstance(value, (int, float))}
 
 
-def pause(name: str) -> None:
+def pause(name: str, share: float = 1.0) -> None:
     """Be as slow as `nestedpve-lab set` wants; a wait that nothing wakes, for slowness is its purpose."""
     import threading
 
-    seconds = delays().get(name, 0.0)
+    seconds = delays().get(name, 0.0) * share
     if seconds > 0:
         threading.Event().wait(seconds)

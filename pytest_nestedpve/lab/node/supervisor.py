@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from . import cgroups, disks, launcher, machine
+from . import cgroups, disks, launcher, machine, paths
 
 AGENT_PORT = "virtio-ports/org.qemu.guest_agent.0:c:1:3:660"
 SEED = "var/lib/cloud/seed/nocloud"
@@ -91,13 +91,20 @@ def _boot(spec: dict[str, object]) -> launcher.Started:
                 )
                 for nic in nics
             ),
-            binds=(launcher.Bind(layers.sub, "/var/lib/vz", writable=True),),
+            binds=(launcher.Bind(layers.sub, "/var/lib/vz", writable=True), *_pace()),
             devices=("kvm:c:10:232:660", *((AGENT_PORT,) if spec["agent"] else ())),
         )
     )
     state = {"supervisor": os.getpid(), "init": started.init, "started": time.time()}
     machine.write_state(vmid, state)
     return started
+
+
+def _pace() -> tuple[launcher.Bind, ...]:
+    """The node's slowness, which a guest shares if it becomes a node."""
+    file = paths.pace_file()
+    file.touch()
+    return (launcher.Bind(file, "/etc/nestedpve-lab.json"),)
 
 
 def _plant(upper: Path, seed: object) -> None:

@@ -65,6 +65,7 @@ def start_now(vmid: int, *, skip: bool = False) -> None:
 def boot(guest: Guest) -> None:
     """Apply what is pending, check what the machine needs, and start it (the caller has the lock)."""
     guests.settle(guest)
+    paths.pause("start_s")
     spec = machine_spec(guest)
     if spec.memory * 1024**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         print("kvm: cannot set up guest memory 'pc.ram': Cannot allocate memory", flush=True)

@@ -1,0 +1,77 @@
+"""How slow a lab is: what `nestedpve-lab set` takes, and what a node makes of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from standin_support import Node, _node  # noqa: F401 (a fixture)
+
+from pytest_nestedpve.lab import cli, pace
+from pytest_nestedpve.lab.names import LabUsage
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """The waits of this process, none of which lasts."""
+    found: list[float | None] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda _self, timeout=None: found.append(timeout))
+    return found
+
+
+def slow(node: Node, **seconds: float) -> None:
+    node.file("/etc").mkdir(exist_ok=True)
+    node.file("/etc/nestedpve-lab.json").write_text(json.dumps(seconds))
+
+
+def test_seconds_are_read_by_key() -> None:
+    assert pace.parse(["cli_delay_s=1.3", "stop_s=0"]) == {"cli_delay_s": 1.3, "stop_s": 0.0}
+
+
+@pytest.mark.parametrize(
+    "pair", ["cli_delay=1", "stop_s", "stop_s=", "stop_s=soon", "stop_s=-1", "stop_s=nan", "stop_s=601"]
+)
+def test_a_key_or_value_that_means_nothing_is_refused_before_a_lab_is_asked(
+    pair: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LabUsage, match="expected"):
+        pace.parse(["destroy_s=1", pair])
+    assert cli.main(["set", "no-such-lab", pair]) == 4
+    assert pair.partition("=")[0] in capsys.readouterr().err
+
+
+def test_pvesh_and_qm_take_as_long_as_was_set_and_pveum_a_part_of_it(
+    node: Node, waits: list[float | None]
+) -> None:
+    slow(node, cli_delay_s=1.5)
+    for words in (["pvesh", "get", "/version"], ["qm", "list"], ["pveum", "role", "list"]):
+        assert node.run(*words).rc == 0
+    assert waits == [1.5, 1.5, pytest.approx(0.6)]
+
+
+def test_a_stop_and_a_destroy_take_as_long_as_was_set(node: Node) -> None:
+    node.ok("qm", "create", "100")
+    node.ok("qm", "start", "100")
+    slow(node, stop_s=0.4, destroy_s=0.6)
+    taken = []
+    for words in (["qm", "stop", "100"], ["qm", "destroy", "100"]):
+        before = time.monotonic()
+        assert node.run(*words).rc == 0
+        taken.append(time.monotonic() - before)
+    assert taken[0] >= 0.4
+    assert taken[1] >= 0.6
+
+
+def test_starts_of_commands_are_counted_without_their_options(node: Node) -> None:
+    node.file("/var/log").mkdir(parents=True, exist_ok=True)
+    node.run("qm", "set", "100", "--cipassword", "hunter2")
+    node.run("pvesh", "create", "/access/password", "--password", "hunter2")
+    node.run("pveum", "user")
+    log = node.file("/var/log/nestedpve-lab-commands.log").read_text()
+    assert [line.split(" ", 1)[1] for line in log.splitlines()] == [
+        "qm set 100",
+        "pvesh create /access/password",
+        "pveum user",
+    ]
