@@ -201,7 +201,9 @@ def read_pool(api: Api, pool: str) -> Pool | None:
     """
     try:
         answer = api.get("/pools", poolid=pool)
-    except NotFound:
+    except NotFound as error:
+        if f"pool '{pool}' does not exist" not in error.text:
+            raise
         return None
     found = [entry for entry in entries(answer, call="get /pools") if entry.get("poolid") == pool]
     if not found:

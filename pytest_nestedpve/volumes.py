@@ -126,7 +126,9 @@ class Volumes:
     def _content(self, path: str) -> frozenset[str]:
         try:
             found = entries(self._api.get(path, content="images"), call=f"get {path}")
-        except NotFound:
+        except NotFound as error:
+            if not re.search(r"storage '?[^\s']+'? does not exist", error.text):
+                raise
             return frozenset()  # the storage itself is gone
         return frozenset(str(each.get("volid")) for each in found)
 

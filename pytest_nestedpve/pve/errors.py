@@ -146,6 +146,10 @@ class WorkerFailed(ApiError):
     """The host could not start the task's process; what the call was to make may be there all the same."""
 
 
+class HostFault(ApiError):
+    """PVE itself failed: an error in its own code, with the place in it."""
+
+
 class NoPve(ApiError):
     """The host has no `pvesh`: it is not a PVE host."""
 
@@ -209,7 +213,8 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         BadParameter,
         r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |^501 |"
-        r"^no options specified|pool name must start with a letter|key validation error",
+        r"^no options specified|^unable to use snapshot name|^ERROR: (?:unknown|no) command |"
+        r"pool name must start with a letter|key validation error",
     ),
     (
         Unsupported,
@@ -264,17 +269,21 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         NotFound,
         r"does not exist\b|^unable to find configuration file|^no such |^500 no such |"
         r"^No '\w+' handler defined for|"
-        r"non-existent or non-regular file|no such (?:user|token|cluster node)",
+        r"non-existent or non-regular file|no such (?:user|token|cluster node)|"
+        r"^can't (?:find file|open) '[^'\n]*'(?: - No such file or directory)?$|"
+        r"is not a known host of the cluster",
     ),
+    (HostFault, r" at /usr/share/perl5/\S+ line \d+"),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _TABLE)
 
 # Said beside the real reason, by commands that succeed too.
 _NOISE = re.compile(
     r"^(?:user config - ignore invalid |perl: warning: |\s+(?:LANGUAGE|LC_\w+|LANG) = |"
-    r"\s+are supported and installed|trying to acquire (?:cfs )?lock|Wide character in |UPID:|"
+    r"\s+are supported and installed|trying to acquire (?:cfs )?lock|\s*OK$|Wide character in |UPID:|"
     r"Use of uninitialized value |Task finished with \d+ warning|\s+\S.* called at \S+ line \d+|"
-    r"(?:pvesh|qm|pveum|pvesm) \S.*<\w+>)"
+    r"(?:USAGE: |\s+)(?:pvesh|qm|pveum|pvesm|pvecm) |"
+    r"(?:pvesh|qm|pveum|pvesm|pvecm) .*(?:<\w+>|\[OPTIONS\]))"
 )
 # pmxcfs is asked three times, and each time it is told; the line after them says what failed for it.
 _BESIDE = re.compile(r"^ipcc_send_rec\[\d+\] failed: ")

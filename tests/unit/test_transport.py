@@ -6,33 +6,25 @@ import base64
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from recorded import RECORDED, Recorded, ended, log
 
 from pytest_nestedpve.pve import agent, errors, guests, tasks
 from pytest_nestedpve.pve.answers import entries, flag, mapping, read_answer, text, whole
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.pve.transport import PveshApi
-
-_LINES = (
-    (Path(__file__).parent.parent / "data" / "recorded_answers.jsonl")
-    .read_text(encoding="utf-8")
-    .splitlines()
-)
-RECORDED: dict[str, dict[str, Any]] = {record["id"]: record for record in map(json.loads, _LINES[1:])}
 
 # What the client makes of the words of each recorded failure, whichever command printed them.
 FAILURES: dict[type[ApiError], str] = {
     errors.GuestNotFound: "basic-104 basic-108 basic-141 basic-142 cluster-040",
-    errors.NotFound: "basic-077 basic-078 power-038 power-044 clone-009 snapshot-013 snapshot-031 "
+    errors.NotFound: "basic-077 basic-078 power-038 power-044 clone-009 snapshot-013 snapshot-031 create-052 "
     "tasks-014 cluster-057 storage-005 pveum-005 pveum-025",
     errors.AlreadyExists: "clone-005 snapshot-003 snapshot-028 destroy-041 create-003 create-056 pveum-007 "
     "ownF-036 ownL-005",
@@ -53,56 +45,7 @@ FAILURES: dict[type[ApiError], str] = {
     errors.WrongState: "power-057 clone-023",
     errors.WrongContent: "ownL-007",
     errors.DownloadFailed: "ownL-009",
-    errors.ApiError: "create-052",
 }
-
-
-class Recorded:
-    """An SshLike that answers each command with what was recorded, in turn; keeps what was asked."""
-
-    def __init__(self, *answers: dict[str, Any] | tuple[int, str, str]) -> None:
-        self.answers = list(answers)
-        self.asked: list[list[str]] = []
-        self.secret: list[bool] = []
-        self.limits: list[float] = []
-
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: bytes | None = None,
-        timeout: float = 60.0,
-        secret: bool = False,
-    ) -> CommandResult:
-        assert stdin is None
-        self.asked.append(shlex.split(command) if isinstance(command, str) else list(command))
-        self.secret.append(secret)
-        self.limits.append(timeout)
-        answer = self.answers.pop(0)
-        if isinstance(answer, dict):
-            answer = (answer["rc"], answer["stdout"], answer["stderr"])
-        rc, out, err = answer
-        return CommandResult("", rc, out.encode("utf-8", "surrogatepass"), err.encode(), 1.0)
-
-    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
-        raise NotImplementedError
-
-    def get(self, remote: str, limit: int = 0) -> bytes:
-        raise NotImplementedError
-
-    def open_channel(self, host: str, port: int) -> Any:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
-
-
-def ended(exitstatus: str) -> tuple[int, str, str]:
-    return 0, json.dumps({"status": "stopped", "exitstatus": exitstatus}) + "\n", ""
-
-
-def log(*lines: str) -> tuple[int, str, str]:
-    return 0, json.dumps([{"n": n, "t": line} for n, line in enumerate(lines, 1)]) + "\n", ""
 
 
 # -- calls --------------------------------------------------------------------------------------------
@@ -214,7 +157,7 @@ def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> No
         ("lock-009", errors.Locked),
         ("clone-020", errors.InUse),
         ("snapshot-028", errors.AlreadyExists),
-        ("create-052", errors.TaskFailed),
+        ("create-052", errors.NotFound),
         ("power-034", errors.StartFailed),
         ("ownL-005", errors.AlreadyExists),
     ],
@@ -393,6 +336,8 @@ def test_host_keys_of_a_guest_are_those_it_has() -> None:
         agent.host_keys(PveshApi(Recorded(RECORDED["agent-007"])), "father", 120)
 
 
+_WORDS = [record["stderr"] for record in RECORDED.values()]
+
 # -- readers ------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
@@ -477,7 +422,7 @@ def test_five_megabytes_are_read() -> None:
     assert len(str(caught.value)) < 1000
 
 
-@given(st.text(max_size=300) | st.lists(st.sampled_from(_LINES), max_size=3).map("\n".join))
+@given(st.text(max_size=300) | st.lists(st.sampled_from(_WORDS), max_size=3).map("\n".join))
 def test_no_words_crash_the_classification(words: str) -> None:
     error = classify(words, 255, "get /x")
     assert isinstance(error, ApiError)

@@ -1,0 +1,73 @@
+"""Recordings of PVE 9.2 from tests/data, and an SSH connection that answers with them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pytest_nestedpve.pve.ssh import CommandResult
+
+_DATA = Path(__file__).parent.parent / "data"
+Record = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Record]:
+    """The recordings of a file by their id; its first line says where they are from."""
+    lines = (_DATA / name).read_text(encoding="utf-8").splitlines()
+    return {record["id"]: record for record in map(json.loads, lines[1:])}
+
+
+RECORDED = read("recorded_answers.jsonl")
+FAILURES = read("recorded_failures.jsonl")
+EVERY = RECORDED | FAILURES
+
+
+class Recorded:
+    """An SshLike that answers each command with what was recorded, in turn; keeps what was asked."""
+
+    def __init__(self, *answers: dict[str, Any] | tuple[int, str, str]) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[str]] = []
+        self.secret: list[bool] = []
+        self.limits: list[float] = []
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float = 60.0,
+        secret: bool = False,
+    ) -> CommandResult:
+        assert stdin is None
+        self.asked.append(shlex.split(command) if isinstance(command, str) else list(command))
+        self.secret.append(secret)
+        self.limits.append(timeout)
+        answer = self.answers.pop(0)
+        if isinstance(answer, dict):
+            answer = (answer["rc"], answer["stdout"], answer["stderr"])
+        rc, out, err = answer
+        return CommandResult("", rc, out.encode("utf-8", "surrogatepass"), err.encode(), 1.0)
+
+    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
+        raise NotImplementedError
+
+    def get(self, remote: str, limit: int = 0) -> bytes:
+        raise NotImplementedError
+
+    def open_channel(self, host: str, port: int) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def ended(exitstatus: str) -> tuple[int, str, str]:
+    return 0, json.dumps({"status": "stopped", "exitstatus": exitstatus}) + "\n", ""
+
+
+def log(*lines: str) -> tuple[int, str, str]:
+    return 0, json.dumps([{"n": n, "t": line} for n, line in enumerate(lines, 1)]) + "\n", ""
