@@ -44,6 +44,16 @@ class ResolvedHost:
     ssh_config: Path | None
     close: Callable[[], None]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the ssh configuration matters for the way there and is not honoured; once each."""
+        found: list[str] = []
+        hop: SshTarget | None = self.target
+        while hop is not None:
+            found += hop.notes
+            hop = hop.jump
+        return tuple(dict.fromkeys(found))
+
 
 def resolve(host: str, *, ssh_config: Path | None = None) -> ResolvedHost:
     """Find the host that the setting names: `lab`, `lab:NAME`, or what `ssh NAME` would reach.
@@ -73,6 +83,17 @@ def lab_runs(host: str) -> bool:
     return bool(runs(host.partition(":")[2] or ""))
 
 
+def lab_hindrance() -> str | None:
+    """Why no lab can run on this machine; None if one can. Starts none."""
+    from pytest_nestedpve.lab import requirements
+
+    try:
+        requirements.check()
+    except PveError as e:
+        return str(e)
+    return None
+
+
 def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:
     """Log in. Raises HostUnreachable, HostKeyMismatch, LoginRefused; each says what to do."""
     from pytest_nestedpve.pve.host import PveHost
@@ -91,6 +112,14 @@ def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | 
             f"{resolved.target.text} accepts the login, but runs no commands: `true` ended with "
             f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
             "Does the account force a command?"
+        )
+    if result.stdout_bytes:
+        # Every file that is read and every answer that is parsed would begin with it.
+        ssh.close()
+        raise SshError(
+            f"{resolved.target.text}: expected no output of the command `true`, found "
+            f"{result.stdout.strip()[:80]!r}: the account's start-up files print it before each command. "
+            "Have them print only for people, below `[[ $- == *i* ]] || return` in ~/.bashrc, or to stderr"
         )
     host = PveHost(resolved.name, ssh, HostApi(ssh))
     host.ssh_config = resolved.ssh_config

@@ -82,6 +82,7 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
     nested = of(config)
     resolved = hosts.resolve(name)
     nested.on_close.append(resolved.close)
+    nested.remarks += [note for note in resolved.notes if note not in nested.remarks]
     host = hosts.connect(resolved, nested.observe)
     host.ssh_config = resolved.ssh_config
     return host

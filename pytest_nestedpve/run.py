@@ -328,9 +328,11 @@ class RunDirectory:
         if leaf_ip and leaf_name:
             blocks += self._guest_block(leaf_name, "leaf", leaf_ip, nested_name)
             names += [leaf_name, "leaf"]
-        blocks.append("Host * " + " ".join(f"!{name}" for name in dict.fromkeys(names)))
+        # Not `Host`: a `Match final` of that file has ssh read all of it again, by the addresses.
+        blocks.append("Match originalhost *," + ",".join(f"!{name}" for name in dict.fromkeys(names)))
         if outer_config is not None:
-            blocks.append(f"    Include {_quoted(outer_config)}")
+            # A relative one would be looked for in ~/.ssh.
+            blocks.append(f"    Include {_quoted(outer_config.absolute())}")
         else:
             blocks += ["    Include ~/.ssh/config", "    Include /etc/ssh/ssh_config"]
         return self.write("ssh_config", "\n".join(blocks) + "\n")
@@ -340,8 +342,11 @@ class RunDirectory:
 
         if not _ALIAS.match(name):
             raise RunDirectoryError(f"{name[:60]!r} is no name for an ssh_config")
-        if not re.fullmatch(r"[A-Za-z0-9._@:\[\]-]+", jump) or jump.startswith("-"):
+        if not re.fullmatch(r"(ssh://)?[A-Za-z0-9._@:\[\]+-]+/?", jump) or jump.startswith("-"):
             raise RunDirectoryError(f"{jump[:60]!r} is no name for a jump host")
+        user, at, host = jump.rpartition("@")
+        if host.count(":") > 1 and "[" not in host and "/" not in host:
+            jump = f"{user}{at}[{host}]"  # ssh takes a bare IPv6 address, ProxyJump does not
         yield f"Host {name} {short}"
         for key, value in {
             "HostName": str(ipaddress.ip_address(ip)),

@@ -194,11 +194,17 @@ def _check_host_key(transport: paramiko.Transport, target: SshTarget, known: lis
 def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
     import paramiko
 
+    heard = _overheard(transport)
     try:
         transport.start_client(timeout=deadline.remaining())
     except paramiko.ssh_exception.IncompatiblePeer as error:
         raise SshError(f"{target.text} and this client have no algorithm in common: {error}") from error
     except (EOFError, ConnectionError, paramiko.SSHException) as error:
+        if heard and not any(line.startswith("SSH-") for line in heard):
+            raise HostUnreachable(
+                f"{target.text}: expected an sshd at port {target.port}, found another service, which says "
+                f"{heard[0][:80]!r}. Check Port and HostName"
+            ) from error
         text = str(error) or "the connection was closed before a banner came"
         raise Slow(text) from error
     except OSError as error:
@@ -211,6 +217,20 @@ def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadl
             f"{target.text} accepted the connection, but no SSH session began within {deadline.limit:g} s. "
             "Is sshd overloaded, or is this another service?"
         ) from error
+
+
+def _overheard(transport: paramiko.Transport) -> list[str]:
+    """The lines in which the far end introduces itself, as they come; paramiko keeps only the last."""
+    heard: list[str] = []
+    readline = transport.packetizer.readline
+
+    def listen(timeout: float) -> str:
+        line: str = readline(timeout)
+        heard.append(line)
+        return line
+
+    transport.packetizer.readline = listen  # type: ignore[method-assign]
+    return heard
 
 
 def _authenticate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:

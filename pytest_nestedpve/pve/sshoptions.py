@@ -105,7 +105,8 @@ def not_honoured(alias: str, said: Said, usual: Said, config: Path | None) -> tu
             continue
         where = places(option, config)
         there = f" ({', '.join(where)})" if where else ""
-        notes.append(f"{option} {value[:80]}{there} is not honoured for {alias}: {meaning}")
+        spelled = "yes" if value == "true" else value[:80]
+        notes.append(f"{option} {spelled}{there} is not honoured for {alias}: {meaning}")
     return tuple(notes)
 
 

@@ -106,6 +106,7 @@ class Sshd:
         config.write_text(
             "\n".join(
                 [
+                    *self.options,  # in front: sshd takes the first
                     f"Port {self.port}",
                     "ListenAddress 127.0.0.1",
                     *(f"HostKey {path}" for path in self.host_keys.values()),
@@ -121,7 +122,6 @@ class Sshd:
                     # bash reads ~/.bashrc below sshd, but only as the outermost shell: keep the
                     # tester's own start-up file (which may take 100 ms) out of it.
                     "SetEnv SHLVL=1",
-                    *self.options,
                 ]
             )
             + "\n"

@@ -1,4 +1,4 @@
-"""~/.ssh/config as people have it, against a real sshd: each text is given to OpenSSH, too, and both agree."""
+"""~/.ssh/config as people have it, against a real sshd: OpenSSH is given each text, too, and both agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 from ssh_world import World, agent, both, sign
 from sshd import make_key
-
 
 RELAY = """\
 import os, socket, sys, threading
@@ -69,20 +68,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def login(*lines: str, host: str = "h", more: str = "") -> str:
     """A configuration with what each of them needs to connect, and no files of this machine's user."""
-    usual = (
+    usual = [
         "HostName 127.0.0.1",
         "Port {port}",
         "User {user}",
         "GlobalKnownHostsFile none",
         "StrictHostKeyChecking yes",
-    )
+    ]
     said = " ".join(lines)
     if "IdentityFile" not in said and "Include" not in said:
-        usual += ("IdentityFile {good}",)
+        usual.append("IdentityFile {good}")
     if "KnownHostsFile" not in said:
-        usual += ("UserKnownHostsFile {known}",)
+        usual.append("UserKnownHostsFile {known}")
     if "IdentityAgent" not in said:
-        usual += ("IdentityAgent none",)
+        usual.append("IdentityAgent none")
     return "\n    ".join((f"Host {host}", *lines, *usual)) + f"\n{more}"
 
 
@@ -196,14 +195,14 @@ FAIL = {
     "an unknown host key": (
         login("UserKnownHostsFile {dir}/none"),
         r"HostKeyMismatch: the host key of \[127.0.0.1\]:\d+ is unknown: expected it in .*/none, found "
-        r"ssh-ed25519 SHA256:\S+\. Compare it with `ssh-keygen -lf .*` on the host's console\. Then log in once "
-        r"by hand with `ssh -F .*config -o StrictHostKeyChecking=ask h`, which adds it; or: "
+        r"ssh-ed25519 SHA256:\S+\. Compare it with `ssh-keygen -lf .*` on the host's console\. Then log in "
+        r"once by hand with `ssh -F .*config -o StrictHostKeyChecking=ask h`, which adds it; or: "
         r"`ssh-keyscan -p \d+ -t ed25519 127.0.0.1 >>.*/none`",
     ),
     "a changed host key": (
         login("UserKnownHostsFile {dir}/changed"),
         r"HostKeyMismatch: the host key of \[127.0.0.1\]:\d+ CHANGED: expected ssh-ed25519 SHA256:\S+ "
-        r"\(.*/changed, line 1\), found ssh-ed25519 SHA256:.*`ssh-keygen -R '\[127.0.0.1\]:\d+' -f .*/changed`",
+        r"\(.*/changed, line 1\), found ssh-ed25519 .*`ssh-keygen -R '\[127.0.0.1\]:\d+' -f .*/changed`",
     ),
     "a revoked host key": (
         login("UserKnownHostsFile {dir}/revoked-line"),
@@ -223,12 +222,12 @@ FAIL = {
     ),
     "a host certificate of a foreign authority": (
         login("UserKnownHostsFile {dir}/by-other-ca"),
-        r"HostKeyMismatch: .*is unknown.*its certificate is signed by SHA256:\S+, expected the @cert-authority "
-        r"SHA256:\S+ \(.*by-other-ca, line 1\)",
+        r"HostKeyMismatch: .*is unknown.*its certificate is signed by SHA256:\S+, expected the "
+        r"@cert-authority SHA256:\S+ \(.*by-other-ca, line 1\)",
     ),
     "a host certificate for another name": (
         login("UserKnownHostsFile {dir}/by-ca", "HostKeyAlias [127.0.0.1]:1"),
-        r"HostKeyMismatch: .*by-ca, line 1, does not hold: it is made out to 127.0.0.1, expected \[127.0.0.1\]:1",
+        r"HostKeyMismatch: .*by-ca, line 1, does not hold: it is made out to 127.0.0.1, .* \[127.0.0.1\]:1",
     ),
     "a HostKeyAlias that is not known": (
         login("HostKeyAlias none-such", "UserKnownHostsFile {known}"),
@@ -240,7 +239,7 @@ FAIL = {
     ),
     "a ProxyCommand that fails": (
         login("ProxyCommand sh -c 'echo no way through >&2; exit 3'"),
-        r"HostUnreachable: the ProxyCommand of h .* ended \(exit status 3: no way through\) before.*by hand: `ssh",
+        r"HostUnreachable: the ProxyCommand of h .* ended \(exit status 3: no way through\) before.*by hand",
     ),
     "a ProxyCommand that does not exist": (
         login("ProxyCommand none-such-program %h"),
@@ -362,7 +361,7 @@ def test_a_certificate_and_a_key_in_the_agent_belong_together(shared: World) -> 
 
 
 def test_an_agent_that_declines_to_sign_does_not_end_the_login(
-    shared: World, monkeypatch: pytest.MonkeyPatch
+    shared: World,
 ) -> None:
     """As with a FIDO key that nobody touches: the next key is offered, and the error would tell of it."""
     with agent(shared.folder, shared.folder / "locked", options=("-c",)) as sock:
