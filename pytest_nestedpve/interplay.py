@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.settings import Settings
 
 
 def clean_scope(item: pytest.Item) -> str:
@@ -21,6 +24,32 @@ def clean_scope(item: pytest.Item) -> str:
         raise pytest.UsageError(f"nested_pve_clean(scope={scope!r}): expected one of {', '.join(kinds)}")
     node = item.getparent(kinds[scope]) or item
     return node.nodeid
+
+
+def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None:
+    """Why what was asked for beside --nested-doctor does not go with it; None if nothing does not."""
+    others = {
+        "--nested-destroy-only": settings.destroy_only,
+        "--nested-dry-run": settings.dry_run,
+        "--nested-exec": settings.exec_command is not None,
+        "--nested-env-file": settings.env_file is not None,
+        "--nested-keep": settings.keep != "no",
+        "--nested-skip": bool(settings.skip),
+        "--nested-attach": getattr(settings, "attach", None) is not None,
+        "--context-file": settings.context_file is not None,
+        "--collect-only": getattr(option, "collectonly", False),
+        "--setup-only": getattr(option, "setuponly", False),
+        "--setup-plan": getattr(option, "setupplan", False),
+    }
+    given = [name for name, is_given in others.items() if is_given]
+    if given:
+        return (
+            f"--nested-doctor and {', '.join(given)} contradict each other: the doctor only looks, "
+            "and makes, runs and destroys nothing"
+        )
+    if selects:
+        return "--nested-doctor collects no tests, so -k selects nothing: leave it out"
+    return None
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ def begin(session: pytest.Session) -> None:
     looks_only = any(
         getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
     )
-    if looks_only and not option.nested_destroy_only and option.nested_exec is None:
+    acts = option.nested_destroy_only or option.nested_doctor or option.nested_exec is not None
+    if looks_only and not acts:
         settings = Settings()
     else:
         try:
@@ -133,6 +134,11 @@ class SessionHooks:
             from pytest_nestedpve import destroy_items
 
             destroy_items.collect(session, self.nested)
+            return True
+        if self.nested.settings.doctor:
+            from pytest_nestedpve import doctor
+
+            doctor.collect(session, self.nested)
             return True
         if self.nested.settings.exec_command is not None:
             from pytest_nestedpve import exec_items
@@ -274,6 +280,8 @@ class SessionHooks:
         # Under xdist what stops for a failure is the controller's scheduler.
         stops = (self.session, self.config.pluginmanager.getplugin("dsession"))
         stopped = any(getattr(each, "shouldstop", False) for each in stops)
+        if nested.diagnosis is not None and int(status) == exits.NOTHING_COLLECTED:
+            return nested.diagnosis
         found = nested.tally.status(int(status), executes=executes, stopped=stopped)
         if found == exits.NOTHING_COLLECTED and (nested.settings.destroy_only or nested.settings.dry_run):
             return exits.OK

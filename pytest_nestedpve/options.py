@@ -207,6 +207,12 @@ def register(parser: pytest.Parser) -> None:
         help="print what would be done (or, with --nested-destroy-only, destroyed) and touch nothing",
     )
     group.addoption(
+        "--nested-doctor",
+        action="store_true",
+        default=False,
+        help="collect no tests; print what a host has, what a run would use, what is missing; makes nothing",
+    )
+    group.addoption(
         "--nested-keep",
         dest="nested_keep",
         action="store_const",
@@ -252,7 +258,7 @@ def register(parser: pytest.Parser) -> None:
         "--nested-json",
         metavar="FILE",
         default=None,
-        help="machine-readable result of --nested-destroy-only or --nested-dry-run",
+        help="machine-readable result of --nested-destroy-only, --nested-dry-run or --nested-doctor",
     )
     group.addoption(
         "--nested-exec",

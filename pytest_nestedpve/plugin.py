@@ -34,6 +34,10 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
         from pytest_nestedpve import destroy_items
 
         destroy_items.neutralise(config)
+    elif config.option.nested_doctor:
+        from pytest_nestedpve import doctor
+
+        doctor.neutralise(config)
     elif config.option.nested_exec is not None:
         from pytest_nestedpve import exec_items
 

@@ -61,6 +61,7 @@ class NestedSession:
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
         self.job: Any = None  # of --nested-destroy-only
+        self.diagnosis: int | None = None  # exit status of --nested-doctor
         self.swept: list[str] = []  # what xdist's workers left
         self.remarks: list[str] = []  # lines for the end of the session
         self.kept_by_workers: list[str] = []  # further ones, as they are

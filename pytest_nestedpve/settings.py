@@ -73,6 +73,7 @@ class Settings:
     skip: tuple[str, ...] = ()
     destroy_only: bool = False
     dry_run: bool = False
+    doctor: bool = False
     run_id: str | None = None
     yes: bool = False
     context_file: Path | None = None
@@ -207,6 +208,7 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         "skip": tuple(option("--nested-skip") or ()),
         "destroy_only": option("--nested-destroy-only"),
         "dry_run": option("--nested-dry-run"),
+        "doctor": option("--nested-doctor"),
         "yes": option("--nested-yes"),
         "run_id": run_id,
         "exec_command": command,
@@ -243,6 +245,11 @@ def _check_context(path: Path | None) -> None:
 
 def _check_together(settings: Settings, config: pytest.Config) -> None:
     """Options and settings that contradict each other."""
+    if settings.doctor:
+        from pytest_nestedpve import interplay
+
+        if reason := interplay.against_doctor(settings, config.option, _typed(config, "-k")):
+            raise SettingsError(reason)
     _check_other_tools(settings, config)
     if not settings.destroy_only:
         for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
@@ -250,8 +257,10 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
                 raise SettingsError(
                     f"{name} only goes with --nested-destroy-only: add that, or leave {name} out"
                 )
-        if settings.json_file and not settings.dry_run:
-            raise SettingsError("--nested-json only goes with --nested-destroy-only or --nested-dry-run")
+        if settings.json_file and not (settings.dry_run or settings.doctor):
+            raise SettingsError(
+                "--nested-json only goes with --nested-destroy-only, --nested-dry-run or --nested-doctor"
+            )
     else:
         for name in ("collect-only", "setup-only", "setup-plan"):
             if getattr(config.option, name.replace("-", ""), False):

@@ -142,7 +142,19 @@ def _resources(model: Model, params: State) -> list[State]:
 
 def _node_status(model: Model, _params: State, _node: str) -> State:
     memory = {"total": 64 << 30, "available": 48 << 30, "free": 40 << 30, "used": 16 << 30}
-    return {"memory": memory | model.state.get("memory", {}), "pveversion": "pve-manager/9.2.11"}
+    cpus = {"cpus": model.state.get("cpus", 16)}
+    return {"memory": memory | model.state.get("memory", {}), "cpuinfo": cpus}
+
+
+def _version(model: Model, _params: State) -> State:
+    return {"release": "9.2", "version": model.state.get("version", "9.2.11"), "repoid": "14a22df35955d97d"}
+
+
+def _cluster(model: Model, _params: State) -> list[State]:
+    return [
+        *model.state.get("cluster", []),
+        {"type": "node", "name": model.node, "local": 1, "online": 1},
+    ]
 
 
 def _pools(model: Model, params: State) -> list[State]:
@@ -376,8 +388,8 @@ def _drop_volume(model: Model, _params: State, node: str, storage: str, volid: s
 
 _VM = r"/nodes/([^/]+)/qemu/(\d+)"
 ROUTES: tuple[tuple[str, str, Route], ...] = (
-    ("GET", "/version", lambda _m, _p: {"release": "9.2", "version": "9.2.11", "repoid": "14a22df35955d97d"}),
-    ("GET", "/cluster/status", lambda m, _p: [{"type": "node", "name": m.node, "local": 1, "online": 1}]),
+    ("GET", "/version", _version),
+    ("GET", "/cluster/status", _cluster),
     ("GET", "/cluster/resources", _resources),
     ("GET", "/cluster/backup", lambda m, _p: m.state["backup"]),
     ("GET", "/cluster/replication", lambda m, _p: m.state["replication"]),
@@ -435,6 +447,7 @@ class MemorySsh:
         words = shlex.split(text)
         out, rc = "", 0
         with self._host.open() as model:
+            model.state.setdefault("shell", []).append(text)
             match words:
                 case ["date", "+%s"]:
                     out = f"{int(model.now)}\n"
@@ -444,6 +457,8 @@ class MemorySsh:
                     out = model.state["files"].get(path, "")
                 case ["test", "-e", path]:
                     rc = 0 if path in model.state["files"] else 1
+                case ["/usr/sbin/sshd", "-T", *_] if model.state.get("sshd"):
+                    out = model.state["sshd"]
                 case ["mkdir", "-p", _]:
                     pass
                 case ["cat", *_, path] if path in model.state["files"]:
@@ -467,6 +482,7 @@ class MemorySsh:
         del mode
         content = data if isinstance(data, bytes) else Path(str(data)).read_bytes()
         with self._host.open() as model:
+            model.state.setdefault("shell", []).append(f"put {remote}")
             model.state["files"][remote] = content.decode()
 
     def get(self, remote: str, limit: int = 1 << 20) -> bytes:

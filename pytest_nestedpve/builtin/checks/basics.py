@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -29,7 +30,13 @@ def login(seen: Seen) -> Iterator[Finding]:
     yield Finding(
         "user", "root on the host (uid 0)", found,
         "Log in as root: `--pve-host root@HOST`, or User root in ~/.ssh/config; PVE's commands need it.",
+        fix=_as_root(seen), here=True,
     )  # fmt: skip
+
+
+def _as_root(seen: Seen) -> tuple[str, ...]:
+    host = (seen.settings.host or "").rpartition("@")[2]
+    return (shlex.join(["pytest", "--pve-host", f"root@{host}", "--nested-doctor"]),) if host else ()
 
 
 def version(seen: Seen) -> Iterator[Finding]:
@@ -70,7 +77,7 @@ def clock(seen: Seen) -> Iterator[Finding]:
     seen.choose(clock_offset=offset)
     apart = f"{abs(offset)} s {'ahead' if offset > 0 else 'behind'}"
     if abs(offset) <= CLOCK_LIMIT:
-        yield fine("clock", apart if offset else "as here")
+        yield fine("clock", apart if abs(offset) > 2 else "as here")
         return
     yield Finding(
         "clock", f"at most {CLOCK_LIMIT} s between the host's clock and this machine's", apart,
@@ -122,7 +129,7 @@ def virtualisation(seen: Seen) -> Iterator[Finding]:
             what, f"{module}'s parameter nested to be Y or 1", state[:20],
             f"Switch it on; the module can be loaded anew only while no VM runs, else reboot; {WITHOUT_KVM}",
             fix=(
-                f"echo '{conf}' > /etc/modprobe.d/kvm-nested.conf",
+                f'echo "{conf}" > /etc/modprobe.d/kvm-nested.conf',
                 f"modprobe -r {module} && modprobe {module}",
             ),
         )  # fmt: skip

@@ -24,6 +24,7 @@ class Choices:
     template: int | None = None
     bridge: str | None = None
     vmid: str | None = None
+    transport: str | None = None
     why: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:

@@ -22,6 +22,21 @@ MIB = 1024**2
 _COUNTED = 20_000
 
 
+def cores(seen: Seen) -> Iterator[Finding]:
+    """PVE starts no VM with more cores than its node has."""
+    there = whole(mapping(seen.status.get("cpuinfo", {})).get("cpus"))
+    wanted = seen.settings.cores
+    if there is None:
+        return
+    if wanted <= there:
+        yield fine("cores", f"{there} on {seen.host.node}; {wanted} for a nested PVE")
+        return
+    yield Finding(
+        "cores", f"at least {wanted} ({seen.settings.origin('cores')}) on {seen.host.node}", str(there),
+        "Give the nested PVE fewer.", fix=(seen.pytest("-o", f"nested_pve_cores={there}"),), here=True,
+    )  # fmt: skip
+
+
 def memory(seen: Seen) -> Iterator[Finding]:
     """Whether all nested PVEs that there will be fit into the node, beside what runs there now.
 
@@ -29,7 +44,7 @@ def memory(seen: Seen) -> Iterator[Finding]:
     (ZFS says that they are used), and QEMU takes memory only as its guest touches it.
     """
     settings, node = seen.settings, seen.host.node
-    found = mapping(mapping(seen.host.api.get(f"/nodes/{node}/status")).get("memory"))
+    found = mapping(seen.status.get("memory"))
     total = whole(found.get("total"))
     available = whole(found.get("available", found.get("free")))
     if total is None or available is None:
@@ -54,7 +69,7 @@ def memory(seen: Seen) -> Iterator[Finding]:
         what,
         f"{_gib(available)} available of {_gib(total)} on {node}",
         _less(seen.workers, fits, settings),
-        fix=(_smaller(settings, seen.workers, fits, min(total, available)),),
+        fix=(_smaller(seen, fits, min(total, available)),),
         here=True,
         **({} if whole_need > total else {"level": WARNING}),
     )
@@ -71,14 +86,12 @@ def _less(workers: int, fits: int, settings: Settings) -> str:
     )
 
 
-def _smaller(settings: Settings, workers: int, fits: int, room: int) -> str:
-    command = ["pytest", *(["--pve-host", settings.host] if settings.host else [])]
-    if workers > 1 and fits > 1:
-        return shlex.join([*command, "-n", str(fits)])
-    if workers > 1 and fits == 1:
-        return shlex.join([*command, "-n", str(workers), "-o", "nested_pve_scope=run"])
-    half = max(2048, room // MIB // 1024 * 1024)
-    return shlex.join([*command, "-o", f"nested_pve_memory={half}"])
+def _smaller(seen: Seen, fits: int, room: int) -> str:
+    if seen.workers > 1 and fits > 1:
+        return seen.pytest("-n", str(fits))
+    if seen.workers > 1 and fits == 1:
+        return seen.pytest("-n", str(seen.workers), "-o", "nested_pve_scope=run")
+    return seen.pytest("-o", f"nested_pve_memory={max(2048, room // MIB // 1024 * 1024)}")
 
 
 def _is_own(guest: dict[str, Any], runs: frozenset[str]) -> bool:
@@ -106,12 +119,11 @@ def ids(seen: Seen) -> Iterator[Finding]:
         seen.choose(f"drawn at random in {where}; {shown}", vmid="a free one")
         yield fine("VM id", f"{shown} in {where}")
         return
-    look = ["pytest", *(["--pve-host", settings.host] if settings.host else [])]
     yield Finding(
         "VM id", f"a free id in {where}",
         "all of them are taken: by guests, by volumes on a storage, or in a pool",
         "See what earlier runs left, or set another nested_pve_vmid_range.",
-        fix=(shlex.join([*look, "--nested-destroy-only", "--nested-dry-run"]),), here=True,
+        fix=(seen.pytest("--nested-destroy-only", "--nested-dry-run"),), here=True,
     )  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve.builtin.checks import basics, guests, images, places, storages
+from pytest_nestedpve.builtin.checks import basics, guests, images, places, storages, ways
 from pytest_nestedpve.builtin.checks.finding import MISSING, UNKNOWN, Finding
 from pytest_nestedpve.pve.errors import ApiError, PveError, SshError
 
@@ -29,11 +30,14 @@ _NODE = (*_PVE, "node")
 
 CHECKS: tuple[Check, ...] = (
     Check("login", basics.login),
+    Check("forwarding", ways.forwarding, _ROOT),
     Check("PVE", basics.version, _ROOT),
     Check("clock", basics.clock, _PVE),
     Check("profile", basics.profile, _PVE),
     Check("nested virtualisation", basics.virtualisation, _PVE),
     Check("node", basics.node, _PVE),
+    Check("quorum", ways.quorum, _PVE),
+    Check("cores", guests.cores, _NODE),
     Check("memory", guests.memory, _NODE),
     Check("template", images.template, _NODE),
     Check("storage", storages.storage, _NODE),
@@ -43,6 +47,11 @@ CHECKS: tuple[Check, ...] = (
     Check("bridge", places.bridge, _NODE),
     Check("VM id", guests.ids, _NODE),
     Check("pool", guests.pool_parent, _PVE),
+)
+# A run finds these out, or mends them, as it goes.
+FOR_PEOPLE: tuple[Check, ...] = (
+    Check("transport", ways.transport, _PVE),
+    Check("runs", ways.leftovers, _PVE),
 )
 
 
@@ -106,4 +115,6 @@ def look(
 def unreachable(name: str, error: SshError) -> Finding:
     """A host that cannot be logged in to."""
     said = "by hand" in str(error) or str(error).endswith("?")  # what to do
-    return Finding("SSH", f"a login as root at {name}", str(error), "" if said else "Try `ssh` by hand.")
+    by_hand = (shlex.join(["ssh", name, "true"]),) if " " not in name else ()
+    advice = "" if said else "See what a login by hand says."
+    return Finding("SSH", f"a login as root at {name}", str(error), advice, by_hand, here=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
 from pytest_nestedpve.pve.answers import entries
 
@@ -25,6 +26,7 @@ def bridge(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "bridge", f"the bridge {settings.bridge!r} ({settings.origin('bridge')}) on {node}",
             f"no such one; there: {listed}", "Set nested_pve_bridge to one of them.",
+            fix=mending.instead(seen, "bridge", names), here=True,
         )  # fmt: skip
         return
     if settings.bridge is not None:
@@ -35,7 +37,9 @@ def bridge(seen: Seen) -> Iterator[Finding]:
         chosen, why = names[0], "the only one"
     else:
         yield Finding(
-            "bridge", "vmbr0, or one single bridge", listed, "Say which one in nested_pve_bridge.",
+            "bridge", "vmbr0, or one single bridge", listed,
+            "Say which one in nested_pve_bridge." if names else "Make one, in its web interface.",
+            fix=mending.instead(seen, "bridge", names), here=True,
         )  # fmt: skip
         return
     seen.choose(why, bridge=chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ class Seen:
     """What checks share. `settings` become those with the host's profile once that is read.
 
     `boots`: the run makes the VM itself, from an image or a template. `workers`: how many nested PVEs there
-    will be at once; `own` are the runs among them that have begun.
+    will be at once; `own` are the runs among them that have begun. `by_https`: runs try HTTPS at this host.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class Seen:
         boots: bool = True,
         workers: int = 1,
         own: frozenset[str] = frozenset(),
+        by_https: bool = False,
     ) -> None:
         self.host = host
         self.settings = settings
         self.boots = boots
         self.workers = workers
         self.own = own
+        self.by_https = by_https
         self.choices = Choices()
         self._answers: dict[str, list[dict[str, Any]] | PveError] = {}
 
@@ -43,6 +46,11 @@ class Seen:
         """Take one value, for a reason."""
         reasons = {**self.choices.why, **dict.fromkeys(chosen, why)} if why else self.choices.why
         self.choices = replace(self.choices, **chosen, why=reasons)
+
+    def pytest(self, *arguments: str) -> str:
+        """A command line for this host, for a shell on this machine."""
+        host = ["--pve-host", self.settings.host] if self.settings.host else []
+        return shlex.join(["pytest", *host, *arguments])
 
     def _once(self, name: str, ask: Callable[[], Any]) -> list[dict[str, Any]]:
         """A list that the host gives; asked once, an error too. Raises PveError."""
@@ -55,6 +63,12 @@ class Seen:
         if isinstance(answer, PveError):
             raise answer
         return answer
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The state of the node: cores, memory. Raises PveError."""
+        path = f"/nodes/{self.host.node}/status"
+        return self._once("status", lambda: [self.host.api.get(path)])[0]
 
     @property
     def guests(self) -> list[dict[str, Any]]:
