@@ -25,6 +25,10 @@ def finish(nested: NestedSession) -> None:
             if nested.membership is not None and not nested.membership.leave():
                 _leave_to_others(nested)
                 return
+            if _tests_failed(nested):
+                from pytest_nestedpve import diagnosis
+
+                diagnosis.after_tests(environment)
             if _keeps(nested):
                 _keep(nested)
             elif runner.acted:
@@ -50,6 +54,10 @@ def _leave_to_others(nested: NestedSession) -> None:
 def _conclude(nested: NestedSession, environment: Environment) -> None:
     """What comes after the teardown, whatever came of it: told, written down, given back."""
     lines = left(nested)
+    if lines and nested.kept_until is None:
+        from pytest_nestedpve import diagnosis
+
+        diagnosis.after_teardown(environment, lines, collect=nested.guard.first is None)
     nested.remarks += environment.remarks
     nested.tally.left = nested.tally.left or bool(lines)
     with contextlib.suppress(Exception):
@@ -76,6 +84,13 @@ def _conclude(nested: NestedSession, environment: Environment) -> None:
     with contextlib.suppress(Exception):
         environment.close()
     nested.close_hosts()
+
+
+def _tests_failed(nested: NestedSession) -> bool:
+    """Whether tests failed on an environment that was whole, and no signal presses."""
+    assert nested.runner is not None
+    whole = nested.runner.broken is None and nested.runner.acted
+    return whole and bool(nested.tally.failures) and nested.guard.first is None
 
 
 def _keeps(nested: NestedSession) -> bool:

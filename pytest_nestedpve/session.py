@@ -236,12 +236,14 @@ class NestedSession:
 
     def _add_listeners(self, runner: PhaseRunner) -> None:
         from pytest_nestedpve.announce import Announcer
+        from pytest_nestedpve.diagnosis import FailureListener
         from pytest_nestedpve.progress import ProgressListener
         from pytest_nestedpve.report.session import ReportListener
         from pytest_nestedpve.usual import usual_times
 
         assert self.environment is not None
         self.register_report()
+        runner.listeners.append(FailureListener(self.environment))  # the report shows what this finds
         runner.listeners.append(ReportListener(self.environment.run.dir))
         # By its setting: the host is first spoken to in preflight, which tells what is wrong with it.
         if self.settings.keep != "no":

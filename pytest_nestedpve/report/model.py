@@ -70,6 +70,29 @@ class TeardownLine:
 
 
 @dataclass(frozen=True)
+class KnownSymptom:
+    """Something of a failure that was recognised: what it means and what mends it."""
+
+    phase: str
+    title: str
+    explanation: str
+    fix: str
+    source: str
+    line: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What was collected after a failure: files of `directory` (below the run's) as (name, what, bytes)."""
+
+    phase: str
+    directory: str
+    files: tuple[tuple[str, str, int], ...] = ()
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything a report shows of one run."""
 
@@ -85,6 +108,8 @@ class RunReport:
     proved_empty: bool
     remarks: tuple[str, ...] = ()
     was_kept: bool = False
+    symptoms: tuple[KnownSymptom, ...] = ()
+    artifacts: tuple[Artifacts, ...] = ()
 
     @property
     def failed(self) -> Step | None:
@@ -182,6 +207,8 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
     teardown: list[TeardownLine] = []
     left: list[TeardownLine] = []
     remarks: list[str] = []
+    symptoms: list[KnownSymptom] = []
+    artifacts: list[Artifacts] = []
     proved_empty = was_kept = False
 
     for entry in entries:
@@ -220,6 +247,11 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
             was_kept = line.outcome == "kept"
         elif event == "remark":
             remarks.append(str(entry.get("cause") or ""))
+        elif event == "symptom":
+            names = ("phase", "title", "explanation", "fix", "source", "line", "where")
+            symptoms.append(KnownSymptom(**{name: str(entry.get(name) or "") for name in names}))
+        elif event == "artifacts":
+            artifacts.append(_artifacts(entry))
         elif event == "leak":
             left.append(_teardown_line(entry, now))
 
@@ -238,6 +270,24 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         proved_empty=proved_empty and not left,
         remarks=tuple(remarks),
         was_kept=was_kept and not left,
+        symptoms=tuple(symptoms),
+        artifacts=tuple(artifacts),
+    )
+
+
+def _artifacts(entry: Mapping[str, Any]) -> Artifacts:
+    def rows(name: str) -> list[dict[str, Any]]:
+        found = entry.get(name)
+        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+    return Artifacts(
+        phase=str(entry.get("phase") or ""),
+        directory=str(entry.get("directory") or ""),
+        files=tuple(
+            (str(each.get("file")), str(each.get("what") or ""), int(_number(each.get("bytes")) or 0))
+            for each in rows("files")
+        ),
+        missing=tuple((str(each.get("what") or ""), str(each.get("why") or "")) for each in rows("missing")),
     )
 
 

@@ -27,6 +27,33 @@ def summary_lines(
     ]
     if report.failed is not None:
         lines += ["", *failure_lines(report, page.parent, finishing_command, again)]
+    else:
+        lines += [*symptom_lines(report), *artifact_lines(report, page.parent)]
+    return lines
+
+
+def symptom_lines(report: RunReport) -> list[str]:
+    """What was recognised, with explanation and fix."""
+    lines = []
+    for symptom in report.symptoms:
+        place = f" (after {symptom.phase})" if symptom.phase != getattr(report.failed, "name", None) else ""
+        lines += [
+            f"known{place}: {symptom.title}",
+            f"    seen:  {symptom.line}   in {symptom.where}",
+            f"    means: {symptom.explanation}",
+            f"    fix:   {symptom.fix}",
+        ]
+    return lines
+
+
+def artifact_lines(report: RunReport, run_directory: Path) -> list[str]:
+    """Where what was collected lies."""
+    lines = []
+    for each in report.artifacts:
+        if each.files:
+            count = len(each.files)
+            what = f"{count} file{'s' * (count != 1)}: logs and states after {each.phase}"
+            lines.append(f"files:    {run_directory / each.directory} ({what})")
     return lines
 
 
@@ -53,6 +80,8 @@ def failure_lines(
         f"first cause, in {step.name}: {first}",
         *(f"    {line}" for line in rest[:20]),
         *([f"    … {len(rest) - 20} more lines in the report"] if len(rest) > 20 else []),
+        *symptom_lines(report),
+        *artifact_lines(report, run_directory),
         # Of a kept environment the session itself says how to log in, go on and clean up.
         *([] if report.was_kept else then),
     ]

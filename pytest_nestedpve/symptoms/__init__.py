@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 #: Kinds of text: what the harness or PVE's answer says; a task's log; a playbook's output; what the guest's
-#: serial console, journal and cloud-init say; configurations and states, which are no complaint by themselves.
+#: serial console, journal and cloud-init say; configurations and states, which complain of nothing.
 KINDS = ("error", "task", "ansible", "console", "journal", "cloud-init", "state")
 #: The files of the table, the most specific symptoms first in each.
 TABLES = ("host.toml", "guest.toml", "client.toml")
@@ -140,9 +140,8 @@ def _seen(symptom: Symptom, match: re.Match[str], where: str) -> Recognised:
     if len(line) > 300:
         before = max(0, match.start() - start - 60)
         line = ("…" if before else "") + line[before : before + 300] + "…"
-    return Recognised(
-        symptom, " ".join(line.split()), where, _filled(symptom.explanation, groups), _filled(symptom.fix, groups)
-    )
+    explanation, fix = (_filled(text, groups) for text in (symptom.explanation, symptom.fix))
+    return Recognised(symptom, " ".join(line.split()), where, explanation, fix)
 
 
 def _filled(text: str, groups: dict[str, str]) -> str:
