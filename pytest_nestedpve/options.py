@@ -57,8 +57,9 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "image",
-        "what the nested VM boots: an import volume of the outer host; default: the one it has",
-        values.one_of_kind("a volume like local:import/debian-13.qcow2", r"[A-Za-z][\w.-]*:\S+"),
+        "what the nested VM boots: an import volume of the outer host (default: the one it has), a URL with "
+        "#sha256:… behind it, or a local file",
+        values.image,
         profile=True,
     ),
     Key(
@@ -94,8 +95,9 @@ KEYS: tuple[Key, ...] = (
     Key("vm_options", "further qm options for the nested VM: key=value, like kvm=0", values.options),
     Key(
         "leaf_image",
-        "image of the VM inside the nested PVE: URL, volume of the outer host, or local file",
-        values.one_of_kind("a URL, a volume or a file", r"\S+"),
+        "image of the VM inside the nested PVE: URL with #sha256:… behind it, volume of the outer host, or "
+        "local file",
+        values.image,
     ),
     Key("leaf_options", "further qm options for the VM inside: key=value", values.options),
     Key("extra_vars", "variables for every playbook: lines key=value, or a JSON object", values.variables),

@@ -113,6 +113,11 @@ class Settings:
                 continue  # the user has chosen the other way to make the VM
             changes[key.target] = _parse(key, Text(text, Path("/")), f"{key.name} in {where}")
             origins[key.name] = where
+            if key.name == "image" and changes[key.target].startswith("/"):
+                raise SettingsError(
+                    f"image in {where}: expected a volume, or a URL with its checksum; found {text!r}: a file "
+                    "would be one of whoever runs pytest"
+                )
         foreign = sorted(set(profile) - PROFILE_KEYS)
         if foreign:
             raise SettingsError(

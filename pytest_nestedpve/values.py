@@ -190,6 +190,40 @@ def ipconfig(text: Text) -> str:
     return value
 
 
+_CHECKSUMS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
+
+
+def image(text: Text) -> str:
+    """A volume as it is, `URL#algorithm:checksum`, or the absolute path of a file that is there."""
+    value = text.value.strip()
+    if re.match(r"https?://", value):
+        return _image_at(value)
+    if re.fullmatch(r"[A-Za-z][\w.-]*:\S+", value):
+        return value
+    path = absolute(value, text.base)
+    if not path.is_file():
+        raise ValueError(
+            "expected a volume like local:import/debian-13.qcow2, an address with the checksum behind it "
+            f"like https://…/debian-13.qcow2#sha256:…, or a file; found {value!r}, and no file {path}"
+        )
+    return str(path)
+
+
+def _image_at(value: str) -> str:
+    address, _, given = value.partition("#")
+    algorithm, _, checksum = given.replace("=", ":", 1).partition(":")
+    if not re.fullmatch(r"https?://[^\s/]+/\S+", address):
+        raise ValueError(f"expected the address of a file, like https://…/debian-13.qcow2; found {address!r}")
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{_CHECKSUMS.get(algorithm, 1)}}}", checksum) or (
+        algorithm not in _CHECKSUMS
+    ):
+        raise ValueError(
+            f"expected a checksum behind the address, as in {without_password(address)}#sha256:0123… with all "
+            f"its digits ({', '.join(_CHECKSUMS)}); found {given or 'none'!r}"
+        )
+    return f"{address}#{algorithm}:{checksum.lower()}"
+
+
 def count(what: str, low: int, high: int) -> Parser:
     def parse(text: Text) -> int:
         value = text.value.strip()

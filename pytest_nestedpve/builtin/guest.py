@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.builtin import vendor
+from pytest_nestedpve.builtin import imagefile, vendor
 from pytest_nestedpve.builtin.clone import clone_marked
 from pytest_nestedpve.creation import Created, create_marked
 from pytest_nestedpve.ownership import create_pool, host_clock, pool_name, prove
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.settings import Settings
 
 CREATE_LIMIT = 120.0
+BRING_LIMIT = 1800.0
 IMPORT_LIMIT = 1200.0
 START_LIMIT = 120.0
 _DISK_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 1024.0}
@@ -54,6 +55,7 @@ class Shape:
     keys: tuple[str, ...]
     ipconfig: str = "ip=dhcp"
     image: str | None = None
+    brought: str | None = None  # what `image` is brought from, by a setting; None: it is there
     template: int | None = None
     format: str | None = None
     snippets: str | None = None
@@ -76,6 +78,10 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
         env.keep_lease()
     env.check_lease()
     base_options: dict[str, Any] = {
+    if shape.image is not None and shape.brought is not None:
+        storage = shape.image.partition(":")[0]
+        imagefile.bring(host, storage, imagefile.read(shape.brought), BRING_LIMIT, env.progress)
+        env.check_lease()
         "memory": shape.memory, "cores": shape.cores, "ostype": "l26", "agent": "1",
     }  # fmt: skip
     env.progress("making the VM")

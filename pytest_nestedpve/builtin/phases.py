@@ -21,7 +21,7 @@ def default_phases() -> list[Phase]:
     own = ("ensure_pve", "download_image")
     return [
         Phase("preflight", "look at the outer host", preflight, timeout=600),
-        Phase("provision", "make the VM", _provision, _probe_provision, 1500, inputs=_input("shape")),
+        Phase("provision", "make the VM", _provision, _probe_provision, 3300, inputs=_input("shape")),
         Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
         Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
         Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, 3600, inputs=_input("install")),
@@ -90,6 +90,7 @@ def _provision(env: Environment) -> Mapping[str, Any]:
 
     settings, found = env.settings, env.facts["preflight"]
     shape = guest.Shape(
+    given = settings.image if found["image"] else None
         storage=found["storage"],
         bridge=found["bridge"],
         cores=settings.cores,
@@ -99,6 +100,7 @@ def _provision(env: Environment) -> Mapping[str, Any]:
         ipconfig=settings.ipconfig,
         image=found["image"],
         template=found["template"],
+        brought=given if given and given != found["image"] else None,
         format=found["format"],
         snippets=found["snippets"],
         options=settings.vm_options,

@@ -439,6 +439,8 @@ def _sized(data: bytes | BinaryIO | Path) -> tuple[BinaryIO, int]:
         return io.BytesIO(data), len(data)
     if isinstance(data, Path):
         return data.open("rb"), data.stat().st_size
+    if isinstance(size := getattr(data, "size", None), int):
+        return data, size  # a stream that knows it; closed like the others
     # The size must be known beforehand and the caller's stream stays open, so: a copy on disk.
     copy = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
     shutil.copyfileobj(data, copy)

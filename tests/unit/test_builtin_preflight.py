@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_a_missing_image_names_the_command_that_fetches_one(environment: Make, h
 
 def test_an_image_that_is_not_there_is_told_with_those_that_are(environment: Make) -> None:
     only(environment(image="local:import/nosuch.qcow2"), "nosuch", "debian-13-genericcloud-amd64.qcow2")
+
+
+def test_an_image_that_the_run_brings_is_named_as_the_volume_it_will_be(
+    environment: Make, host: MemoryHost, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.raw"
+    file.write_bytes(b"an image")
+    digest = hashlib.sha256(b"an image").hexdigest()
+    for image, ending in ((str(file), "raw"), (f"https://x.example/mine.qcow2#sha256:{digest}", "qcow2")):
+        assert preflight(environment(image=image))["image"] == f"local:import/mine-{digest[:16]}.{ending}"
+    with host.open() as model:
+        assert not any("mine" in each for each in [*model.state["files"], *model.state["volumes"]])
+        model.state["storages"]["local"]["content"] = "images,snippets"
+    only(environment(image=str(file)), "content import", "pvesm set local --content images,import,snippets")
 
 
 def test_an_image_in_content_iso_is_told(environment: Make) -> None:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.builtin import imagefile
+from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
 from pytest_nestedpve.builtin.checks.storages import contents, mend_content, usable
 from pytest_nestedpve.pve.answers import entries, flag, text, whole
@@ -34,7 +36,8 @@ def image(seen: Seen) -> Iterator[Finding]:
     if seen.settings.template or not seen.boots:
         return
     if seen.settings.image is not None:
-        yield from _named_image(seen)
+        wanted = imagefile.read(seen.settings.image)
+        yield from _named_image(seen) if wanted.kind == "volume" else _brought_image(seen, wanted)
         return
     node, storages = seen.host.node, seen.storages
     importing = [str(each["storage"]) for each in storages if usable(each) and "import" in contents(each)]
@@ -62,6 +65,27 @@ def image(seen: Seen) -> Iterator[Finding]:
         )  # fmt: skip
         return
     yield fine("image", str(seen.choices.image))
+
+
+def _brought_image(seen: Seen, wanted: imagefile.Image) -> Iterator[Finding]:
+    """One that the run brings: where it will be. Nothing is fetched before the VM is made."""
+    storages, origin = seen.storages, seen.settings.origin("image")
+    able = [str(each["storage"]) for each in storages if usable(each) and "import" in contents(each)]
+    if not able:
+        yield Finding(
+            "image", f"a storage with content import, for {wanted.text} ({origin})", "no such storage",
+            "Give one that content; the image is kept there.",
+            fix=(mending.content(seen, "import"),),
+        )  # fmt: skip
+        return
+    chosen = seen.choices.storage
+    storage = next((each for each in (chosen, "local") if each in able), able[0])
+    assert storage is not None
+    volid = wanted.volume(storage)
+    seen.choose(origin, image=volid)
+    there = volid in _imports(seen, storage)
+    coming = f"to be {'downloaded by the host' if wanted.kind == 'url' else 'uploaded'} from {wanted.text}"
+    yield fine("image", f"{volid}, {'there already' if there else coming}")
 
 
 def _named_image(seen: Seen) -> Iterator[Finding]:
