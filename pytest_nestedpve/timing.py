@@ -17,6 +17,9 @@ from pytest_nestedpve.pve.errors import CommandTimeout
 
 T = TypeVar("T")
 
+SHARE = 0.05
+"""Of the time waited so far, what may be lost between an event and its being noticed."""
+
 _scale = 1.0
 
 
@@ -70,20 +73,23 @@ def wait_until(
     *,
     deadline: Deadline,
     what: str | Callable[[], str],
-    interval: tuple[float, float] = (0.05, 1.0),
+    interval: tuple[float, float] = (0.05, 0.4),
     wake: threading.Event | None = None,
 ) -> T:
     """Call `check` until it returns something other than None or False, and return that.
 
-    The pause between two calls grows by half from interval[0] to interval[1] seconds. `wake`, when set
-    by another thread, ends the pause at once (it is cleared here). `what` names what was waited for, or
-    is a function that also tells what was seen last; it ends up in the CommandTimeout raised when the
-    deadline has passed. `check` is called at least once, and once more at the deadline.
+    The pause between two calls is a twentieth of the time waited so far, and at least what the call took
+    (no more than half of the time is spent asking), but within interval[0] and interval[1] seconds. `wake`,
+    when set by another thread, ends the pause at once (it is cleared here). `what` names what was waited
+    for, or is a function that also tells what was seen last; it ends up in the CommandTimeout raised when
+    the deadline has passed. `check` is called at least once, and once more at the deadline.
     """
-    pause, longest = interval
+    shortest, longest = interval
     nudge = wake if wake is not None else threading.Event()
+    began = time.monotonic()
     while True:
         last = deadline.expired
+        asked = time.monotonic()
         found = check()
         if found is not None and found is not False:
             return found
@@ -93,6 +99,7 @@ def wait_until(
                 f"waited {deadline.elapsed():.1f} s for {subject}: it did not happen within the limit "
                 f"of {deadline.limit:g} s"
             )
+        now = time.monotonic()
+        pause = min(longest, max(shortest, SHARE * (now - began), now - asked))
         if nudge.wait(min(pause, deadline.remaining() or 0.001)):
             nudge.clear()
-        pause = min(pause * 1.5, longest)

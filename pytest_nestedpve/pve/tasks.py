@@ -11,6 +11,7 @@ from pytest_nestedpve.pve.api import Api
 from pytest_nestedpve.pve.errors import PveError, TaskFailed, UnreadableAnswer
 from pytest_nestedpve.timing import Deadline, wait_until
 
+_LONGEST = 1000
 _WARNINGS = re.compile(r"WARNINGS: \d+")
 
 
@@ -39,7 +40,7 @@ class TaskResult:
 
 def parse_upid(text: Any) -> Upid:
     """Take a UPID apart; raises UnreadableAnswer for anything that is not one."""
-    match = UPID.fullmatch(text) if isinstance(text, str) else None
+    match = UPID.fullmatch(text) if isinstance(text, str) and len(text) < _LONGEST else None
     if match is None:
         raise UnreadableAnswer(f"expected the id of a task (UPID:…), found {shown(text)}")
     return Upid(
@@ -54,7 +55,7 @@ def parse_upid(text: Any) -> Upid:
 
 
 def wait_task(
-    api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 1.0)
+    api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 0.4)
 ) -> TaskResult:
     """Wait for a task's end, at most `timeout` seconds (nominal), asking at a growing interval (seconds).
 

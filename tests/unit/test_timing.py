@@ -75,3 +75,40 @@ def test_another_thread_ends_the_pause() -> None:
     wait_until(lambda: ready.is_set() or None, deadline=Deadline(20), what="x", interval=(15, 15), wake=wake)
     thread.join()
     assert time.monotonic() - began < 5
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only pauses, and who adds to its one value, move on."""
+    now = [1000.0]
+
+    def wait(_self: threading.Event, timeout: float | None = None) -> bool:
+        now[0] += timeout or 0.0
+        return False
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    return now
+
+
+@pytest.mark.parametrize("ready", [0.3, 2.0, 3.0, 17.0, 240.0])
+def test_what_is_waited_for_is_noticed_within_a_twentieth_of_the_wait_and_within_half_a_second(
+    clock: list[float], ready: float
+) -> None:
+    began = clock[0]
+    wait_until(lambda: clock[0] - began >= ready, deadline=Deadline(600), what="x")
+    late = clock[0] - began - ready
+    assert late <= min(0.4, max(0.05, ready / 19))
+
+
+def test_a_way_of_asking_that_takes_long_is_not_used_all_the_time(clock: list[float]) -> None:
+    began, asked = clock[0], 0
+
+    def check() -> bool:
+        nonlocal asked
+        asked += 1
+        clock[0] += 1.3
+        return clock[0] - began >= 13
+
+    wait_until(check, deadline=Deadline(600), what="x", interval=(0.05, 2.0))
+    assert asked <= 6
