@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from pytest_nestedpve.builtin import imagefile
 from pytest_nestedpve.builtin.checks import mending
+from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
-from pytest_nestedpve.builtin.checks.storages import contents, mend_content, usable
+from pytest_nestedpve.builtin.checks.storages import contents, usable
 from pytest_nestedpve.pve.answers import entries, flag, text, whole
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def image(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "image", "a storage with content import, and a Debian cloud image in it", "no such storage",
             "Give one that content, and fetch an image.",
-            fix=(mend_content(storages, "local", "import"), fetch(node, "local")),
+            fix=(mending.content(seen, "import"), fetch(node, mending.home(seen))),
         )  # fmt: skip
         return
     volumes = [volid for storage in importing for volid in _imports(seen, storage)]
@@ -98,7 +99,8 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "image", f"{name} ({origin}) on a storage of {node}",
             f"no usable storage {storage!r} among {names}",
-            "Set nested_pve_image to a volume that is there.",
+            "Set nested_pve_image to a volume that is there; these commands list them.",
+            fix=_lists(seen),
         )  # fmt: skip
         return
     kind = "import" if rest.startswith("import/") else "images"
@@ -106,12 +108,13 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "image", f"a volume with content import, like {storage}:import/debian-13.qcow2 ({origin})", name,
             "PVE imports disks from content import or images only: put the file into that.",
+            fix=(fetch(node, storage),),
         )  # fmt: skip
         return
     if kind not in contents(there):
         yield Finding(
             "image", f"{storage} to have content {kind}, for {name} ({origin})",
-            ",".join(sorted(contents(there))), fix=(mend_content(storages, storage, kind),),
+            ",".join(sorted(contents(there))), fix=(mending.content(seen, kind, storage),),
         )  # fmt: skip
         return
     volumes = _imports(seen, storage, kind)
@@ -123,6 +126,11 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
         return
     seen.choose(origin, image=name)
     yield fine("image", name)
+
+
+def _lists(seen: Seen) -> tuple[str, ...]:
+    able = [str(each["storage"]) for each in seen.storages if usable(each) and "import" in contents(each)]
+    return tuple(shlex.join(["pvesm", "list", name, "--content", "import"]) for name in able[:3])
 
 
 def _imports(seen: Seen, storage: str, kind: str = "import") -> list[str]:
@@ -150,13 +158,17 @@ def template(seen: Seen) -> Iterator[Finding]:
     templates = [each for each in guests if flag(each.get("template"))]
     listed = ", ".join(f"{each.get('vmid')} ({text(each.get('name')) or 'unnamed'})" for each in templates)
     advice = f"Templates here: {listed or 'none'}. Set nested_pve_template to one, or leave it out."
+    others = mending.instead(seen, "template", [each.get("vmid") for each in templates])
     if not same:
-        yield Finding("template", f"the template {wanted!r} ({origin})", "no such VM", advice)
+        yield Finding("template", f"the template {wanted!r} ({origin})", "no such VM", advice, others, True)
     elif len(same) > 1:
         ids = ", ".join(str(each.get("vmid")) for each in same)
-        yield Finding("template", f"one VM called {wanted!r} ({origin})", f"several: {ids}", "Give its id.")
+        by_id = mending.instead(seen, "template", [each.get("vmid") for each in same])
+        what = f"one VM called {wanted!r} ({origin})"
+        yield Finding("template", what, f"several: {ids}", "Give its id.", by_id, True)
     elif not flag(same[0].get("template")):
-        yield Finding("template", f"{wanted} ({origin}) to be a template", "an ordinary VM", advice)
+        what = f"{wanted} ({origin}) to be a template"
+        yield Finding("template", what, "an ordinary VM", advice, others, True)
     elif same[0].get("node") != node:
         yield Finding(
             "template", f"{wanted} ({origin}) on {node}", f"it is on {same[0].get('node')}",

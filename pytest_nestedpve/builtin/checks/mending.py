@@ -22,20 +22,26 @@ def content(seen: Seen, kind: str, name: str | None = None) -> str:
     It sets the whole list, so all that is lacking anywhere goes into each such command for a storage of
     files: run one after the other, none takes back what the one before gave.
     """
-    storages = seen.storages
-    usable = [each for each in storages if flag(each.get("active", 1)) and flag(each.get("enabled", 1))]
-    there = next((each for each in storages if each.get("storage") == (name or "local")), None)
-    if there is None and name is None:
-        there = next((each for each in usable if each.get("type") in _OF_FILES), None)
+    storages, target = seen.storages, name or home(seen)
+    usable = _usable(storages)
+    there = next((each for each in storages if each.get("storage") == target), None)
     if there is None:
-        made = sorted({kind, *_lacking(seen, usable)})
-        return shlex.join(
-            ["pvesm", "add", "dir", name or "local", "--path", "/var/lib/vz", "--content", ",".join(made)]
-        )
+        made = ",".join(sorted({kind, *_lacking(seen, usable)}))
+        return shlex.join(["pvesm", "add", "dir", target, "--path", "/var/lib/vz", "--content", made])
     wanted = set(str(there.get("content") or "").split(",")) - {"", "none"} | {kind}
     if there.get("type") in _OF_FILES:
         wanted |= _lacking(seen, usable)
     return shlex.join(["pvesm", "set", str(there["storage"]), "--content", ",".join(sorted(wanted))])
+
+
+def home(seen: Seen) -> str:
+    """The storage where what a run needs as files is best kept: `local`, or the first of files."""
+    names = [str(each.get("storage")) for each in _usable(seen.storages) if each.get("type") in _OF_FILES]
+    return "local" if "local" in names or not names else names[0]
+
+
+def _usable(storages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each for each in storages if flag(each.get("active", 1)) and flag(each.get("enabled", 1))]
 
 
 def _lacking(seen: Seen, usable: Iterable[dict[str, Any]]) -> set[str]:

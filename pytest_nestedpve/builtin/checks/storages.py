@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
 from pytest_nestedpve.pve.answers import flag, whole
 
@@ -46,15 +47,12 @@ def disk_format(storage: dict[str, Any]) -> str | None:
     return "qcow2" if isinstance(supported, (list, tuple)) and "qcow2" in supported else None
 
 
-def mend_content(storages: list[dict[str, Any]], name: str, kind: str) -> str:
-    """The command that gives a storage one more content type."""
-    there = next((each for each in storages if each.get("storage") == name), None)
-    wanted = (contents(there) if there else frozenset({"iso"})) - {"", "none"} | {kind}
-    return shlex.join(["pvesm", "set", name, "--content", ",".join(sorted(wanted))])
-
-
 def _named(storages: list[dict[str, Any]]) -> str:
     return ", ".join(sorted(str(each.get("storage")) for each in storages)) or "none"
+
+
+def _others(seen: Seen, able: list[dict[str, Any]]) -> tuple[str, ...]:
+    return mending.instead(seen, "storage", sorted(str(each.get("storage")) for each in able))
 
 
 def _room(storage: dict[str, Any]) -> str:
@@ -72,7 +70,7 @@ def storage(seen: Seen) -> Iterator[Finding]:
             first = next((each for each in storages if usable(each)), {"storage": "local"})
             yield Finding(
                 "storage", "an active storage with content images", f"none such among {_named(storages)}",
-                "Give one that content.", fix=(mend_content(storages, str(first["storage"]), "images"),),
+                "Give one that content.", fix=(mending.content(seen, "images", str(first["storage"])),),
             )  # fmt: skip
             return
         best = max(able, key=lambda each: (whole(each.get("avail")) or 0, str(each.get("storage"))))
@@ -84,7 +82,7 @@ def storage(seen: Seen) -> Iterator[Finding]:
     if found is None:
         yield Finding(
             "storage", f"the storage {name!r} ({origin})", f"no such one; with images: {_named(able)}",
-            "Set nested_pve_storage to one of them.",
+            "Set nested_pve_storage to one of them.", fix=_others(seen, able), here=True,
         )  # fmt: skip
     elif not usable(found):
         yield Finding(
@@ -96,7 +94,7 @@ def storage(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "storage", f"{name} ({origin}) to have content images", ",".join(sorted(contents(found))),
             f"Give it that, or set nested_pve_storage to one of: {_named(able)}.",
-            fix=(mend_content(storages, name, "images"),),
+            fix=(mending.content(seen, "images", name),),
         )  # fmt: skip
     else:
         seen.choose(origin, storage=name, format=disk_format(found))
@@ -112,7 +110,7 @@ def snippets(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "snippets", "an active storage with content snippets (the guest agent comes to the VM that way)",
             "none", "Give one that content, or use a template that has the agent.",
-            fix=(mend_content(seen.storages, "local", "snippets"),),
+            fix=(mending.content(seen, "snippets"),),
         )  # fmt: skip
         return
     chosen = seen.choices.storage
