@@ -283,7 +283,16 @@ def _config(model: Model, _params: State, node: str, vmid: str) -> State:
 
 def _snapshots(model: Model, _params: State, node: str, vmid: str) -> list[State]:
     taken = model.vm(node, int(vmid)).get("snapshots", {})
-    return [*({"name": name} for name in taken), {"name": "current", "digest": model.digest(int(vmid))}]
+    listed = [{"name": name, "snaptime": each.get("snaptime", 0)} for name, each in taken.items()]
+    return [*listed, {"name": "current", "digest": model.digest(int(vmid))}]
+
+
+def _feature(model: Model, params: State, node: str, vmid: str) -> State:
+    model.vm(node, int(vmid))
+    said = model.state.get("features", {}).get(vmid, {})
+    if params["feature"] not in said and params["feature"] != "copy":
+        raise fail("No 'GET' handler defined for this")
+    return {"hasFeature": said.get(params["feature"], 1), "nodes": said.get("nodes", [node])}
 
 
 def _shown_task(task: State) -> State:
@@ -415,6 +424,7 @@ ROUTES: tuple[tuple[str, str, Route], ...] = (
     ("POST", f"{_VM}/clone", _task("clone")),
     ("POST", f"{_VM}/template", _task("template")),
     ("GET", f"{_VM}/snapshot", _snapshots),
+    ("GET", f"{_VM}/feature", _feature),
     ("POST", f"{_VM}/snapshot", _task("snapshot")),
     ("POST", f"{_VM}/snapshot/([^/]+)/rollback", _named("rollback")),
     ("DELETE", f"{_VM}/snapshot/([^/]+)", _named("delsnapshot")),

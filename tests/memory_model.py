@@ -357,6 +357,8 @@ class Model:
         vm = self.vm(node, vmid)
         if name not in vm["snapshots"]:
             raise fail(f"snapshot '{name}' does not exist")
+        if self.state.get("newest_only") and name != list(vm["snapshots"])[-1]:
+            raise fail(f"can't rollback, '{name}' is not most recent snapshot on 'tank:vm-{vmid}-disk-0'")
         keep = {key: vm["config"][key] for key in ("description",) if key in vm["config"]}
         vm["config"] = {k: v for k, v in vm["snapshots"][name].items() if k != "snaptime"} | keep
         vm["running"] = start

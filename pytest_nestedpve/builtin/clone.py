@@ -9,6 +9,7 @@ from pytest_nestedpve.ownership import TAG, Marker, new_uuid, pool_name
 from pytest_nestedpve.pve.answers import text
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import AlreadyExists, ApiError, TaskFailed
+from pytest_nestedpve.pve.storages import vm_can
 from pytest_nestedpve.pve.tasks import wait_task
 
 if TYPE_CHECKING:
@@ -23,24 +24,37 @@ _TRIES = 10
 
 
 def clone_marked(
-    host: PveHost, run: Run, settings: Settings, template: int, *, role: str = "nested", storage: str | None
+    host: PveHost,
+    run: Run,
+    settings: Settings,
+    template: int,
+    *,
+    role: str = "nested",
+    storage: str | None,
+    format: str | None = None,
+    source: str | None = None,
 ) -> Created:
-    """Clone `template`: linked where its storage can, else a full copy on `storage`.
+    """Clone `template`: linked where its storage can, else a full copy on `storage`, in `format` if given.
 
+    `source` is the node that the template is on; None: the host's own, which the clone will be on.
     A clone copies description, tags and protection of its template (recordings of PVE 9.2): the
     description is given with the call, the rest is set right afterwards, with the uuid of the marker,
     since PVE gives each clone one of its own choice. Raises NoFreeId, PveError.
     """
     name, node = guest_name(settings, run, role), host.node
-    full = False
+    source = source or node
+    # Asked first: a copy that is refused half-way is a task that failed.
+    full = vm_can(host.api, source, template, "clone") is False
+    copy = {"full": True, "storage": storage, "format": format}
     for vmid, _ in zip(free_ids(host, settings), range(_TRIES), strict=False):
         marker = Marker(run.id, vmid, new_uuid(), role)
         call: dict[str, Any] = {
             "newid": vmid, "name": name, "pool": pool_name(settings, run), "description": marker.to_text(),
+            "target": node if node != source else None,
         }  # fmt: skip
         for _attempt in (1, 2):
             try:
-                _clone(host, node, template, call | ({"full": True, "storage": storage} if full else {}))
+                _clone(host, source, template, call | (copy if full else {}))
                 break
             except ApiError as e:
                 reason = e.reason if isinstance(e, TaskFailed) else e

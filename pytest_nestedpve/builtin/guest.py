@@ -58,6 +58,7 @@ class Shape:
     brought: str | None = None  # what `image` is brought from, by a setting; None: it is there
     template: int | None = None
     format: str | None = None
+    source: str | None = None  # the template's node, if that is another one
     snippets: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +87,10 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
     env.progress("making the VM")
     if shape.template is not None:
-        made = clone_marked(host, env.run, settings, shape.template, storage=shape.storage)
+        made = clone_marked(
+            host, env.run, settings, shape.template,
+            storage=shape.storage, format=shape.format, source=shape.source,
+        )  # fmt: skip
     else:
         made = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
     pool = pool_name(settings, env.run)

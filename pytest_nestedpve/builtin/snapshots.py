@@ -13,6 +13,7 @@ from pytest_nestedpve.builtin.guest import made_of, task
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.storages import vm_can
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 PREFIX = "npve_"
 LIMIT = 600.0
 _CANNOT = "snapshot feature is not available"
+# ZFS, and qcow2 as a chain of volumes, go back to the newest snapshot only.
+_NOT_NEWEST = "is not most recent snapshot"
 
 
 def name_of(phase: str) -> str:
@@ -35,6 +38,9 @@ def _base(env: Environment) -> str:
 def take(env: Environment, name: str, description: str) -> bool:
     """Take a snapshot without memory; False where the storage cannot. Raises PveError."""
     host, base = env.outer, _base(env)
+    made = made_of(env.facts["provision"])
+    if vm_can(host.api, made.node, made.vmid, "snapshot") is False:
+        return False
     if name in taken(env):
         drop(env, name)
     try:
@@ -62,11 +68,28 @@ def taken(env: Environment) -> list[str]:
 
 
 def back(env: Environment, name: str) -> None:
-    """Back to a snapshot, and started again. Raises PveError."""
+    """Back to a snapshot, and started again. Raises PveError.
+
+    A storage that goes back to its newest one only loses those of ours that are younger; one that somebody
+    else took stands in the way, and stays.
+    """
+    try:
+        _roll_back(env, name)
+    except PveError as e:
+        there = taken(env)
+        younger = there[there.index(name) + 1 :] if name in there else []
+        if _NOT_NEWEST not in str(e) or not younger:
+            raise
+        for each in reversed(younger):
+            drop(env, each)
+        _roll_back(env, name)
+    env.forget_connections()
+
+
+def _roll_back(env: Environment, name: str) -> None:
     host = env.outer
     with call_limit(LIMIT):
         task(host, host.api.post(f"{_base(env)}/snapshot/{name}/rollback", start=1), LIMIT)
-    env.forget_connections()
 
 
 class SnapshotKeeper:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
-from pytest_nestedpve.pve.answers import flag, whole
+from pytest_nestedpve.pve.answers import mapping, whole
+from pytest_nestedpve.pve.storages import contents, disk_format, has_snapshots, takes_room_at_once, usable
 
 if TYPE_CHECKING:
     from pytest_nestedpve.builtin.checks.seen import Seen
@@ -16,35 +17,8 @@ if TYPE_CHECKING:
 GIB = 1024**3
 # A nested PVE with a leaf uses about this much of a disk that grows with its use.
 GROWN = 8 * GIB
-THIN = frozenset({"qcow2", "subvol"})
-THIN_TYPES = frozenset({"lvmthin", "zfspool", "rbd", "btrfs"})
 
-
-def contents(storage: dict[str, Any]) -> frozenset[str]:
-    """The content types of a storage as /nodes/N/storage lists it."""
-    return frozenset(str(storage.get("content") or "").split(","))
-
-
-def usable(storage: dict[str, Any]) -> bool:
-    """Whether a storage is enabled and active."""
-    return flag(storage.get("active", 1)) and flag(storage.get("enabled", 1))
-
-
-def disk_format(storage: dict[str, Any]) -> str | None:
-    """qcow2 where the storage can have it (raw files have no snapshots), else None: its own default.
-
-    What it can have it says itself, in `formats` of /nodes/N/storage?format=1: {"supported": […]}, in
-    PVE 8 and older a list whose first element holds the formats as keys.
-    """
-    formats = storage.get("formats", storage.get("format"))
-    supported: Any = ()
-    if isinstance(formats, dict):
-        supported = formats.get("supported", ())
-    elif isinstance(formats, list) and formats and isinstance(formats[0], dict):
-        supported = [name for name, able in formats[0].items() if flag(able)]
-    if not formats:
-        return "qcow2" if storage.get("type") in ("dir", "nfs", "cifs") else None
-    return "qcow2" if isinstance(supported, (list, tuple)) and "qcow2" in supported else None
+__all__ = ["contents", "disk_format", "mend_content", "snippets", "space", "storage", "usable"]
 
 
 def _named(storages: list[dict[str, Any]]) -> str:
@@ -57,7 +31,8 @@ def _others(seen: Seen, able: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def _room(storage: dict[str, Any]) -> str:
     free = whole(storage.get("avail"))
-    return f"{storage.get('type', 'storage')}" + (f", {free / GIB:.0f} GiB free" if free is not None else "")
+    room = f"{storage.get('type', 'storage')}" + (f", {free / GIB:.0f} GiB free" if free is not None else "")
+    return room + ("; its disks have no snapshots" if has_snapshots(storage) is False else "")
 
 
 def storage(seen: Seen) -> Iterator[Finding]:
@@ -130,8 +105,10 @@ def space(seen: Seen) -> Iterator[Finding]:
     if free is None:
         return
     disk = settings.disk * GIB
-    thin = disk_format(found) in THIN or found.get("type") in THIN_TYPES
-    needed = min(GROWN, disk) if thin or settings.template else disk
+    config = mapping(seen.host.api.get(f"/storage/{found.get('storage')}"))
+    thin = not takes_room_at_once(found, config)
+    # A linked clone grows too; LVM has none.
+    needed = min(GROWN, disk) if thin or (settings.template and found.get("type") != "lvm") else disk
     if free < needed:
         yield Finding(
             "space", f"{needed / GIB:.0f} GiB free on {found.get('storage')}"

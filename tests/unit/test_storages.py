@@ -1,0 +1,214 @@
+"""Storages are judged by what they answer, not by what they are called; a VM's own answer comes first."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import Make, environments
+from memory_host import MemoryHost
+
+from pytest_nestedpve.builtin import snapshots
+from pytest_nestedpve.builtin.clone import clone_marked
+from pytest_nestedpve.builtin.preflight import PreflightError, preflight
+from pytest_nestedpve.creation import create_marked
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.ownership import create_pool
+from pytest_nestedpve.pve import guests, storages
+from pytest_nestedpve.pve.errors import PveError
+
+DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
+KINDS = {each["name"]: each for each in DATA["kinds"]}
+GIB = 1024**3
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    host = MemoryHost(tmp_path / "host.json")
+    with host.open() as model:
+        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
+    return host
+
+
+@pytest.fixture
+def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+    with environments(host, tmp_path) as make:
+        yield make
+
+
+def with_storage(host: MemoryHost, kind: dict[str, Any], **changed: Any) -> str:
+    entry = {**kind["config"], **kind["entry"], **changed}
+    name = str(entry.pop("storage"))
+    with host.open() as model:
+        model.state["storages"][name] = entry
+    return name
+
+
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
+def test_a_storages_answers_decide_on_format_snapshots_and_room(kind: dict[str, Any]) -> None:
+    assert storages.disk_format(kind["entry"]) == kind["format"]
+    assert storages.has_snapshots(kind["entry"]) is kind["snapshots"]
+    assert storages.takes_room_at_once(kind["entry"], kind["config"]) is kind["at_once"]
+    assert storages.shared(kind["entry"]) is kind["shared"]
+    assert storages.usable(kind["entry"])
+
+
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
+def test_a_name_decides_nothing(kind: dict[str, Any]) -> None:
+    for name in ("local-zfs", "local-lvm", "qcow2", "nfs"):
+        named = {**kind["entry"], "storage": name}
+        assert storages.disk_format(named) == kind["format"]
+        assert storages.has_snapshots(named) is kind["snapshots"]
+
+
+@pytest.mark.parametrize("kind", DATA["pve8"], ids=lambda each: each["name"])
+def test_the_older_form_of_the_answer_is_read_too(kind: dict[str, Any]) -> None:
+    assert storages.disk_format(kind["entry"]) == kind["format"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"formats": None},
+        {"formats": 3},
+        {"formats": {"supported": None}},
+        {"formats": {"supported": "qcow2"}},
+        {"format": []},
+        {"format": [None]},
+        {"format": ["qcow2"]},
+    ],
+    ids=str,
+)
+def test_an_odd_answer_is_taken_for_raw_volumes(odd: dict[str, Any]) -> None:
+    assert storages.disk_format({"type": "lvmthin", **odd}) is None
+
+
+@pytest.mark.parametrize(
+    ("enabled", "active", "able"),
+    [(1, 1, True), (1, 0, False), (0, 1, False), ("1", "1", True), (None, 1, False)],
+)
+def test_a_storage_is_used_only_if_it_is_enabled_and_active(
+    enabled: object, active: object, able: bool
+) -> None:
+    assert storages.usable({"enabled": enabled, "active": active}) is able
+
+
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
+def test_preflight_asks_for_the_room_that_a_disk_will_take(
+    environment: Make, host: MemoryHost, kind: dict[str, Any]
+) -> None:
+    name = with_storage(host, kind, avail=60 * GIB, storage="chosen")
+    env = environment(storage=name, disk=64)
+    if not kind["at_once"]:
+        facts = preflight(env)
+        assert (facts["storage"], facts["format"]) == (name, kind["format"])
+        return
+    with pytest.raises(PreflightError, match=r"64 GiB free on .*takes its room at once"):
+        preflight(env)
+
+
+def template(env: Environment, host: MemoryHost, *, linked: bool | None) -> int:
+    """A template with one disk; whether it has linked clones is what its storage answers, None: nothing."""
+    api = env.outer.api
+    create_pool(api, env.run, env.settings, 1_800_000_000)
+    api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0="local:8,format=qcow2")
+    api.post("/nodes/father/qemu/500/template")
+    with host.open() as model:
+        model.state["features"] = {} if linked is None else {"500": {"clone": int(linked)}}
+        model.state["commands"].clear()
+    return 500
+
+
+def clones(host: MemoryHost) -> list[str]:
+    with host.open() as model:
+        return [str(each) for each in model.state["commands"] if each.startswith("POST") and "/clone" in each]
+
+
+def test_a_template_is_linked_where_its_storage_can(environment: Make, host: MemoryHost) -> None:
+    env = environment()
+    made = clone_marked(env.outer, env.run, env.settings, template(env, host, linked=True), storage="local")
+    assert "base-500" in host.configuration(made.vmid)
+    assert clones(host) == ["POST /nodes/father/qemu/500/clone description name newid pool"]
+
+
+def test_a_template_whose_storage_has_no_linked_clones_is_copied_at_once(
+    environment: Make, host: MemoryHost
+) -> None:
+    env = environment()
+    asked = template(env, host, linked=False)
+    made = clone_marked(env.outer, env.run, env.settings, asked, storage="local", format="qcow2")
+    assert "base-500" not in host.configuration(made.vmid)
+    assert clones(host) == [
+        "POST /nodes/father/qemu/500/clone description format full name newid pool storage"
+    ]
+
+
+def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: MemoryHost) -> None:
+    env = environment()
+    asked = template(env, host, linked=None)
+    # Recorded: snapshot-033.
+    host.fault(
+        "POST", "/nodes/father/qemu/500/clone",
+        text="Linked clone feature is not supported for 'vg:base-500-disk-0' (scsi0)",
+    )  # fmt: skip
+    made = clone_marked(env.outer, env.run, env.settings, asked, storage="local")
+    assert "base-500" not in host.configuration(made.vmid)
+
+
+def nested(env: Environment) -> int:
+    create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
+    made = create_marked(env.outer, env.run, env.settings)
+    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    env.facts["provision"] = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid}
+    return made.vmid
+
+
+def test_no_snapshot_is_tried_where_the_vm_has_none(environment: Make, host: MemoryHost) -> None:
+    env = environment()
+    vmid = nested(env)
+    with host.open() as model:
+        model.state["features"] = {str(vmid): {"snapshot": 0}}
+        model.state["commands"].clear()
+    assert snapshots.take(env, "npve_wait_ip", "after wait_ip") is False
+    with host.open() as model:
+        assert not [each for each in model.state["commands"] if each.startswith("POST")]
+
+
+def test_going_back_further_than_the_newest_snapshot_gives_up_the_younger_ones_of_ours(
+    environment: Make, host: MemoryHost
+) -> None:
+    env = environment()
+    nested(env)
+    with host.open() as model:
+        model.state["newest_only"] = True
+    for name in ("npve_first", "npve_second", "npve_third"):
+        assert snapshots.take(env, name, name)
+        with host.open() as model:
+            model.state["offset"] += 5
+    snapshots.back(env, "npve_first")
+    assert snapshots.taken(env) == ["npve_first"]
+
+
+def test_a_younger_snapshot_of_somebody_elses_stays_and_stands_in_the_way(
+    environment: Make, host: MemoryHost
+) -> None:
+    env = environment()
+    vmid = nested(env)
+    with host.open() as model:
+        model.state["newest_only"] = True
+    snapshots.take(env, "npve_first", "ours")
+    with host.open() as model:
+        model.state["offset"] += 5
+    env.outer.api.post(f"/nodes/father/qemu/{vmid}/snapshot", snapname="by_hand")
+    with pytest.raises(PveError, match="is not most recent snapshot"):
+        snapshots.back(env, "npve_first")
+    with host.open() as model:
+        assert set(model.state["vms"][str(vmid)]["snapshots"]) == {"npve_first", "by_hand"}
