@@ -17,6 +17,7 @@ from pytest_nestedpve.pve.login import SshTarget
 from pytest_nestedpve.timing import scaled
 
 _HOPS = 8
+_NO_JUMP = ". The host where the way begins needs `ProxyJump none`, above the ProxyJump that is for all"
 _DEFAULT_CONNECT_TIMEOUT = 10.0
 
 
@@ -36,7 +37,7 @@ def _target(
     if alias in above or len(above) >= _HOPS:
         raise SshError(
             f"the ProxyJump of {above[0]} goes in a circle or over more than {_HOPS} hops: "
-            f"{' → '.join((*above, alias))}. Check ~/.ssh/config"
+            f"{' → '.join((*above, alias))}{_NO_JUMP}"
         )
     said = _ask(alias, config, user, port)
     sshoptions.refuse_unusable(alias, said)
@@ -157,9 +158,9 @@ def _ask(
         ) from error
     if done.returncode != 0:
         where = config or "~/.ssh/config"
-        raise SshError(
-            f"{where} cannot be used for {alias}: {done.stderr.decode(errors='replace').strip()[:500]}"
-        )
+        said_so = done.stderr.decode(errors="replace").strip()[:500]
+        cure = _NO_JUMP if "jumphost loop" in said_so else ""
+        raise SshError(f"{where} cannot be used for {alias}: {said_so}{cure}")
     said: dict[str, list[str]] = {}
     for line in done.stdout.decode(errors="replace").splitlines():
         key, _, value = line.partition(" ")

@@ -20,8 +20,10 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("
 
 def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
     """A new key pair; the private key's path."""
+    bits = ["-b", "2048"] if kind == "rsa" else []  # more take seconds to find
     subprocess.run(
-        ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", path.name, "-f", str(path)], check=True
+        ["ssh-keygen", "-q", "-t", kind, *bits, "-N", passphrase, "-C", path.name, "-f", str(path)],
+        check=True,
     )
     return path
 

@@ -7,8 +7,12 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from ssh_world import World, agent, both, sign
+from ssh_world import World, agent, both, ours, sign
 from sshd import make_key
+
+from pytest_nestedpve.pve.errors import SshError
+from pytest_nestedpve.pve.login import SshTarget
+from pytest_nestedpve.pve.sshconfig import read_ssh_config
 
 RELAY = """\
 import os, socket, sys, threading
@@ -292,10 +296,9 @@ def test_the_agent_that_is_named_is_asked_however_it_is_named(
         for name in (str(sock), "$MY_AGENT", "${MY_AGENT}", "{dir}/agent.sock"):
             assert both(shared.config(login(f"IdentityAgent {name}", *locked)), "h") == ("", ""), name
         for name in ("$NONE_SUCH", "none", "SSH_AUTH_SOCK"):
-            mine, theirs = both(shared.config(login(f"IdentityAgent {name}", *locked)), "h")
+            mine = ours(shared.config(login(f"IdentityAgent {name}", *locked)), "h")
             assert mine.startswith("LoginRefused: "), name
             assert "locked is protected by a passphrase and not in the agent: `ssh-add " in mine
-            assert theirs
         monkeypatch.setenv("SSH_AUTH_SOCK", str(sock))
         unsaid = login(*locked).replace("    IdentityAgent none\n", "")
         for text in (login("IdentityAgent SSH_AUTH_SOCK", *locked), unsaid.replace("IdentityAgent none", "")):
@@ -371,3 +374,65 @@ def test_an_agent_that_declines_to_sign_does_not_end_the_login(
         mine, theirs = both(shared.config(login(*asked)), "h")
         assert "locked: no signature came from the SSH agent: the agent refused" in mine
         assert theirs
+
+
+# -- what is read, without a login --------------------------------------------------------------------
+
+
+def test_paths_stand_for_what_openssh_makes_of_them(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same path as ControlPath, which OpenSSH expands before it prints it, and as an identity."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.setenv("PLACE", "/some/place")
+    for path in ("~/a", "%d/a", "${PLACE}/a", "/%C", "/%h-%i-%k-%L-%l-%n-%p-%r-%u-%%h"):
+        for alias in ("h", "other@h", "ssh://other@h:2200"):
+            text = "Host h\n    HostName far.example\n    HostKeyAlias named\n    User me\n    Port 2022\n"
+            config = shared.config(f"{text}    IdentityFile {path}\n    ControlPath {path}\n")
+            argv = ["ssh", "-G", "-F", str(config), alias]
+            printed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+            expected = re.findall(r"(?m)^controlpath (.*)$", printed)
+            assert [
+                str(each) for each in read_ssh_config(alias, config, None, None).identity_files
+            ] == expected
+
+
+def test_a_percent_sign_that_openssh_has_expanded_is_not_expanded_again(shared: World) -> None:
+    config = shared.config("Host h\n    UserKnownHostsFile /100%%h\n    IdentityAgent /a%%p\n")
+    target = read_ssh_config("h", config, None, None)
+    assert (str(target.known_hosts[0]), target.identity_agent) == ("/100%h", "/a%p")
+
+
+@pytest.mark.parametrize(
+    ("text", "hops"),
+    [
+        ("ProxyJump a,me@b:2,ssh://c:3", ["h:22", "c:3", "b:2", "a:22"]),
+        ("ProxyJump [fe80::1]:2", ["h:22", "fe80::1:2"]),
+        ("ProxyJump none", ["h:22"]),
+        ("ProxyCommand x\n    ProxyJump a", ["h:22"]),
+    ],
+)
+def test_the_hops_of_a_jump_are_those_of_openssh(shared: World, text: str, hops: list[str]) -> None:
+    target = read_ssh_config("h", shared.config(f"Host h\n    {text}\n"), None, None)
+    found = []
+    hop: SshTarget | None = target
+    while hop is not None:
+        found.append(f"{hop.host}:{hop.port}")
+        hop = hop.jump
+    assert found == hops
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Host *\n    ProxyJump gate\n", r"jumphost loop via gate\. .*needs `ProxyJump none`"),
+        (
+            "Host h\n    ProxyJump gate\nHost gate\n    ProxyJump h\n",
+            r"goes in a circle.*: h → gate → h\. .*needs `ProxyJump none`",
+        ),
+    ],
+)
+def test_a_jump_for_all_hosts_that_has_no_beginning_is_refused_with_the_cure(
+    shared: World, text: str, said: str
+) -> None:
+    """The second is one that OpenSSH follows until the machine is full."""
+    with pytest.raises(SshError, match=said):
+        read_ssh_config("h", shared.config(text), None, None)
