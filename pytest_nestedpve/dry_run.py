@@ -33,12 +33,24 @@ def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any
         {
             "phase": phase.name,
             "title": phase.title,
-            "what": asked[phase.name],
+            "what": _attached(nested, phase.name, asked[phase.name]),
             "seconds": usual.get(phase.name, phase.usual),
         }
         for phase in nested.phases
         if phase.name in asked
     ]
+
+
+def _attached(nested: NestedSession, name: str, what: str) -> str:
+    """What becomes of a phase where the nested PVE is one that exists."""
+    attachment = nested.attachment()
+    if attachment is None:
+        return what
+    if attachment.takes(name):
+        return "attached"
+    if attachment.guards(name):
+        return "probed; " + ("done if need be" if name in attachment.chosen else "not done")
+    return what
 
 
 def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
@@ -68,4 +80,5 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
         expected = "no earlier run here did all of this, so how long it takes is not known"
     if nested.settings.exec_command is not None:
         reporter.write_line(f"then this runs: {nested.settings.exec_command}")
-    reporter.write_line(f"then everything is destroyed; {expected}")
+    what = "what was made inside" if nested.settings.attach is not None else "everything"
+    reporter.write_line(f"then {what} is destroyed; {expected}")

@@ -140,7 +140,8 @@ def finishing_command(nested: NestedSession) -> str:
     """The command that finishes a teardown that did not."""
     import shlex
 
-    words = [again(nested), "--nested-destroy-only"]
+    # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
+    words = [_pytest(nested, "--pve-host"), "--nested-destroy-only"]
     if nested.environment is not None:
         words += ["--nested-run", shlex.quote(nested.environment.run.id)]
     return " ".join(words)
@@ -148,9 +149,13 @@ def finishing_command(nested: NestedSession) -> str:
 
 def again(nested: NestedSession) -> str:
     """pytest with the same host, as a person would type it."""
+    return _pytest(nested, "--pve-host" if nested.settings.attach is None else "--nested-attach")
+
+
+def _pytest(nested: NestedSession, option: str) -> str:
     import shlex
 
-    words = [] if nested.settings.host is None else ["--pve-host", nested.settings.host]
+    words = [] if nested.settings.host is None else [option, nested.settings.host]
     return shlex.join(["pytest", *words])
 
 

@@ -55,6 +55,8 @@ class Environment:
         self.leaf_used = False  # a test logged in to the VM inside
         self.workers = 1  # how many environments of its kind this session has at once
         self.secrets: list[str] = []
+        self.undo: list[Callable[[], list[str]]] = []  # at the end, the latest first; lines: what stays
+        self.missing: dict[str, str] = {}  # of an attached PVE, by phase: what its probe found lacking
         self._connect = connect
         self._lock = threading.RLock()
         self._outer: PveHost | None = None
@@ -77,6 +79,11 @@ class Environment:
                 f"expected the phase {phase} to have been done and to say its {key}; known of it: "
                 f"{', '.join(sorted(self.facts.get(phase, {}))) or 'nothing'}"
             ) from e
+
+    @property
+    def attached(self) -> bool:
+        """Whether the nested PVE is one that exists; it is `outer` as well then, and none is above it."""
+        return self.settings.attach is not None
 
     @property
     def ip(self) -> str:
@@ -152,6 +159,8 @@ class Environment:
     @property
     def inner(self) -> PveHost:
         """The nested PVE, reached through the outer host with the run's key. Raises NotReady, PveError."""
+        if self.attached:
+            return self.outer
         with self._lock:
             if self._inner is None:
                 self._inner = self._nested_host(str(self.fact("provision", "name")), self.ip)
@@ -216,15 +225,21 @@ class Environment:
 
     def write_ssh_config(self) -> Path:
         """The run's ssh_config for what is known now of the nested PVE and the leaf."""
-        outer = self.outer
+        outer, name = self.outer, str(self.fact("provision", "name"))
         target = getattr(outer.ssh, "target", None)
+        block = None
+        if self.attached:
+            from pytest_nestedpve.attach import ssh_block
+
+            block = ssh_block(target, name, self.ip, self.run.directory.known_hosts)
         return self.run.directory.write_ssh_config(
             getattr(target, "alias", "") or outer.name,
             outer.ssh_config,
             self.ip,
-            str(self.fact("provision", "name")),
+            name,
             self.facts.get("leaf_wait_ip", {}).get("ip"),
             self.facts.get("leaf_provision", {}).get("name"),
+            nested_block=block,
         )
 
     # -- the end ----------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ def lines(nested: NestedSession) -> list[str]:
         return [where, f"nested-pve: {'would destroy' if settings.dry_run else 'destroys'} {which}; no tests"]
     if settings.dry_run:
         return [where, "nested-pve: dry run, nothing is made"]
+    if settings.attach is not None:
+        return [
+            where,
+            "nested-pve: attached: that PVE is used as the nested one and stays; a VM inside, if a test "
+            "needs it, is destroyed at the end; nothing is made outside of it",
+        ]
     size = f"{settings.cores} cores, {_gib(settings.memory)} memory, {settings.disk} GiB disk"
     several = bool(getattr(option, "tx", None)) and option.dist != "no"
     run = "RUN" if several else nested.run_id

@@ -47,8 +47,9 @@ def pytest_nestedpve_phase_finished(
     facts: Mapping[str, Any],
     cause: str | None,
 ) -> None:
-    """A phase ended. `status` is "done", "proved" or "failed"; `seconds` what it took; `facts` a copy of what
-    it recorded; `cause` the text of its error, None unless it failed. `phase.timeout` bounds this call, too.
+    """A phase ended. `status` is "done", "proved", "attached" (of a PVE that exists) or "failed"; `seconds`
+    what it took; `facts` a copy of what it recorded; `cause` the text of its error, None unless it failed.
+    `phase.timeout` bounds this call, too.
     """
 
 

@@ -161,6 +161,12 @@ class SessionHooks:
             return None
         chosen = [item for item in session.items if uses(item)]
         self.nested.wants_clean = any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in chosen)
+        if self.nested.settings.attach is not None:
+            from pytest_nestedpve.attach import chosen_steps
+            from pytest_nestedpve.steps import PREFIX
+
+            names = [item.phase_name for item in chosen if hasattr(item, "phase_name")]
+            self.nested.chosen = chosen_steps(names, PREFIX, option.keyword, self.config.args)
         if self.nested.settings.dry_run:
             from pytest_nestedpve import dry_run
 

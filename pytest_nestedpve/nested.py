@@ -33,7 +33,15 @@ class NestedPve:
 
     def __repr__(self) -> str:
         facts = self._env.facts.get("provision", {})
+        if self._env.attached:
+            return f"<NestedPve {facts.get('name', '?')} (attached) run {self._env.run.id}>"
         return f"<NestedPve {facts.get('name', '?')} (VM {facts.get('vmid', '?')}) run {self._env.run.id}>"
+
+    def _only_if_ours(self, what: str) -> None:
+        if self._env.attached:
+            from pytest_nestedpve.attach import NotOurs
+
+            raise NotOurs(f"the nested PVE is attached ({self._env.settings.attach}), so there is not {what}")
 
     @property
     def ip(self) -> str:
@@ -42,7 +50,8 @@ class NestedPve:
 
     @property
     def vmid(self) -> int:
-        """Its id as a VM of the outer host."""
+        """Its id as a VM of the outer host. Raises NotOurs for an attached one."""
+        self._only_if_ours("its id as a VM: no VM is known of it")
         return int(self._env.fact("provision", "vmid"))
 
     @property
@@ -57,7 +66,8 @@ class NestedPve:
 
     @property
     def host(self) -> PveHost:
-        """The outer host."""
+        """The outer host. Raises NotOurs for an attached one."""
+        self._only_if_ours("an outer host: none is known of it; `inner` is the PVE itself")
         return self._env.outer
 
     @property
@@ -133,6 +143,7 @@ class NestedPve:
         whole run. Raises PveError when it cannot be set."""
         import secrets
 
+        self._only_if_ours("a password of root: the one that it has is not changed")
         path = self._env.run.dir / _PASSWORD_FILE
         with self._lock:
             known = path.exists()

@@ -13,8 +13,11 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.record import PhaseRecord, digest
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.attach import Attachment
     from pytest_nestedpve.environment import Environment
 
+ATTACHED = "attached"
+SETTLED = ("done", "proved", ATTACHED)
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
 
 Facts = dict[str, Any]
@@ -143,13 +146,15 @@ def needed_before(phases: Sequence[Phase], name: str) -> tuple[str, ...]:
 class PhaseRunner:
     """Does the phases of one environment, each at most once; broken for good by the first failure.
 
-    `status[name]` is "done" (its action ran), "proved" (its probe said yes) or "failed";
+    `status[name]` is "done" (its action ran), "proved" (its probe said yes), "attached" (taken as it is) or
+    "failed";
     `done_by[name]` says on whose behalf; `seconds[name]` how long it took.
     `bound(phase)` is entered around each phase and may interrupt it when its time is up.
     `passthrough` are exceptions that end the session and are not a failure of the phase.
     `record` is what is known of the phases from earlier sessions on: one whose inputs have changed since is
     done again, one whose inputs have not is proved by its probe alone, unless `redo` is on and it was chosen.
     `skip` names phases that are taken as done, unasked. `acting` is told before a phase's action begins.
+    `attachment`: the nested PVE is one that exists, and phases mean what that says.
     """
 
     phases: tuple[Phase, ...]
@@ -162,6 +167,7 @@ class PhaseRunner:
     redo: bool = False
     skip: frozenset[str] = frozenset()
     acting: Callable[[Phase], None] = _unheard
+    attachment: Attachment | None = None
     status: dict[str, str] = field(default_factory=dict)
     done_by: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -195,7 +201,7 @@ class PhaseRunner:
 
     def open(self) -> tuple[str, ...]:
         """The names of the phases that are not settled yet."""
-        return tuple(p.name for p in self.phases if self.status.get(p.name) not in ("done", "proved"))
+        return tuple(p.name for p in self.phases if self.status.get(p.name) not in SETTLED)
 
     def cause(self, name: str) -> Broken | None:
         """Why the phase failed itself; None if it did not."""
@@ -213,7 +219,7 @@ class PhaseRunner:
             listener.progress(text)
 
     def _settle(self, phase: Phase, *, by: str, wanted: str, probe: bool) -> None:
-        if self.status.get(phase.name) in ("done", "proved"):
+        if self.status.get(phase.name) in SETTLED:
             return
         self._refuse_if_broken(phase, wanted)
         self.current = phase.name
@@ -259,15 +265,22 @@ class PhaseRunner:
         if phase.name in self.skip:
             facts[phase.name] = {**facts.get(phase.name, {}), "did": "taken as done, as --nested-skip says"}
             return "proved", dict(facts[phase.name])
+        attached = self.attachment
+        if attached is not None and attached.takes(phase.name):
+            facts[phase.name] = dict(attached.taken(self.environment, phase.name))
+            return ATTACHED, dict(facts[phase.name])
+        guarded = attached is not None and attached.guards(phase.name)
         now = self._digest(phase) if phase.probe is not None else None
         before = self.record.digests.get(phase.name)
-        may_prove = probe or (before is not None and not self.redo)
+        may_prove = probe or ((guarded or before is not None) and not self.redo)
         if phase.probe is not None and may_prove and before in (None, now):
             found = phase.probe(self.environment)
             if found is not None:
                 facts[phase.name] = dict(found)
                 self._did(phase, now)
                 return "proved", dict(found)
+        if attached is not None and guarded:
+            attached.allow(phase, self.environment.missing.get(phase.name))
         if phase.name != "preflight":
             self.acted = True
         if phase.probe is not None:

@@ -317,22 +317,26 @@ class RunDirectory:
         nested_name: str,
         leaf_ip: str | None = None,
         leaf_name: str | None = None,
+        *,
+        nested_block: Sequence[str] | None = None,
     ) -> Path:
         """An ssh_config that reaches the nested PVE through the outer host, and the leaf through the nested.
 
         `outer_alias` is what reaches the outer host in `outer_config` (None: the user's own). Nothing of
         that file applies to the two guests: they are offered the run's key and checked against its keys only.
+        `nested_block` replaces the part of the nested PVE where that is the host of `outer_alias` itself.
         """
-        blocks = list(self._guest_block(nested_name, "nested", nested_ip, outer_alias))
-        names = [nested_name, "nested"]
+        attached = nested_block is not None
+        blocks = list(nested_block or self._guest_block(nested_name, "nested", nested_ip, outer_alias))
+        names = ["nested"] if attached and nested_name == outer_alias else [nested_name, "nested"]
         if leaf_ip and leaf_name:
-            blocks += self._guest_block(leaf_name, "leaf", leaf_ip, nested_name)
+            blocks += self._guest_block(leaf_name, "leaf", leaf_ip, outer_alias if attached else nested_name)
             names += [leaf_name, "leaf"]
         # Not `Host`: a `Match final` of that file has ssh read all of it again, by the addresses.
         blocks.append("Match originalhost *," + ",".join(f"!{name}" for name in dict.fromkeys(names)))
         if outer_config is not None:
             # A relative one would be looked for in ~/.ssh.
-            blocks.append(f"    Include {_quoted(outer_config.absolute())}")
+            blocks.append(f"    Include {quoted(outer_config.absolute())}")
         else:
             blocks += ["    Include ~/.ssh/config", "    Include /etc/ssh/ssh_config"]
         return self.write("ssh_config", "\n".join(blocks) + "\n")
@@ -351,12 +355,12 @@ class RunDirectory:
         for key, value in {
             "HostName": str(ipaddress.ip_address(ip)),
             "User": "root",
-            "IdentityFile": _quoted(self.key, percent=True),
+            "IdentityFile": quoted(self.key, percent=True),
             "IdentitiesOnly": "yes",
             "IdentityAgent": "none",
             "ForwardAgent": "no",
             "PreferredAuthentications": "publickey",
-            "UserKnownHostsFile": _quoted(self.known_hosts, percent=True),
+            "UserKnownHostsFile": quoted(self.known_hosts, percent=True),
             "GlobalKnownHostsFile": "none",
             "HostKeyAlias": name,
             "StrictHostKeyChecking": "yes",
@@ -374,7 +378,7 @@ def _one_key(key: str) -> str:
     return clean
 
 
-def _quoted(path: Path, *, percent: bool = False) -> str:
+def quoted(path: Path, *, percent: bool = False) -> str:
     text = str(path)
     if '"' in text or "\n" in text or "\\" in text:
         raise RunDirectoryError(

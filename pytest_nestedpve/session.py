@@ -26,6 +26,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.signals import SignalGuard, limit, write_now
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.attach import Attachment
     from pytest_nestedpve.builtin.clean import CleanState
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.nested import NestedPve
@@ -70,6 +71,7 @@ class NestedSession:
         self.wants_clean = False  # some test that was chosen uses nested_pve_clean
         self.clean: CleanState | None = None
         self.clean_for = ""
+        self.chosen: frozenset[str] = frozenset()  # phases whose steps were chosen by -k or by id
         self.on_close: list[Callable[[], None]] = []
         self._phases: tuple[Phase, ...] | None = None
         self._offered: NestedPve | None = None
@@ -205,12 +207,24 @@ class NestedSession:
             skip=frozenset(self.settings.skip),
             acting=keeper.acting,
             acted=kept is not None,
+            attachment=self.attachment(),
         )
         runner.listeners.append(keeper)
         self.environment, self.runner = environment, runner
         if self.told is not None:
             self.membership = Membership(environment, runner, self.shown)
         self._add_listeners(runner)
+
+    def attachment(self) -> Attachment | None:
+        """How phases are treated where the nested PVE is one that exists."""
+        if self.settings.attach is None:
+            return None
+        from pytest_nestedpve.attach import Attachment
+        from pytest_nestedpve.builtin.attached import taken
+
+        several = hasattr(self.config, "workerinput")
+        chosen = frozenset() if several else self.chosen
+        return Attachment(self.settings.attach, chosen, taken, several)
 
     def _bound(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
         """The phase's own limit, or what is left of the limit of the whole set-up."""

@@ -53,10 +53,22 @@ def teardown(env: Environment, shown: Listener | None = None) -> TeardownReport:
         _inner_first(env, candidates, say)
     with _phase(env, shown, "destroy", "proved, stopped, proved, destroyed; then looked for again") as say:
         report = clear(env, host, candidates, say)
+        report = replace(report, left=(*report.left, *_undo(env)))
     for line in report.left:
         audit.write("leak", status="left", cause=line, host=host.name)
     audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
     return report
+
+
+def _undo(env: Environment) -> list[str]:
+    """What phases added to a PVE that stays; lines about what could not be taken away."""
+    lines: list[str] = []
+    while env.undo:
+        try:
+            lines += env.undo.pop()()
+        except Exception as e:
+            lines.append(f"what a phase added to {env.outer.name}: {type(e).__name__}: {e}")
+    return lines
 
 
 def _look(env: Environment, host: PveHost, say: Say) -> list[Candidate]:
@@ -218,7 +230,7 @@ def _line(outcome: Outcome) -> str:
 def _inner_first(env: Environment, candidates: list[Candidate], say: Say) -> None:
     """Guests inside the nested PVE, best effort: they go with its disk anyway. Only through a VM that was
     just proved to be ours."""
-    if "leaf_provision" not in env.facts and "download_image" not in env.facts:
+    if env.attached or ("leaf_provision" not in env.facts and "download_image" not in env.facts):
         return
     vmid = env.facts.get("provision", {}).get("vmid")
     try:

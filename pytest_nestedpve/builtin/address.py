@@ -11,7 +11,14 @@ from pytest_nestedpve.builtin.guest import Level, made_of
 from pytest_nestedpve.creation import Created
 from pytest_nestedpve.pve import agent
 from pytest_nestedpve.pve.answers import flag, whole
-from pytest_nestedpve.pve.errors import AgentUnavailable, ApiError, CommandTimeout, NotRunning, PveError
+from pytest_nestedpve.pve.errors import (
+    AgentUnavailable,
+    ApiError,
+    CommandTimeout,
+    NotRunning,
+    PveError,
+    SshError,
+)
 from pytest_nestedpve.pve.guests import guest_config
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.timing import Deadline, wait_until
@@ -44,7 +51,7 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
             f"the guest agent of VM {made.vmid} to answer. Has the image an agent, or can the VM fetch it "
             f"(vendor-data, mirror, network)? {_console(host, made)}"
         ),
-        interval=(0.2, 2.0),
+        interval=(0.1, 0.4),
     )
     env.progress("waiting for the end of cloud-init")
     first_boot, words = wait_cloud_init(host, made, deadline)
@@ -89,12 +96,12 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]
 
     ip = wait_until(
         address, deadline=deadline, what=f"VM {made.vmid} to have an IPv4 address on the card {mac}",
-        interval=(0.2, 2.0),
+        interval=(0.1, 0.4),
     )  # fmt: skip
     check_address(host, str(facts["bridge"]), ip, mac, deadline)
     keys = wait_until(
         lambda: _host_keys(host, made), deadline=deadline, what=f"the SSH host keys of VM {made.vmid}",
-        interval=(0.2, 2.0),
+        interval=(0.1, 0.4),
     )  # fmt: skip
     name = str(facts["name"])
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
@@ -106,9 +113,16 @@ def relocate(env: Environment, level: Level, timeout: float = 120.0) -> str:
     """The address after a reboot or a change of the network: known hosts, ssh_config and logins follow."""
     deadline = Deadline(timeout)
     host = level.host(env)
+    if env.attached and level.role == "nested":
+        # Nobody knows of it as a VM: it is where it was, or not to be found.
+        wait_until(
+            lambda: _logs_in(host), deadline=deadline, interval=(0.1, 0.4),
+            what=f"{host.name} to take a login again",
+        )  # fmt: skip
+        return env.ip
     made = made_of(env.facts[level.provision])
     wait_until(
-        lambda: _answers(host, made), deadline=deadline, interval=(0.2, 2.0),
+        lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.4),
         what=f"the guest agent of VM {made.vmid} to answer again",
     )  # fmt: skip
     found = locate(env, level, deadline)
@@ -120,6 +134,13 @@ def relocate(env: Environment, level: Level, timeout: float = 120.0) -> str:
     env.forget_connections()
     env.write_ssh_config()
     return str(found["ip"])
+
+
+def _logs_in(host: PveHost) -> bool:
+    try:
+        return host.run(["true"], timeout=20).ok
+    except SshError:
+        return False
 
 
 def _answers(host: PveHost, made: Created) -> bool:
@@ -212,7 +233,7 @@ def execute(
         return answer if flag(answer.get("exited")) else None
 
     answer = wait_until(
-        ended, deadline=deadline, what=f"the end of {what} in VM {made.vmid}", interval=(0.1, 2.0)
+        ended, deadline=deadline, what=f"the end of {what} in VM {made.vmid}", interval=(0.1, 0.4)
     )
     rc = whole(answer.get("exitcode"))
     if rc is None:

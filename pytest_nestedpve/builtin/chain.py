@@ -31,14 +31,15 @@ def verify_ssh_chain(env: Environment, timeout: float) -> dict[str, Any]:
         found = _name(ssh.run(["uname", "-n"], timeout=60).check().stdout)
         if found != name:
             raise ChainBroken(f"expected the login at {name} to end on {name}, it ended on {found!r}")
-    hops.append(f"controller → {outer_name} → {nested} → {leaf} (paramiko)")
+    way = f"controller → {nested}" if env.attached else f"controller → {outer_name} → {nested}"
+    hops.append(f"{way} → {leaf} (paramiko)")
     env.progress("by ssh")
     config = env.write_ssh_config()
     for short, name in (("nested", nested), ("leaf", leaf)):
         found = _name(_openssh(["-F", str(config), *_STRICT, short, "uname -n"], deadline))
         if found != name:
             raise ChainBroken(f"expected `ssh -F {config} {short}` to end on {name}, it ended on {found!r}")
-    hops.append(f"controller → {outer_name} → {nested} → {leaf} (ssh -F {config.name} leaf)")
+    hops.append(f"{way} → {leaf} (ssh -F {config.name} leaf)")
     env.progress("from the nested PVE")
     hops += _from_nested(env, nested, leaf)
     return {"hops": hops, "did": "; ".join(hops)}
@@ -51,7 +52,9 @@ def _from_nested(env: Environment, nested: str, leaf: str) -> list[str]:
     pin_on_nested(env, leaf, keys)
     to_leaf = ["-o", f"HostName={ip}", "-o", f"HostKeyAlias={leaf}", leaf, "uname -n"]
     hops = []
-    ways = [("the run's key", ["-i", KEY_FILE, "-o", "IdentitiesOnly=yes"])]
+    ways = []
+    if not env.facts.get("setup_ssh", {}).get("own_key"):
+        ways.append(("the run's key", ["-i", KEY_FILE, "-o", "IdentitiesOnly=yes"]))
     if env.facts.get("setup_ssh", {}).get("root_public_key"):
         # -F none: the file of the set-up would offer the run's key as well, and prove nothing.
         own = ["-F", "none", "-l", "root", "-i", "/root/.ssh/id_rsa", "-o", "IdentitiesOnly=yes"]

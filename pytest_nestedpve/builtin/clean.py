@@ -56,6 +56,12 @@ class CleanState:
         if not changed:
             self.gave = "proved unchanged"
             return
+        if not self._able and env.attached:
+            raise NoSnapshots(
+                "nested_pve_clean: the attached PVE was changed (" + ", ".join(changed) + "), and one that "
+                "is attached is never rolled back; expected tests that undo what they do, or a nested PVE of "
+                "the run's own (without --nested-attach)"
+            )
         if not self._able:
             raise NoSnapshots(
                 "nested_pve_clean: the nested PVE was changed ("
@@ -95,7 +101,7 @@ class CleanState:
         env = self._env
         address.relocate(env, guest.NESTED, deadline.nominal())
         wait_until(
-            lambda: setup.health(env.inner)[0], deadline=deadline, interval=(0.3, 2.0),
+            lambda: setup.health(env.inner)[0], deadline=deadline, interval=(0.1, 0.4),
             what="the nested PVE to be well again",
         )  # fmt: skip
         if self._leaf:

@@ -211,10 +211,13 @@ def setup_repos(env: Environment, timeout: float) -> dict[str, Any]:
     deadline = Deadline(timeout)
     env.progress("packing sources")
     packed = playvars.pack_sources(env.settings, env.run)
-    outer_key = root_public_key(env.outer)
+    outer_key = None if env.attached else root_public_key(env.outer)
     variables = playvars.repos(
         env.settings, env.facts, packed=packed, outer_keys=[outer_key] if outer_key else []
     )
+    if env.attached:
+        # By this name the teardown finds it as the run's.
+        variables.setdefault("nested_pve_token_name", f"npve-{env.run.id}-{env.run.session[:8]}")
     result = _play(env, "nested-pve-repos.yml", variables, deadline)
     token_id = fetch_token(env)
     names = [each.name for each in packed]

@@ -41,8 +41,8 @@ class Playbook:
 class Step:
     """One execution of a phase. Times are seconds since the epoch; `seconds` is None while it has not ended.
 
-    `status` is "done" (executed), "proved" (its probe found it done), "failed" or "interrupted" (the log ends
-    inside it).
+    `status` is "done" (executed), "proved" (its probe found it done), "attached" (taken as it is, the PVE
+    exists), "failed" or "interrupted" (the log ends inside it).
     """
 
     name: str

@@ -26,6 +26,7 @@ VERDICTS = {
 WORDS = {
     "done": "done",
     "proved": "found done",
+    "attached": "attached",
     "failed": "failed",
     "interrupted": "interrupted",
 }

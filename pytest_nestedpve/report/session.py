@@ -194,6 +194,8 @@ def phase_text(report: pytest.TestReport) -> str:
             words.append(duration(float(properties[PROPERTY_SECONDS])))
     if properties.get(PROPERTY_STATUS) == "proved":
         words.append("found done")
+    if properties.get(PROPERTY_STATUS) == "attached":
+        words.append("attached")
     by = properties.get(PROPERTY_DONE_BY)
     if by and by != report.nodeid:
         words.append(f"done by {by}")
