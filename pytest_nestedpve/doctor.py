@@ -116,7 +116,8 @@ class Examination:
             return
         self.reached = True
         seen = Seen(
-            *_only_reading(self.host, self.settings),
+            only_reading(self.host),
+            self.settings,
             workers=1 if self.settings.scope == "run" else self.nested.config.stash.get(_WORKERS, 1),
             by_https=hasattr(self.host.api, "line"),
         )
@@ -185,13 +186,13 @@ class Examination:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def _only_reading(host: PveHost, settings: Settings) -> tuple[PveHost, Settings]:
+def only_reading(host: PveHost) -> PveHost:
     """The host by root's pvesh alone: HTTPS needs a token, and that is made on the host."""
     from pytest_nestedpve.pve.host import PveHost as Host
 
     line = getattr(host.api, "line", None)
     if line is None:
-        return host, settings
+        return host
     reading = Host(host.name, host.ssh, line.pvesh)
     reading.ssh_config = host.ssh_config
-    return reading, settings
+    return reading

@@ -183,7 +183,8 @@ class View:
             text, markup = f"nothing is missing{rest}", {"green": True, "bold": True}
         self._paragraph(f"nested-pve doctor: {text}", 0, **markup)
         if count[MISSING]:
-            self._line(f"look again: {again}")
+            self._line("look again by")
+            self._line(f"       {again}", cyan=True)
 
 
 def _origins(settings: Settings, *keys: str) -> str:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
+from pytest_nestedpve.builtin.checks.look import Check
 from pytest_nestedpve.builtin.preflight import Finding, PreflightError, disk_format, preflight
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.pve.errors import HostUnreachable
@@ -306,3 +307,118 @@ def test_the_disk_format_is_read_from_the_storages_own_answer() -> None:
 )
 def test_a_finding_reads_as_sentences(found: str, advice: str, text: str) -> None:
     assert str(Finding("it", "yes", found, advice)) == text
+
+
+def with_memory(host: MemoryHost, total: int, available: int) -> None:
+    with host.open() as model:
+        model.state["memory"] = {"total": total * GIB, "available": available * GIB}
+
+
+def workers(environment: Make, count: int, **settings: Any) -> Environment:
+    env = environment(host="father", **settings)
+    env.workers = count
+    return env
+
+
+def test_more_memory_for_all_workers_than_the_node_has_is_told_with_what_fits(
+    environment: Make, host: MemoryHost
+) -> None:
+    with_memory(host, 32, 20)
+    env = workers(environment, 6)
+    only(env, "memory: expected 48 GiB for 6 workers, 8 GiB", "20 GiB available of 32 GiB", "2 fit")
+    assert "`pytest --pve-host father -n 2`" in only(env, "nested_pve_scope = run")
+
+
+def test_where_only_one_fits_the_command_shares_it(environment: Make, host: MemoryHost) -> None:
+    with_memory(host, 15, 9)
+    only(workers(environment, 2), "1 fits", "`pytest --pve-host father -n 2 -o nested_pve_scope=run`")
+
+
+def test_more_memory_than_is_available_now_is_a_warning(environment: Make, host: MemoryHost) -> None:
+    with_memory(host, 32, 20)
+    env = workers(environment, 3)
+    assert preflight(env)["storage"] == "local"
+    (remark,) = env.remarks
+    assert "expected 24 GiB for 3 workers" in remark
+    assert "20 GiB available of 32 GiB" in remark
+    assert preflight(workers(environment, 2))["storage"] == "local"
+
+
+def test_one_vm_for_all_workers_is_counted_once(environment: Make, host: MemoryHost) -> None:
+    with_memory(host, 10, 9)
+    env = environment()
+    preflight(env)
+    assert env.remarks == []
+
+
+def test_the_vms_of_workers_that_were_quicker_are_not_counted_twice(
+    environment: Make, host: MemoryHost
+) -> None:
+    """Two of three run, grown to all they were given: the third, which has not begun, still fits."""
+    from pytest_nestedpve.builtin.checks.look import CHECKS, look
+    from pytest_nestedpve.builtin.checks.seen import Seen
+
+    with_memory(host, 32, 10)
+    env = workers(environment, 3)
+    running = {"type": "qemu", "status": "running", "node": "father", "maxmem": 8 * GIB}
+    seen = Seen(env.outer, env.settings, workers=3, own=frozenset({"a" * 12, "b" * 12}))
+    seen._answers["guests"] = [
+        {**running, "vmid": 99900, "pool": "team/npve-" + "a" * 12, "mem": 8 * GIB},
+        {**running, "vmid": 99901, "pool": "npve-" + "b" * 12, "mem": 7 * GIB},
+        {**running, "vmid": 99902, "pool": "npve-" + "c" * 12, "mem": GIB},
+    ]
+    (check,) = [each for each in CHECKS if each.name == "memory"]
+    found = look(seen, checks=[Check(check.name, check.do)])
+    assert [each.level for each in found.findings] == ["ok"]
+    assert "2 run already, 9 GiB still to come" in found.findings[0].found
+
+
+def test_a_node_that_does_not_say_its_memory_is_a_warning(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["memory"] = {"total": None}
+    env = environment()
+    preflight(env)
+    assert "does not say" in env.remarks[0]
+
+
+def test_runs_of_one_xdist_session_know_each_other(tmp_path: Path) -> None:
+    from pytest_nestedpve.builtin.preflight import _begun
+
+    for run, family in (("a" * 12, "x"), ("b" * 12, "x"), ("c" * 12, "y"), ("d" * 12, None)):
+        (tmp_path / run).mkdir()
+        if family:
+            (tmp_path / run / "session").write_text(family)
+    assert _begun(tmp_path / ("a" * 12)) == {"a" * 12, "b" * 12}
+    assert _begun(tmp_path / ("d" * 12)) == {"d" * 12}
+
+
+def test_the_doctor_makes_no_token_on_a_host_that_has_https(host: MemoryHost) -> None:
+    """Seeing over HTTPS takes a token, and that would be made on the host."""
+    from pytest_nestedpve.builtin.checks.look import CHECKS, FOR_PEOPLE, look
+    from pytest_nestedpve.builtin.checks.seen import Seen
+    from pytest_nestedpve.doctor import only_reading
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.pve.hostapi import HostApi
+    from pytest_nestedpve.settings import Settings
+
+    ssh = host.connect().ssh
+    reading = only_reading(PveHost("father", ssh, HostApi(ssh)))
+    found = look(Seen(reading, Settings(), by_https=True), checks=(*CHECKS, *FOR_PEOPLE))
+    assert [each.what for each in found.of("missing")] == ["PVE"]  # this host has no pvesh in its shell
+    with host.open() as model:
+        sent = model.state["shell"]
+    assert any("pvesh get /version" in line for line in sent)
+    assert not any("pveum" in line or "token" in line for line in sent)
+
+
+def test_a_port_that_does_not_answer_is_a_warning_and_pvesh_is_what_would_be_used(
+    environment: Make, host: MemoryHost
+) -> None:
+    from pytest_nestedpve.builtin.checks.look import FOR_PEOPLE, look
+    from pytest_nestedpve.builtin.checks.seen import Seen
+
+    seen = Seen(host.connect(), environment().settings, by_https=True)
+    found = look(seen, checks=[Check(each.name, each.do) for each in FOR_PEOPLE])
+    assert found.findings[0].level == "warning"
+    assert found.findings[0].fix[0] == "systemctl restart pveproxy"
+    assert seen.choices.transport == "pvesh over SSH"

@@ -48,7 +48,7 @@ def memory(seen: Seen) -> Iterator[Finding]:
     total = whole(found.get("total"))
     available = whole(found.get("available", found.get("free")))
     if total is None or available is None:
-        yield Finding("memory", "", f"{node} does not say how much it has", level=WARNING)
+        yield Finding("memory", f"{_gib(settings.memory * MIB)}", f"{node} does not say", level=WARNING)
         return
     each = settings.memory * MIB
     begun = [guest for guest in seen.guests if _is_own(guest, seen.own) and guest.get("node") == node]

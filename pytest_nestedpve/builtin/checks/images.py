@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pytest_nestedpve.builtin import imagefile
 from pytest_nestedpve.builtin.checks import mending
-from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
 from pytest_nestedpve.builtin.checks.storages import contents, usable
 from pytest_nestedpve.pve.answers import entries, flag, text, whole

@@ -18,7 +18,7 @@ GIB = 1024**3
 # A nested PVE with a leaf uses about this much of a disk that grows with its use.
 GROWN = 8 * GIB
 
-__all__ = ["contents", "disk_format", "mend_content", "snippets", "space", "storage", "usable"]
+__all__ = ["contents", "disk_format", "snippets", "space", "storage", "usable"]
 
 
 def _named(storages: list[dict[str, Any]]) -> str:
@@ -99,7 +99,7 @@ def snippets(seen: Seen) -> Iterator[Finding]:
 
 
 def space(seen: Seen) -> Iterator[Finding]:
-    """Room for the disks of all nested PVEs that there will be."""
+    """Room for the disk, as much as a nested PVE is known to fill of it."""
     found = next(each for each in seen.storages if each.get("storage") == seen.choices.storage)
     settings, free = seen.settings, whole(found.get("avail"))
     if free is None:

@@ -1,0 +1,374 @@
+"""--nested-doctor: what is missing and the command that mends it, what a run would use; only ever reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from acceptance.conftest import Project, Result, make_project
+from terminals import on_terminal
+
+DOCTOR = "--nested-doctor"
+NESTED = "/sys/module/kvm_intel/parameters/nested"
+GIB = 1024**3
+State = dict[str, Any]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project on a host that has all that is needed."""
+    made = make_project(tmp_path / "project")
+    with made.host().open() as model:
+        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
+    return made
+
+
+def rows(project: Project, *args: str) -> tuple[Result, list[State]]:
+    result = project.run(DOCTOR, "--pve-host", "father", "--nested-json", "out.json", *args)
+    found: list[State] = json.loads((project.path / "out.json").read_text())
+    return result, found
+
+
+def checks(found: list[State], level: str) -> dict[str, State]:
+    return {row["what"]: row for row in found if row["row"] == "check" and row["level"] == level}
+
+
+def test_a_host_as_it_should_be_is_status_0_and_says_what_would_be_used_and_why(project: Project) -> None:
+    result, found = rows(project)
+    assert result.ret == 0, result.output
+    assert "nothing is missing" in result.output
+    assert not checks(found, "missing")
+    assert not checks(found, "unknown")
+    chosen = {row["what"]: (row["value"], row["why"]) for row in found if row["row"] == "choice"}
+    assert chosen["node"][0] == "father"
+    assert chosen["disk"] == ("local (qcow2), 64 GiB", "the only one with content images")
+    assert chosen["bridge"] == ("vmbr0", "the usual one")
+    assert "debian-13-genericcloud-amd64" in chosen["made from"][0]
+    assert "100 of 100 free" in chosen["id"][1]
+    assert set(chosen) >= {"guest agent by", "address", "size", "API"}
+    for value, _ in chosen.values():
+        assert value.split()[0] in result.output
+
+
+def test_no_test_is_collected_and_nothing_of_pytests_own_lines_is_in_the_way(project: Project) -> None:
+    project.write(test_broken="import nosuch_module\n")
+    result = project.run(DOCTOR)
+    assert result.ret == 0, result.output
+    for word in ("collected", "test session starts", "no tests ran", "nosuch_module"):
+        assert word not in result.output
+
+
+def test_only_reads_are_sent_and_the_host_is_as_it_was(project: Project) -> None:
+    project.host().connect().api.post("/nodes/father/qemu", vmid=99950, name="somebodys")
+    with project.host().open() as model:
+        model.state["commands"], model.state["shell"] = [], []
+        model.state["storages"]["local"]["content"] = "iso"
+        model.state["vms"]["99950"]["born"] = 0
+    before = json.loads(project.host().path.read_text())
+    project.plugins = ("xdist.plugin",)
+    result = project.run(DOCTOR, "-n", "3")
+    assert result.ret == 1, result.output
+    after = json.loads(project.host().path.read_text())
+    sent, shell = after.pop("commands"), after.pop("shell")
+    assert len(sent) > 8
+    assert [call for call in sent if not call.startswith("GET ")] == []
+    reads = {"id", "cat", "test", "date", "if", "/usr/sbin/sshd"}
+    assert {line.split()[0] for line in shell} <= reads
+    del before["commands"], before["shell"]
+    assert after == before
+    assert not (project.path / ".nested-pve").exists()
+
+
+def no_virtualisation(state: State) -> None:
+    state["files"].pop(NESTED)
+
+
+def not_nested(state: State) -> None:
+    state["files"][NESTED] = "N\n"
+
+
+def without_kvm(state: State) -> None:
+    state["files"].pop("/dev/kvm")
+
+
+def no_images(state: State) -> None:
+    state["storages"]["local"]["content"] = "import,iso,snippets"
+
+
+def no_snippets(state: State) -> None:
+    state["storages"]["local"]["content"] = "images,import"
+
+
+def no_import(state: State) -> None:
+    state["storages"]["local"]["content"] = "images,iso,snippets"
+
+
+def no_image(state: State) -> None:
+    state["volumes"] = {}
+
+
+def two_bridges(state: State) -> None:
+    state["bridges"] = {"lan": "", "dmz": ""}
+
+
+def no_room(state: State) -> None:
+    state["storages"]["local"]["avail"] = GIB
+
+
+def little_memory(state: State) -> None:
+    state["memory"] = {"total": 6 * GIB, "available": 5 * GIB}
+
+
+def one_core(state: State) -> None:
+    state["cpus"] = 1
+
+
+def another_user(state: State) -> None:
+    state["uid"] = 1000
+
+
+def old_pve(state: State) -> None:
+    state["version"] = "8.1.4"
+
+
+def old_clock(state: State) -> None:
+    state["offset"] = -4000.0
+
+
+def no_forwarding(state: State) -> None:
+    state["sshd"] = "port 22\nallowtcpforwarding no\ndisableforwarding no\n"
+
+
+def no_quorum(state: State) -> None:
+    state["cluster"] = [{"type": "cluster", "name": "prod", "quorate": 0}]
+
+
+def broken_profile(state: State) -> None:
+    state["files"]["/etc/nested-pve.ini"] = "[nested-pve]\nsources = a=/etc\n"
+
+
+def all_ids_taken(state: State) -> None:
+    state["pools"]["theirs"] = {"comment": "", "vms": list(range(99900, 100000))}
+
+
+def nothing(state: State) -> None:
+    del state
+
+
+MISSING: list[tuple[Callable[[State], None], tuple[str, ...], str, list[str]]] = [
+    (
+        no_virtualisation,
+        (),
+        "nested virtualisation",
+        ["ssh", "father", "modprobe kvm_intel || modprobe kvm_amd"],
+    ),
+    (
+        not_nested,
+        (),
+        "nested virtualisation",
+        ["ssh", "father", 'echo "options kvm_intel nested=1" > /etc/modprobe.d/kvm-nested.conf'],
+    ),
+    (without_kvm, (), "nested virtualisation", ["ssh", "father", "modprobe kvm_intel"]),
+    (no_images, (), "storage", ["ssh", "father", "pvesm set local --content images,import,iso,snippets"]),
+    (no_snippets, (), "snippets", ["ssh", "father", "pvesm set local --content images,import,snippets"]),
+    (no_import, (), "image", ["ssh", "father", "pvesm set local --content images,import,iso,snippets"]),
+    (no_image, (), "image", ["ssh", "father", "pvesh create /nodes/father/storage/local/download-url"]),
+    (two_bridges, (), "bridge", ["pytest", "--pve-host", "father", "-o", "nested_pve_bridge=dmz"]),
+    (no_room, (), "space", ["ssh", "father", "pvesm list local"]),
+    (little_memory, (), "memory", ["pytest", "--pve-host", "father", "-o", "nested_pve_memory=5120"]),
+    (one_core, (), "cores", ["pytest", "--pve-host", "father", "-o", "nested_pve_cores=1"]),
+    (another_user, (), "user", ["pytest", "--pve-host", "root@father", DOCTOR]),
+    (old_pve, (), "version", ["ssh", "father", "apt update && apt full-upgrade"]),
+    (old_clock, (), "clock", ["ssh", "father", "timedatectl set-ntp true"]),
+    (no_forwarding, (), "forwarding", ["ssh", "father", "systemctl reload ssh"]),
+    (no_quorum, (), "quorum", ["ssh", "father", "pvecm status"]),
+    (broken_profile, (), "profile", ["ssh", "father", "editor /etc/nested-pve.ini"]),
+    (
+        all_ids_taken,
+        (),
+        "VM id",
+        ["pytest", "--pve-host", "father", "--nested-destroy-only", "--nested-dry-run"],
+    ),
+    (
+        nothing,
+        ("-o", "nested_pve_pool_parent=team"),
+        "pool",
+        ["ssh", "father", "pveum pool add team"],
+    ),
+    (
+        nothing,
+        ("-o", "nested_pve_storage=tank"),
+        "storage",
+        ["pytest", "--pve-host", "father", "-o", "nested_pve_storage=local"],
+    ),
+    (
+        nothing,
+        ("-o", "nested_pve_image=local:import/nosuch.qcow2"),
+        "image",
+        ["ssh", "father", "pvesh create /nodes/father/storage/local/download-url"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "what", "command"),
+    MISSING,
+    ids=[f"{row[0].__name__}-{row[2]}".replace(" ", "-") for row in MISSING],
+)
+def test_what_is_missing_is_told_with_the_command_that_mends_it(
+    project: Project, change: Callable[[State], None], args: tuple[str, ...], what: str, command: list[str]
+) -> None:
+    with project.host().open() as model:
+        change(model.state)
+    result, found = rows(project, *args)
+    assert result.ret == 1, result.output
+    missing = checks(found, "missing")
+    assert list(missing) == [what], result.output
+    assert all(missing[what][key] for key in ("expected", "found", "advice"))
+    lines = [shlex.split(line) for line in missing[what]["commands"]]
+    last = command[-1]
+    assert any(
+        line[:-1] == command[:-1] and line[-1].startswith(last) for line in lines if len(line) == len(command)
+    ), lines
+    for line in missing[what]["commands"]:
+        assert f"       {line}\n" in result.output  # whole, on a line of its own
+    assert re.search(rf"^  missing  {re.escape(what)}", result.output, re.MULTILINE)
+    assert "To do" in result.output
+    assert "1 missing" in result.output
+
+
+def test_checks_go_on_after_one_that_failed_and_all_is_told_at_once(project: Project) -> None:
+    with project.host().open() as model:
+        for change in (not_nested, no_import, no_snippets, two_bridges, no_forwarding, one_core):
+            change(model.state)
+        model.state["storages"]["local"]["content"] = "images"
+    project.host().fault("GET", "/nodes/father/status", text="500 got timeout", times=9)
+    result, found = rows(project)
+    assert result.ret == 1
+    missing = checks(found, "missing")
+    assert list(missing) == ["forwarding", "nested virtualisation", "cores", "snippets", "image", "bridge"]
+    assert "got timeout" in missing["cores"]["found"]
+    assert "memory" in checks(found, "unknown")  # its answer is the one that failed
+    # One after the other, no command takes back what the one before gave.
+    given = [line for row in missing.values() for line in row["commands"] if "pvesm set" in line]
+    assert set(given) == {"ssh father 'pvesm set local --content images,import,snippets'"}
+
+
+def test_an_unreachable_host_is_status_4_and_what_can_be_learnt_is_shown(project: Project) -> None:
+    (project.path / "conftest.py").write_text("")
+    result, found = (
+        project.run(DOCTOR, "--pve-host", "nowhere.invalid", "--nested-json", "out.json"),
+        json.loads((project.path / "out.json").read_text()),
+    )
+    assert result.ret == 4, result.output
+    assert "Traceback" not in result.output
+    assert "this machine" in checks(found, "ok")
+    assert checks(found, "missing")["SSH"]["commands"] == ["ssh nowhere.invalid true"]
+    assert len(checks(found, "unknown")) > 10
+    assert "the host cannot be used as it is" in result.output
+
+
+def test_without_a_host_it_is_status_4_and_names_both_choices(project: Project) -> None:
+    (project.path / "conftest.py").write_text("")
+    result = project.run(DOCTOR)
+    assert result.ret == 4
+    assert "--pve-host HOST" in result.output
+    assert "--pve-host lab" in result.output
+
+
+def test_a_lab_that_does_not_run_is_not_started(project: Project) -> None:
+    (project.path / "conftest.py").write_text("")
+    cache = project.path / "cache"
+    result = project.run(DOCTOR, "--pve-host", "lab:nosuchlab", NESTED_PVE_CACHE=str(cache))
+    assert result.ret in (0, 1), result.output  # by whether this machine can have one
+    assert "nestedpve-lab start nosuchlab" in result.output or "nestedpve-lab install" in result.output
+    assert not list(cache.glob("labs/*"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--nested-destroy-only"],
+        ["--nested-dry-run"],
+        ["--nested-exec", "true"],
+        ["--nested-env-file", "env"],
+        ["--nested-keep"],
+        ["--nested-skip", "preflight"],
+        ["--collect-only"],
+        ["--setup-plan"],
+        ["-k", "network"],
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(project: Project, args: list[str]) -> None:
+    result = project.run(DOCTOR, *args)
+    assert result.ret == 4, result.output
+    assert DOCTOR in result.output
+    assert args[0] in result.output
+    with project.host().open() as model:
+        assert model.state["commands"] == []
+
+
+def test_what_a_project_says_about_its_tests_is_set_aside(project: Project) -> None:
+    (project.path / "pytest.ini").write_text(
+        "[pytest]\naddopts = -n 2 --maxfail=1 --junitxml=report.xml -v --lf\n"
+    )
+    (project.path / "report.xml").write_text("of the run before")
+    project.plugins = ("xdist.plugin",)
+    result = project.run(DOCTOR)
+    assert result.ret == 0, result.output
+    assert (project.path / "report.xml").read_text() == "of the run before"
+    assert "16 GiB for 2 workers" in " ".join(result.output.split())
+
+
+def test_runs_that_have_lapsed_are_a_warning_with_the_command(project: Project) -> None:
+    lease = {
+        "v": 1, "owner": "bob@elsewhere", "client": "0" * 16, "session": "1" * 16, "state": "live",
+        "created": 1000, "expires": 2000, "hard": 3000,
+    }  # fmt: skip
+    with project.host().open() as model:
+        model.state["pools"]["npve-0123456789ab"] = {"comment": json.dumps(lease), "vms": []}
+    result, found = rows(project)
+    assert result.ret == 0, result.output
+    warning = checks(found, "warning")["runs"]
+    assert "0123456789ab (bob@elsewhere's, live)" in warning["found"]
+    assert warning["commands"] == ["pytest --pve-host father --nested-destroy-only"]
+    assert "nothing is missing, 1 warning" in result.output
+
+
+def test_secrets_are_masked_on_the_terminal_and_in_the_file(project: Project) -> None:
+    with project.host().open() as model:
+        model.state["files"]["/etc/nested-pve.ini"] = (
+            "[nested-pve]\nhttp_proxy = http://user:hunter22@proxy port\n"
+        )
+    result, found = rows(project)
+    assert result.ret == 1, result.output
+    assert "profile" in checks(found, "missing")
+    assert "hunter22" not in result.output + (project.path / "out.json").read_text()
+
+
+@pytest.mark.parametrize("columns", ["200", "80", "44"])
+def test_a_narrow_terminal_breaks_no_command_and_no_line_is_too_long(project: Project, columns: str) -> None:
+    with project.host().open() as model:
+        no_image(model.state)
+        two_bridges(model.state)
+    command = project.command(DOCTOR, "--pve-host", "father")
+    status, output = on_terminal(
+        command, cwd=project.path, env=project.environ(COLUMNS=columns, TERM="xterm")
+    )
+    assert status == 1
+    assert "\x1b[31m" in output  # colours
+    # What was shown while it was looked at is taken back.
+    seen = re.sub(r"[^\n]*\r\x1b\[2K", "", output.replace("\r\n", "\n"))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
+    assert "..." not in plain
+    commands = [line for line in plain.splitlines() if line.strip().startswith(("ssh ", "pytest "))]
+    assert any(
+        line.strip().startswith("ssh father 'pvesh create") and line.endswith("'") for line in commands
+    )
+    others = [line for line in plain.splitlines() if line not in commands and " " in line.strip()]
+    assert [line for line in others if len(line) > int(columns) and len(line.split()) > 2] == []
