@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nestedpve.pve.answers import entries, shown
 from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import (
     AlreadyExists,
     ApiError,
@@ -40,6 +41,7 @@ STATES = ("live", "kept")
 _POOL = re.compile(r"(?:[A-Za-z0-9._-]+/){0,2}npve-([0-9a-f]{12})\Z")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\Z")
 _LATEST = 1 << 40  # epoch seconds no clock shows: what is beyond is not a time
+_MOVES = 4  # nodes on which a VM is looked for, one after the other, while it is being moved
 
 
 class LeaseLost(PveError):
@@ -94,7 +96,7 @@ def parse_marker(description: object) -> Marker | None:
 
 def marker_lines(description: object) -> list[str]:
     """The lines of a description that look like a marker, well-formed or not."""
-    if not isinstance(description, str):
+    if not isinstance(description, str) or MARKER not in description:
         return []
     return [line.strip() for line in description.split("\n") if line.strip().startswith(MARKER)]
 
@@ -282,7 +284,8 @@ class Proof:
 
     `reason` says why not; `gone`: there is no such VM; `unreadable`: PVE refuses to print it.
     `marked`: its marker is this run's, this VM's and this uuid's, whatever else speaks against it.
-    `status` is PVE's; `lock` the lock property; `config` the configuration proved.
+    `status` is PVE's; `lock` the lock property; `config` the configuration proved. `node` is where the VM
+    was found, or looked for last: it may have been moved.
     """
 
     ok: bool
@@ -295,6 +298,7 @@ class Proof:
     gone: bool = False
     unreadable: bool = False
     marked: bool = False
+    node: str = ""
 
 
 def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool: str | None = None) -> Proof:
@@ -305,7 +309,21 @@ def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool:
     """
     run_id = run if isinstance(run, str) else run.id
     name = pool if pool is not None and run_of_pool(pool) == run_id else pool_name(settings, run_id)
-    base = path_of(guest.node, guest.vmid)
+    node = guest.node
+    for _ in range(_MOVES):
+        found = replace(_prove_at(api, settings, node, guest.vmid, run_id, name), node=node)
+        if not found.gone:
+            return found
+        # No configuration on that node: it is gone only if it is on no other one either.
+        there = node_of(api, guest.vmid)
+        if there is None or there == node:
+            return found
+        node = there
+    raise PveError(f"VM {guest.vmid} was on another node each time it was looked for, last on {node}")
+
+
+def _prove_at(api: Api, settings: Settings, node: str, vmid: int, run_id: str, name: str) -> Proof:
+    base = path_of(node, vmid)
     members = read_pool(api, name)
     try:
         # The configuration last: what is read of it is the youngest when the blow follows.
@@ -316,10 +334,12 @@ def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool:
     except UnreadableAnswer as e:
         # `lock: destroyed`, or written by hand: pvesh refuses to print such a configuration.
         return Proof(False, f"its configuration is not readable: {e.text}", unreadable=True)
-    found = judge(settings, guest.vmid, run_id, config, status)
+    found = judge(settings, vmid, run_id, config, status)
+    if found.ok and members is not None and vmid in members.vmids and ("qemu", vmid, node) not in members.members:
+        members = read_pool(api, name)  # moved between the two answers
     if found.ok and members is None:
         return replace(found, ok=False, reason=f"the pool {name} does not exist")
-    if found.ok and members is not None and ("qemu", guest.vmid, guest.node) not in members.members:
+    if found.ok and members is not None and ("qemu", vmid, node) not in members.members:
         return replace(found, ok=False, reason=f"it is not in the pool {name}")
     return found
 

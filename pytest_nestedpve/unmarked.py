@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve import zombies
+from pytest_nestedpve.creation import ids_in_pools
 from pytest_nestedpve.destroy import Outcome
 from pytest_nestedpve.ownership import (
     TAG,
@@ -96,10 +97,12 @@ def _row(host: PveHost, settings: Settings, guest: Guest, asked: bool, jobs: _Jo
 
 @dataclass(frozen=True)
 class _Jobs:
-    """Who else counts on guests: backup jobs, replication, HA."""
+    """Who else counts on guests: backup jobs, replication, pools (of ids too that /cluster/resources, which
+    is a broadcast, shows in none)."""
 
     everything: bool
     listed: frozenset[int]
+    pooled: frozenset[int]
 
     @classmethod
     def read(cls, host: PveHost) -> _Jobs:
@@ -116,7 +119,7 @@ class _Jobs:
             vmid = whole(job.get("guest"))
             everything = everything or vmid is None
             listed |= {vmid} if vmid is not None else set()
-        return cls(everything, frozenset(listed))
+        return cls(everything, frozenset(listed), frozenset(ids_in_pools(host)))
 
 
 def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Jobs, now: int) -> str:
@@ -141,6 +144,7 @@ def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Job
         (protects("lock"), f"it is locked ({config.get('lock')})"),
         (protects("onboot"), "it starts with the host"),
         (guest.pool is not None, f"it is in the pool {guest.pool}"),
+        (guest.vmid in jobs.pooled, "it is in a pool"),
         (bool(snapshots), "it has snapshots"),
         (guest.vmid in jobs.listed, "a backup or replication job names it"),
         (jobs.everything, "a backup job takes all VMs"),

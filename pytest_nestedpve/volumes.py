@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import ApiError, GuestNotFound, NotFound, PveError
 from pytest_nestedpve.pve.tasks import wait_task
 
@@ -18,18 +19,21 @@ if TYPE_CHECKING:
 
 _DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
 # Storage and name; it becomes part of a path, so nothing in it may end or leave one.
-_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:(?!.*(?:\A|[:/])\.{0,2}(?:/|\Z))[A-Za-z0-9_./@+=,~^-]+\Z")
+_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:(?!(?:.*/)?\.{0,2}(?:/|\Z))[A-Za-z0-9_./@+=,~^-]+\Z")
 
 
+_LONGEST = 1000
 _STORAGE = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 
 
 @dataclass
 class _Noted:
-    """What goes with one VM: volumes, each with what speaks against removing it (None: nothing)."""
+    """What goes with one VM: volumes by node, each with what speaks against removing it (None: nothing)."""
 
-    node: str
-    volumes: dict[str, str | None] = field(default_factory=dict)
+    volumes: dict[tuple[str, str], str | None] = field(default_factory=dict)
+
+    def add(self, node: str, volid: str, doubt: str | None) -> None:
+        self.volumes.setdefault((node, volid), doubt)
 
 
 class Volumes:
@@ -48,29 +52,39 @@ class Volumes:
             if node not in self._listed:
                 self._listed[node] = self._list(node)
 
-    def note(self, node: str, vmid: int, config: Mapping[str, Any], *, marked: bool = True) -> None:
+    def note(
+        self,
+        node: str,
+        vmid: int,
+        config: Mapping[str, Any],
+        *,
+        marked: bool = True,
+        made_there: bool = True,
+    ) -> None:
         """Remember what its configuration names, and what storages hold for its id. Raises PveError.
 
         An id is only ever taken when no storage holds a volume of it, so what is there came with a VM that is
         `marked` (an import that was cut off leaves a volume that no configuration names). Not so beside a VM
         without a marker, and not on a shared storage, where a guest of another cluster may have the same id:
-        there such a volume is told, and stays.
+        there such a volume is told, and stays; nor on a node that the VM came to from another one, whose storages
+        were not looked at when the id was taken (`made_there` is false).
         """
         self.look(node)
         named = volumes_of(config, vmid)
         with self._lock:
-            known = self._noted.setdefault(vmid, _Noted(node))
-            known.node = node
-            known.volumes |= dict.fromkeys(named)
+            known = self._noted.setdefault(vmid, _Noted())
+            known.volumes |= dict.fromkeys((node, volid) for volid in named)
             for volid in self._listed[node].get(vmid, ()):
                 if not belongs(volid, vmid):
-                    known.volumes.setdefault(volid, "listed for this id, and not named for it")
+                    known.add(node, volid, "listed for this id, and not named for it")
                 elif volid in self._shared:
-                    known.volumes.setdefault(
-                        volid, "on a shared storage, and no configuration of ours names it"
-                    )
+                    known.add(node, volid, "on a shared storage, and no configuration of ours names it")
+                elif not marked:
+                    known.add(node, volid, "no configuration names it")
+                elif not made_there:
+                    known.add(node, volid, f"on {node} perhaps before the VM, and no configuration names it")
                 else:
-                    known.volumes.setdefault(volid, None if marked else "no configuration names it")
+                    known.add(node, volid, None)
 
     def _list(self, node: str) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
@@ -95,18 +109,17 @@ class Volumes:
         """Remove what is left of the volumes of VMs that are gone (id and node); of each that still has some,
         yields its id and a text about them."""
         there: dict[str, frozenset[str]] = {}
-        for vmid, node in gone.items():
-            noted = self._noted.get(vmid, _Noted(node))
+        for vmid in gone:
             stays = []
-            for volid, doubt in noted.volumes.items():
-                path = f"/nodes/{noted.node}/storage/{volid.partition(':')[0]}/content"
+            for (node, volid), doubt in self._noted.get(vmid, _Noted()).volumes.items():
+                path = f"/nodes/{node}/storage/{volid.partition(':')[0]}/content"
                 try:
                     if path not in there:
                         there[path] = self._content(path)
                     if volid in there[path] and doubt:
                         stays.append(f"{volid} ({doubt})")
                     elif volid in there[path]:
-                        stays += self._remove(noted.node, vmid, path, volid)
+                        stays += self._remove(node, vmid, path, volid)
                 except PveError as e:
                     stays.append(f"{volid} ({e})")
             if stays:
@@ -118,6 +131,9 @@ class Volumes:
             return [f"{volid} (the id is in use again)"]
         except GuestNotFound:
             pass  # any other error: the id may be in use
+        elsewhere = node_of(self._api, vmid)
+        if elsewhere is not None:
+            return [f"{volid} (the id is in use again, on {elsewhere})"]
         upid = self._api.delete(f"{path}/{volid}")
         if isinstance(upid, str) and upid.startswith("UPID:"):
             wait_task(self._api, upid, timeout=60)
@@ -141,7 +157,7 @@ def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
 
 def belongs(volid: str, vmid: int) -> bool:
     """Whether a volume is the VM's own by the last part of its name: what a linked clone hangs on is not."""
-    if not _VOLID.match(volid):
+    if len(volid) > _LONGEST or not _VOLID.match(volid):
         return False
     *above, name = volid.partition(":")[2].split("/")
     return re.match(rf"(?:vm|base|subvol)-{vmid}-", name) is not None or above[-1:] == [str(vmid)]

@@ -10,7 +10,7 @@ from typing import Any
 from pytest_nestedpve.pve.errors import UnreadableAnswer, plain
 
 # No separators of paths, shells, URLs or terminals: a UPID becomes part of a path.
-_PART = r"[^\x00-\x20\x7f-\xa0:/\\\"'`$;&|<>?#\s]"
+_PART = r"[\w.@+=%,~!-]"
 UPID = re.compile(
     r"UPID:(?P<node>[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?):(?P<pid>[0-9A-Fa-f]{8}):"
     r"(?P<pstart>[0-9A-Fa-f]{8,9}):(?P<starttime>[0-9A-Fa-f]{8}):(?P<type>[A-Za-z0-9_-]{1,64}):"
@@ -18,6 +18,7 @@ UPID = re.compile(
 )
 _UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z")
 _SHOWN = 300
+_UPID_LIMIT = 1000
 # What a change of a configuration says before its answer, which is none for `set` (recording config-022);
 # the values in it may hold line ends.
 _CHANGE = re.compile(r"update (?:VM|CT) \d+: ")
@@ -30,17 +31,17 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
     Raises UnreadableAnswer, and nothing else, for everything else; nothing is guessed from half an answer.
     """
+    # As it is first: what looks like a control sequence may be part of a string.
+    found, answer = _data(text.strip())
+    if found:
+        return answer
     clean = plain(text).strip()
     if not clean:
         return None
-    # As it is first: what looks like a control sequence may be part of a string.
-    for version in (text.strip(), clean):
-        for candidate in (version, version.rpartition("\n")[2]):
-            try:
-                return checked(json.loads(candidate, parse_constant=_refuse))
-            except (ValueError, RecursionError):
-                continue
-    upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip())
+    found, answer = _data(clean)
+    if found:
+        return answer
+    upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip()[-_UPID_LIMIT:])
     if upid is not None:
         return upid["upid"]
     if _CHANGE.match(clean):
@@ -53,6 +54,16 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
         f"expected JSON on the last line, found {len(clean)} characters that end without it: {shown!r}",
         call=call,
     )
+
+
+def _data(text: str) -> tuple[bool, Any]:
+    """Whether a text, or its last line, is JSON; and the data."""
+    for candidate in (text, text.rpartition("\n")[2]):
+        try:
+            return True, checked(json.loads(candidate, parse_constant=_refuse))
+        except (ValueError, RecursionError):
+            continue
+    return False, None
 
 
 def _refuse(constant: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 class PveError(Exception):
@@ -293,6 +294,13 @@ _SAYS = re.compile(
     r"(?:create|delete|update|clone|generating|ACL)(?: \w+)? failed: )+",
     re.MULTILINE,
 )
+# Everything that is no mark on paper, but for newline, tab and space: controls, odd spaces, what turns the
+# direction of writing.
+_CONTROLS = dict.fromkeys(
+    n
+    for n in (*range(0x3001), 0xFEFF)
+    if (unicodedata.category(chr(n)) in ("Cc", "Cf") or chr(n).isspace()) and chr(n) not in "\n\t "
+)
 _TEXT_LIMIT = 4000
 _READ_LIMIT = 200_000
 _LINE = 1000
@@ -305,8 +313,9 @@ def is_noise(text: str) -> bool:
 
 def plain(text: str) -> str:
     """`text` without terminal sequences and control characters other than newline and tab."""
-    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]", "", text)
-    return re.sub(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
+    if "\x1b" in text:
+        text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]", "", text)
+    return text.replace("\r\n", "\n").translate(_CONTROLS)
 
 
 def classify(text: str, rc: int | None = None, call: str = "") -> ApiError:

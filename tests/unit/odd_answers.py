@@ -1,0 +1,101 @@
+"""Answers as no host should give them: what hypothesis does to a truthful one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+
+# Nothing in here is a plain "no": that would be another truth, not an answer that makes no sense.
+ODD: tuple[Any, ...] = (
+    None, True, -1, 2**70, 1.5, float("inf"), "x", "\u00b2", "1" * 30, "\x1b[31mred", "a\0b", "../../etc",
+    "; rm -rf /", "$(id)", "\ud800", "\u202e101", [], {}, [None], [[]], {"a": [{}]}, ["101"],
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in JSON data, the whole first."""
+    found = [path]
+    if isinstance(value, dict):
+        for key in value:
+            found += places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            found += places(each, (*path, number))
+    return found
+
+
+@st.composite
+def odd(draw: st.DrawFn, truth: Any, *, without: bool = True, empty: bool = True) -> Any:
+    """A truthful answer with up to three things in it replaced, added, doubled, or (`without`) taken out.
+
+    Unless `empty`, a list as a whole does not become the empty one.
+    """
+    answer = copy.deepcopy(truth)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(answer)))
+        value = draw(st.sampled_from(ODD))
+        if not path:
+            if draw(st.integers(0, 3)) == 0 and (empty or value != []):
+                return value
+            if isinstance(answer, dict):
+                answer[draw(st.sampled_from(["vmid", "node", "lock", "x", "pool"]))] = value
+            elif isinstance(answer, list):
+                answer.append(value)
+            continue
+        holder = answer
+        for step in path[:-1]:
+            holder = holder[step]
+        how = draw(st.sampled_from(["replace", "replace", "double", "take out" if without else "replace"]))
+        if how == "take out":
+            del holder[path[-1]]
+        elif how == "double" and isinstance(holder, list):
+            holder.append(copy.deepcopy(holder[path[-1]]))
+        else:
+            holder[path[-1]] = copy.deepcopy(value)
+    return answer
+
+
+IN_FRONT = st.lists(
+    st.sampled_from(
+        [
+            b"WARN: something is odd\n",
+            b"perl: warning: Setting locale failed.\n\tLC_ALL = (unset)\n",
+            b"trying to acquire lock...\n",
+            b"transferred 1.0 GiB of 1.0 GiB (100.00%)\n",
+            b"\x1b[33mwarning\x1b[0m\r\n",
+            b"\xff\xfe\x80 bytes\n",
+            b"\0\0\n",
+            b"\xef\xbb\xbf",
+            b"[]\n",
+            b'{"half": ',
+            b"UPID:father:00001037:0008381C:6B04D317:qmcreate:150:root@pam:\n",
+        ]
+    ),
+    max_size=3,
+)
+
+
+@st.composite
+def printed(draw: st.DrawFn, truth: Any) -> bytes:
+    """What a `pvesh` prints: odd data, other things in front, cut off, bytes in between."""
+    text = json.dumps(draw(st.just(truth) | odd(truth)), ensure_ascii=draw(st.booleans()))
+    raw = text.encode("utf-8", "surrogatepass")
+    how = draw(st.sampled_from(["whole", "whole", "cut", "bytes", "twice", "key twice", "deep", "number"]))
+    if how == "cut":
+        raw = raw[: draw(st.integers(0, len(raw)))]
+    elif how == "bytes":
+        where = draw(st.integers(0, len(raw)))
+        raw = raw[:where] + draw(st.sampled_from([b"\xff", b"\0", b"\x1b[2J", b"\xc3", b"\n"])) + raw[where:]
+    elif how == "twice":
+        raw += raw
+    elif how == "key twice":
+        raw = raw.replace(b'{"', b'{"vmid": 101, "vmid": 102, "type": "lxc", "', 1)
+    elif how == "deep":
+        depth = draw(st.sampled_from([50, 480, 990, 100_000]))
+        raw = b"[" * depth + raw + b"]" * depth
+    elif how == "number":
+        raw = raw.replace(b"1", draw(st.sampled_from([b"NaN", b"1e999", b"-1", b"1" * 5000, b"0x1"])), 1)
+    return b"".join(draw(IN_FRONT)) + raw + draw(st.sampled_from([b"", b"\n", b"\r\n", b"\n\n"]))
