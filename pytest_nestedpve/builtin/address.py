@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _CLOUD_INIT = (
     "command -v cloud-init >/dev/null || { echo absent; exit 0; }; "
-    "cloud-init status --wait >/dev/null 2>&1; rc=$?; cloud-init status --long 2>&1; exit $rc"
+    "exec cloud-init status --wait --long 2>&1"
 )
 
 

@@ -315,9 +315,10 @@ def find(upid: str) -> Task | None:
     return _settle(Task(*rows[0])) if rows else None
 
 
-def every() -> list[Task]:
-    """All tasks, the newest first."""
-    rows = store().rows("SELECT * FROM task ORDER BY starttime DESC, rowid DESC")
+def every(ident: str | None = None) -> list[Task]:
+    """All tasks, or those of one id, the newest first."""
+    which, values = ("WHERE id=?", [ident]) if ident is not None else ("", [])
+    rows = store().rows(f"SELECT * FROM task {which} ORDER BY starttime DESC, rowid DESC", *values)
     return [_settle(Task(*row)) for row in rows]
 
 

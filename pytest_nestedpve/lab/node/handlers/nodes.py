@@ -317,15 +317,13 @@ def task_list(caller: Caller, params: dict[str, Any]) -> Any:
     source = params.get("source", "archive")
     audit = caller.is_root or access.has(caller, f"/nodes/{params['node']}", ["Sys.Audit"])
     rows = []
-    for task in tasks.every():
+    for task in tasks.every(params.get("vmid")):
         if task.running and source == "archive":
             continue
         if not task.running and source == "active" and time.time() - (task.endtime or 0) > 1:
             continue
         row = task_row(task)
         if not (audit or task.user == caller.id):
-            continue
-        if "vmid" in params and task.id != params["vmid"]:
             continue
         if "typefilter" in params and task.type != params["typefilter"]:
             continue
