@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve import keeping, runs, unmarked, zombies
+from pytest_nestedpve import keeping, runs, templates, unmarked, zombies
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
@@ -45,6 +45,7 @@ def plan(host: PveHost, settings: Settings, *, extra: Iterable[int] = ()) -> lis
         if settings.run_id in (None, each.run):
             rows += _rows_of_run(host, settings, each, now)
     if settings.run_id is None:
+    rows += templates.rows(host, settings)
         rows += unmarked.rows(host, settings, {row.vmid for row in rows}, frozenset(extra), now)
     # What is only a lock may be any run's: it is told once, of the run whose task left it if that is known.
     bare = {row.vmid: row for row in sorted(rows, key=lambda row: row.verdict == "destroy") if row.bare}
@@ -65,6 +66,7 @@ def execute(
     chosen = [row for row in rows if row.verdict == "destroy"]
     by_run: dict[tuple[str, str], list[Row]] = {}
     for row in chosen:
+    own = [row for row in chosen if templates.NAME.match(str(row.run))]
         if row.run is not None and row.pool is not None:
             by_run.setdefault((row.run, row.pool), []).append(row)
     width = WIDTH if len(by_run) <= 1 else 1
@@ -73,6 +75,7 @@ def execute(
         for (run_id, pool), members in by_run.items()
     ]
     jobs += [partial(_end_unmarked, host, settings, row) for row in chosen if row.run is None]
+    jobs += [partial(_end_template, host, settings, row) for row in own]
     outcomes: dict[Row, Outcome] = {}
 
     def work(job: Callable[[], dict[Row, Outcome]]) -> None:
@@ -86,6 +89,10 @@ def execute(
 
 
 def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
+def _end_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
+    return {row: templates.end(host, _below(settings, str(row.pool)), row)}
+
+
     return {row: unmarked.end(host, settings, row)}
 
 

@@ -28,7 +28,7 @@ class NotZero(Exception):
     """The command ended with another status than 0."""
 
 
-class _Place(pytest.Collector):
+class Place(pytest.Collector):
     """Stands where a test has its file, so that the item has an id like any other."""
 
     def collect(self) -> list[pytest.Item | pytest.Collector]:
@@ -80,7 +80,7 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
     def run(nested_pve: NestedPve) -> None:
         del nested_pve
 
-    place = _Place.from_parent(session, name=destroy_items.NODE, nodeid=destroy_items.NODE)
+    place = Place.from_parent(session, name=destroy_items.NODE, nodeid=destroy_items.NODE)
     item: ExecItem = ExecItem.from_parent(place, name="exec", callobj=run)
     # A project's autouse fixtures are for its tests.
     item.fixturenames[:] = FIXTURES

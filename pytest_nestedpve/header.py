@@ -38,6 +38,8 @@ def lines(nested: NestedSession) -> list[str]:
         ids = "any free id"
     command = settings.exec_command
     runs = [f"nested-pve: no tests; runs {command}"] if command is not None else []
+    if settings.make_template:
+        runs = ["nested-pve: no tests; makes a template"]
     from pytest_nestedpve.keeping import resumable
 
     if (kept := resumable(settings, nested.config.rootpath)) is not None:

@@ -33,6 +33,7 @@ def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None
         "--nested-dry-run": settings.dry_run,
         "--nested-exec": settings.exec_command is not None,
         "--nested-env-file": settings.env_file is not None,
+        "--nested-make-template": settings.make_template,
         "--nested-keep": settings.keep != "no",
         "--nested-skip": bool(settings.skip),
         "--nested-attach": getattr(settings, "attach", None) is not None,
@@ -49,6 +50,29 @@ def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None
         )
     if selects:
         return "--nested-doctor collects no tests, so -k selects nothing: leave it out"
+    return None
+
+
+def against_template(settings: Settings, option: Any, selects: bool) -> str | None:
+    """Why what was asked for beside --nested-make-template does not go with it; None if nothing does not."""
+    others = {
+        "--nested-destroy-only": settings.destroy_only,
+        "--nested-exec": settings.exec_command is not None,
+        "--nested-env-file": settings.env_file is not None,
+        "--nested-keep": settings.keep != "no",
+        "--nested-attach": getattr(settings, "attach", None) is not None,
+        "--collect-only": getattr(option, "collectonly", False),
+        "--setup-only": getattr(option, "setuponly", False),
+        "--setup-plan": getattr(option, "setupplan", False),
+    }
+    given = [name for name, is_given in others.items() if is_given]
+    if given:
+        return (
+            f"--nested-make-template and {', '.join(given)} contradict each other: the nested VM is made anew, "
+            "becomes the template, and no test has it; leave one of them out"
+        )
+    if selects:
+        return "--nested-make-template collects no tests, so -k selects nothing: leave it out"
     return None
 
 

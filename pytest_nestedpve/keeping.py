@@ -117,6 +117,8 @@ def _read(path: Path) -> Kept | None:
 
 def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
     """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can)."""
+    if settings.make_template:
+        return  # of a VM that nobody has used
     if settings.attach is not None:
         return  # nothing of an attached PVE is kept, and what was kept has another one
     for kept in all_kept():

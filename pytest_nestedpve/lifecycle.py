@@ -28,6 +28,7 @@ def begin(session: pytest.Session) -> None:
         getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
     )
     acts = option.nested_destroy_only or option.nested_doctor or option.nested_exec is not None
+    acts = acts or option.nested_make_template
     if looks_only and not acts:
         settings = Settings()
     else:
@@ -139,6 +140,11 @@ class SessionHooks:
             from pytest_nestedpve import doctor
 
             doctor.collect(session, self.nested)
+            return True
+        if self.nested.settings.make_template:
+            from pytest_nestedpve import template_items
+
+            template_items.collect(session, self.nested)
             return True
         if self.nested.settings.exec_command is not None:
             from pytest_nestedpve import exec_items

@@ -232,6 +232,18 @@ def register(parser: pytest.Parser) -> None:
         help="the same, if something failed",
     )
     group.addoption(
+        "--nested-attach",
+        metavar="HOST",
+        default=None,
+        help="use a PVE that exists (named as for --pve-host) as the nested one: it is never destroyed",
+    )
+    group.addoption(
+        "--nested-make-template",
+        action="store_true",
+        default=False,
+        help="collect no tests; make a template of the nested VM after setup_network, for nested_pve_template",
+    )
+    group.addoption(
         "--nested-skip",
         metavar="PHASE",
         action="append",
@@ -242,7 +254,7 @@ def register(parser: pytest.Parser) -> None:
         "--nested-run",
         metavar="ID",
         default=None,
-        help="with --nested-destroy-only: this run only, also when it is another owner's",
+        help="with --nested-destroy-only: this run only, also when it is another owner's; or a template",
     )
     group.addoption(
         "--nested-yes",

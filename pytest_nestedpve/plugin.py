@@ -38,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
         from pytest_nestedpve import doctor
 
         doctor.neutralise(config)
-    elif config.option.nested_exec is not None:
+    elif config.option.nested_exec is not None or config.option.nested_make_template:
         from pytest_nestedpve import exec_items
 
         exec_items.neutralise(config)

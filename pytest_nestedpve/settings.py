@@ -80,6 +80,7 @@ class Settings:
     json_file: Path | None = None
     exec_command: str | None = None
     env_file: Path | None = None
+    make_template: bool = False
 
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -191,7 +192,10 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
     option = config.getoption
     run_id = option("--nested-run")
     if run_id is not None and not values.RUN_ID.match(run_id):
-        raise SettingsError(f"--nested-run: expected a run id of 12 hexadecimal digits; found {run_id!r}")
+        raise SettingsError(
+            "--nested-run: expected a run id of 12 hexadecimal digits, or template- and those of a template; "
+            f"found {run_id!r}"
+        )
     paths: dict[str, Path | None] = {}
     for dest, name in (("context_file", "--context-file"), ("json_file", "--nested-json")):
         given = option(name)
@@ -223,6 +227,7 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
 
 
 def _env_file(given: str | None, here: Path) -> Path | None:
+        "make_template": option("--nested-make-template"),
     if given is None:
         return None
     if not given.strip():
@@ -264,6 +269,11 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
                 )
         if settings.json_file and not (settings.dry_run or settings.doctor):
             raise SettingsError(
+    if settings.make_template:
+        from pytest_nestedpve import interplay
+
+        if reason := interplay.against_template(settings, config.option, _typed(config, "-k")):
+            raise SettingsError(reason)
                 "--nested-json only goes with --nested-destroy-only, --nested-dry-run or --nested-doctor"
             )
     else:

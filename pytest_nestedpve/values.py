@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RUN_ID = re.compile(r"[0-9a-f]{12}\Z")
+RUN_ID = re.compile(r"(?:template-)?[0-9a-f]{12}\Z")
 VMID_MIN, VMID_MAX = 100, 999_999_999
 ANY_RANGE: tuple[tuple[int, int], ...] = ((VMID_MIN, VMID_MAX),)
 WIDEST_RANGE = 1000
@@ -218,8 +218,8 @@ def _image_at(value: str) -> str:
         algorithm not in _CHECKSUMS
     ):
         raise ValueError(
-            f"expected a checksum behind the address, as in {without_password(address)}#sha256:0123… with all "
-            f"its digits ({', '.join(_CHECKSUMS)}); found {given or 'none'!r}"
+            f"expected a checksum behind the address, as in {without_password(address)}#sha256:0123… "
+            f"with all its digits ({', '.join(_CHECKSUMS)}); found {given or 'none'!r}"
         )
     return f"{address}#{algorithm}:{checksum.lower()}"
 

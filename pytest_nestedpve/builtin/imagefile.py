@@ -132,7 +132,7 @@ def folder(host: PveHost, storage: str) -> str:
 
 
 def _download(host: PveHost, storage: str, image: Image, timeout: float, say: Callable[[str], None]) -> str:
-    """By the host itself. A file that is there is checked by PVE (facts of PVE 9.2, 70), not fetched again."""
+    """By the host itself. What is there is checked by PVE, not fetched again (facts of PVE 9.2, 70)."""
     there = image.volume(storage) in listed(host, storage)
     say(f"{'checking' if there else 'downloading'} {image.name} on {host.name}")
     try:

@@ -1,0 +1,180 @@
+"""What a nested PVE forgets before it becomes a template, and how a clone of it comes to be itself.
+
+pmxcfs keeps a node under the name that it was installed with, its certificate names its address, and so do
+/etc/hosts and cloud-init's template for it. All of that goes with pmxcfs' database, from which nothing of a
+run hangs yet: at its first boot a clone makes a new one under its own name, as after an installation. Two
+units of the template see to what has to be right before that: the bridge, and the hosts file.
+"""
+
+from __future__ import annotations
+
+GUEST_SCRIPT = "/var/lib/nested-pve/first-boot"
+
+# Run by the clone's two units, once each; plain Python, of which Debian and cloud-init have enough.
+FIRST_BOOT = r'''#!/usr/bin/python3
+"""First boot of a clone: `network` before networking.service, `identity` before pmxcfs starts."""
+import glob, os, re, shutil, socket, subprocess, sys, tempfile
+
+INTERFACES, BRIDGE = "/etc/network/interfaces", "vmbr0"
+
+
+def read(path):
+    with open(path, encoding="utf-8") as opened:
+        return opened.read()
+
+
+def write(path, text):
+    with open(path + ".new", "w", encoding="utf-8") as opened:
+        opened.write(text)
+    if os.path.exists(path):
+        shutil.copymode(path, path + ".new")
+    os.rename(path + ".new", path)
+
+
+def wanted():
+    """The network configuration of the cloud-init drive."""
+    import yaml
+
+    for path in glob.glob("/var/lib/cloud/seed/nocloud*/network-config"):
+        return yaml.safe_load(read(path))
+    subprocess.run(["udevadm", "settle", "--timeout=30"], check=False)
+    for label in ("cidata", "CIDATA"):
+        found = subprocess.run(["blkid", "-L", label], capture_output=True, text=True, check=False)
+        if found.stdout.strip():
+            with tempfile.TemporaryDirectory() as place:
+                subprocess.run(["mount", "-o", "ro", found.stdout.strip(), place], check=True)
+                try:
+                    return yaml.safe_load(read(place + "/network-config"))
+                finally:
+                    subprocess.run(["umount", place], check=True)
+    return {}
+
+
+def network():
+    entries = (wanted() or {}).get("config") or []
+    cards = [each for each in entries if each.get("type") == "physical"]
+    if not cards or not os.path.exists(INTERFACES):
+        return
+    text, mac = read(INTERFACES), str(cards[0].get("mac_address", "")).lower()
+    old = re.search(r"^[ \t]*bridge[-_]ports[ \t]+(\S+)", text, re.MULTILINE)
+    here = [os.path.basename(os.path.dirname(path)) for path in glob.glob("/sys/class/net/*/address")
+            if read(path).strip() == mac]
+    if old and here:
+        text = re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", here[0], text)
+        write("/etc/systemd/network/10-nested-pve-" + here[0] + ".link",
+              "[Match]\nMACAddress=" + mac + "\nType=ether\n\n[Link]\nName=" + here[0] + "\n")
+    subnet = next((each for each in cards[0].get("subnets") or () if each.get("type") in ("static", "dhcp4", "dhcp")), None)
+    stanza = re.search(r"^iface " + BRIDGE + r" inet \S+\n(?:[ \t]+\S.*\n)*", text, re.MULTILINE)
+    if subnet and stanza:
+        keep = [line for line in stanza[0].splitlines()[1:] if line.split()[0] not in ("address", "gateway", "netmask")]
+        lines = ["iface " + BRIDGE + " inet dhcp"]
+        if subnet["type"] == "static":
+            import ipaddress
+
+            address = str(subnet["address"])
+            if "/" not in address:
+                mask = str(subnet["netmask"])
+                address = ipaddress.ip_interface(address + "/" + mask).with_prefixlen
+            lines = ["iface " + BRIDGE + " inet static", "        address " + address]
+            if subnet.get("gateway"):
+                lines.append("        gateway " + str(subnet["gateway"]))
+            servers = [each for entry in entries if entry.get("type") == "nameserver" for each in entry.get("address") or ()]
+            if servers:
+                write("/etc/resolv.conf", "".join("nameserver " + str(each) + "\n" for each in servers))
+        text = text[: stanza.start()] + "\n".join(lines + keep) + "\n" + text[stanza.end():]
+    write(INTERFACES, text)
+
+
+def identity():
+    name = socket.gethostname().split(".")[0]
+    shown = subprocess.run(["ip", "-4", "-o", "addr", "show", "dev", BRIDGE, "scope", "global"],
+                           capture_output=True, text=True, check=True).stdout.split()
+    address = shown[3].split("/")[0]
+    template = "/etc/cloud/templates/hosts.debian.tmpl"
+    if os.path.exists(template):
+        write(template, re.sub(r"(?m)^\S+([ \t]+\{\{[ \t]*fqdn.*)$", address + r"\1", read(template)))
+    lines = [line for line in read("/etc/hosts").splitlines() if name not in line.split("#")[0].split()[1:]]
+    full = socket.getfqdn() if socket.getfqdn().startswith(name + ".") else ""
+    write("/etc/hosts", "\n".join([*lines, " ".join(filter(None, (address, full, name)))]) + "\n")
+    write("/etc/mailname", (full or name) + "\n")
+    # The way in while pmxcfs, into which the first of these files is moved, is down.
+    if os.path.exists("/root/.ssh/authorized_keys"):
+        shutil.copy2("/root/.ssh/authorized_keys", "/root/.ssh/authorized_keys2")
+
+
+{"network": network, "identity": identity}[sys.argv[1]]()
+os.unlink(sys.argv[0] + "." + sys.argv[1])
+'''
+
+_UNITS = f"""\
+cat >/etc/systemd/system/nested-pve-first-network.service <<'END'
+[Unit]
+Description=The bridge of a new clone
+DefaultDependencies=no
+ConditionPathExists={GUEST_SCRIPT}.network
+After=local-fs.target systemd-udevd.service
+Before=network-pre.target networking.service cloud-init-local.service shutdown.target
+Wants=network-pre.target
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 {GUEST_SCRIPT} network
+[Install]
+WantedBy=multi-user.target
+END
+cat >/etc/systemd/system/nested-pve-first-identity.service <<'END'
+[Unit]
+Description=Name and address of a new clone
+ConditionPathExists={GUEST_SCRIPT}.identity
+After=networking.service cloud-init.service cloud-init-network.service
+Before=pve-cluster.service
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 {GUEST_SCRIPT} identity
+[Install]
+WantedBy=multi-user.target
+END
+"""
+
+# Root's shell reads this from its input. Nothing after the first blow may fail: it is not to be half done.
+GENERALISE = f"""\
+set -eu
+test -x /usr/bin/pveversion
+grep -q '^iface vmbr0 inet' /etc/network/interfaces
+mkdir -p /var/lib/nested-pve
+cat >{GUEST_SCRIPT} <<'END-OF-FIRST-BOOT'
+{FIRST_BOOT}END-OF-FIRST-BOOT
+chmod 0755 {GUEST_SCRIPT}
+: >{GUEST_SCRIPT}.network
+: >{GUEST_SCRIPT}.identity
+{_UNITS}\
+systemctl -q enable nested-pve-first-network.service nested-pve-first-identity.service
+# A new instance would write apt's sources anew, without the mirror that this one was given.
+echo 'apt: {{preserve_sources_list: true}}' >/etc/cloud/cloud.cfg.d/99-nested-pve-apt.cfg
+for unit in pve-guests pve-ha-lrm pve-ha-crm pvescheduler pvestatd pveproxy spiceproxy pvedaemon pvefw-logger \\
+        pve-firewall pve-cluster rrdcached; do
+    systemctl stop $unit.service 2>/dev/null || :
+done
+! mountpoint -q /etc/pve || {{ echo '/etc/pve is still mounted: pve-cluster does not stop' >&2; exit 1; }}
+set +e
+find /var/lib/pve-cluster /var/lib/rrdcached/db /var/lib/rrdcached/journal -mindepth 1 -delete
+rm -rf /var/log/pve/tasks /var/lib/pve-manager/jobs/* /root/.config/nested-pve
+mkdir -p -m 0755 /var/log/pve/tasks && chown www-data:www-data /var/log/pve/tasks
+rm -f /root/.ssh/authorized_keys /root/.ssh/authorized_keys2 /root/.ssh/authorized_keys.org
+rm -f /root/.ssh/id_* /root/.ssh/known_hosts* /etc/ssh/ssh_host_* /etc/ssh/ssh_known_hosts
+rm -f /etc/systemd/network/10-nested-pve-*.link
+rm -rf /var/lib/nested-pve/network
+rm -f /var/lib/dhcp/* /run/dhclient* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
+# Empty, not away: without the file a boot is a first one, which would enable what was disabled.
+: >/etc/machine-id
+[ ! -e /etc/iscsi/initiatorname.iscsi ] || echo 'GenerateName=yes' >/etc/iscsi/initiatorname.iscsi
+cloud-init clean --logs
+journalctl -q --rotate --vacuum-time=1s
+find /var/log/journal -mindepth 1 -delete
+find /var/log -type f -exec truncate -s 0 {{}} +
+rm -f /root/.bash_history /root/.lesshst /root/.wget-hsts
+find /tmp /var/tmp -xdev -mindepth 1 -delete
+apt-get -q clean
+fstrim -a
+sync
+exit 0
+"""
