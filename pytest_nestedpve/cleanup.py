@@ -67,7 +67,8 @@ def execute(
     by_run: dict[tuple[str, str], list[Row]] = {}
     for row in chosen:
     own = [row for row in chosen if templates.NAME.match(str(row.run))]
-        if row.run is not None and row.pool is not None:
+    for row in chosen:
+        if row.run is not None and row.pool is not None and row not in own:
             by_run.setdefault((row.run, row.pool), []).append(row)
     width = WIDTH if len(by_run) <= 1 else 1
     jobs: list[Callable[[], dict[Row, Outcome]]] = [
