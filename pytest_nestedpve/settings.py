@@ -79,8 +79,8 @@ class Settings:
     context_file: Path | None = None
     json_file: Path | None = None
     exec_command: str | None = None
-    env_file: Path | None = None
     make_template: bool = False
+    env_file: Path | None = None
 
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -113,12 +113,12 @@ class Settings:
             if (key.name == "image" and self.template) or (key.name == "template" and self.image):
                 continue  # the user has chosen the other way to make the VM
             changes[key.target] = _parse(key, Text(text, Path("/")), f"{key.name} in {where}")
-            origins[key.name] = where
             if key.name == "image" and changes[key.target].startswith("/"):
                 raise SettingsError(
                     f"image in {where}: expected a volume, or a URL with its checksum; found {text!r}: a file "
                     "would be one of whoever runs pytest"
                 )
+            origins[key.name] = where
         foreign = sorted(set(profile) - PROFILE_KEYS)
         if foreign:
             raise SettingsError(
@@ -218,6 +218,7 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         "destroy_only": option("--nested-destroy-only"),
         "dry_run": option("--nested-dry-run"),
         "doctor": option("--nested-doctor"),
+        "make_template": option("--nested-make-template"),
         "yes": option("--nested-yes"),
         "run_id": run_id,
         "exec_command": command,
@@ -227,7 +228,6 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
 
 
 def _env_file(given: str | None, here: Path) -> Path | None:
-        "make_template": option("--nested-make-template"),
     if given is None:
         return None
     if not given.strip():
@@ -260,6 +260,11 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
 
         if reason := interplay.against_doctor(settings, config.option, _typed(config, "-k")):
             raise SettingsError(reason)
+    if settings.make_template:
+        from pytest_nestedpve import interplay
+
+        if reason := interplay.against_template(settings, config.option, _typed(config, "-k")):
+            raise SettingsError(reason)
     _check_other_tools(settings, config)
     if not settings.destroy_only:
         for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
@@ -269,11 +274,6 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
                 )
         if settings.json_file and not (settings.dry_run or settings.doctor):
             raise SettingsError(
-    if settings.make_template:
-        from pytest_nestedpve import interplay
-
-        if reason := interplay.against_template(settings, config.option, _typed(config, "-k")):
-            raise SettingsError(reason)
                 "--nested-json only goes with --nested-destroy-only, --nested-dry-run or --nested-doctor"
             )
     else:
