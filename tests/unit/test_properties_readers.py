@@ -308,7 +308,8 @@ def test_a_task_began_when_its_id_says_and_is_over_only_after_that() -> None:
 
 
 def test_a_task_that_ended_without_a_word_proves_nothing() -> None:
-    for end in (None, "", 7, []):
+    ends: tuple[Any, ...] = (None, "", 7, [])
+    for end in ends:
         with pytest.raises(PveError):
             zombies._ended(_prints({"status": "stopped", "exitstatus": end}), "father", UPID)
 
