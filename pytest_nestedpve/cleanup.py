@@ -44,8 +44,8 @@ def plan(host: PveHost, settings: Settings, *, extra: Iterable[int] = ()) -> lis
     for each in _run_pools(host):
         if settings.run_id in (None, each.run):
             rows += _rows_of_run(host, settings, each, now)
-    if settings.run_id is None:
     rows += templates.rows(host, settings)
+    if settings.run_id is None:
         rows += unmarked.rows(host, settings, {row.vmid for row in rows}, frozenset(extra), now)
     # What is only a lock may be any run's: it is told once, of the run whose task left it if that is known.
     bare = {row.vmid: row for row in sorted(rows, key=lambda row: row.verdict == "destroy") if row.bare}
@@ -65,7 +65,6 @@ def execute(
     """
     chosen = [row for row in rows if row.verdict == "destroy"]
     by_run: dict[tuple[str, str], list[Row]] = {}
-    for row in chosen:
     own = [row for row in chosen if templates.NAME.match(str(row.run))]
     for row in chosen:
         if row.run is not None and row.pool is not None and row not in own:
@@ -75,8 +74,8 @@ def execute(
         partial(_end_run, host, _below(settings, pool), run_id, members, width)
         for (run_id, pool), members in by_run.items()
     ]
-    jobs += [partial(_end_unmarked, host, settings, row) for row in chosen if row.run is None]
     jobs += [partial(_end_template, host, settings, row) for row in own]
+    jobs += [partial(_end_unmarked, host, settings, row) for row in chosen if row.run is None]
     outcomes: dict[Row, Outcome] = {}
 
     def work(job: Callable[[], dict[Row, Outcome]]) -> None:
@@ -89,11 +88,11 @@ def execute(
     return outcomes
 
 
-def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
 def _end_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
     return {row: templates.end(host, _below(settings, str(row.pool)), row)}
 
 
+def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
     return {row: unmarked.end(host, settings, row)}
 
 

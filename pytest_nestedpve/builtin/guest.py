@@ -78,11 +78,11 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     if level.role == "nested":
         env.keep_lease()
     env.check_lease()
-    base_options: dict[str, Any] = {
     if shape.image is not None and shape.brought is not None:
         storage = shape.image.partition(":")[0]
         imagefile.bring(host, storage, imagefile.read(shape.brought), BRING_LIMIT, env.progress)
         env.check_lease()
+    base_options: dict[str, Any] = {
         "memory": shape.memory, "cores": shape.cores, "ostype": "l26", "agent": "1",
     }  # fmt: skip
     env.progress("making the VM")

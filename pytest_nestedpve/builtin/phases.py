@@ -89,8 +89,8 @@ def _provision(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.builtin import guest
 
     settings, found = env.settings, env.facts["preflight"]
-    shape = guest.Shape(
     given = settings.image if found["image"] else None
+    shape = guest.Shape(
         storage=found["storage"],
         bridge=found["bridge"],
         cores=settings.cores,
@@ -99,8 +99,8 @@ def _provision(env: Environment) -> Mapping[str, Any]:
         keys=(env.run.directory.ensure_key(f"nested-pve run {env.run.id}"),),
         ipconfig=settings.ipconfig,
         image=found["image"],
-        template=found["template"],
         brought=given if given and given != found["image"] else None,
+        template=found["template"],
         format=found["format"],
         snippets=found["snippets"],
         options=settings.vm_options,
