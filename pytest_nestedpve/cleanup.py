@@ -15,6 +15,7 @@ from pytest_nestedpve.ownership import Lease, host_clock, parse_lease, pool_name
 from pytest_nestedpve.parallel import in_parallel
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve.errors import NodeUnreachable
 from pytest_nestedpve.rows import Row
 from pytest_nestedpve.run import SessionLock, client_hash, owner
 from pytest_nestedpve.teardown import clear_rest
@@ -149,7 +150,11 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
         found = zombies.remains(host, candidate.node, candidate.vmid, task_ids(audit))
         if found is not None:
             return replace(row, reason=found.reason) if found.ours else row.kept(found.reason, owed=False)
-    proof = prove(host.api, settings, candidate, str(row.run))
+    try:
+        proof = prove(host.api, settings, candidate, str(row.run))
+    except NodeUnreachable as e:
+        return row.kept(f"its node {candidate.node} cannot be reached: {e.text}")
+    row = replace(row, node=proof.node)
     if proof.config is not None and isinstance(proof.config.get("name"), str):
         row = replace(row, name=proof.config["name"])
     if not proof.ok and not proof.gone:

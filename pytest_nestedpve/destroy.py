@@ -12,10 +12,13 @@ from pytest_nestedpve.discovery import Candidate
 from pytest_nestedpve.ownership import Proof, prove
 from pytest_nestedpve.parallel import in_parallel
 from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.cluster import nodes_now
 from pytest_nestedpve.pve.errors import (
     BadParameter,
     CommandTimeout,
     InUse,
+    NodeUnreachable,
     NotFound,
     PermissionDenied,
     Protected,
@@ -136,23 +139,37 @@ class _Target:
         except (InUse, PermissionDenied, Protected, BadParameter) as e:
             # More of the same would not help. A base (in use) comes after its clones, in the next pass.
             return self._say("left", e.text)
+        except NodeUnreachable as e:
+            return self._unreachable(e)
         except PveError as e:
             self.seen = str(e)
             return None
 
+    def _unreachable(self, error: NodeUnreachable) -> Outcome | None:
+        """It is not gone, whatever the other nodes say; of one that is off nothing can be waited for."""
+        self.seen = f"its node {self.node} cannot be reached: {error.text}"
+        with contextlib.suppress(PveError):
+            state = nodes_now(self.api).get(self.node, "no member of the cluster any more")
+            if state != "online":
+                return self._say("left", f"its node {self.node} is {state}: it is there again when that is")
+        return None
+
     def _round(self) -> Outcome | None:
-        self.volumes.look(self.node)
+        node = self.node
+        self.volumes.look(node)
         waits = self._waits()
         proof = self._prove()
         if proof.gone:
             return self._say("gone")
+        if self.node != node:
+            return None  # it was moved: what works on it there is looked at first
         if not proof.ok:
             return self._remains(proof)
         if proof.status != "stopped" and not self.settings.force_stop:
             return self._say("left", "it runs, and force_stop is off")
         if waits:
             return None
-        self.volumes.note(self.node, self.vmid, proof.config or {})
+        self.volumes.note(self.node, self.vmid, proof.config or {}, made_there=self._made_there())
         if proof.lock is not None:
             self._unlock(proof)
             return None
@@ -165,7 +182,7 @@ class _Target:
                 return self._remains(again)
             if not again.ok or again.uuid != proof.uuid:
                 return self._say("foreign", again.reason or "another VM has taken the id")
-            if again.status != "stopped" or again.lock is not None or self._waits():
+            if self.node != node or again.status != "stopped" or again.lock is not None or self._waits():
                 return None
         # Nothing is between this proof and the call: a delete is never sent to queue behind a lock.
         guests.destroy(self.api, self.node, self.vmid, timeout=self._left())
@@ -174,7 +191,19 @@ class _Target:
         return self._say("gone") if after.gone or (after.uuid and after.uuid != proof.uuid) else None
 
     def _prove(self) -> Proof:
-        return prove(self.api, self.settings, self.candidate, self.run_id)
+        found = prove(self.api, self.settings, self.candidate, self.run_id)
+        if found.node != self.node:
+            self.node, self.candidate = found.node, replace(self.candidate, node=found.node)
+        return found
+
+    def _made_there(self) -> bool:
+        """Whether the VM was made on the node that it is on: then what its id has there came with it. In a
+        cluster only the run's own first task for the id tells that."""
+        if not self.host.cluster.several:
+            return True
+        tasks = (parse_upid(each) for each in self.ours)
+        own = [(task.starttime, task.node) for task in tasks if task.id == str(self.vmid)]
+        return bool(own) and min(own)[1] == self.node
 
     def _left(self) -> float:
         return max(5.0, self.deadline.nominal())
@@ -196,7 +225,7 @@ class _Target:
             return None
         if not found.ours or found.running:
             return self._say("left" if found.ours else "foreign", found.reason)
-        self.volumes.note(self.node, self.vmid, {})
+        self.volumes.note(self.node, self.vmid, {}, made_there=self._made_there())
         upid = self.api.delete(f"/nodes/{self.node}/qemu/{self.vmid}", skiplock=True)
         wait_task(self.api, upid, timeout=self._left())
         return self._say("gone", found.reason) if self._prove().gone else None
@@ -214,6 +243,14 @@ class _Target:
             self.seen = f"the task {running[0]} works on it"
         return bool(running)
 
+    def _is_moving(self) -> bool:
+        """Whether a migration still works: on the node that it came from, when its configuration is here."""
+        if not self.host.cluster.several:
+            return False
+        listed = entries(self.api.get("/cluster/tasks"), call="get /cluster/tasks", strict=True)
+        mine = (each for each in listed if str(each.get("id")) == str(self.vmid))
+        return any("migrate" in str(each.get("type")) and whole(each.get("endtime")) is None for each in mine)
+
     def _unlock(self, proof: Proof) -> None:
         """Lift the lock of a task that is dead, on our own VM, in exactly the configuration that was proved.
 
@@ -224,6 +261,9 @@ class _Target:
             if any(task.type == "vzdump" and not over for task, over in active):
                 self.seen = "a backup task runs, and it is locked (backup)"
                 return
+        if proof.lock == "migrate" and self._is_moving():
+            self.seen = "it is being moved to another node"
+            return
         self.seen = f"VM is locked ({proof.lock})"
         self.api.put(
             f"/nodes/{self.node}/qemu/{self.vmid}/config",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.ownership import in_range, name_matches, parse_marker, pool_name, read_pool
+from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, UnreadableAnswer
-from pytest_nestedpve.pve.guests import guest_config, list_guests
+from pytest_nestedpve.pve.guests import Guest, guest_config, list_guests
 from pytest_nestedpve.zombies import bare_lock, is_bare
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
         if guest.name is not None and not name_matches(settings, guest.name) and guest.vmid not in wanted:
             continue
         try:
-            config = guest_config(host.api, guest.node, guest.vmid)
+            guest, config = _config(host, guest)
         except (GuestNotFound, NodeUnreachable):
             # The guests of a node that is off, or was removed from the cluster, are listed on (recorded);
             # whatever is ours among them is in the pool.
@@ -71,3 +72,14 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
                 why = f"its configuration is nothing but a lock ({lock})"
                 found[guest.vmid] = Candidate(guest.vmid, guest.node, why, lock)
     return [found[vmid] for vmid in sorted(found)]
+
+
+def _config(host: PveHost, guest: Guest) -> tuple[Guest, dict[str, Any]]:
+    """The configuration, and the guest where it is: it may have been moved since it was listed."""
+    try:
+        return guest, guest_config(host.api, guest.node, guest.vmid)
+    except GuestNotFound:
+        there = node_of(host.api, guest.vmid)
+        if there is None or there == guest.node:
+            raise
+        return replace(guest, node=there), guest_config(host.api, there, guest.vmid)

@@ -335,7 +335,12 @@ def _prove_at(api: Api, settings: Settings, node: str, vmid: int, run_id: str, n
         # `lock: destroyed`, or written by hand: pvesh refuses to print such a configuration.
         return Proof(False, f"its configuration is not readable: {e.text}", unreadable=True)
     found = judge(settings, vmid, run_id, config, status)
-    if found.ok and members is not None and vmid in members.vmids and ("qemu", vmid, node) not in members.members:
+    if (
+        found.ok
+        and members is not None
+        and vmid in members.vmids
+        and ("qemu", vmid, node) not in members.members
+    ):
         members = read_pool(api, name)  # moved between the two answers
     if found.ok and members is None:
         return replace(found, ok=False, reason=f"the pool {name} does not exist")

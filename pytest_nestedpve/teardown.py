@@ -6,15 +6,16 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
 from pytest_nestedpve.ownership import pool_name, prove, read_pool
 from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.pve.answers import entries
-from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError
+from pytest_nestedpve.pve.answers import entries, flag
+from pytest_nestedpve.pve.cluster import nodes_now
+from pytest_nestedpve.pve.errors import CommandTimeout, NodeUnreachable, NotFound, PveError
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
@@ -254,9 +255,35 @@ def _snippets(host: PveHost, run_id: str) -> list[str]:
     By their names in the file system: a storage need not offer `snippets` any more to hold some, and one that
     was not written whole has a name that PVE does not list.
     """
+    storages = entries(host.api.get("/storage"), call="get /storage")
+    left = _snippets_on(host, storages, run_id)
+    if host.cluster.several:
+        for node, state in nodes_now(host.api).items():
+            # What is on one that is off cannot be seen; a run whose VM is there is not over anyway.
+            if node != host.node and state == "online":
+                left += _snippets_elsewhere(host, node, storages, run_id)
+    return left
+
+
+def _snippets_elsewhere(host: PveHost, node: str, storages: list[dict[str, Any]], run_id: str) -> list[str]:
+    """The same on another node; where commands cannot be run, the API at least says what is there."""
+    own = [each for each in storages if not flag(each.get("shared", 0))]
+    try:
+        return [f"{line} on {node}" for line in _snippets_on(host.at(node), own, run_id)]
+    except NodeUnreachable as e:
+        path = f"/nodes/{node}/storage"
+        there = []
+        for storage in entries(host.api.get(path, content="snippets", enabled=True), call=f"get {path}"):
+            listed = host.api.get(f"{path}/{storage.get('storage')}/content", content="snippets")
+            names = [str(each.get("volid")) for each in entries(listed, call=f"get {path}")]
+            there += [name for name in names if f"/npve-{run_id}-" in name]
+        return [f"snippet {name} on {node}: {e}" for name in there]
+
+
+def _snippets_on(host: PveHost, storages: list[dict[str, Any]], run_id: str) -> list[str]:
     left = []
     names = ["-name", f"npve-{run_id}-*", "-o", "-name", f".npve-{run_id}-*.part"]
-    for storage in entries(host.api.get("/storage"), call="get /storage"):
+    for storage in storages:
         path = storage.get("path")
         if not isinstance(path, str) or not path.startswith("/"):
             continue

@@ -21,6 +21,7 @@ from pytest_nestedpve.ownership import (
 )
 from pytest_nestedpve.pve import answers, guests
 from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import GuestNotFound, PveError
 from pytest_nestedpve.rows import Row
 from pytest_nestedpve.volumes import Volumes
@@ -203,7 +204,8 @@ def _end(host: PveHost, settings: Settings, row: Row, vmid: int, volumes: Volume
     except _NotAsJudged as e:
         return outcome("foreign", str(e))
     except GuestNotFound:
-        return outcome("gone")
+        there = node_of(host.api, vmid)
+        return outcome("gone") if there is None else outcome("foreign", f"its id is on {there} now")
     if str(after.get("digest")) == row.digest:
         return outcome("left", "its destroy ended well, and yet it is there")
     return outcome("gone")

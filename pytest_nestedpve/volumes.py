@@ -66,8 +66,8 @@ class Volumes:
         An id is only ever taken when no storage holds a volume of it, so what is there came with a VM that is
         `marked` (an import that was cut off leaves a volume that no configuration names). Not so beside a VM
         without a marker, and not on a shared storage, where a guest of another cluster may have the same id:
-        there such a volume is told, and stays; nor on a node that the VM came to from another one, whose storages
-        were not looked at when the id was taken (`made_there` is false).
+        there such a volume is told, and stays; nor on a node that the VM came to from another one, whose
+        storages were not looked at when the id was taken (`made_there` is false).
         """
         self.look(node)
         named = volumes_of(config, vmid)

@@ -98,7 +98,8 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]
         address, deadline=deadline, what=f"VM {made.vmid} to have an IPv4 address on the card {mac}",
         interval=(0.1, 0.4),
     )  # fmt: skip
-    check_address(host, str(facts["bridge"]), ip, mac, deadline)
+    # Where it is by now.
+    check_address(level.host(env), str(facts["bridge"]), ip, mac, deadline)
     keys = wait_until(
         lambda: _host_keys(host, made), deadline=deadline, what=f"the SSH host keys of VM {made.vmid}",
         interval=(0.1, 0.4),
@@ -194,7 +195,7 @@ def _host_keys(host: PveHost, made: Created) -> tuple[str, ...] | None:
 
 def connect(env: Environment, level: Level, ip: str) -> SshConnection:
     """A login of its own at the VM; the caller closes it."""
-    via = cast("SshConnection", level.host(env).ssh)
+    via = cast("SshConnection", level.host(env).entry.ssh)
     return env.guest_ssh(str(env.facts[level.provision]["name"]), ip, via)
 
 
@@ -289,8 +290,14 @@ def check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Deadl
     """A guest is not trusted: the address it names must be its own card's. Raises Impostor, PveError.
 
     Where the host has an address in that network on that bridge, its neighbour table decides; where it
-    has not, only the pinned host key does. An address of the host itself is refused anywhere.
+    has not, only the pinned host key does. An address of the host itself is refused anywhere. In a cluster
+    that holds for the node that the guest is on, and for the one that the login goes out from.
     """
+    for each in dict.fromkeys((host, host.entry)):
+        _check_address(each, bridge, ip, mac, deadline)
+
+
+def _check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Deadline) -> None:
     address = ipaddress.ip_address(ip)
     if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
         raise Impostor(f"the guest with the card {mac} names {ip}, which is no address of a machine")

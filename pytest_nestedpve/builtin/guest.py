@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.builtin import imagefile, vendor
+from pytest_nestedpve.builtin import imagefile, vendor, whereabouts
 from pytest_nestedpve.builtin.clone import clone_marked
 from pytest_nestedpve.creation import Created, create_marked
 from pytest_nestedpve.ownership import create_pool, host_clock, pool_name, prove
 from pytest_nestedpve.pve.answers import text
 from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import PveError, Running
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.tasks import wait_task
@@ -36,7 +37,7 @@ class Level:
     wait_ip: str
 
     def host(self, env: Environment) -> PveHost:
-        return env.outer if self.role == "nested" else env.inner
+        return whereabouts.outer(env) if self.role == "nested" else env.inner
 
 
 NESTED = Level("nested", "provision", "wait_ip")
@@ -58,14 +59,13 @@ class Shape:
     brought: str | None = None  # what `image` is brought from, by a setting; None: it is there
     template: int | None = None
     format: str | None = None
-    source: str | None = None  # the template's node, if that is another one
     snippets: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
 
 def level_settings(env: Environment, level: Level) -> Settings:
-    """The settings as they apply on that host: the nested PVE has no parent for pools."""
-    return env.settings if level.role == "nested" else replace(env.settings, pool_parent=None)
+    """The settings as they apply on that host: a nested PVE of the run has no parent for pools."""
+    return env.settings if level.role == "nested" or env.attached else replace(env.settings, pool_parent=None)
 
 
 def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     env.progress("making the run's pool")
     create_pool(host.api, env.run, settings, host_clock(host))
-    if level.role == "nested":
+    if level.role == "nested" or env.attached:
         env.keep_lease()
     env.check_lease()
     if shape.image is not None and shape.brought is not None:
@@ -89,7 +89,8 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     if shape.template is not None:
         made = clone_marked(
             host, env.run, settings, shape.template,
-            storage=shape.storage, format=shape.format, source=shape.source,
+            storage=shape.storage, format=shape.format,
+            source=node_of(host.api, shape.template) if host.cluster.several else None,
         )  # fmt: skip
     else:
         made = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
@@ -126,7 +127,8 @@ def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
     facts = env.facts.get(level.provision)
     if not facts or "mac" not in facts:
         return None
-    proof = prove(level.host(env).api, level_settings(env, level), made_of(facts), env.run)
+    proof = prove(level.host(env).entry.api, level_settings(env, level), made_of(facts), env.run)
+    facts["node"] = proof.node
     whole = proof.ok and proof.config is not None and "scsi0" in proof.config and "lock" not in proof.config
     return dict(facts) if whole else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.builtin.guest import made_of, task
+from pytest_nestedpve.builtin.guest import NESTED, made_of, task
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import PveError
@@ -36,8 +36,11 @@ def _base(env: Environment) -> str:
 
 
 def take(env: Environment, name: str, description: str) -> bool:
-    """Take a snapshot without memory; False where the storage cannot. Raises PveError."""
-    host, base = env.outer, _base(env)
+    """Take a snapshot without memory; False where the storage cannot, or no VM is known, as of an attached
+    PVE. Raises PveError."""
+    if env.attached:
+        return False
+    host, base = NESTED.host(env), _base(env)
     made = made_of(env.facts["provision"])
     if vm_can(host.api, made.node, made.vmid, "snapshot") is False:
         return False
@@ -55,14 +58,16 @@ def take(env: Environment, name: str, description: str) -> bool:
 
 def drop(env: Environment, name: str) -> None:
     """Remove a snapshot. Raises PveError."""
-    host = env.outer
+    host = NESTED.host(env)
     with call_limit(LIMIT):
         task(host, host.api.delete(f"{_base(env)}/snapshot/{name}"), LIMIT)
 
 
 def taken(env: Environment) -> list[str]:
     """The names of our snapshots, the oldest first. Raises PveError."""
-    listed = entries(env.outer.api.get(f"{_base(env)}/snapshot"), call="get snapshots")
+    if env.attached:
+        return []
+    listed = entries(NESTED.host(env).api.get(f"{_base(env)}/snapshot"), call="get snapshots")
     ours = [each for each in listed if str(each.get("name", "")).startswith(PREFIX)]
     return [str(each["name"]) for each in sorted(ours, key=lambda each: int(each.get("snaptime") or 0))]
 
@@ -87,7 +92,7 @@ def back(env: Environment, name: str) -> None:
 
 
 def _roll_back(env: Environment, name: str) -> None:
-    host = env.outer
+    host = NESTED.host(env)
     with call_limit(LIMIT):
         task(host, host.api.post(f"{_base(env)}/snapshot/{name}/rollback", start=1), LIMIT)
 

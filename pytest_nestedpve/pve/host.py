@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from pytest_nestedpve.pve.api import Api
-from pytest_nestedpve.pve.errors import UnreadableAnswer
+from pytest_nestedpve.pve.cluster import NODE_NAME as NODE_NAME
+from pytest_nestedpve.pve.cluster import Cluster, NodeSsh, read_cluster
+from pytest_nestedpve.pve.errors import NodeUnreachable
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.ssh import CommandResult
-
-NODE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 
 
 class SshLike(Protocol):
@@ -51,6 +50,8 @@ class PveHost:
         self.ssh = ssh
         self.api = api
         self._node = node
+        self._cluster: Cluster | None = None
+        self._entry: PveHost | None = None
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -62,10 +63,43 @@ class PveHost:
 
         Raises UnreadableAnswer when /cluster/status names no local node, and what `api.get` raises.
         """
+        if self._node is None:
+            self._node = self.cluster.local.name
+        return self._node
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that the host is a member of, or the host alone; asked once. Raises as `node` does."""
         with self._lock:
-            if self._node is None:
-                self._node = _local_node(self.api.get("/cluster/status"))
-            return self._node
+            if self._cluster is None:
+                self._cluster = read_cluster(self.api.get("/cluster/status"))
+            return self._cluster
+
+    @property
+    def entry(self) -> PveHost:
+        """The host that the connection ends on: this one, unless it was reached by `at`."""
+        return self if self._entry is None else self._entry
+
+    def at(self, node: str) -> PveHost:
+        """The same API, with another node of the cluster as `node`, for commands and files too.
+
+        Raises NodeUnreachable when the cluster knows no such node.
+        """
+        if node == self.node:
+            return self
+        if node == self.entry.node:
+            return self.entry
+        member = self.cluster.member(node)
+        if member is None:
+            there = ", ".join(each.name for each in self.cluster.members)
+            raise NodeUnreachable(
+                f"expected a node of {self.name}'s cluster, found {node!r}; there are: {there}"
+            )
+        return self._like(PveHost(node, NodeSsh(self.entry.ssh, member), self.api, node), entry=self.entry)
+
+    def _like(self, host: PveHost, entry: PveHost | None) -> PveHost:
+        host.ssh_config, host._cluster, host._entry = self.ssh_config, self._cluster, entry
+        return host
 
     def run(
         self,
@@ -83,9 +117,7 @@ class PveHost:
         narrower = getattr(self.api, "within", None)
         if narrower is None:
             return self
-        host = PveHost(self.name, self.ssh, narrower(pool), self._node)
-        host.ssh_config = self.ssh_config
-        return host
+        return self._like(PveHost(self.name, self.ssh, narrower(pool), self._node), entry=self._entry)
 
     def close(self) -> None:
         """Give up what the API made for itself on the host, then the connection."""
@@ -93,18 +125,3 @@ class PveHost:
         if ending is not None:
             ending()
         self.ssh.close()
-
-
-def _local_node(answer: Any) -> str:
-    # A stand-alone host has exactly one entry, type node, local 1 (facts 36).
-    for entry in answer if isinstance(answer, list) else ():
-        if not isinstance(entry, dict) or entry.get("type") != "node":
-            continue
-        if str(entry.get("local")) in ("1", "True"):
-            name = entry.get("name")
-            if isinstance(name, str) and NODE_NAME.match(name):
-                return name
-    raise UnreadableAnswer(
-        f"expected one entry of type node with local=1 and a valid name, found {str(answer)[:300]!r}",
-        call="get /cluster/status",
-    )
