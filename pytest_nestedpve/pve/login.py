@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import shlex
 import socket
 import threading
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.knownhosts import KnownKey
 
 _LOGGER = "pytest_nestedpve.paramiko"
+# HTTP; SMTP, FTP and the like; POP3; IMAP. An sshd that refuses for now says a line of its own, too.
+_OTHER_SERVICE = re.compile(r"HTTP/\d|[1-5]\d\d[ -]|\+OK|\* OK")
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,14 @@ def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadl
     except paramiko.ssh_exception.IncompatiblePeer as error:
         raise SshError(f"{target.text} and this client have no algorithm in common: {error}") from error
     except (EOFError, ConnectionError, paramiko.SSHException) as error:
-        if heard and not any(line.startswith("SSH-") for line in heard):
+        if heard and _OTHER_SERVICE.match(heard[0]):
             raise HostUnreachable(
                 f"{target.text}: expected an sshd at port {target.port}, found another service, which says "
                 f"{heard[0][:80]!r}. Check Port and HostName"
             ) from error
+        if heard and not any(line.startswith("SSH-") for line in heard):
+            # Also sshd's own way to say that it takes no more connections: "Exceeded MaxStartups".
+            raise Slow(f"it says {heard[0][:80]!r} and closes the connection") from error
         text = str(error) or "the connection was closed before a banner came"
         raise Slow(text) from error
     except OSError as error:
