@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import command, modules, reuse, round_trip
+from benchmarks import command, modules, reuse, round_trip, setup_phases, teardown, trip
 from benchmarks.rows import Row, show
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
@@ -16,6 +16,11 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "command": command.measure,
     "round_trip": round_trip.measure,
     "reuse": reuse.measure,
+    "teardown8": teardown.measure_eight,
+    "teardown50": teardown.measure_fifty,
+    "api_calls": trip.measure_calls,
+    "noticed": trip.measure_noticed,
+    "setup_phases": setup_phases.measure,
 }
 
 
