@@ -116,7 +116,7 @@ class AuditedApi:
     @property
     def transport(self) -> str:
         """How the host is spoken to, in words."""
-        return str(getattr(self.wrapped, "transport", "the API"))
+        return str(getattr(self.wrapped, "transport", "api"))
 
     def within(self, pool: Callable[[], str]) -> AuditedApi:
         """See `HostApi.within`."""
@@ -161,7 +161,7 @@ class AuditedApi:
             self.audit.write(
                 "call",
                 host=self.host,
-                transport=carrier() or "api",
+                transport=carrier() or self.transport,
                 cmd=" ".join([verb, path, *sorted(params)]),
                 rc=rc,
                 error=error,
