@@ -97,7 +97,11 @@ def _events(artifacts: Path) -> Iterator[tuple[str, Line]]:
 
 def measure_calls() -> list[Row]:
     """Share of HTTPS, milliseconds a call, starts of pvesh and qm."""
-    found = trip()
+    return calls_rows(trip())
+
+
+def calls_rows(found: Trip) -> list[Row]:
+    """The rows of a round trip."""
     over_https, by_command = api_calls(found.lines)
     heavy = [words for words in found.commands if re.match(r"\w+: (?:pvesh|qm)\b", words)]
     light = Counter(words for words in found.commands if words not in heavy)
@@ -136,7 +140,11 @@ def api_calls(lines: tuple[Line, ...]) -> tuple[list[Line], list[Line]]:
 
 def measure_noticed() -> list[Row]:
     """For each wait of a phase: the time from what was waited for to its being noticed."""
-    found = trip()
+    return noticed_rows(trip())
+
+
+def noticed_rows(found: Trip) -> list[Row]:
+    """The rows of a round trip."""
     rows = [_row(f"{phase}.tasks", late) for phase, late in _tasks_late(found).items()]
     for phase in ("wait_ip", "leaf_wait_ip"):
         moments = found.moments[phase]

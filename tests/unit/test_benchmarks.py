@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as main  # noqa: E402
 from benchmarks.round_trip import bound, rows  # noqa: E402
 from benchmarks.rows import Row  # noqa: E402
+from benchmarks.trip import Trip, api_calls, calls_rows, noticed_rows  # noqa: E402
 from pytest_nestedpve.report.model import build  # noqa: E402
 
 
@@ -61,3 +62,53 @@ def test_a_round_trip_says_phase_by_phase_what_bounds_it() -> None:
     report = build(log)
     assert [row.name for row in rows(report)] == ["round_trip.setup_ssh", "round_trip"]
     assert "7.0 s Ansible, 1 playbook(s), 0.5 s 1 commands over SSH, 1.5 s between" in bound(report.steps[0])
+
+
+UPID = "UPID:father:00000276:0034E7DA:6B05D800:qmstart:99921:root@pam!npve:"
+
+
+def call(ts: float, phase: str, transport: str, cmd: str, **more: object) -> dict[str, object]:
+    return {"ts": ts, "event": "call", "phase": phase, "transport": transport, "cmd": cmd, "rc": 0, **more}
+
+
+def test_calls_are_counted_by_what_carried_them_and_other_commands_are_none() -> None:
+    lines = (
+        call(1, "provision", "https:see", "get /version", ms=2.0),
+        call(1, "provision", "https:act", "post /nodes/father/qemu", ms=8.0),
+        call(1, "provision", "pvesh", "post /nodes/father/qemu/100/config", ms=1400.0),
+        call(1, "provision", "ssh", "pveum user token add root@pam x"),
+        call(1, "provision", "ssh", "systemctl is-active pveproxy"),
+        {"ts": 2, "event": "phase_end", "phase": "provision"},
+    )
+    over_https, by_command = api_calls(lines)
+    assert ([line["ms"] for line in over_https], len(by_command)) == ([2.0, 8.0], 2)
+    started = (
+        "father: pveum user token",
+        "nested: pvesh get /version",
+        "nested: qm list",
+        "nested: pvesm set",
+    )
+    others, taken, heavy, light = calls_rows(Trip(lines, {}, {}, started, ()))
+    assert (others.ours, others.passed) == ((0.5,), False)
+    assert taken.ours == (2.0, 8.0)
+    assert heavy.ours == (2.0,)
+    assert "1 x nested: pvesh get /version" in heavy.note
+    assert light.ours == (2.0,)
+
+
+def test_what_was_noticed_late_is_told_by_the_first_answer_that_told_it() -> None:
+    status = f"get /nodes/father/tasks/{UPID}/status"
+    lines = (
+        call(10.0, "start_vm", "https:see", status),
+        call(10.6, "start_vm", "https:see", status),
+        call(20.0, "wait_ip", "https:act", "post /nodes/father/qemu/1/agent/ping", rc=255),
+        call(21.5, "wait_ip", "https:act", "post /nodes/father/qemu/1/agent/ping"),
+        call(30.2, "wait_ip", "https:see", "get /nodes/father/qemu/1/agent/exec-status pid"),
+    )
+    moments = {"wait_ip": {"qemu-guest-agent": 21.0, "cloud-init": 30.1}, "leaf_wait_ip": {}}
+    rows = {row.name: row for row in noticed_rows(Trip(lines, moments, {UPID: 10.4}, (), ()))}
+    assert {name: row.ours for name, row in rows.items()} == {
+        "noticed.start_vm.tasks": (0.2,),
+        "noticed.wait_ip.agent": (0.5,),
+        "noticed.wait_ip.cloud_init": (0.1,),
+    }
