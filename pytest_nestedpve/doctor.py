@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,8 @@ from pytest_nestedpve.pve.errors import PveError, SshError
 
 if TYPE_CHECKING:
     from pytest_nestedpve.builtin.checks.choices import Choices
+    from pytest_nestedpve.builtin.checks.look import Check
+    from pytest_nestedpve.builtin.checks.seen import Seen
     from pytest_nestedpve.doctor_view import View
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.session import NestedSession
@@ -121,7 +124,8 @@ class Examination:
             workers=1 if self.settings.scope == "run" else self.nested.config.stash.get(_WORKERS, 1),
             by_https=hasattr(self.host.api, "line"),
         )
-        found = look(seen, begin=self.view.begin, told=self._told, checks=(*CHECKS, *FOR_PEOPLE))
+        checks = _with_questions((*CHECKS, *FOR_PEOPLE))
+        found = look(seen, begin=self.view.begin, told=self._told, checks=checks)
         self.settings, self.choices = seen.settings, seen.choices
         self.reached = found.lost is None
 
@@ -160,8 +164,7 @@ class Examination:
         return shlex.join(["ssh", *(["-F", str(config)] if config else []), name, line])
 
     def _again(self) -> str:
-        host = ["--pve-host", self.settings.host] if self.settings.origin("host") == "--pve-host" else []
-        return shlex.join(["pytest", *[str(each) for each in host], "--nested-doctor"])
+        return shlex.join(["pytest", *map(str, self.nested.config.invocation_params.args)])
 
     def _write(self) -> None:
         path = self.settings.json_file
@@ -186,13 +189,28 @@ class Examination:
         path.write_text(text + "\n", encoding="utf-8")
 
 
+def _with_questions(checks: Iterable[Check]) -> Iterator[Check]:
+    """The checks; once the node is known, most of their questions are asked at once."""
+    from pytest_nestedpve.builtin.checks.look import Check as One
+
+    def ask(seen: Seen) -> tuple[Finding, ...]:
+        prepare = getattr(seen.host.api, "prepare", None)
+        if prepare is not None:
+            prepare(seen.host.node)
+        return ()
+
+    for check in checks:
+        yield check
+        if check.name == "node":
+            yield One("answers of the API", ask, (*check.needs, "node"))
+
+
 def only_reading(host: PveHost) -> PveHost:
     """The host by root's pvesh alone: HTTPS needs a token, and that is made on the host."""
+    from pytest_nestedpve.builtin.checks.ahead import Ahead
     from pytest_nestedpve.pve.host import PveHost as Host
 
     line = getattr(host.api, "line", None)
-    if line is None:
-        return host
-    reading = Host(host.name, host.ssh, line.pvesh)
+    reading = Host(host.name, host.ssh, Ahead(host.api if line is None else line.pvesh))
     reading.ssh_config = host.ssh_config
     return reading

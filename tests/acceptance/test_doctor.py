@@ -75,7 +75,7 @@ def test_only_reads_are_sent_and_the_host_is_as_it_was(project: Project) -> None
     assert result.ret == 1, result.output
     after = json.loads(project.host().path.read_text())
     sent, shell = after.pop("commands"), after.pop("shell")
-    assert len(sent) > 8
+    assert len(sent) == len(set(sent)) > 6  # nothing is asked twice
     assert [call for call in sent if not call.startswith("GET ")] == []
     reads = {"id", "cat", "test", "date", "if", "/usr/sbin/sshd"}
     assert {line.split()[0] for line in shell} <= reads
@@ -215,6 +215,7 @@ MISSING: list[tuple[Callable[[State], None], tuple[str, ...], str, list[str]]] =
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "args", "what", "command"),
     MISSING,
