@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.ownership import TAG, Marker, new_uuid, parse_marker, pool_name, uuid_of
-from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.answers import STORAGE_NAME, entries, shown, whole
 from pytest_nestedpve.pve.errors import (
     AlreadyExists,
     CommandTimeout,
@@ -143,8 +143,11 @@ def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
     taken = {guest.vmid for guest in list_guests(host.api)} | ids_in_pools(host)
     path = f"/nodes/{host.node}/storage"
     for entry in entries(host.api.get(path), call=f"get {path}"):
+        name = entry.get("storage")
+        if not isinstance(name, str) or not STORAGE_NAME.match(name):
+            raise UnreadableAnswer(f"expected the name of a storage, found {shown(name)}", call=f"get {path}")
         if "images" in str(entry.get("content", "")).split(",") and whole(entry.get("active", 1)) != 0:
-            listed = host.api.get(f"{path}/{entry['storage']}/content", content="images")
+            listed = host.api.get(f"{path}/{name}/content", content="images")
             taken |= {whole(each.get("vmid")) or 0 for each in entries(listed, call=f"get {path}")}
     draw = random.SystemRandom()
     if sum(high - low + 1 for low, high in settings.vmid_ranges) <= _DRAWN:

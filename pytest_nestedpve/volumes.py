@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.answers import STORAGE_NAME, entries, whole
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import ApiError, GuestNotFound, NotFound, PveError
 from pytest_nestedpve.pve.tasks import wait_task
@@ -23,7 +23,6 @@ _VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:(?!(?:.*/)?\.{0,2}(?:/|\Z))[A-Za-z
 
 
 _LONGEST = 1000
-_STORAGE = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Volumes:
         path = f"/nodes/{node}/storage"
         for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
             name = storage.get("storage")
-            if isinstance(name, str) and _STORAGE.match(name) and whole(storage.get("active", 1)) != 0:
+            if isinstance(name, str) and STORAGE_NAME.match(name) and whole(storage.get("active", 1)) != 0:
                 call = f"{path}/{name}/content"
                 try:
                     listed = entries(self._api.get(call, content="images"), call=f"get {call}")

@@ -19,6 +19,7 @@ UPID = re.compile(
 _UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z")
 _SHOWN = 300
 _UPID_LIMIT = 1000
+STORAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 # What a change of a configuration says before its answer, which is none for `set` (recording config-022);
 # the values in it may hold line ends.
 _CHANGE = re.compile(r"update (?:VM|CT) \d+: ")

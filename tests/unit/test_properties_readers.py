@@ -298,6 +298,13 @@ def test_a_task_that_cannot_be_read_is_not_passed_over() -> None:
             zombies.read_tasks(_prints([TASK, entry]), "father")
 
 
+@pytest.mark.parametrize("name", [None, 7, "../local", "local/x"])
+def test_ids_are_free_only_when_every_storage_was_asked(name: Any) -> None:
+    ssh = Prints(json.dumps([{"content": "images", "storage": name}]).encode())
+    with pytest.raises(PveError, match="name of a storage"):
+        next(free_ids(PveHost("father", ssh, PveshApi(ssh), "father"), SETTINGS))
+
+
 def test_a_task_began_when_its_id_says_and_is_over_only_after_that() -> None:
     later = UPID.replace("6B04D317", "6B04D318")
     listed = [TASK | {"starttime": 2**40}, TASK | {"upid": later, "starttime": None, "endtime": 7}]
