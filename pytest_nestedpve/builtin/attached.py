@@ -7,8 +7,9 @@ the end, what was there comes back.
 
 from __future__ import annotations
 
+import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pytest_nestedpve.builtin.checks.look import CHECKS, Check, look, unreachabl
 from pytest_nestedpve.builtin.checks.seen import Seen
 from pytest_nestedpve.builtin.guest import task
 from pytest_nestedpve.builtin.preflight import PreflightError
+from pytest_nestedpve.ownership import create_pool, host_clock
 from pytest_nestedpve.pve.answers import entries, mapping
 from pytest_nestedpve.pve.errors import PveError, SshError
 
@@ -99,6 +101,9 @@ def taken(env: Environment, phase: str) -> Mapping[str, Any]:
     if keys:
         env.run.directory.pin_host_keys(host.node, keys)
     ip = _address(env)
+    env.facts["wait_ip"] = {"ip": ip}
+    env.write_ssh_config()
+    _rid_of_empty(env, ("/root/.ansible", "/root/.ansible/tmp"))
     return {"ip": ip, "host_keys": keys, "did": f"attached: {ip}"}
 
 
@@ -237,8 +242,16 @@ sed -i '/^# BEGIN nested-pve leaves$/,/^# END nested-pve leaves$/d' "$f" || exit
 """
 
 
+def _claim(env: Environment) -> None:
+    """The run's pool and lease, by which also what no VM goes with is found after a crash."""
+    host = env.outer
+    create_pool(host.api, env.run, env.settings, host_clock(host))
+    env.keep_lease()
+
+
 def before_ssh(env: Environment) -> None:
     """The run's key pair, and the key among those that log in."""
+    _claim(env)
     files = [setup.KEY_FILE, f"{setup.KEY_FILE}.pub"]
     _aside(env, files)
     had_block = env.inner.run(["grep", "-q", "^# BEGIN nested-pve leaves$", "/root/.ssh/config"]).ok
@@ -256,8 +269,18 @@ def before_ssh(env: Environment) -> None:
     _at_end(env, "the run's key", undo)
 
 
+_IDENTITY = (
+    "/etc/hosts",
+    "/etc/hostname",
+    "/etc/cloud/templates/hosts.debian.tmpl",
+    "/etc/pve/local/pve-ssl.pem",
+)
+
+
 def before_repos(env: Environment) -> None:
     """Token, sources, secrets, content types of the storage."""
+    _claim(env)
+    _rid_of_empty(env, ("/root/.config", posixpath.dirname(setup.TOKEN_STORE)))
     _aside(env, [setup.TOKEN_STORE])
     settings = env.settings
     base = settings.sources_dest.rstrip("/")
@@ -283,7 +306,16 @@ def before_repos(env: Environment) -> None:
     replaced = [path for path in own[1:] if path in there and path.rpartition("/")[2] in names]
     if replaced:
         _tell_at_end(env, f"setup_repos replaced what was in {', '.join(replaced)}")
-    _tell_at_end(env, "setup_repos mended /etc/hosts and the certificate, if they did not agree")
+    identity = _sums(env, _IDENTITY)
+
+    def changed() -> list[str]:
+        now = _sums(env, _IDENTITY)
+        others = [path for path in _IDENTITY if now.get(path) != identity.get(path)]
+        if others:
+            env.remark(f"{env.outer.name} stays as it is now: setup_repos mended {', '.join(others)}")
+        return []
+
+    env.undo.append(changed)
     if settings.bootstrap:
         _tell_at_end(env, "the bootstrap command was run")
 
@@ -327,6 +359,25 @@ def _tell_at_end(env: Environment, what: str) -> None:
         return []
 
     env.undo.append(tell)
+
+
+def _rid_of_empty(env: Environment, folders: Sequence[str]) -> None:
+    """Directories that are not there yet go at the end, if nothing is in them; the inner ones come last."""
+    said = env.inner.run(["ls", "-d", "--", *folders], timeout=30)
+    there = frozenset(said.stdout.splitlines())
+    mine = [folder for folder in reversed(folders) if folder not in there]
+
+    def remove() -> list[str]:
+        env.inner.run(["rmdir", "--", *mine], timeout=30)
+        return []  # one that is not empty, or never came to be, is no fault
+
+    if mine:
+        env.undo.append(remove)
+
+
+def _sums(env: Environment, files: Iterable[str]) -> dict[str, str]:
+    said = env.inner.run(["sha256sum", "--", *files], timeout=30)
+    return {path: digest for digest, _, path in (line.partition("  ") for line in said.stdout.splitlines())}
 
 
 def _mark(env: Environment) -> str:

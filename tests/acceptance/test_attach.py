@@ -130,9 +130,7 @@ def test_a_chosen_step_is_done(attached: Attached, choice: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("choice", [("-k", "not leaf"), ("-k", "test"), ("-k", "steps")])
-def test_what_only_leaves_something_out_chooses_nothing(
-    attached: Attached, choice: tuple[str, ...]
-) -> None:
+def test_what_only_leaves_something_out_chooses_nothing(attached: Attached, choice: tuple[str, ...]) -> None:
     attached.lacks("setup_network")
     result = attached.project.run(*PVE, "-v", "test_steps.py", *choice)
     assert result.outcomes()["test_setup_network"] == "FAILED", result.output

@@ -192,11 +192,17 @@ class Project:
 
     def start(self, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """A session in the background; its output goes to a file."""
+        return self.start_with(["--pve-host", f"lab:{self.lab.name}"], *args, env=env)
+
+    def start_with(
+        self, host: list[str], *args: str, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """The same, with the host named by these options."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
         if "NESTED_PVE_CACHE" in os.environ:
             clean["NESTED_PVE_CACHE"] = os.environ["NESTED_PVE_CACHE"]
         plugins = ["-p", "pytest_nestedpve.plugin", "-p", "pytest_dependency", "-p", "no:cacheprovider"]
-        host = ["--pve-host", f"lab:{self.lab.name}", "-o", f"nested_pve_vmid_range={self.low}-{self.high}"]
+        host = [*host, "-o", f"nested_pve_vmid_range={self.low}-{self.high}"]
         shape = ["-o", "nested_pve_memory=1024", "-o", "nested_pve_disk=8"]
         with (self.path / "output").open("wb") as output:
             return subprocess.Popen(

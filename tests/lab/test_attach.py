@@ -1,0 +1,155 @@
+"""Attached to a lab's father: used as the nested PVE, changed only by choice, at the end as it was before."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lab.on_lab import HandLab, Project
+
+LOW = 97000
+USERS = """
+import json, subprocess, urllib.request, ssl
+import pytest
+from pytest_nestedpve.attach import NotOurs
+
+def test_uses_it(nested_pve):
+    assert nested_pve.ssh("uname -n").stdout.strip() == nested_pve.name == nested_pve.node == "father"
+    inside = nested_pve.leaf.run("uname -n").stdout.strip()
+    for short, name in (("nested", "father"), ("father", "father"), ("leaf", inside)):
+        command = ["ssh", "-F", nested_pve.ssh_config, "-o", "BatchMode=yes", short, "uname -n"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == name
+    context = ssl.create_default_context(cafile=nested_pve.ca_file)
+    request = urllib.request.Request(nested_pve.api_url + "/api2/json/version")
+    request.add_header("Authorization", "PVEAPIToken=" + nested_pve.api_token)
+    with urllib.request.urlopen(request, context=context) as answer:
+        assert json.load(answer)["data"]["version"]
+    assert nested_pve.environ()["NESTED_SSH_PORT"]
+    assert nested_pve.run_playbook("name.yml").ok
+    for what in ("vmid", "host", "root_password"):
+        with pytest.raises(NotOurs):
+            getattr(nested_pve, what)
+"""
+PLAYBOOK = """
+- hosts: all
+  gather_facts: false
+  tasks:
+    - ansible.builtin.command: uname -n
+      register: said
+    - ansible.builtin.assert:
+        that: said.stdout == pve_hostname
+"""
+# All that a set-up phase touches, and where the run's own things would be.
+STATE = r"""
+qm list; pvesh get /pools --output-format json; pvesh get /access/acl --output-format json
+pveum user token list root@pam --output-format json; pvesh get /storage/local --output-format json
+find /root /opt /srv /etc/pve/priv /etc/network /etc/cloud /var/lib/vz -not -path '*/.cache*' | sort
+cd /root; cat /etc/hosts /etc/network/interfaces .ssh/* /etc/pve/local/pve-ssl.pem | sha256sum
+ip -4 -br addr show vmbr0
+"""
+
+
+@dataclass(frozen=True)
+class Session:
+    """How one session ended, and what the father was like before and after."""
+
+    ret: int
+    output: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Attaching:
+    """A project whose sessions attach to the father of a lab."""
+
+    path: Path
+    lab: HandLab
+
+    def run(self, *args: str) -> Session:
+        before = self.lab.ask(STATE)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST"))}
+        if "NESTED_PVE_CACHE" in os.environ:
+            clean["NESTED_PVE_CACHE"] = os.environ["NESTED_PVE_CACHE"]
+        attach = ["--nested-attach", f"lab:{self.lab.name}", "-o", f"nested_pve_vmid_range={LOW}-{LOW + 9}"]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-v",
+                "-p",
+                "no:randomly",
+                "-p",
+                "no:cacheprovider",
+                *attach,
+                *args,
+            ],
+            cwd=self.path,
+            env={**clean, "XDG_STATE_HOME": str(self.path / "state"), "COLUMNS": "160"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+        return Session(done.returncode, done.stdout + done.stderr, before, self.lab.ask(STATE))
+
+
+@pytest.fixture(scope="module")
+def attaching(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Attaching:
+    path = tmp_path_factory.mktemp("project")
+    (path / "test_steps.py").write_text("from pytest_nestedpve import steps\n")
+    (path / "test_users.py").write_text(USERS)
+    (path / "name.yml").write_text(PLAYBOOK)
+    (path / "mine").mkdir()
+    (path / "mine" / "file").write_text("of the project\n")
+    (path / "secret").write_text("of nobody else\n")
+    (path / "pytest.ini").write_text(
+        "[pytest]\nnested_pve_host = not-asked.invalid\nnested_pve_sources = mine=mine\n"
+        "nested_pve_secrets = secret\n"
+    )
+    hand_lab.ask(f"qm create {LOW + 3} --name nested-pve-of-somebody --net0 virtio,bridge=vmbr0")
+    return Attaching(path, hand_lab)
+
+
+def test_without_a_choice_the_father_is_looked_at_and_not_changed(attaching: Attaching) -> None:
+    done = attaching.run("test_steps.py")
+    assert done.ret == 1, done.output
+    for name in ("ensure_pve", "setup_network", "setup_ssh"):
+        assert f"test_{name} PASSED" in done.output, done.output
+    assert "expected setup_repos to be done on the attached PVE" in done.output
+    assert "not in /opt/sources, or in another state: mine" in done.output
+    assert done.after == done.before
+
+
+def test_a_chosen_set_up_and_the_vm_inside_are_gone_at_the_end(attaching: Attaching) -> None:
+    done = attaching.run("-k", "setup_repos or leaf or sync or chain or uses_it")
+    assert done.ret == 0, done.output
+    assert done.output.count("PASSED") == 7, done.output
+    assert "nothing is left" in done.output
+    assert done.after == done.before
+
+
+@pytest.mark.thorough
+def test_a_killed_session_leaves_a_vm_inside_that_the_host_tells_as_the_runs(
+    attaching: Attaching, tmp_path: Path
+) -> None:
+    before = attaching.lab.ask(STATE)
+    project = Project(tmp_path / "project", attaching.lab, LOW, LOW + 9, tmp_path / "state")
+    project.write()
+    process = project.start_with(
+        ["--nested-attach", f"lab:{attaching.lab.name}"], "--nested-skip", "setup_repos", "-k", "leaf_wait_ip"
+    )
+    project.wait_for(process, lambda line: line.get("phase") == "leaf_wait_ip")
+    process.kill()
+    process.wait()
+    assert project.left() != []
+    assert project.run("--nested-destroy-only") in (0, 1)  # 1: the one that looks like ours is not confirmed
+    # What only reads has ten minutes to live, and is nobody's business.
+    assert re.sub(r'\{[^}]*"npve-see-[^}]*\}', "", attaching.lab.ask(STATE)) == before

@@ -1,0 +1,156 @@
+"""What of an attached PVE is decided without one: chosen steps, the way of ssh to it, what is undone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps, ssh_block
+from pytest_nestedpve.builtin import attached
+from pytest_nestedpve.phases import Phase
+from pytest_nestedpve.pve.login import SshTarget
+
+NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "wanted"),
+    [
+        ("", set()),
+        ("setup_network", {"setup_network"}),
+        ("SETUP_network", {"setup_network"}),
+        ("setup_network or my_test", {"setup_network"}),
+        ("setup", {"setup_network", "setup_ssh", "setup_repos"}),
+        ("setup and not network", {"setup_ssh", "setup_repos"}),
+        ("test_setup_ssh", {"setup_ssh"}),
+        ("not slow", set()),
+        ("not setup_network", set()),
+        ("not slow or setup_network", set()),
+        ("test", set()),
+        ("test_", set()),
+        ("round_trip", set()),
+        ("   ", set()),
+    ],
+)
+def test_only_an_expression_that_names_a_step_chooses_it(keyword: str, wanted: set[str]) -> None:
+    assert chosen_steps(NAMES, "test_", keyword, ["tests"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("test_steps.py::test_setup_ssh", {"setup_ssh"}),
+        ("a/test_steps.py::test_setup_ssh", {"setup_ssh"}),
+        ("test_setup_ssh", set()),
+        ("test_setup_ssh.py", set()),
+        ("test_steps.py::test_setup", set()),
+        ("test_steps.py", set()),
+    ],
+)
+def test_only_a_node_id_chooses_by_name(argument: str, wanted: set[str]) -> None:
+    assert chosen_steps(NAMES, "test_", "", [argument]) == wanted
+
+
+def test_a_step_that_is_not_selected_is_not_chosen() -> None:
+    assert chosen_steps(["setup_ssh"], "test_", "setup", []) == {"setup_ssh"}
+
+
+def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
+    def taken(_env: Any, _name: str) -> dict[str, Any]:
+        return {}
+
+    phase = Phase("our_agent", "ours", lambda _env: None)
+    assert Attachment("pve1", frozenset(), taken).guards("our_agent")
+    Attachment("pve1", frozenset({"our_agent"}), taken).allow(phase, None)
+    with pytest.raises(NotChosen, match="found: that it has no probe to tell"):
+        Attachment("pve1", frozenset(), taken).allow(phase, None)
+
+
+def asked(config: Path, name: str) -> dict[str, list[str]]:
+    """What ssh itself makes of a configuration."""
+    said = subprocess.run(
+        ["ssh", "-G", "-F", config, name], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        key, _, value = line.partition(" ")
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def test_ssh_reaches_the_attached_pve_as_the_user_does(tmp_path: Path) -> None:
+    target = SshTarget(
+        host="10.0.0.5", port=2222, user="root", alias="pve1",
+        identity_files=(tmp_path / "my key",), identities_only=True,
+        known_hosts=(tmp_path / "known",), host_key_alias="pve1.example",
+        jump=SshTarget("10.0.0.1", alias="gate"),
+    )  # fmt: skip
+    config = tmp_path / "config"
+    config.write_text("\n".join(ssh_block(target, "father", "10.0.0.5", tmp_path / "own")))
+    for name in ("nested", "father"):
+        found = asked(config, name)
+        assert found["hostname"] == ["10.0.0.5"]
+        assert found["port"] == ["2222"]
+        assert found["identityfile"] == [str(tmp_path / "my key")]
+        assert found["hostkeyalias"] == ["pve1.example"]
+        assert found["userknownhostsfile"] == [str(tmp_path / "known")]
+        assert found["proxyjump"] == ["gate"]
+        assert found["stricthostkeychecking"] == ["true"]
+
+
+def test_a_proxy_command_is_not_expanded_twice(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    target = SshTarget("10.0.0.5", alias="pve1", proxy_command="nc 10.0.0.5 22 100%")
+    config.write_text("\n".join(ssh_block(target, "father", "10.0.0.5", tmp_path / "own")))
+    assert asked(config, "nested")["proxycommand"] == ["nc 10.0.0.5 22 100%%"]
+
+
+def test_the_users_own_name_for_it_keeps_the_users_own_configuration(tmp_path: Path) -> None:
+    block = ssh_block(SshTarget("10.0.0.5", alias="father"), "father", "10.0.0.5", tmp_path)
+    assert block[0] == "Host nested"
+
+
+# -- undoing: the scripts as they are, on files here ------------------------------------------------
+
+
+def run(script: str, *words: str) -> int:
+    return subprocess.run(["sh", "-c", script, "sh", *words], check=False).returncode
+
+
+def test_a_line_goes_out_of_a_file_behind_a_link_and_the_link_stays(tmp_path: Path) -> None:
+    real = tmp_path / "priv" / "authorized_keys"
+    real.parent.mkdir()
+    real.write_text(
+        "ssh-ed25519 AAAAmine alice\nssh-ed25519 AAAAthe+run/key nested-pve run\nssh-rsa AAAAb bob\n"
+    )
+    link = tmp_path / "authorized_keys"
+    link.symlink_to(real)
+    assert run(attached._WITHOUT, "AAAAthe+run/key", "yes", str(link)) == 0
+    assert link.is_symlink()
+    assert real.read_text() == "ssh-ed25519 AAAAmine alice\nssh-rsa AAAAb bob\n"
+    assert [each.name for each in real.parent.iterdir()] == ["authorized_keys"]
+
+
+@pytest.mark.parametrize(("there", "stays"), [("yes", True), ("no", False)])
+def test_a_file_that_gets_empty_goes_if_it_was_not_there(tmp_path: Path, there: str, stays: bool) -> None:
+    file = tmp_path / "known_hosts"
+    file.write_text("leaf ssh-ed25519 AAAA\n")
+    assert run(attached._WITHOUT, "^leaf ", there, str(file)) == 0
+    assert file.exists() == stays
+
+
+def test_a_file_that_was_there_comes_back_and_one_that_was_not_goes(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("as it was")
+    old.chmod(0o640)
+    files = [str(old), str(new)]
+    assert run(attached._ASIDE, ".npve-x", *files) == 0
+    old.write_text("ours")
+    new.write_text("ours")
+    assert run(attached._BACK, ".npve-x", *files) == 0
+    assert old.read_text() == "as it was"
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
