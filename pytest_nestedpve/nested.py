@@ -41,7 +41,7 @@ class NestedPve:
         if self._env.attached:
             from pytest_nestedpve.attach import NotOurs
 
-            raise NotOurs(f"the nested PVE is attached ({self._env.settings.attach}), so there is not {what}")
+            raise NotOurs(f"the nested PVE is attached ({self._env.settings.attach}): {what}")
 
     @property
     def ip(self) -> str:
@@ -51,7 +51,7 @@ class NestedPve:
     @property
     def vmid(self) -> int:
         """Its id as a VM of the outer host. Raises NotOurs for an attached one."""
-        self._only_if_ours("its id as a VM: no VM is known of it")
+        self._only_if_ours("no VM is known of it, so it has no vmid")
         return int(self._env.fact("provision", "vmid"))
 
     @property
@@ -67,7 +67,7 @@ class NestedPve:
     @property
     def host(self) -> PveHost:
         """The outer host. Raises NotOurs for an attached one."""
-        self._only_if_ours("an outer host: none is known of it; `inner` is the PVE itself")
+        self._only_if_ours("no outer host is known of it; `inner` is the PVE itself")
         return self._env.outer
 
     @property
@@ -97,7 +97,8 @@ class NestedPve:
 
     @property
     def ssh_key(self) -> Path:
-        """The run's private key, which root's account on the nested PVE and the leaf takes."""
+        """The run's private key, which root's account on the nested PVE and the leaf takes; that of an
+        attached PVE only if setup_ssh was done by this run."""
         return self._env.run.directory.key
 
     def forward(self, port: int) -> tuple[str, int]:
@@ -143,7 +144,7 @@ class NestedPve:
         whole run. Raises PveError when it cannot be set."""
         import secrets
 
-        self._only_if_ours("a password of root: the one that it has is not changed")
+        self._only_if_ours("the password of its root is not changed")
         path = self._env.run.dir / _PASSWORD_FILE
         with self._lock:
             known = path.exists()

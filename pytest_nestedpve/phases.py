@@ -270,9 +270,11 @@ class PhaseRunner:
             facts[phase.name] = dict(attached.taken(self.environment, phase.name))
             return ATTACHED, dict(facts[phase.name])
         guarded = attached is not None and attached.guards(phase.name)
+        chosen = attached is not None and phase.name in attached.chosen
         now = self._digest(phase) if phase.probe is not None else None
         before = self.record.digests.get(phase.name)
-        may_prove = probe or ((guarded or before is not None) and not self.redo)
+        may_prove = probe or (before is not None and not self.redo)
+        may_prove = may_prove or (guarded and not (chosen and self.redo))
         if phase.probe is not None and may_prove and before in (None, now):
             found = phase.probe(self.environment)
             if found is not None:

@@ -163,6 +163,12 @@ def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attach
         model.state["files"]["/set-up/setup_network"] = ""  # the end took it away again
 
 
+def test_redo_alone_does_nothing_to_what_is_there(attached: Attached) -> None:
+    result = attached.project.run(*PVE, "test_steps.py", "-o", "nested_pve_redo=true")
+    assert result.ret == 0, result.output
+    assert not {*TAKEN, *SET_UP} & set(attached.project.done())
+
+
 def test_a_test_that_needs_what_is_missing_fails_by_that_and_one_that_does_not_passes(
     attached: Attached,
 ) -> None:

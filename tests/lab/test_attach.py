@@ -13,6 +13,7 @@ import pytest
 from lab.on_lab import HandLab, Project
 
 LOW = 97000
+REDO = ("-o", "nested_pve_redo=true")
 USERS = """
 import json, subprocess, urllib.request, ssl
 import pytest
@@ -62,6 +63,11 @@ class Session:
     output: str
     before: str
     after: str
+
+    @property
+    def run(self) -> str:
+        (found,) = re.findall(r"^run ([0-9a-f]{12}):", self.output, re.MULTILINE)
+        return str(found)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,14 @@ def test_a_chosen_set_up_and_the_vm_inside_are_gone_at_the_end(attaching: Attach
     assert done.ret == 0, done.output
     assert done.output.count("PASSED") == 7, done.output
     assert "nothing is left" in done.output
+    assert done.after == done.before
+
+
+def test_the_runs_key_comes_by_choice_and_goes(attaching: Attaching) -> None:
+    done = attaching.run("-k", "setup_ssh or leaf or verify", *REDO, "--nested-skip", "setup_repos")
+    assert done.ret == 0, done.output
+    log = next((attaching.path / ".nested-pve" / "runs").glob(f"{done.run}/audit.jsonl")).read_text()
+    assert "(the run's key)" in log
     assert done.after == done.before
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import environments
+from memory_host import MemoryHost
+
 from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps, ssh_block
 from pytest_nestedpve.builtin import attached
+from pytest_nestedpve.builtin.clean import CleanState, NoSnapshots
 from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve.login import SshTarget
 
@@ -111,6 +118,32 @@ def test_a_proxy_command_is_not_expanded_twice(tmp_path: Path) -> None:
 def test_the_users_own_name_for_it_keeps_the_users_own_configuration(tmp_path: Path) -> None:
     block = ssh_block(SshTarget("10.0.0.5", alias="father"), "father", "10.0.0.5", tmp_path)
     assert block[0] == "Host nested"
+
+
+# -- the clean state -------------------------------------------------------------------------------
+
+
+def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    host = MemoryHost(tmp_path / "host.json")
+    seen = {"guests": "as they were"}
+    monkeypatch.setattr(CleanState, "_fingerprint", lambda _self: dict(seen))
+    with environments(host, tmp_path) as make:
+        env = make(attach="pve1", host="pve1")
+        assert env.inner is env.outer
+        state = CleanState(env)
+        state.remember(fresh=True)
+        state.give()
+        assert state.gave == "proved unchanged"
+        seen["guests"] = "others"
+        with pytest.raises(
+            NoSnapshots, match=r"the attached PVE was changed \(guests\), and one that is attached"
+        ):
+            state.give()
+    with host.open() as model:
+        assert not [each for each in model.state["commands"] if not each.startswith("GET")]
 
 
 # -- undoing: the scripts as they are, on files here ------------------------------------------------
