@@ -120,6 +120,8 @@ def _play(
 def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     """The card becomes a port of vmbr0; the address afterwards is read through the agent."""
     deadline = Deadline(timeout)
+    if came_with_template(env, "setup_network") and (facts := probe_network(env)) is not None:
+        return facts
     variables = playvars.network(env.settings, env.facts)
     before = env.ip
     try:
@@ -141,12 +143,21 @@ def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     return {**facts, "did": f"vmbr0 at {ip} ({mode}); {playbooks.summary(result)}"}
 
 
+def came_with_template(env: Environment, phase: str) -> bool:
+    """Whether the VM is a clone in which that phase has not been done by this run, nor is asked for anew."""
+    template = env.facts.get("preflight", {}).get("template")
+    return template is not None and phase not in env.record.digests and not env.settings.redo
+
+
 def probe_network(env: Environment) -> dict[str, Any] | None:
     """Whether vmbr0 has the address, the card is its port, nobody else manages it, and names resolve."""
     host, ip = env.inner, env.ip
+    variables = playvars.network(env.settings, env.facts)
+    wanted, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
+    if mode == "static" and str(wanted).partition("/")[0] != ip:
+        return None
     if network_fault(host, ip, str(env.fact("provision", "mac"))):
         return None
-    mode = "dhcp" if "ip=dhcp" in env.settings.ipconfig else "static"
     return {"ip": ip, "mode": mode, "did": f"vmbr0 has {ip} already"}
 
 
@@ -162,7 +173,8 @@ ip -4 -o addr show dev "$port" | grep -q . && { echo "$port has an address of it
 for each in systemd-networkd NetworkManager; do
     systemctl -q is-active $each && { echo "$each runs beside ifupdown2"; exit; }
 done
-getent hosts "$(hostname)" >/dev/null || { echo "the own name does not resolve"; exit; }
+named=$(getent ahostsv4 "$(hostname)" | cut -d' ' -f1 | sort -u)
+echo "$named" | grep -qxF "$ip" || { echo "the own name leads to ${named:-nothing}, not to $ip"; exit; }
 [ -z "$3" ] || getent ahosts "$3" >/dev/null || { echo "the name $3 does not resolve"; exit; }
 """
 

@@ -182,7 +182,7 @@ class HostApi:
         if source is not None:
             node, vmid = source
             config = tokens.seeing().call("GET", f"/nodes/{node}/qemu/{vmid}/config", {}, LIMIT)
-            needed += [routes.storage_grant(name) for name in sorted(routes.storages(config or {}))]
+            needed += routes.of_clone(config or {})
         try:
             return tokens.acting(pool, needed)
         except SshError as error:

@@ -103,6 +103,12 @@ def cloned(path: str) -> tuple[str, int] | None:
     return (match["node"], int(match["vmid"])) if match else None
 
 
+def of_clone(config: Mapping[str, Any]) -> list[Grant]:
+    """What is needed beside the template itself to clone a VM of that configuration: its storages, bridges."""
+    nets = {key: value for key, value in config.items() if re.match(r"net\d+\Z", key)}
+    return [storage_grant(name) for name in sorted(storages(config))] + grants("", nets)
+
+
 def storages(config: Mapping[str, Any]) -> set[str]:
     """The storages that a configuration's disks are on."""
     return {
