@@ -373,3 +373,29 @@ def test_a_narrow_terminal_breaks_no_command_and_no_line_is_too_long(project: Pr
     )
     others = [line for line in plain.splitlines() if line not in commands and " " in line.strip()]
     assert [line for line in others if len(line) > int(columns) and len(line.split()) > 2] == []
+
+
+REAL_PREFLIGHT = """
+def pytest_nestedpve_phases(phases, config):
+    from pytest_nestedpve import builtin
+    phases[:] = [phase for phase in builtin.default_phases() if phase.name == "preflight"]
+"""
+
+
+@pytest.mark.parametrize("scope", ["worker", "run"])
+def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: str) -> None:
+    head = (project.path / "conftest.py").read_text().partition("def pytest_nestedpve_phases")[0]
+    project.write(conftest=head + REAL_PREFLIGHT)
+    project.plugins = ("xdist.plugin",)
+    with project.host().open() as model:
+        model.state["memory"] = {"total": 20 * GIB, "available": 18 * GIB}
+    args = ("-n", "3", "--pve-host", "father", "test_steps.py", "-o", f"nested_pve_scope={scope}")
+    result = project.run(*args)
+    words = " ".join(result.output.split())
+    if scope == "run":
+        assert result.ret == 0, result.output
+        assert "memory" not in words.replace("8 GiB memory", "")
+        return
+    assert result.ret == 4, result.output
+    assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; found 18 GiB available of 20 GiB" in words
+    assert "pytest --pve-host father -n 2" in words
