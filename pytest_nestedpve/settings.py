@@ -70,6 +70,7 @@ class Settings:
     run_dir: Path = Path(".nested-pve/runs")
 
     keep: str = "no"
+    attach: str | None = None
     skip: tuple[str, ...] = ()
     destroy_only: bool = False
     dry_run: bool = False
@@ -141,6 +142,14 @@ def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Set
         chosen[key.target] = _parse(key, text, origin)
         origins[key.name] = origin
     chosen.update(_actions(config))
+    attach = config.getoption("--nested-attach")
+    if attach is not None:
+        # The only host that there is: all that is made is inside of it, and found there again.
+        where = Text(attach, Path(config.invocation_params.dir))
+        host = next(key for key in KEYS if key.name == "host")
+        chosen["attach"] = chosen["host"] = _parse(host, where, "--nested-attach")
+        _check_attach(chosen, origins, config)
+        origins["host"] = "--nested-attach"
     known = {each.name for each in fields(Settings)}
     assert set(chosen) <= known, sorted(set(chosen) - known)
     settings = Settings(**chosen, origins=origins)
@@ -304,6 +313,32 @@ def _check_together(settings: Settings, config: pytest.Config) -> None:
                 f"{settings.origin(key)}: expected the name of a source ({listed}) before the colon; "
                 f"found {source!r}"
             )
+
+
+def _check_attach(chosen: Mapping[str, Any], origins: Mapping[str, str], config: pytest.Config) -> None:
+    """What does not go with a PVE that exists. Raises SettingsError."""
+    host = chosen["attach"]
+    if origins.get("host") in ("--pve-host", "-o nested_pve_host"):
+        raise SettingsError(
+            f"--nested-attach and {origins['host']} contradict each other: the attached PVE is the nested "
+            "one, and no outer host is used; leave one of them out"
+        )
+    if chosen["destroy_only"]:
+        raise SettingsError(
+            "--nested-attach and --nested-destroy-only contradict each other; what runs left inside of that "
+            f"PVE goes by `pytest --nested-destroy-only --pve-host {host}`"
+        )
+    if chosen["keep"] != "no":
+        raise SettingsError(
+            "--nested-attach and --nested-keep contradict each other: the attached PVE stays as it is "
+            "anyway, and what a run makes inside of it goes with the run; leave one of them out"
+        )
+    if chosen.get("scope") == "run" and getattr(config.option, "tx", None) and config.option.dist != "no":
+        raise SettingsError(
+            f"--nested-attach and nested_pve_scope = run ({origins['scope']}) contradict each other: workers "
+            "share the attached PVE anyway, each with a VM inside of its own; use "
+            "-o nested_pve_scope=worker"
+        )
 
 
 def _check_other_tools(settings: Settings, config: pytest.Config) -> None:

@@ -18,7 +18,7 @@ from pytest_nestedpve.builtin import image, imagefile, setup
 from pytest_nestedpve.builtin.checks.finding import MISSING, WARNING, Finding, fine
 from pytest_nestedpve.builtin.checks.look import CHECKS, Check, look, unreachable
 from pytest_nestedpve.builtin.checks.seen import Seen
-from pytest_nestedpve.builtin.guest import task
+from pytest_nestedpve.builtin.guest import LEAF_DISK, task
 from pytest_nestedpve.builtin.preflight import PreflightError
 from pytest_nestedpve.ownership import create_pool, host_clock
 from pytest_nestedpve.pve.answers import entries, mapping
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # What these look for is needed to make a nested PVE, not to use one.
 _NOT_LOOKED_AT = frozenset({"nested virtualisation", "memory", "template"})
 _KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)) [A-Za-z0-9+/]+={0,3}")
-
-LEAF_DISK = 8  # GiB
 
 
 # -- preflight ------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
 
 LEAF_MEMORY = 1024  # MiB
-LEAF_DISK = 8  # GiB
 
 Action = Callable[["Environment"], Mapping[str, Any] | None]
 
@@ -78,9 +77,10 @@ def preflight_without_image(env: Environment) -> Mapping[str, Any]:
 
 def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
     from pytest_nestedpve import expired
+    from pytest_nestedpve.builtin import attached
     from pytest_nestedpve.builtin import preflight as look
 
-    found = look.preflight(env, image=image)
+    found = attached.preflight(env) if env.attached else look.preflight(env, image=image)
     expired.sweep(env)
     return found
 
@@ -122,19 +122,24 @@ def _leaf(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.pve.answers import entries
 
     settings, inner = env.settings, env.inner
-    listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=image.STORAGE, format=True))
+    storage = snippets = image.STORAGE
+    bridge: str = "vmbr0"
+    if env.attached:
+        found = env.facts["preflight"]
+        storage, snippets, bridge = found["storage"], found["snippets"], found["bridge"]
+    listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
     own = env.facts.get("setup_ssh", {}).get("root_public_key")
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     shape = guest.Shape(
-        storage=image.STORAGE,
-        bridge="vmbr0",
+        storage=storage,
+        bridge=bridge,
         cores=1,
         memory=LEAF_MEMORY,
-        disk=LEAF_DISK,
+        disk=guest.LEAF_DISK,
         keys=(public, own) if own else (public,),
         image=env.fact("download_image", "volid"),
         format=disk_format(listed[0]) if listed else None,
-        snippets=image.STORAGE,
+        snippets=snippets,
         options=settings.leaf_options,
     )
     return guest.provision(env, guest.LEAF, shape)
@@ -183,56 +188,66 @@ def _probe_ip(role: str) -> Action:
 
 
 def _ensure_pve(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
+    if env.attached:
+        attached.before_pve(env)
     return setup.ensure_pve(env, 3400)
 
 
 def _probe_pve(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
-    return setup.probe_pve(env)
+    return attached.probe_pve(env) if env.attached else setup.probe_pve(env)
 
 
 def _network(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
+    if env.attached:
+        attached.before_network(env)
     return setup.setup_network(env, 600)
 
 
 def _probe_network(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
-    return setup.probe_network(env)
+    return attached.probe_network(env) if env.attached else setup.probe_network(env)
 
 
 def _ssh(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
+    if env.attached:
+        attached.before_ssh(env)
     return setup.setup_ssh(env, 540)
 
 
 def _probe_ssh(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
-    return setup.probe_ssh(env)
+    return attached.probe_ssh(env) if env.attached else setup.probe_ssh(env)
 
 
 def _repos(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
+    if env.attached:
+        attached.before_repos(env)
     return setup.setup_repos(env, 2600)
 
 
 def _probe_repos(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import setup
+    from pytest_nestedpve.builtin import attached, setup
 
-    return setup.probe_repos(env)
+    return attached.probe_repos(env) if env.attached else setup.probe_repos(env)
 
 
 def _image(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import image
+    from pytest_nestedpve.builtin import attached, image
 
+    if env.attached:
+        attached.before_image(env)
     return image.download_image(env, 1700)
 
 
@@ -255,6 +270,8 @@ def _probe_sync(env: Environment) -> Mapping[str, Any] | None:
 
 
 def _chain(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import chain
+    from pytest_nestedpve.builtin import attached, chain
 
+    if env.attached:
+        attached.before_chain(env)
     return chain.verify_ssh_chain(env, 280)

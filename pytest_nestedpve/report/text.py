@@ -19,7 +19,8 @@ def summary_lines(
     """
     executed = sum(step.status == "done" for step in report.steps)
     proved = sum(step.status == "proved" for step in report.steps)
-    found = f", {proved} found done" if proved else ""
+    taken = sum(step.status == "attached" for step in report.steps)
+    found = (f", {proved} found done" if proved else "") + (f", {taken} attached" if taken else "")
     lines = [
         f"run {report.run or page.parent.name}: {VERDICTS[report.verdict]}; "
         f"{executed} phase{'' if executed == 1 else 's'} done{found}, in {duration(report.seconds)}",
