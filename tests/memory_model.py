@@ -77,6 +77,35 @@ class Model:
         self.state = state
         self.node: str = state["node"]
 
+    def site(self, node: str) -> State:
+        """What is a node's own: files, storages, bridges, volumes. Of the first node: the state itself."""
+        return self.state if node == self.node else dict_of(self.state["others"][node])
+
+    def join(self, node: str, **changed: Any) -> State:
+        """A second node, with the same storages and bridges; `shared` storages have their volumes here."""
+        copied = {key: dict(self.state[key]) for key in ("files", "storages", "bridges")}
+        volumes = {k: v for k, v in self.state["volumes"].items() if v["content"] == "import"}
+        number = len(self.state.setdefault("others", {})) + 12
+        address = {"ip": f"10.77.7.{number}", "online": True, "ssh": True}
+        memory = {"maxmem": 64 << 30, "mem": 16 << 30}
+        self.state["others"][node] = {**copied, "volumes": volumes, **address, **memory, **changed}
+        return dict_of(self.state["others"][node])
+
+    def volumes(self, node: str, volid: str = "") -> State:
+        """The volumes that a node sees; those of one storage, if `volid` begins with it."""
+        site = self.site(node)
+        shared = site["storages"].get(volid.partition(":")[0], {}).get("shared")
+        return dict_of(self.state["volumes"] if shared else site["volumes"])
+
+    def migrate(self, vmid: int, target: str) -> None:
+        """Move a VM with its local volumes, in no time."""
+        vm = self.state["vms"][str(vmid)]
+        for volid in volids(vm["config"]):
+            here, there = self.volumes(vm["node"], volid), self.volumes(target, volid)
+            if here is not there and volid in here:
+                there[volid] = here.pop(volid)
+        vm["node"] = target
+
     @property
     def now(self) -> float:
         return time.time() + float(self.state["offset"])
@@ -194,7 +223,8 @@ class Model:
         if not match:
             return text
         storage, size, rest = match[1], match[2], match[3] or ""
-        entry = self.state["storages"].get(storage)
+        node = str(self.state["vms"][str(vmid)]["node"])
+        here, entry = self.volumes(node, text), self.site(node)["storages"].get(storage)
         if entry is None:
             raise fail(f"storage '{storage}' does not exist", 2)
         if "images" not in entry["content"].split(","):
@@ -204,19 +234,19 @@ class Model:
         form = options.pop("format", None)
         if size == "cloudinit":
             volid = f"{storage}:{vmid}/vm-{vmid}-cloudinit.qcow2"
-            self.state["volumes"][volid] = volume("images", "qcow2", 4 << 20, vmid)
+            here[volid] = volume("images", "qcow2", 4 << 20, vmid)
             return f"{volid},media=cdrom"
         bytes_ = int(size) << 30
         if source is not None:
-            if source not in self.state["volumes"]:
+            if source not in self.volumes(node, source):
                 raise fail(f"cannot import from '{source}' - volume '{source}' does not exist")
-            bytes_ = self.state["volumes"][source]["size"]
-            form = form or self.state["volumes"][source]["format"]
+            bytes_ = self.volumes(node, source)[source]["size"]
+            form = form or self.volumes(node, source)[source]["format"]
         form = form or "raw"
         number = 0
-        while (volid := f"{storage}:{vmid}/vm-{vmid}-disk-{number}.{form}") in self.state["volumes"]:
+        while (volid := f"{storage}:{vmid}/vm-{vmid}-disk-{number}.{form}") in here:
             number += 1
-        self.state["volumes"][volid] = volume("images", form, bytes_, vmid)
+        here[volid] = volume("images", form, bytes_, vmid)
         extra = "".join(f",{key}={value}" for key, value in options.items())
         return f"{volid}{extra},size={max(1, bytes_ >> 30)}G"
 
@@ -262,7 +292,7 @@ class Model:
             if volid in self.state["sticky"]:
                 warnings += 1
             elif volid not in self.state["forgotten"]:
-                self.state["volumes"].pop(volid, None)
+                self.volumes(vm["node"], volid).pop(volid, None)
         return warnings
 
     def forget(self, vmid: int) -> None:
@@ -283,11 +313,11 @@ class Model:
             raise fail(f"VM {vmid} already running")
         for part in str(vm["config"].get("cicustom", "")).split(","):
             volid = part.partition("=")[2]
-            if volid and self.path_of(volid) not in self.state["files"]:
+            if volid and self.path_of(volid) not in self.site(node)["files"]:
                 raise fail(f"volume '{volid}' does not exist")
         for key, value in vm["config"].items():
             bridge = re.search(r"bridge=([\w.-]+)", str(value)) if key.startswith("net") else None
-            if bridge and bridge[1] not in self.state["bridges"]:
+            if bridge and bridge[1] not in self.site(node)["bridges"]:
                 raise fail(f"bridge '{bridge[1]}' does not exist")
         vm["running"], vm["paused"] = True, False
 
@@ -307,7 +337,7 @@ class Model:
         new, vm = int(params["newid"]), self.vm(node, vmid)
         if str(new) in self.state["vms"]:
             raise fail(f"unable to create VM {new}: config file already exists", 2)
-        snapshot = params.get("snapname")
+        snapshot, target = params.get("snapname"), params.get("target", node)
         config = dict(vm["snapshots"][snapshot] if snapshot else vm["config"])
         if snapshot:
             config.pop("description", None)
@@ -315,10 +345,12 @@ class Model:
         for key, value in list(config.items()):
             if DISK.match(key) and volid_of(value):
                 old = str(volid_of(value))
-                source = self.state["volumes"][old]
+                source = self.volumes(node, old)[old]
+                if target != node and not self.site(node)["storages"][old.split(":")[0]].get("shared"):
+                    raise fail(f"can't clone VM to node '{target}' (VM uses local storage)")
                 copy = f"{old.split(':')[0]}:{new}/vm-{new}-disk-0.{source['format']}"
                 copy = copy if full else f"{old}/{new}/vm-{new}-disk-0.qcow2"
-                self.state["volumes"][copy] = volume("images", source["format"], source["size"], new)
+                self.volumes(target, copy)[copy] = volume("images", source["format"], source["size"], new)
                 config[key] = str(value).replace(old, copy, 1)
             elif key.startswith("net"):
                 config[key] = re.sub(r"(?:[0-9A-F]{2}:){5}[0-9A-F]{2}", "BC:24:11:00:00:01", str(value))
@@ -327,7 +359,7 @@ class Model:
         for key in ("template", "lock", "parent", "snaptime"):
             config.pop(key, None)
         self.state["vms"][str(new)] = dict(
-            vm, config=config, snapshots={}, running=False, paused=False, born=self.now
+            vm, node=target, config=config, snapshots={}, running=False, paused=False, born=self.now
         )
         if params.get("pool"):
             self.state["pools"][params["pool"]]["vms"].append(new)
@@ -340,9 +372,10 @@ class Model:
             raise fail("unable to create template, because VM contains snapshots")
         for key, value in list(vm["config"].items()):
             volid = volid_of(value) if DISK.match(key) else None
-            if volid in self.state["volumes"]:
+            here = self.volumes(node, str(volid))
+            if volid in here:
                 base = str(volid).replace("/vm-", "/base-")
-                self.state["volumes"][base] = self.state["volumes"].pop(volid)
+                here[base] = here.pop(volid)
                 vm["config"][key] = str(value).replace(str(volid), base, 1)
         vm["config"]["template"] = 1
 
@@ -369,7 +402,8 @@ class Model:
         """A task; its effect comes when its time is up (`settle`), at once without a delay."""
         self.state["pid"] += 1
         start = self.now
-        upid = f"UPID:{self.node}:{self.state['pid']:08X}:{self.state['pid'] * 16:08X}:{int(start):08X}"
+        node = effect.get("node", self.node)
+        upid = f"UPID:{node}:{self.state['pid']:08X}:{self.state['pid'] * 16:08X}:{int(start):08X}"
         upid += f":{kind}:{subject}:root@pam:"
         delay = float(self.state["delays"].get(kind, self.state["delays"].get("*", 0.0)))
         task = {"upid": upid, "type": kind, "id": subject, "start": start, "due": start + delay}
@@ -393,6 +427,7 @@ class Model:
                 case "create":
                     self.end_create(vmid, params)
                 case "destroy":
+                    self.vm(node, vmid)
                     return self.end_destroy(vmid, params)
                 case "start":
                     self.start(node, vmid)
@@ -411,7 +446,7 @@ class Model:
                 case "delsnapshot":
                     self.vm(node, vmid)["snapshots"].pop(params["snapname"], None)
                 case "imgdel":
-                    self.state["volumes"].pop(params["volid"], None)
+                    self.volumes(node, params["volid"]).pop(params["volid"], None)
                 case "download":
                     self.state["volumes"][params["volid"]] = volume("import", "qcow2", 1 << 30, None)
                 case "fail":

@@ -48,7 +48,10 @@ def preflight(env: Environment, *, image: bool = True) -> dict[str, Any]:
     facts = seen.choices.facts()
     what = next((f"{each} {facts[each]}" for each in ("image", "template") if facts[each]), "a VM of its own")
     where = f"storage {facts['storage']}, bridge {facts['bridge']}"
-    did = f"PVE {facts['version']} on {host.name}, {where}, {what}"
+    which = host.name
+    if host.cluster.several:
+        which = f"the cluster of {host.name}, node {facts['node']} ({seen.choices.why['node']})"
+    did = f"PVE {facts['version']} on {which}, {where}, {what}"
     return {**facts, "did": did}
 
 

@@ -140,10 +140,3 @@ def virtualisation(seen: Seen) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield fine(what, f"{module}, nested={state}")
-
-
-def node(seen: Seen) -> Iterator[Finding]:
-    """Which node of its cluster the host is."""
-    name = seen.host.node
-    seen.choose(f"the node that {seen.settings.host or seen.host.name} ends on", node=name)
-    yield fine("node", name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.builtin import imagefile
 from pytest_nestedpve.builtin.checks import mending
 from pytest_nestedpve.builtin.checks.finding import Finding, fine
 from pytest_nestedpve.builtin.checks.storages import contents, usable
 from pytest_nestedpve.pve.answers import entries, flag, text, whole
+from pytest_nestedpve.pve.storages import nodes_of, vm_can
 
 if TYPE_CHECKING:
     from pytest_nestedpve.builtin.checks.seen import Seen
@@ -138,6 +139,14 @@ def _imports(seen: Seen, storage: str, kind: str = "import") -> list[str]:
     return [volid for each in found if (volid := text(each.get("volid")))]
 
 
+def _clones_to(seen: Seen, found: dict[str, Any], node: str) -> bool:
+    """Whether a template of another node can be cloned to this one: that node itself says so."""
+    api, where, vmid = seen.host.api, str(found.get("node")), whole(found.get("vmid"))
+    return (
+        vmid is not None and vm_can(api, where, vmid, "clone") is True and node in nodes_of(api, where, vmid)
+    )
+
+
 def template(seen: Seen) -> Iterator[Finding]:
     """The template that was named, on this node."""
     settings, node = seen.settings, seen.host.node
@@ -168,9 +177,10 @@ def template(seen: Seen) -> Iterator[Finding]:
     elif not flag(same[0].get("template")):
         what = f"{wanted} ({origin}) to be a template"
         yield Finding("template", what, "an ordinary VM", advice, others, True)
-    elif same[0].get("node") != node:
+    elif same[0].get("node") != node and not _clones_to(seen, same[0], node):
         yield Finding(
-            "template", f"{wanted} ({origin}) on {node}", f"it is on {same[0].get('node')}",
+            "template", f"{wanted} ({origin}) on {node}, or on shared storage that has linked clones",
+            f"it is on {same[0].get('node')}, on storage of its own",
             "Connect to that node, or clone the template to this one.",
         )  # fmt: skip
     else:

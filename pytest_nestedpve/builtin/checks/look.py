@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve.builtin.checks import basics, guests, images, places, storages, ways
+from pytest_nestedpve.builtin.checks import basics, guests, images, placement, places, storages, ways
 from pytest_nestedpve.builtin.checks.finding import MISSING, UNKNOWN, Finding
 from pytest_nestedpve.pve.errors import ApiError, PveError, SshError
 
@@ -34,9 +34,9 @@ CHECKS: tuple[Check, ...] = (
     Check("PVE", basics.version, _ROOT),
     Check("clock", basics.clock, _PVE),
     Check("profile", basics.profile, _PVE),
-    Check("nested virtualisation", basics.virtualisation, _PVE),
-    Check("node", basics.node, _PVE),
+    Check("node", placement.node, _PVE),
     Check("quorum", ways.quorum, _PVE),
+    Check("nested virtualisation", basics.virtualisation, _NODE),
     Check("cores", guests.cores, _NODE),
     Check("memory", guests.memory, _NODE),
     Check("template", images.template, _NODE),

@@ -47,6 +47,19 @@ class Seen:
         reasons = {**self.choices.why, **dict.fromkeys(chosen, why)} if why else self.choices.why
         self.choices = replace(self.choices, **chosen, why=reasons)
 
+    def elsewhere(self, node: str) -> Seen:
+        """A look at another node of the cluster, with choices of its own. Raises PveError."""
+        return Seen(
+            self.host.at(node), self.settings, boots=self.boots, workers=self.workers, own=self.own,
+            by_https=self.by_https,
+        )  # fmt: skip
+
+    def go_to(self, node: str) -> None:
+        """Look at that node from now on. Raises PveError."""
+        self.host = self.host.at(node)
+        for name in ("status", "storages"):
+            self._answers.pop(name, None)
+
     def pytest(self, *arguments: str) -> str:
         """A command line for this host, for a shell on this machine."""
         host = ["--pve-host", self.settings.host] if self.settings.host else []

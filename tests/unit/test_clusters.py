@@ -1,0 +1,492 @@
+"""Outer hosts that are members of a cluster: a VM is found where it is, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import Make, environments
+from memory_host import MemoryHost
+from memory_model import volume
+
+from pytest_nestedpve import cleanup, timing
+from pytest_nestedpve.builtin import guest, vendor
+from pytest_nestedpve.builtin.preflight import PreflightError, preflight
+from pytest_nestedpve.creation import create_marked
+from pytest_nestedpve.discovery import discover
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.ownership import Marker, create_pool, host_clock, new_uuid, pool_name, prove
+from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.cluster import Member, NodeSsh, node_of, read_cluster
+from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, UnreadableAnswer
+from pytest_nestedpve.teardown import teardown
+
+NESTED = "/sys/module/kvm_intel/parameters/nested"
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    """Two nodes; the connection ends on father."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    host = MemoryHost(tmp_path / "host.json")
+    with host.open() as model:
+        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
+        model.join("father2")
+    return host
+
+
+@pytest.fixture
+def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+    with environments(host, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def env(environment: Make) -> Environment:
+    env = environment()
+    create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
+    return env
+
+
+def ours(env: Environment, node: str = "father", *, running: bool = True) -> int:
+    there = env.outer.at(node)
+    made = create_marked(there, env.run, env.settings)
+    guests.configure(there.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    snippet = vendor.write_snippet(there, "local", env.run.id, "#cloud-config\n")
+    guests.configure(there.api, made.node, made.vmid, cicustom=f"vendor={snippet}")
+    if running:
+        guests.start(there.api, made.node, made.vmid)
+    facts = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid, "mac": "x"}
+    env.facts["provision"] = facts
+    return made.vmid
+
+
+def move(host: MemoryHost, vmid: int, node: str) -> None:
+    with host.open() as model:
+        model.migrate(vmid, node)
+
+
+def nothing_left(host: MemoryHost) -> None:
+    with host.open() as model:
+        assert model.state["vms"] == {}
+        assert model.state["pools"] == {}
+        for node in ("father", *model.state["others"]):
+            volumes = model.site(node)["volumes"]
+            assert not [each for each in volumes if "/vm-" in each], (node, volumes)
+            assert not [each for each in model.site(node)["files"] if "npve-" in each], node
+
+
+# -- the cluster's own answers -------------------------------------------------------------------------
+
+
+def test_the_recorded_two_nodes_are_read() -> None:
+    # cluster-018 of the recordings of PVE 9.2, asked on nodeb.
+    found = read_cluster(
+        [
+            {"id": "cluster", "name": "lab", "nodes": 2, "quorate": 1, "type": "cluster", "version": 2},
+            {"id": "node/nodeb", "ip": "10.77.9.12", "level": "", "local": 1, "name": "nodeb", "nodeid": 2,
+             "online": 1, "type": "node"},
+            {"id": "node/nodea", "ip": "10.77.9.11", "level": "", "local": 0, "name": "nodea", "nodeid": 1,
+             "online": 1, "type": "node"},
+        ]
+    )  # fmt: skip
+    assert (found.name, found.several, found.local.name) == ("lab", True, "nodeb")
+    assert found.member("nodea") == Member("nodea", True, False, "10.77.9.11")
+
+
+def test_a_host_that_stands_alone_is_no_cluster() -> None:
+    found = read_cluster([{"type": "node", "name": "father", "local": 1, "online": 1, "nodeid": 0}])
+    assert (found.name, found.several) == (None, False)
+
+
+@pytest.mark.parametrize("odd", [None, [], [3], [{"type": "node", "name": "../x", "local": 1}], {}], ids=str)
+def test_an_answer_without_a_local_node_is_an_error(odd: object) -> None:
+    with pytest.raises(UnreadableAnswer, match="local=1"):
+        read_cluster(odd)
+
+
+def test_the_nodes_own_ssh_checks_host_keys_and_takes_what_it_is_given_as_one_word(env: Environment) -> None:
+    class Recorder:
+        def run(self, command: Any, **_: Any) -> Any:
+            self.command = command
+            return replace(answer, command="")
+
+    answer = env.outer.run(["date", "+%s"])
+    recorder = Recorder()
+    NodeSsh(recorder, Member("father2", True, False, "10.77.7.12")).run(["rm", "--", "a b; reboot"])
+    assert recorder.command[0] == "ssh"
+    assert "StrictHostKeyChecking=yes" in recorder.command
+    assert "HostKeyAlias=father2" in recorder.command
+    assert recorder.command[-2:] == ["root@10.77.7.12", "rm -- 'a b; reboot'"]
+
+
+def test_a_node_that_takes_no_login_is_named_with_what_mends_that(env: Environment, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.state["others"]["father2"]["ssh"] = False
+    with pytest.raises(NodeUnreachable, match=r"father2 \(10.77.7.12\).*pvecm updatecerts"):
+        env.outer.at("father2").run(["true"])
+
+
+def test_a_node_that_is_none_is_refused(env: Environment) -> None:
+    with pytest.raises(NodeUnreachable, match=r"there are: father2, father\Z"):
+        env.outer.at("father3")
+
+
+# -- found again ---------------------------------------------------------------------------------------
+
+
+def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env)
+    made = guest.made_of(env.facts["provision"])
+    move(host, vmid, "father2")
+    proof = prove(env.outer.api, env.settings, made, env.run)
+    assert (proof.ok, proof.node, proof.gone) == (True, "father2", False)
+
+
+def test_a_vm_that_moves_between_pool_and_configuration_is_proved(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env)
+    made = guest.made_of(env.facts["provision"])
+    host.fault("GET", f"/nodes/father/qemu/{vmid}/status/current", do="migrate", text=f"{vmid}:father2")
+    assert prove(env.outer.api, env.settings, made, env.run).ok
+
+
+def test_only_a_vm_that_is_on_no_node_is_gone(env: Environment) -> None:
+    vmid = ours(env, running=False)
+    made = guest.made_of(env.facts["provision"])
+    guests.destroy(env.outer.api, "father", vmid)
+    assert prove(env.outer.api, env.settings, made, env.run).gone
+
+
+@pytest.mark.parametrize("to", ["father", "father2"])
+def test_a_migration_between_provision_and_teardown_leaves_nothing(
+    env: Environment, host: MemoryHost, to: str
+) -> None:
+    vmid = ours(env, "father" if to == "father2" else "father2")
+    move(host, vmid, to)
+    report = teardown(env)
+    assert report.left == ()
+    assert report.destroyed == (f"VM {vmid}",)
+    nothing_left(host)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/nodes/father/qemu/{}/status/current"),
+        ("GET", "/nodes/father/qemu/{}/config"),
+        ("POST", "/nodes/father/qemu/{}/status/stop"),
+        ("DELETE", "/nodes/father/qemu/{}"),
+        ("GET", "/nodes/father/tasks"),
+        ("GET", "/pools"),
+        ("GET", "/cluster/resources"),
+        ("GET", "/nodes/father/storage/local/content"),
+    ],
+)
+@pytest.mark.parametrize("running", [True, False])
+def test_a_vm_that_is_moved_in_the_middle_of_its_destruction_goes(
+    env: Environment, host: MemoryHost, method: str, path: str, running: bool
+) -> None:
+    vmid = ours(env, running=running)
+    host.fault(method, path.format(vmid), do="migrate", text=f"{vmid}:father2")
+    assert teardown(env).left == ()
+    nothing_left(host)
+
+
+def test_a_vm_that_goes_back_and_forth_is_followed(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env)
+    host.fault("POST", f"/nodes/father/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father2")
+    host.fault("POST", f"/nodes/father2/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father")
+    assert teardown(env).left == ()
+    nothing_left(host)
+
+
+def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env, running=False)
+    env.facts["provision"]["storage"] = "local"
+    move(host, vmid, "father2")
+    with host.open() as model:  # its snippet is on a storage of the node that it came from
+        model.state["vms"][str(vmid)]["config"].pop("cicustom")
+    assert "started" in guest.start(env, guest.NESTED)["did"]
+    assert guest.probe_start(env, guest.NESTED) is not None
+    assert env.facts["provision"]["node"] == "father2"
+    assert any("moved from father to father2" in each for each in env.remarks)
+    assert guest.NESTED.host(env).name == "father2"
+
+
+def test_another_vm_that_has_the_id_on_another_node_is_not_taken_for_ours(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env, running=False)
+    guests.destroy(env.outer.api, "father", vmid)
+    env.outer.api.post("/nodes/father2/qemu", vmid=vmid, name="somebodys", scsi0="local:4")
+    before = host.configuration(vmid)
+    with pytest.raises(GuestNotFound):
+        guest.start(env, guest.NESTED)
+    assert env.facts["provision"]["node"] == "father"
+    report = teardown(env)
+    assert report.left == ()
+    assert host.configuration(vmid) == before
+
+
+# -- nothing else --------------------------------------------------------------------------------------
+
+
+def test_a_look_alike_on_the_other_node_stays(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env)
+    name = env.facts["provision"]["name"]
+    other = 99998 if vmid != 99998 else 99997
+    forged = Marker(env.run.id, vmid, new_uuid()).to_text()
+    env.outer.api.post("/nodes/father2/qemu", vmid=other, name=name, description=forged, scsi0="local:4")
+    before = host.configuration(other)
+    report = teardown(env)
+    assert report.left == ()
+    assert [line for line in report.kept if str(other) in line]
+    assert host.configuration(other) == before
+    with host.open() as model:
+        assert f"local:{other}/vm-{other}-disk-0.raw" in model.site("father2")["volumes"]
+
+
+def test_an_id_that_is_taken_on_the_other_node_is_not_drawn(environment: Make) -> None:
+    env = environment(vmid_ranges=((99901, 99902),))
+    create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
+    env.outer.api.post("/nodes/father2/qemu", vmid=99901, name="theirs")
+    assert create_marked(env.outer, env.run, env.settings).vmid == 99902
+
+
+def test_an_id_that_is_taken_on_the_other_node_meanwhile_is_left_for_the_next(
+    environment: Make, host: MemoryHost
+) -> None:
+    env = environment(vmid_ranges=((99901, 99902),))
+    create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
+    # Recorded: cluster-029.
+    host.fault(
+        "POST", "/nodes/father/qemu",
+        text="unable to create VM 99901 - VM 99901 already exists on node 'father2'",
+    )  # fmt: skip
+    made = create_marked(env.outer, env.run, env.settings)
+    assert made.node == "father"
+    assert prove(env.outer.api, env.settings, made, env.run).ok
+
+
+def test_a_volume_that_was_on_the_other_node_before_stays_and_is_told(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env)
+    orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
+    with host.open() as model:
+        model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
+    move(host, vmid, "father2")
+    report = teardown(env)
+    assert len(report.left) == 1
+    assert orphan in report.left[0]
+    with host.open() as model:
+        assert orphan in model.site("father2")["volumes"]
+
+
+def test_a_volume_that_came_with_the_vm_and_that_nothing_names_goes(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env, "father2")
+    orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
+    with host.open() as model:
+        model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
+    assert teardown(env).left == ()
+    nothing_left(host)
+
+
+# -- a node that is off --------------------------------------------------------------------------------
+
+
+def test_a_vm_on_a_node_that_is_off_is_left_and_named_at_once(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env, "father2")
+    with host.open() as model:
+        model.state["others"]["father2"]["online"] = False
+    spent = timing.Deadline(20)
+    report = teardown(env)
+    assert not spent.expired, "a node that is off is not waited for"
+    assert report.destroyed == ()
+    assert any(f"VM {vmid} on father2: its node father2 is offline" in line for line in report.left)
+    assert any(pool_name(env.settings, env.run) in line for line in report.left)
+    with host.open() as model:
+        model.state["others"]["father2"]["online"] = True
+    assert teardown(env).left == ()
+    nothing_left(host)
+
+
+def test_the_plan_names_a_vm_on_a_node_that_is_off_and_goes_on(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env, "father2")
+    with host.open() as model:
+        model.state["offset"] = 30 * 86400.0
+        model.state["others"]["father2"]["online"] = False
+    rows = cleanup.plan(env.outer, env.settings)
+    assert [(row.vmid, row.verdict, row.owed) for row in rows] == [(vmid, "keep", True)]
+    assert "father2 cannot be reached" in rows[0].reason
+
+
+def test_another_nodes_fault_holds_nothing_up(env: Environment, host: MemoryHost) -> None:
+    ours(env)
+    with host.open() as model:
+        model.state["others"]["father2"]["online"] = False
+    assert teardown(env).left == ()
+
+
+def test_snippets_that_cannot_be_removed_on_the_other_node_are_told(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env, "father2")
+    with host.open() as model:
+        model.state["others"]["father2"]["ssh"] = False
+    report = teardown(env)
+    assert report.destroyed == (f"VM {vmid}",)
+    assert any("snippet local:snippets/npve-" in line and "father2" in line for line in report.left)
+
+
+def test_discovery_finds_a_vm_that_was_moved_while_it_was_looked_for(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env)
+    with host.open() as model:  # known by its marker only
+        model.state["pools"][pool_name(env.settings, env.run)]["vms"] = []
+    host.fault("GET", f"/nodes/father/qemu/{vmid}/config", do="migrate", text=f"{vmid}:father2")
+    assert [(each.vmid, each.node) for each in discover(env.outer, env.settings, env.run.id)] == [
+        (vmid, "father2")
+    ]
+
+
+def test_the_place_of_a_vm_is_asked_of_the_cluster(env: Environment, host: MemoryHost) -> None:
+    vmid = ours(env)
+    assert node_of(env.outer.api, vmid) == "father"
+    move(host, vmid, "father2")
+    assert node_of(env.outer.api, vmid) == "father2"
+    assert node_of(env.outer.api, 12345) is None
+
+
+# -- which node ----------------------------------------------------------------------------------------
+
+
+def choose(env: Environment) -> tuple[str, str]:
+    facts = preflight(env)
+    return str(facts["node"]), str(facts["did"])
+
+
+def test_the_node_with_the_most_free_memory_is_taken_and_the_reason_is_told(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.join("father3", mem=4 << 30)
+    node, did = choose(environment())
+    assert node == "father3"
+    assert "most free memory of those that can have it (60.0 GiB of memory free)" in did
+    assert "father: less, 48.0 GiB" in did
+    assert "father2: less, 48.0 GiB" in did
+
+
+def test_of_equals_the_one_that_is_connected_to_is_taken(environment: Make) -> None:
+    assert choose(environment())[0] == "father"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "settings", "why"),
+    [
+        ({"bridges": {"vmbr1": "10.88.0.1/24"}}, {"bridge": "vmbr0"}, "bridge: no such one; there: vmbr1"),
+        ({"storages": {}}, {}, "storage: none such"),
+        ({"volumes": {}}, {}, "image: none"),
+        ({"online": False}, {}, "it is offline"),
+        ({"ssh": False}, {}, "no login from node to node"),
+        ({"files": {NESTED: "N\n", "/dev/kvm": ""}}, {}, "nested virtualisation: N"),
+    ],
+    ids=lambda each: next(iter(each), "") if isinstance(each, dict) else "",
+)
+def test_a_node_that_lacks_something_is_passed_over_and_told_why(
+    environment: Make, host: MemoryHost, lacking: dict[str, Any], settings: dict[str, Any], why: str
+) -> None:
+    with host.open() as model:
+        model.join("father2", **{"mem": 0, **lacking})
+    node, did = choose(environment(**settings))
+    assert node == "father"
+    assert why in did
+
+
+def test_a_setting_narrows_the_choice_to_the_node_that_has_it(environment: Make, host: MemoryHost) -> None:
+    with host.open() as model:
+        model.site("father2")["storages"]["tank"] = {"type": "zfspool", "content": "images", "avail": 1 << 40}
+        model.site("father2")["mem"] = 60 << 30
+    node, did = choose(environment(storage="tank"))
+    assert node == "father2"
+    assert "father: storage: no such one" in did
+
+
+def test_if_no_node_can_each_says_why(environment: Make) -> None:
+    with pytest.raises(PreflightError) as caught:
+        preflight(environment(bridge="vmbr7"))
+    assert "father: bridge: no such one" in str(caught.value)
+    assert "father2: bridge: no such one" in str(caught.value)
+
+
+def test_a_network_that_the_connected_node_has_no_address_in_is_warned_of(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.join("father2", mem=0, bridges={"vmbr0": "10.99.0.1/24"})
+    env = environment()
+    assert choose(env)[0] == "father2"
+    assert any("through whose SSH server every login goes" in each for each in env.remarks)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_template_on_shared_storage_may_be_cloned_to_another_node(
+    environment: Make, host: MemoryHost, shared: bool
+) -> None:
+    with host.open() as model:
+        for node in ("father", "father2"):
+            nas = {"type": "nfs", "path": "/mnt/pve/nas", "content": "images", "shared": 1, "avail": 1 << 40}
+            model.site(node)["storages"]["nas"] = nas
+        model.site("father2")["mem"] = 0
+        nodes = ["father", "father2"] if shared else ["father"]
+        model.state["features"] = {"500": {"clone": 1, "nodes": nodes}}
+    env = environment(template="golden")
+    api = env.outer.api
+    disk = "nas:8,format=qcow2" if shared else "local:8"
+    api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0=disk)
+    api.post("/nodes/father/qemu/500/template")
+    with host.open() as model:
+        model.state["offset"] += 30  # until everybody has heard of it
+    env.facts["preflight"] = preflight(env)
+    assert env.facts["preflight"]["node"] == ("father2" if shared else "father")
+    shape = guest.Shape("nas", "vmbr0", 2, 2048, 8, ("ssh-ed25519 AAAA",), template=500)
+    made = guest.provision(env, guest.NESTED, shape)
+    assert made["node"] == env.facts["preflight"]["node"]
+    assert teardown(env).left == ()
+
+
+def test_the_vm_is_made_on_the_chosen_node_with_its_snippet_there(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.site("father2")["mem"] = 0
+    env = environment()
+    env.facts["preflight"] = found = preflight(env)
+    shape = guest.Shape(
+        found["storage"], found["bridge"], 2, 2048, 8, ("ssh-ed25519 AAAA",),
+        image=found["image"], format=found["format"], snippets=found["snippets"],
+    )  # fmt: skip
+    facts = guest.provision(env, guest.NESTED, shape)
+    assert facts["node"] == "father2"
+    env.facts["provision"] = dict(facts)
+    guest.start(env, guest.NESTED)
+    snippet = f"/var/lib/vz/snippets/npve-{env.run.id}-vendor.yaml"
+    with host.open() as model:
+        assert snippet in model.site("father2")["files"]
+        assert snippet not in model.state["files"]
+        assert f"local:{facts['vmid']}/vm-{facts['vmid']}-disk-0.qcow2" in model.site("father2")["volumes"]
+    assert teardown(env).left == ()
+    with host.open() as model:
+        assert snippet not in model.site("father2")["files"]
+        assert not [each for each in model.site("father2")["volumes"] if "/vm-" in each]
