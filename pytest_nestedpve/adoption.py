@@ -189,7 +189,9 @@ def watched(env: Environment) -> Iterator[Watch]:
 
 def wish(env: Environment) -> Wish:
     """What the nested VM should be. Raises NoFreeId, PveError."""
-    settings, host, found = env.settings, env.outer, env.facts.get("preflight", {})
+    from pytest_nestedpve.builtin.whereabouts import chosen
+
+    settings, host, found = env.settings, chosen(env), env.facts.get("preflight", {})
     vmid = next(free_ids(host, settings), None)
     if vmid is None:
         raise NoFreeId(
@@ -258,7 +260,8 @@ def made_by(
         facts = env.facts.get("provision")
         if not facts or "mac" not in facts:
             return None
-        return dict(facts) if prove(env.outer.api, env.settings, made_of(facts), env.run).ok else None
+        proof = prove(env.outer.api, env.settings, made_of(facts), env.run)
+        return {**facts, "node": proof.node} if proof.ok else None
 
     def depends(env: Environment) -> object:
         from pytest_nestedpve.builtin.inputs import shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from typing import TYPE_CHECKING, Any, cast
 
-from pytest_nestedpve.builtin import imagefile
+from pytest_nestedpve.builtin import imagefile, whereabouts
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _volume(image: imagefile.Image) -> str:
 
 def _pipe(env: Environment, image: imagefile.Image, timeout: float) -> str:
     """From the outer host, where downloads were made once, through this connection; nothing is kept here."""
-    outer, inner, volume, name = env.outer, env.inner, image.text, image.name
+    outer, inner, volume, name = whereabouts.chosen(env), env.inner, image.text, image.name
     said = outer.run(["pvesm", "path", volume], timeout=60)
     path = said.stdout.strip()
     if not said.ok or not path.startswith("/"):

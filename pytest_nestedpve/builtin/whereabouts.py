@@ -34,6 +34,13 @@ def outer(env: Environment) -> PveHost:
     return found
 
 
+def chosen(env: Environment) -> PveHost:
+    """The outer host at the node that preflight chose, where the image is. Raises PveError."""
+    host = env.outer
+    node = env.facts.get("preflight", {}).get("node")
+    return host if node is None or env.attached else host.at(str(node))
+
+
 class Following:
     """The API; calls for the nested VM find it where it is."""
 

@@ -165,6 +165,21 @@ def test_raw_disks_have_no_snapshots(node: Node) -> None:
     assert node.run("qm", "snapshot", "102", "aa").stderr == "snapshot feature is not available\n"
 
 
+def test_a_vm_says_what_its_disks_can(node: Node) -> None:
+    def able(vmid: int, feature: str) -> Any:
+        path = f"/nodes/father/qemu/{vmid}/feature"
+        said = node.ok("pvesh", "get", path, "--feature", feature, "--output-format", "json")
+        return json.loads(said)
+
+    node.ok("qm", "create", "102", "--scsi0", "local:1,format=raw")
+    node.ok("qm", "create", "106", "--scsi0", "local:1,format=qcow2")
+    assert able(106, "snapshot") == {"hasFeature": 1, "nodes": ["father"]}  # as recorded: extra-023
+    assert able(102, "clone") == {"hasFeature": 0, "nodes": ["father"]}  # as recorded: extra-025
+    assert able(102, "snapshot")["hasFeature"] == 0
+    node.ok("qm", "template", "102")
+    assert able(102, "clone")["hasFeature"] == 1
+
+
 def test_clones_get_their_own_identity_and_a_base_in_use_stays(node: Node) -> None:
     with_image(node, 109)
     node.run("qm", "set", "109", "--tags", "t", "--description", "d")

@@ -44,6 +44,17 @@ def _drives(guest: Guest) -> dict[str, str]:
     return found
 
 
+@api("GET", "/nodes/{node}/qemu/{vmid}/feature")
+def feature(caller: Caller, params: dict[str, Any]) -> Any:
+    drives = [volumes.path(volid) for volid in _drives(guests.load(params["vmid"])).values()]
+    able = {
+        "snapshot": all(disks.info(path)["format"] == "qcow2" for path in drives),
+        "clone": all(path.name.startswith("base-") for path in drives),
+        "copy": True,
+    }
+    return {"hasFeature": int(able[params["feature"]]), "nodes": [params["node"]]}
+
+
 def _snapshot(guest: Guest, name: str) -> dict[str, str]:
     values = guest.snapshots.get(name)
     if values is None:
