@@ -9,7 +9,10 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface
 
 RUN_ID = re.compile(r"(?:template-)?[0-9a-f]{12}\Z")
 VMID_MIN, VMID_MAX = 100, 999_999_999
@@ -187,7 +190,21 @@ def ipconfig(text: Text) -> str:
                 f"expected what qm calls ipconfig0, 'ip=dhcp' or 'ip=192.0.2.9/24,gw=192.0.2.1'; "
                 f"found {part!r} ({e})"
             ) from e
+    own, gateway = static_address(value), re.search(r"(?:\A|,)gw=([^,]+)", value)
+    if gateway is not None and (own is None or ipaddress.IPv4Address(gateway[1]) not in own.network):
+        raise ValueError(
+            "expected a gateway in the network of the address, as in 'ip=192.0.2.9/24,gw=192.0.2.1'; "
+            f"found {value!r}"
+        )
     return value
+
+
+def static_address(value: str) -> IPv4Interface | None:
+    """The IPv4 address that an ipconfig gives; None if that comes by DHCP."""
+    import ipaddress
+
+    given = next((part[3:] for part in value.split(",") if part.startswith("ip=")), "dhcp")
+    return None if given == "dhcp" else ipaddress.IPv4Interface(given)
 
 
 _CHECKSUMS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}

@@ -154,6 +154,27 @@ def test_an_image_that_the_run_brings_is_named_as_the_volume_it_will_be(
     only(environment(image=str(file)), "content import", "pvesm set local --content images,import,snippets")
 
 
+STATIC = "ip=10.77.7.5/24,gw=10.77.7.1"
+
+
+def test_one_address_for_several_workers_is_told_before_anything_is_made(environment: Make) -> None:
+    env = environment(ipconfig=STATIC)
+    env.workers = 2
+    only(env, "10.77.7.5/24", "2 workers", "nested_pve_scope = run")
+    env.workers = 1
+    assert preflight(env)["bridge"] == "vmbr0"
+
+
+def test_one_address_for_several_workers_is_told_when_the_profile_names_it(
+    environment: Make, host: MemoryHost
+) -> None:
+    with host.open() as model:
+        model.state["files"][PROFILE] = f"[nested-pve]\nipconfig = {STATIC}\n"
+    env = environment()
+    env.workers = 2
+    only(env, "10.77.7.5/24", PROFILE)
+
+
 def test_an_image_in_content_iso_is_told(environment: Make) -> None:
     only(environment(image="local:iso/debian.img"), "content import or images only")
 

@@ -96,6 +96,7 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("disk", "64M", "size in GiB"),
         ("ipconfig", "ip=10.0.0.5", "ip=dhcp"),
         ("ipconfig", "ip=10.0.0.300/24", "ip=dhcp"),
+        ("ipconfig", "ip=10.0.0.5/24,gw=10.0.1.1", "gateway in the network"),
         ("ipconfig", "address=1", "ip=dhcp"),
         ("vm_options", "kvm", "key=value"),
         ("vm_options", "kvm=0 kvm=1", "given twice"),

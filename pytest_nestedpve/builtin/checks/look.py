@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve.builtin.checks import basics, guests, images, placement, places, storages, ways
+from pytest_nestedpve.builtin.checks import (
+    addresses,
+    basics,
+    guests,
+    images,
+    placement,
+    places,
+    storages,
+    ways,
+)
 from pytest_nestedpve.builtin.checks.finding import MISSING, UNKNOWN, Finding
 from pytest_nestedpve.pve.errors import ApiError, PveError, SshError
 
@@ -45,6 +54,7 @@ CHECKS: tuple[Check, ...] = (
     Check("image", images.image, _NODE),
     Check("space", storages.space, (*_NODE, "storage")),
     Check("bridge", places.bridge, _NODE),
+    Check("address", addresses.address, _NODE),
     Check("VM id", guests.ids, _NODE),
     Check("pool", guests.pool_parent, _PVE),
 )
