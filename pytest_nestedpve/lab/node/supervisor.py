@@ -103,7 +103,8 @@ def _boot(spec: dict[str, object]) -> launcher.Started:
 def _pace() -> tuple[launcher.Bind, ...]:
     """The node's slowness, which a guest shares if it becomes a node."""
     file = paths.pace_file()
-    file.touch()
+    if not file.exists():  # on a node inside it is the outer node's, and read-only
+        file.touch()
     return (launcher.Bind(file, "/etc/nestedpve-lab.json"),)
 
 
