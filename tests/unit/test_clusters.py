@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +27,8 @@ from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.ownership import Marker, create_pool, host_clock, new_uuid, pool_name, prove
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.cluster import Member, NodeSsh, node_of, read_cluster
-from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, UnreadableAnswer
+from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, PveError, UnreadableAnswer
+from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.teardown import teardown
 
 NESTED = "/sys/module/kvm_intel/parameters/nested"
@@ -490,3 +493,71 @@ def test_the_vm_is_made_on_the_chosen_node_with_its_snippet_there(
     with host.open() as model:
         assert snippet not in model.site("father2")["files"]
         assert not [each for each in model.site("father2")["volumes"] if "/vm-" in each]
+
+
+# -- the nodes' own ssh, with a shell behind it --------------------------------------------------------
+
+
+class Shell:
+    """A login whose commands this machine's shell runs; `ssh` there is a program that runs its last word."""
+
+    def __init__(self, folder: Path) -> None:
+        program = folder / "ssh"
+        program.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+        program.chmod(0o755)
+        self.path = f"{folder}:{os.environ['PATH']}"
+
+    def run(self, command: Any, *, stdin: bytes | None = None, **_: Any) -> CommandResult:
+        argv = ["sh", "-c", command] if isinstance(command, str) else list(command)
+        done = subprocess.run(
+            argv, input=stdin or b"", capture_output=True, check=False, env={**os.environ, "PATH": self.path}
+        )
+        return CommandResult(str(command), done.returncode, done.stdout, done.stderr, 1.0)
+
+    def put(self, data: Any, remote: str, mode: int = 0o600) -> None:
+        Path(remote).write_bytes(data.read_bytes())
+        Path(remote).chmod(mode)
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> NodeSsh:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    return NodeSsh(Shell(programs), Member("father2", True, False, "10.77.7.12"))
+
+
+def test_a_command_for_another_node_keeps_its_words_its_input_and_its_exit_status(there: NodeSsh) -> None:
+    shown = there.run(["printf", "%s|", "a b", "$HOME", "it's", '"'])
+    assert shown.stdout == "a b|$HOME|it's|\"|"
+    assert there.run("cat; exit 7", stdin=b"\x00given").stdout_bytes == b"\x00given"
+    assert there.run("exit 7").rc == 7
+    assert there.run("exit 255").rc == 255
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["bytes", "a file, by way of the first node's disk"])
+def test_a_file_is_on_the_other_node_whole_and_nothing_else(
+    there: NodeSsh, tmp_path: Path, large: bool
+) -> None:
+    content = b"\x00\xff" * 100_000
+    source, folder = tmp_path / "image.raw", tmp_path / "a folder's"
+    source.write_bytes(content)
+    folder.mkdir()
+    before = set(Path("/var/tmp").glob(".nestedpve-*"))
+    there.put(source if large else content, f"{folder}/image.raw", mode=0o644)
+    assert [each.name for each in folder.iterdir()] == ["image.raw"]
+    assert (folder / "image.raw").read_bytes() == content
+    assert (folder / "image.raw").stat().st_mode & 0o777 == 0o644
+    assert there.get(f"{folder}/image.raw", limit=4) == content[:4]
+    assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(
+    there: NodeSsh, tmp_path: Path, large: bool
+) -> None:
+    source = tmp_path / "image.raw"
+    source.write_bytes(b"x")
+    before = set(Path("/var/tmp").glob(".nestedpve-*"))
+    with pytest.raises(PveError, match="no such folder"):
+        there.put(source if large else b"x", f"{tmp_path}/no such folder/image.raw")
+    assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
