@@ -118,8 +118,10 @@ def test_what_is_missing_is_not_done_because_nobody_chose_it(attached: Attached)
     [
         ("-k", "setup_network"),
         ("test_steps.py::test_setup_network",),
-        ("test_steps.py::test_setup_network", "test_steps.py::test_preflight"),
-        ("-k", "network and not leaf"),
+        pytest.param(
+            ("test_steps.py::test_setup_network", "test_steps.py::test_preflight"), marks=pytest.mark.thorough
+        ),
+        pytest.param(("-k", "network and not leaf"), marks=pytest.mark.thorough),
     ],
 )
 def test_a_chosen_step_is_done(attached: Attached, choice: tuple[str, ...]) -> None:
@@ -129,7 +131,13 @@ def test_a_chosen_step_is_done(attached: Attached, choice: tuple[str, ...]) -> N
     assert attached.statuses()["setup_network"] == "done"
 
 
-@pytest.mark.parametrize("choice", [("-k", "not leaf"), ("-k", "test"), ("-k", "steps")])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("-k", "not leaf"),
+        *(pytest.param(("-k", word), marks=pytest.mark.thorough) for word in ("test", "steps")),
+    ],
+)
 def test_what_only_leaves_something_out_chooses_nothing(attached: Attached, choice: tuple[str, ...]) -> None:
     attached.lacks("setup_network")
     result = attached.project.run(*PVE, "-v", "test_steps.py", *choice)
@@ -137,6 +145,7 @@ def test_what_only_leaves_something_out_chooses_nothing(attached: Attached, choi
     assert "setup_network" not in attached.project.done()
 
 
+@pytest.mark.thorough
 def test_to_choose_a_later_step_does_not_choose_what_it_needs(attached: Attached) -> None:
     attached.lacks("setup_network")
     result = attached.project.run(*PVE, "-v", "-k", "setup_repos")
@@ -145,6 +154,7 @@ def test_to_choose_a_later_step_does_not_choose_what_it_needs(attached: Attached
     assert attached.project.done() == ["preflight"]
 
 
+@pytest.mark.thorough
 def test_that_it_failed_last_time_is_no_choice(attached: Attached) -> None:
     attached.lacks("setup_network")
     assert attached.project.run(*PVE, "test_steps.py").ret == 1
@@ -153,6 +163,7 @@ def test_that_it_failed_last_time_is_no_choice(attached: Attached) -> None:
     assert "setup_network" not in attached.project.done()
 
 
+@pytest.mark.thorough
 def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attached: Attached) -> None:
     assert attached.project.run(*PVE, "-k", "setup_network").ret == 0
     assert "setup_network" not in attached.project.done()
@@ -163,6 +174,7 @@ def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attach
         model.state["files"]["/set-up/setup_network"] = ""  # the end took it away again
 
 
+@pytest.mark.thorough
 def test_redo_alone_does_nothing_to_what_is_there(attached: Attached) -> None:
     result = attached.project.run(*PVE, "test_steps.py", "-o", "nested_pve_redo=true")
     assert result.ret == 0, result.output
@@ -195,6 +207,7 @@ def test_whole(nested_pve): pass
     assert "expected setup_repos to be done on the attached PVE pve1" in result.output
 
 
+@pytest.mark.thorough
 def test_a_skipped_phase_is_taken_as_done(attached: Attached) -> None:
     attached.lacks("setup_repos")
     result = attached.project.run(*PVE, "--nested-skip", "setup_repos", "test_steps.py")
@@ -214,10 +227,18 @@ def test_the_outer_host_of_the_ini_is_not_asked(attached: Attached) -> None:
     ("more", "text"),
     [
         (("--pve-host", "father"), "--nested-attach and --pve-host contradict each other"),
-        (("-o", "nested_pve_host=father"), "--nested-attach and -o nested_pve_host contradict each other"),
+        pytest.param(
+            ("-o", "nested_pve_host=father"),
+            "--nested-attach and -o nested_pve_host contradict each other",
+            marks=pytest.mark.thorough,
+        ),
         (("--nested-destroy-only",), "goes by `pytest --nested-destroy-only --pve-host pve1`"),
         (("--nested-keep",), "--nested-attach and --nested-keep contradict each other"),
-        (("--nested-keep=on-failure",), "--nested-attach and --nested-keep contradict each other"),
+        pytest.param(
+            ("--nested-keep=on-failure",),
+            "--nested-attach and --nested-keep contradict each other",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_what_does_not_go_with_it_is_a_usage_error(
@@ -251,7 +272,7 @@ def test_a_dry_run_says_what_would_be_done_and_asks_nobody(attached: Attached) -
     assert not (attached.project.path / "asked").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_leaves_no_vm_inside(attached: Attached, number: int) -> None:
     process = attached.project.start(*PVE, "-k", "leaf_start", HANG="leaf_start")
     attached.project.wait_for(process, cmd="hanging")
