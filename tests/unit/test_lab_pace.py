@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
 from pytest_nestedpve.lab import cli, pace
 from pytest_nestedpve.lab.names import LabUsage
+from pytest_nestedpve.lab.node import supervisor
 
 
 @pytest.fixture
@@ -75,3 +78,15 @@ def test_starts_of_commands_are_counted_without_their_options(node: Node) -> Non
         "pvesh create /access/password",
         "pveum user",
     ]
+
+
+def test_a_node_inside_hands_the_slowness_on_without_writing_to_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(node, stop_s=1)
+
+    def refused(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    assert [bind.target for bind in supervisor._pace()] == ["/etc/nestedpve-lab.json"]
