@@ -9,6 +9,7 @@ from pytest_nestedpve import playvars
 from pytest_nestedpve.ansible import PlaybookFailed, PlaybookResult, playbook_path
 from pytest_nestedpve.builtin import playbooks
 from pytest_nestedpve.builtin.address import relocate
+from pytest_nestedpve.builtin.checks.basics import LEAST_VERSION
 from pytest_nestedpve.builtin.guest import NESTED
 from pytest_nestedpve.inventory import Inventory, InventoryHost
 from pytest_nestedpve.pve.answers import mapping
@@ -58,6 +59,9 @@ def health(host: PveHost) -> tuple[str | None, str]:
         version = str(mapping(host.api.get("/version")).get("version", ""))
     except PveError as e:
         return None, str(e)[:300]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < LEAST_VERSION:
+        return None, f"it is PVE {version}; expected {'.'.join(map(str, LEAST_VERSION))} or newer"
     for service in ("pve-cluster", "pvedaemon", "pveproxy"):
         state = host.run(["systemctl", "is-active", service], timeout=30).stdout.strip()
         if state != "active":

@@ -1,0 +1,155 @@
+"""Debian 12 with PVE 8, Debian 13 with PVE 9, and sites without the internet: where each setting arrives.
+
+The playbooks' variables are rendered by Ansible itself. Of PVE 8 there are no recordings: what is tested of
+it is the packaging.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import yaml
+
+from pytest_nestedpve import playvars
+from pytest_nestedpve.builtin import setup, vendor
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.settings import PROFILE_KEYS, Settings
+
+ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
+NAMES = (
+    "pve_install_release", "pve_install_repository_url", "pve_install_key_url", "pve_install_key_checksum",
+    "pve_install_mirror", "pve_install_http_proxy",
+)  # fmt: skip
+SITE = {
+    "image": "local:import/debian-13-genericcloud-amd64.qcow2",
+    "mirror": "http://mirror.site.example/debian",
+    "http_proxy": "http://proxy.site.example:3128",
+    "pve_repository_url": "http://mirror.site.example/pve",
+    "pve_repository_key_url": "http://mirror.site.example/pve.gpg",
+    "pve_repository_key_sha256": "ab" * 32,
+}
+Render = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture
+def render(tmp_path: Path) -> Render:
+    """What the role's variables are on a Debian release, with the variables that the harness gives."""
+
+    def render(release: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        said = ", ".join(f"'{name}': {name}" for name in NAMES)
+        tasks = [
+            {"set_fact": {"distribution_major_version": release, "cacheable": True}},
+            {"copy": {"dest": str(tmp_path / "said"), "content": f"{{{{ {{ {said} }} | to_json }}}}"}},
+        ]
+        defaults = [str(ROLES / "pve_install" / "defaults" / "main.yml")]
+        play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": defaults}
+        (tmp_path / "play.yml").write_text(yaml.safe_dump([{**play, "tasks": tasks}]))
+        (tmp_path / "given.json").write_text(json.dumps(dict(given)))
+        ansible = Path(sys.executable).parent / "ansible-playbook"
+        subprocess.run(
+            [str(ansible), "-i", "localhost,", "-e", f"@{tmp_path}/given.json", str(tmp_path / "play.yml")],
+            check=True, capture_output=True, cwd=tmp_path,
+            env={
+                "PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8",
+                "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+            },
+        )  # fmt: skip
+        return cast("dict[str, Any]", json.loads((tmp_path / "said").read_text()))
+
+    return render
+
+
+@pytest.mark.parametrize(
+    ("release", "suite", "key", "checksum", "keyring"),
+    [
+        ("12", "bookworm", "proxmox-release-bookworm.gpg", "sha512:", "proxmox-release-bookworm.gpg"),
+        ("13", "trixie", "proxmox-archive-keyring-trixie.gpg", "sha256:", "proxmox-archive-keyring.gpg"),
+    ],
+)
+def test_each_debian_release_gets_the_pve_that_belongs_to_it(
+    render: Render, release: str, suite: str, key: str, checksum: str, keyring: str
+) -> None:
+    found = render(release, playvars.pve_install(Settings(), {}))
+    assert found["pve_install_release"]["suite"] == suite
+    assert found["pve_install_release"]["keyring"].endswith(f"/{keyring}")
+    assert found["pve_install_key_url"].endswith(f"/{key}")
+    digits = found["pve_install_key_checksum"].strip().removeprefix(checksum)
+    assert len(digits) == {"sha512:": 128, "sha256:": 64}[checksum]
+    assert found["pve_install_repository_url"] == "http://download.proxmox.com/debian/pve"
+    # What asks for a subscription: a list before PVE 9, deb822 since.
+    (enterprise,) = found["pve_install_release"]["enterprise"]
+    assert enterprise.endswith(".list" if release == "12" else ".sources")
+
+
+@pytest.mark.parametrize("release", ["12", "13"])
+def test_what_the_host_profile_says_reaches_the_installation(render: Render, release: str) -> None:
+    settings = Settings().with_profile(SITE)
+    found = render(release, playvars.pve_install(settings, {}))
+    assert found["pve_install_repository_url"] == SITE["pve_repository_url"]
+    assert found["pve_install_key_url"] == SITE["pve_repository_key_url"]
+    assert found["pve_install_key_checksum"].strip() == f"sha256:{SITE['pve_repository_key_sha256']}"
+    assert found["pve_install_mirror"] == SITE["mirror"]
+    assert found["pve_install_http_proxy"] == SITE["http_proxy"]
+    assert settings.image == SITE["image"]
+
+
+def test_mirror_and_proxy_are_used_at_the_first_boot() -> None:
+    settings = Settings().with_profile(SITE)
+    data = yaml.safe_load(vendor.user_data(settings))
+    assert data["apt"]["primary"] == [{"arches": ["default"], "uri": SITE["mirror"]}]
+    assert data["apt"]["http_proxy"] == data["apt"]["https_proxy"] == SITE["http_proxy"]
+
+
+def test_the_name_that_has_to_resolve_behind_the_bridge_is_the_sites_own() -> None:
+    variables = playvars.network(Settings().with_profile(SITE), {})
+    assert variables["pve_repository_url"] == SITE["pve_repository_url"]
+
+
+def test_a_site_without_the_internet_needs_no_setting_that_a_host_may_not_make() -> None:
+    assert set(SITE) <= PROFILE_KEYS
+
+
+# -- the least version ---------------------------------------------------------------------------
+
+
+class Node:
+    """A node on which all is well, of some version."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def run(self, command: Any, **_options: Any) -> CommandResult:
+        return CommandResult(str(command), 0, b"active\n", b"", 1.0)
+
+    def get(self, _path: str, /, **_params: Any) -> Any:
+        return {"version": self.version}
+
+
+@pytest.mark.parametrize(("version", "well"), [("9.2.11", True), ("8.2.2", True), ("8.10.0", True)])
+def test_a_new_enough_pve_is_well(version: str, well: bool) -> None:
+    node = cast(Any, Node(version))
+    assert (setup.health(PveHost("nested", node, node, "nested"))[0] == version) is well
+
+
+@pytest.mark.parametrize("version", ["8.1.4", "7.4-3"])
+def test_a_pve_that_is_too_old_is_told_with_the_version_that_is_needed(version: str) -> None:
+    node = cast(Any, Node(version))
+    found, wrong = setup.health(PveHost("nested", node, node, "nested"))
+    assert found is None
+    assert version in wrong
+    assert "8.2" in wrong
+
+
+def test_a_clone_that_was_made_too_old_is_not_proved() -> None:
+    node = cast(Any, Node("8.1.4"))
+    env = SimpleNamespace(inner=PveHost("nested", node, node, "nested"), ip="10.0.0.5")
+    assert setup.probe_pve(cast(Any, env)) is None
