@@ -92,6 +92,8 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
 
 def adopt_worker(node: Any) -> None:
     """Give an xdist worker what the runs of this session have in common, for the controller's sweep."""
+    from pytest_nestedpve import workers
+
     nested = of(node.config)
     if nested.family is None:
         import secrets
@@ -101,6 +103,7 @@ def adopt_worker(node: Any) -> None:
         nested.take_signals()
         nested.register_report()
     node.workerinput["nestedpve_session"] = nested.family
+    node.workerinput[workers.DIST] = node.config.option.dist
     if nested.settings.scope == "run" and nested.host_is_named():
         from pytest_nestedpve import sharing
 
@@ -166,6 +169,10 @@ class SessionHooks:
         if option.collectonly or option.setupplan or self.nested.settings.destroy_only:
             return None
         chosen = [item for item in session.items if uses(item)]
+        if hasattr(self.config, "workerinput"):
+            from pytest_nestedpve import workers
+
+            self.nested.workers = workers.at_once(self.config, chosen)
         self.nested.wants_clean = any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in chosen)
         if self.nested.settings.attach is not None:
             from pytest_nestedpve.attach import chosen_steps

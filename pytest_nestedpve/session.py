@@ -62,6 +62,7 @@ class NestedSession:
         self.teardown_report: Any = None
         self.teardown_error: str | None = None
         self.job: Any = None  # of --nested-destroy-only
+        self.workers = 1  # how many environments this session can need at once
         self.diagnosis: int | None = None  # exit status of --nested-doctor
         self.swept: list[str] = []  # what xdist's workers left
         self.remarks: list[str] = []  # lines for the end of the session
@@ -189,7 +190,7 @@ class NestedSession:
             rootdir=self.config.rootpath,
         )
         if self.told is None:
-            environment.workers = int(getattr(self.config, "workerinput", {}).get("workercount", 1))
+            environment.workers = self.workers
         if kept is not None:
             (run.dir / ending.FINISHED).unlink(missing_ok=True)
             keeping.restore(kept, run.directory)

@@ -382,19 +382,25 @@ def pytest_nestedpve_phases(phases, config):
 """
 
 
-@pytest.mark.parametrize("scope", ["worker", "run"])
+@pytest.mark.parametrize("scope", ["worker", "run", "one file"])
 def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: str) -> None:
     head = (project.path / "conftest.py").read_text().partition("def pytest_nestedpve_phases")[0]
     project.write(conftest=head + REAL_PREFLIGHT)
     project.plugins = ("xdist.plugin",)
     with project.host().open() as model:
         model.state["memory"] = {"total": 20 * GIB, "available": 18 * GIB}
-    args = ("-n", "3", "--pve-host", "father", "test_steps.py", "-o", f"nested_pve_scope={scope}")
+    (project.path / "test_again.py").write_text("from pytest_nestedpve import steps\n")
+    (project.path / "test_third.py").write_text("from pytest_nestedpve import steps\n")
+    args = ["-n", "3", "--pve-host", "father", "-k", "steps or again or third"]
+    if scope == "run":
+        args += ["-o", "nested_pve_scope=run"]
+    elif scope == "one file":
+        args += ["--dist", "loadscope", "test_steps.py"]  # the other workers get nothing that needs one
     result = project.run(*args)
     words = " ".join(result.output.split())
-    if scope == "run":
+    if scope != "worker":
         assert result.ret == 0, result.output
-        assert "memory" not in words.replace("8 GiB memory", "")
+        assert "for a nested PVE each" not in words
         return
     assert result.ret == 4, result.output
     assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; found 18 GiB available of 20 GiB" in words
