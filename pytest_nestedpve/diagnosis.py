@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: The directory of what was collected after a phase: below `artifacts` of the run.
 FOLDER = "failure-{}"
+LOOK = 15.0
+"""Seconds (nominal) for the look through all that was collected."""
 _OUTPUT_LIMIT = 400_000  # bytes of a playbook's output
 
 
@@ -78,13 +80,16 @@ def after_teardown(env: Environment, lines: list[str], *, collect: bool) -> None
 
 
 def _look_into(env: Environment, phase: str, texts: list[Text], items: Callable[[], list[Item]]) -> None:
+    from pytest_nestedpve.signals import limit
     from pytest_nestedpve.symptoms import Text, recognise
 
     kept: tuple[Kept, ...] = ()
     with contextlib.suppress(Exception):
         kept = _collect(env, phase, items)
     texts += [Text(each.kind, each.file, each.words) for each in kept if each.words]
-    for found in recognise(texts, phase):
+    with limit(LOOK, "the look for known symptoms"):
+        recognised = recognise(texts, phase)
+    for found in recognised:
         env.audit.write(
             "symptom",
             phase=phase,

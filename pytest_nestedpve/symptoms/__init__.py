@@ -23,7 +23,7 @@ SHOWN = 3
 
 _SAID = ("error", "task", "ansible")
 _KEYS = {"name", "title", "pattern", "explanation", "fix", "source", "example", "kinds", "phases", "general"}
-_TEXT_LIMIT = 2_000_000
+_TEXT_LIMIT = 300_000
 _WORD = re.compile(r"[\w./:@+-]{1,120}\Z")
 
 

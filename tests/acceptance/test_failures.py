@@ -192,9 +192,7 @@ def test_what_helps_lies_in_the_run_masked_and_for_its_owner_only(broken: Projec
 
 def test_a_host_that_falls_silent_delays_the_end_by_no_more_than_the_limit(broken: Project) -> None:
     started = time.monotonic()
-    output = say(
-        broken, "bridge 'vmbr9' does not exist", SILENT="1", NESTED_PVE_TIMEOUT_SCALE="0.1"
-    )
+    output = say(broken, "bridge 'vmbr9' does not exist", SILENT="1", NESTED_PVE_TIMEOUT_SCALE="0.1")
     assert "known: the bridge does not exist on that node" in output
     (told,) = events(broken, "artifacts")
     assert told["files"] == []

@@ -26,6 +26,7 @@ from . import cgroups, disks
 from .alive import held
 
 RUN_DIR = Path("/run/nestedpve-lab/guests")
+SERIAL_DIR = Path("/run/qemu-server")
 LEASES = Path("/var/lib/misc/dnsmasq.leases")
 AGENT_SOCKET = "run/qga/qga.sock"
 _AGENT_LIMIT = 64 << 20  # bytes of one answer
@@ -93,6 +94,11 @@ def start(spec: MachineSpec) -> None:
         write_state(spec.vmid, {"started": time.time()})
         return
     (place / "spec.json").write_text(json.dumps(asdict(spec)))
+    with contextlib.suppress(OSError):
+        # Beside the place of QEMU's socket, for whoever looks there for a log of the serial device.
+        SERIAL_DIR.mkdir(parents=True, exist_ok=True)
+        serial_log(spec.vmid).unlink(missing_ok=True)
+        serial_log(spec.vmid).symlink_to(console_log(spec.vmid))
     package = __package__ or ""
     home = Path(__file__).resolve().parents[len(package.split("."))]
     environment = {**os.environ, "PYTHONPATH": str(home)}
@@ -250,6 +256,11 @@ def console_log(vmid: int) -> Path:
     return RUN_DIR / str(vmid) / "console.log"
 
 
+def serial_log(vmid: int) -> Path:
+    """The same by the name of the VM's first serial device."""
+    return SERIAL_DIR / f"{vmid}.serial0.log"
+
+
 def forget(vmid: int) -> None:
     """After a destroy: runtime state away, DHCP leases given back (where this node serves DHCP)."""
     macs = []
@@ -298,6 +309,8 @@ def lock_file(vmid: int) -> Path:
 def clear(vmid: int) -> None:
     """Runtime state away."""
     shutil.rmtree(RUN_DIR / str(vmid), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        serial_log(vmid).unlink(missing_ok=True)
 
 
 def release(macs: list[str]) -> None:
