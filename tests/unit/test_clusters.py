@@ -210,6 +210,25 @@ def test_a_vm_that_goes_back_and_forth_is_followed(env: Environment, host: Memor
     nothing_left(host)
 
 
+def test_a_migration_that_still_works_is_waited_for_and_its_lock_not_lifted(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env, running=False)
+    with host.open() as model:
+        model.migrate(vmid, "father2")
+        model.state["vms"][str(vmid)]["config"]["lock"] = "migrate"
+        model.state["delays"]["qmigrate"] = 1.5
+        upid = model.fork("qmigrate", str(vmid), {"do": "nothing", "node": "father"})
+        model.state["commands"].clear()
+    assert teardown(env).left == ()
+    with host.open() as model:
+        ended = next(each["end"] for each in model.state["tasks"] if each["upid"] == upid)
+        destroyed = [each["start"] for each in model.state["tasks"] if each["type"] == "qmdestroy"]
+        assert ended is not None
+        assert min(destroyed) >= ended
+    nothing_left(host)
+
+
 def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: MemoryHost) -> None:
     vmid = ours(env, running=False)
     env.facts["provision"]["storage"] = "local"
