@@ -73,7 +73,7 @@ def wait_until(
     *,
     deadline: Deadline,
     what: str | Callable[[], str],
-    interval: tuple[float, float] = (0.05, 0.4),
+    interval: tuple[float, float] = (0.05, 0.3),
     wake: threading.Event | None = None,
 ) -> T:
     """Call `check` until it returns something other than None or False, and return that.

@@ -78,7 +78,7 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
             f"the guest agent of VM {made.vmid} to answer. Has the image an agent, or can the VM fetch it "
             f"(vendor-data, mirror, network)? {_console(host, made)}"
         ),
-        interval=(0.1, 0.4),
+        interval=(0.1, 0.3),
     )
     env.progress("waiting for the end of cloud-init")
     first_boot, words = wait_cloud_init(host, made, deadline)
@@ -123,13 +123,13 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]
 
     ip = wait_until(
         address, deadline=deadline, what=f"VM {made.vmid} to have an IPv4 address on the card {mac}",
-        interval=(0.1, 0.4),
+        interval=(0.1, 0.3),
     )  # fmt: skip
     # Where it is by now.
     check_address(level.host(env), str(facts["bridge"]), ip, mac, deadline)
     keys = wait_until(
         lambda: _host_keys(host, made), deadline=deadline, what=f"the SSH host keys of VM {made.vmid}",
-        interval=(0.1, 0.4),
+        interval=(0.1, 0.3),
     )  # fmt: skip
     name = str(facts["name"])
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
@@ -144,13 +144,13 @@ def relocate(env: Environment, level: Level, timeout: float = 120.0) -> str:
     if env.attached and level.role == "nested":
         # Nobody knows of it as a VM: it is where it was, or not to be found.
         wait_until(
-            lambda: _logs_in(host), deadline=deadline, interval=(0.1, 0.4),
+            lambda: _logs_in(host), deadline=deadline, interval=(0.1, 0.3),
             what=f"{host.name} to take a login again",
         )  # fmt: skip
         return env.ip
     made = made_of(env.facts[level.provision])
     wait_until(
-        lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.4),
+        lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.3),
         what=f"the guest agent of VM {made.vmid} to answer again",
     )  # fmt: skip
     found = locate(env, level, deadline)
@@ -261,7 +261,7 @@ def execute(
         return answer if flag(answer.get("exited")) else None
 
     answer = wait_until(
-        ended, deadline=deadline, what=f"the end of {what} in VM {made.vmid}", interval=(0.1, 0.4)
+        ended, deadline=deadline, what=f"the end of {what} in VM {made.vmid}", interval=(0.1, 0.3)
     )
     rc = whole(answer.get("exitcode"))
     if rc is None:

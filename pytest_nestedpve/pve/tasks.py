@@ -55,7 +55,7 @@ def parse_upid(text: Any) -> Upid:
 
 
 def wait_task(
-    api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 0.4)
+    api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 0.3)
 ) -> TaskResult:
     """Wait for a task's end, at most `timeout` seconds (nominal), asking at a growing interval (seconds).
 

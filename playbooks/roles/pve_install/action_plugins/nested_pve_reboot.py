@@ -9,7 +9,7 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action.reboot import ActionModule as Reboot
 from ansible.plugins.action.reboot import TimedOutException
 
-SHORTEST, LONGEST, SHARE = 0.2, 0.4, 0.05
+SHORTEST, LONGEST, SHARE = 0.2, 0.3, 0.05
 
 
 class ActionModule(Reboot):
