@@ -215,3 +215,23 @@ def test_a_run_without_failure_collects_nothing(broken: Project) -> None:
     assert result.ret == 0, result.output
     assert os.listdir(run_directory(broken) / "artifacts") == []
     assert events(broken, "artifacts") == events(broken, "symptom") == []
+
+
+def test_what_a_teardown_leaves_is_explained_too(project: Project) -> None:
+    """A VM that somebody protects under the session stays, and the end says why and what mends it."""
+    (project.path / "test_mine.py").write_text(
+        "def test_mine(nested_pve):\n"
+        "    path = f'/nodes/{nested_pve.host.node}/qemu/{nested_pve.vmid}/config'\n"
+        "    nested_pve.host.api.put(path, protection=1)\n"
+    )
+    result = project.run("test_mine.py")
+    assert result.ret == 1, result.output
+    assert "the teardown left something behind" in result.output
+    assert "known (after destroy): the VM is protected" in result.output, result.output
+    assert "--protection 0" in result.output
+    folder = run_directory(project) / "artifacts" / "failure-destroy"
+    assert '"protection": 1' in next(folder.glob("left-*-config.json")).read_text()
+    with project.host().open() as model:
+        for vm in model.state["vms"].values():
+            vm["config"].pop("protection", None)
+    assert project.run("--nested-destroy-only").ret == 0

@@ -181,3 +181,31 @@ def test_the_tables_are_read_only_when_something_failed() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert symptoms.table() is symptoms.table()
+
+
+def _cell(words: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda group: group[1].upper(), words).replace("|", "\\|")
+
+
+def test_the_page_on_failures_lists_the_table_as_it_is() -> None:
+    page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    rows = [
+        f"| {_cell(each.title)} | {_cell(each.explanation)} | {_cell(each.fix)} | {_cell(each.source)} |"
+        for each in table()
+    ]
+    found = page[page.index("## What is recognised") :].split("|---|---|---|---|\n")[1].splitlines()
+    assert found == rows, "docs/failures.md should end with:\n" + "\n".join(rows)
+    assert "failures.md" in (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_failures_names_every_file_and_limit() -> None:
+    from pytest_nestedpve import artifacts, collecting
+
+    page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    for file, *_ in artifacts.QUESTIONS:
+        assert f"nested-{file}" in page
+    one, inside = collecting.ITEM, collecting.ITEM + artifacts.REACH
+    assert f"{one:.0f} seconds for each thing ({inside:.0f} for what a guest is asked)" in page
+    assert f"{collecting.BUDGET:.0f} for all together" in page
+    assert f"{collecting.TOTAL_LIMIT >> 20} MiB in all" in page
+    assert f"last {artifacts.TASKS} tasks" in page
