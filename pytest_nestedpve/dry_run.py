@@ -79,7 +79,7 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
     else:
         expected = "no earlier run here did all of this, so how long it takes is not known"
     if nested.settings.make_template:
-        reporter.write_line("then the nested VM is generalised, and becomes a template")
+        reporter.write_line("then the nested VM is generalised, and becomes a template, which stays")
     if nested.settings.exec_command is not None:
         reporter.write_line(f"then this runs: {nested.settings.exec_command}")
     what = "what was made inside" if nested.settings.attach is not None else "everything"

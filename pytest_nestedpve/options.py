@@ -64,7 +64,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "template",
-        "template on the outer host, by id or name, that the nested VM is a linked clone of",
+        "template on the outer host, by id or name, that the nested VM is cloned from",
         values.one_of_kind("the id or the name of a template", r"[A-Za-z0-9][A-Za-z0-9.-]*"),
         profile=True,
     ),

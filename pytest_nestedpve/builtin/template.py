@@ -56,6 +56,7 @@ def make(env: Environment) -> Made:
     try:
         env.progress("giving it a pool of its own")
         templates.claim(host, settings, deed)
+        env.audit.write("template_converting", phase="make_template", vmid=found.vmid)
         name = templates.convert(host, settings, deed, found.node, env.progress)
     except BaseException as error:
         stays = templates.undo(host, settings, deed)

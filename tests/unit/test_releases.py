@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import yaml
 
 from pytest_nestedpve import playvars
 from pytest_nestedpve.builtin import setup, vendor
@@ -52,7 +51,7 @@ def render(tmp_path: Path) -> Render:
         ]
         defaults = [str(ROLES / "pve_install" / "defaults" / "main.yml")]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": defaults}
-        (tmp_path / "play.yml").write_text(yaml.safe_dump([{**play, "tasks": tasks}]))
+        (tmp_path / "play.yml").write_text(json.dumps([{**play, "tasks": tasks}]))
         (tmp_path / "given.json").write_text(json.dumps(dict(given)))
         ansible = Path(sys.executable).parent / "ansible-playbook"
         subprocess.run(
@@ -104,7 +103,7 @@ def test_what_the_host_profile_says_reaches_the_installation(render: Render, rel
 
 def test_mirror_and_proxy_are_used_at_the_first_boot() -> None:
     settings = Settings().with_profile(SITE)
-    data = yaml.safe_load(vendor.user_data(settings))
+    data = json.loads(vendor.user_data(settings).partition("\n")[2])
     assert data["apt"]["primary"] == [{"arches": ["default"], "uri": SITE["mirror"]}]
     assert data["apt"]["http_proxy"] == data["apt"]["https_proxy"] == SITE["http_proxy"]
 

@@ -1,0 +1,135 @@
+"""--nested-make-template and what clean-ups do about its templates: whole sessions on the memory host."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import CONFTEST, Project, make_project
+
+MAKE = "--nested-make-template"
+ONLY = "--nested-destroy-only"
+# In memory there is no guest: what is run on it goes well, and it shuts down at once.
+GUEST = """
+from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.ssh import CommandResult
+
+class Guest:
+    ssh = None
+    def run(self, command, **options):
+        with (HERE / "done").open("a") as out:
+            out.write("generalised\\n")
+        return CommandResult(str(command), 1 if os.environ.get("FAIL") == "guest" else 0, b"", b"no", 1.0)
+
+def shutdown(api, node, vmid, timeout=0):
+    guests.stop(api, node, vmid)
+
+Environment.inner = property(lambda self: Guest())
+guests.shutdown = shutdown
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = make_project(tmp_path / "project")
+    made.write(conftest=CONFTEST + GUEST)
+    return made
+
+
+def made_by(output: str) -> tuple[str, int]:
+    """The template that a session says it made, as --nested-run calls it; and its id."""
+    found = re.search(r"made the template nested-pve-(template-[0-9a-f]{12}) \(VM (\d+)\)", output)
+    assert found is not None, output
+    return found[1], int(found[2])
+
+
+def machines(project: Project) -> list[int]:
+    with project.host().open() as model:
+        return sorted(int(vmid) for vmid in model.state["vms"])
+
+
+def test_a_template_is_made_after_setup_network_and_nothing_else_stays(project: Project) -> None:
+    result = project.run(MAKE, "-v")
+    assert result.ret == 0, result.output
+    template, vmid = made_by(result.output)
+    assert f"nested_pve_template = nested-pve-{template}" in result.output
+    assert project.done()[-2:] == ["setup_network", "generalised"]
+    assert result.outcomes() == {"make-template": "PASSED"}
+    assert sorted(line.split()[0] for line in project.left()) == ["pool", "vm", "volume", "volume"]
+    assert machines(project) == [vmid]
+
+
+def test_no_test_and_no_clean_up_takes_it_until_it_is_named(project: Project) -> None:
+    template, vmid = made_by(project.run(MAKE).output)
+    before = project.host().configuration(vmid)
+    assert project.run("test_users.py").ret == 0
+    left = project.run(ONLY, "--nested-yes")
+    assert left.ret == 0, left.output
+    assert f"--nested-run {template} removes it" in left.output.replace("`", "")
+    assert project.host().configuration(vmid) == before
+    named = project.run(ONLY, "--nested-run", template, "-v")
+    assert named.ret == 0, named.output
+    assert f"{vmid} nested-pve-{template} PASSED" in named.output
+    assert project.left() == []
+
+
+def test_made_again_it_is_another_one_beside_the_first(project: Project) -> None:
+    first, _ = made_by(project.run(MAKE).output)
+    second, vmid = made_by(project.run(MAKE).output)
+    assert first != second
+    assert project.run(ONLY, "--nested-run", first).ret == 0
+    assert machines(project) == [vmid]
+
+
+def test_an_environment_that_was_kept_is_neither_used_for_it_nor_lost(project: Project) -> None:
+    kept = project.run("--nested-keep", "test_users.py")
+    assert kept.ret == 0, kept.output
+    (before,) = machines(project)
+    _, vmid = made_by(project.run(MAKE).output)
+    assert machines(project) == sorted([before, vmid])
+
+
+@pytest.mark.parametrize("fails", ["ensure_pve", "guest"])
+def test_a_set_up_that_fails_makes_no_template_and_leaves_nothing(project: Project, fails: str) -> None:
+    result = project.run(MAKE, FAIL=fails)
+    assert result.ret != 0
+    assert "made the template" not in result.output
+    assert project.left() == []
+
+
+def test_a_session_that_is_killed_while_it_converts_leaves_what_the_next_clean_up_takes(
+    project: Project,
+) -> None:
+    project.slow(qmtemplate=5.0)
+    process = project.start(MAKE)
+    project.wait_for(process, event="template_converting")
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert any("npve-template-" in line for line in project.left())
+    with project.host().open() as model:
+        model.state["offset"] += 60
+    cleaned = project.run(ONLY, "-v")
+    assert cleaned.ret == 0, cleaned.output
+    assert project.left() == []
+
+
+@pytest.mark.parametrize(
+    "other", [[ONLY], ["--nested-exec", "true"], ["--nested-keep"], ["--collect-only"], ["-k", "x"]]
+)
+def test_what_does_not_go_with_it_is_refused_before_anything_is_touched(
+    project: Project, other: list[str]
+) -> None:
+    result = project.run(MAKE, *other)
+    assert result.ret == 4
+    assert MAKE in result.output
+    assert project.done() == []
+
+
+def test_a_dry_run_says_so_and_makes_nothing(project: Project) -> None:
+    result = project.run(MAKE, "--nested-dry-run")
+    assert result.ret == 0, result.output
+    assert "becomes a template" in result.output
+    assert project.done() == []
