@@ -5,13 +5,15 @@ Chosen for each call by what it does (`routes`); callers do not know.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from pytest_nestedpve.pve import routes
+from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import carried_by, current_call_limit
-from pytest_nestedpve.pve.errors import PermissionDenied, PveError, SshError
+from pytest_nestedpve.pve.errors import NodeUnreachable, PermissionDenied, PveError, SshError
 from pytest_nestedpve.pve.host import SshLike
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, NotTaken, ReplyLost, Unauthorized, Untrusted
 from pytest_nestedpve.pve.routes import Grant, Identity
@@ -23,6 +25,8 @@ from pytest_nestedpve.timing import Deadline
 LIMIT = 60.0
 # How long a host whose HTTPS failed is spoken to by pvesh before HTTPS is tried again, seconds.
 AGAIN = 5.0
+# Seconds between two tries of a request that nobody took, growing from this.
+FIRST_PAUSE = 0.05
 # A proxy that answered before and does not now is perhaps restarted: so long it is waited for, seconds. When
 # that was in vain it is left alone for longer.
 RESTART = 8.0
@@ -124,11 +128,13 @@ class HostApi:
         pool = self._pool() if self._pool is not None else None
         who = routes.identity(method, path, params, pool=pool)
         if who is not Identity.ROOT and self.line.up:
-            patience, pause = self.line.patience(), 0.05
+            patience, pause = self.line.patience(), FIRST_PAUSE
             while True:
                 try:
                     answer = self._by_https(method, path, params, who, pool)
                 except NoHttps as error:
+                    if isinstance(error, NotTaken) and pause == FIRST_PAUSE:
+                        self._refuse_if_off(method, path, error)
                     # Nothing was done, so it can be tried again.
                     if not isinstance(error, NotTaken) or patience.remaining() <= pause:
                         self.line.failed(error)
@@ -140,6 +146,21 @@ class HostApi:
                     return answer
         carried_by("pvesh")
         return getattr(self.line.pvesh, method)(path, **params)
+
+    def _refuse_if_off(self, method: str, path: str, error: NotTaken) -> None:
+        """Raises NodeUnreachable when the call is for a node of the cluster that is off: nothing is wrong
+        with the proxy then, and nothing to be waited for. The proxy itself answers that, without its daemon.
+        """
+        node = re.match(r"/nodes/([^/]+)/", path)
+        if node is None:
+            return
+        try:
+            listed = entries(self._by_https("get", "/nodes", {}, Identity.SEE, None))
+        except PveError:
+            return
+        state = next((str(each.get("status")) for each in listed if each.get("node") == node[1]), "online")
+        if state != "online":
+            raise NodeUnreachable(f"the node {node[1]} is {state}", call=f"{method} {path}") from error
 
     def _by_https(
         self, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
@@ -191,8 +212,6 @@ class HostApi:
 
 def _zone(error: PveError, params: dict[str, Any]) -> Grant | None:
     """What is missing when a bridge that the call names lies in another zone than PVE's own."""
-    import re
-
     match = re.search(r"\((/sdn/zones/[\w-]+/(?P<bridge>[\w.-]+)), SDN\.Use\)", str(error))
     if match is None:
         return None

@@ -346,6 +346,21 @@ def test_a_request_that_nobody_took_goes_by_pvesh(host: HttpsHost, api: HostApi)
     assert api.post(f"{VM}/status/start") == {"by": "pvesh"}
 
 
+def test_a_call_for_a_node_that_is_off_fails_at_once_and_the_proxy_is_not_to_blame(
+    host: HttpsHost, api: HostApi
+) -> None:
+    nodes = [{"node": "father", "status": "online"}, {"node": "father2", "status": "offline"}]
+    host.answers.append(said(595, "No route to host", b"", only="/nodes/father2/", times=9))
+    host.answers.append(said(200, "OK", {"data": nodes}, only="/api2/json/nodes", times=9))
+    begun = time.monotonic()
+    with pytest.raises(NodeUnreachable, match="the node father2 is offline"):
+        api.get("/nodes/father2/tasks")
+    with pytest.raises(NodeUnreachable, match="the node father2 is offline"):
+        api.post("/nodes/father2/qemu/99901/config")
+    assert time.monotonic() - begun < 4
+    assert api.get("/version") == {"by": "https"}
+
+
 def test_a_read_whose_answer_is_lost_is_asked_again_and_a_change_is_not(
     host: HttpsHost, api: HostApi
 ) -> None:
