@@ -63,10 +63,13 @@ def network():
         text = re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", here[0], text)
         write("/etc/systemd/network/10-nested-pve-" + here[0] + ".link",
               "[Match]\nMACAddress=" + mac + "\nType=ether\n\n[Link]\nName=" + here[0] + "\n")
-    subnet = next((each for each in cards[0].get("subnets") or () if each.get("type") in ("static", "dhcp4", "dhcp")), None)
+    known = ("static", "dhcp4", "dhcp")
+    subnets = [each for each in cards[0].get("subnets") or () if each.get("type") in known]
+    subnet = subnets[0] if subnets else None
     stanza = re.search(r"^iface " + BRIDGE + r" inet \S+\n(?:[ \t]+\S.*\n)*", text, re.MULTILINE)
     if subnet and stanza:
-        keep = [line for line in stanza[0].splitlines()[1:] if line.split()[0] not in ("address", "gateway", "netmask")]
+        own = ("address", "gateway", "netmask")
+        keep = [line for line in stanza[0].splitlines()[1:] if line.split()[0] not in own]
         lines = ["iface " + BRIDGE + " inet dhcp"]
         if subnet["type"] == "static":
             import ipaddress
@@ -78,7 +81,8 @@ def network():
             lines = ["iface " + BRIDGE + " inet static", "        address " + address]
             if subnet.get("gateway"):
                 lines.append("        gateway " + str(subnet["gateway"]))
-            servers = [each for entry in entries if entry.get("type") == "nameserver" for each in entry.get("address") or ()]
+            named = [entry for entry in entries if entry.get("type") == "nameserver"]
+            servers = [each for entry in named for each in entry.get("address") or ()]
             if servers:
                 write("/etc/resolv.conf", "".join("nameserver " + str(each) + "\n" for each in servers))
         text = text[: stanza.start()] + "\n".join(lines + keep) + "\n" + text[stanza.end():]
@@ -113,7 +117,8 @@ Description=The bridge of a new clone
 DefaultDependencies=no
 ConditionPathExists={GUEST_SCRIPT}.network
 After=local-fs.target systemd-udevd.service
-Before=network-pre.target networking.service cloud-init-local.service shutdown.target
+Before=network-pre.target networking.service shutdown.target
+Conflicts=shutdown.target
 Wants=network-pre.target
 [Service]
 Type=oneshot
@@ -150,8 +155,8 @@ chmod 0755 {GUEST_SCRIPT}
 systemctl -q enable nested-pve-first-network.service nested-pve-first-identity.service
 # A new instance would write apt's sources anew, without the mirror that this one was given.
 echo 'apt: {{preserve_sources_list: true}}' >/etc/cloud/cloud.cfg.d/99-nested-pve-apt.cfg
-for unit in pve-guests pve-ha-lrm pve-ha-crm pvescheduler pvestatd pveproxy spiceproxy pvedaemon pvefw-logger \\
-        pve-firewall pve-cluster rrdcached; do
+for unit in pve-guests pve-ha-lrm pve-ha-crm pvescheduler pvestatd pveproxy spiceproxy pvedaemon \\
+        pvefw-logger pve-firewall pve-cluster rrdcached; do
     systemctl stop $unit.service 2>/dev/null || :
 done
 ! mountpoint -q /etc/pve || {{ echo '/etc/pve is still mounted: pve-cluster does not stop' >&2; exit 1; }}

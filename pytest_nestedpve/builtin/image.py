@@ -6,24 +6,39 @@ import posixpath
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_nestedpve.builtin import imagefile, whereabouts
+from pytest_nestedpve.builtin.checks.storages import contents, usable
+from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.pve.ssh import SshConnection
 
 STORAGE = "local"
 
 
 def source(env: Environment) -> str:
-    """What the leaf boots: `leaf_image`, else the image of the nested VM itself. Raises PveError."""
-    wanted = env.settings.leaf_image or env.facts.get("preflight", {}).get("image")
+    """What the leaf boots: `leaf_image`, else the image of the nested VM itself; beside a template the
+    Debian image that the outer host has. Raises PveError."""
+    found = env.facts.get("preflight", {})
+    wanted = env.settings.leaf_image or found.get("image")
+    if not wanted and found.get("template") and not env.attached:
+        wanted = _of_the_host(whereabouts.outer(env))
     if not wanted:
         raise PveError(
-            "expected an image for the leaf, found none: the nested VM is a clone of a template, so name one "
+            "expected an image for the leaf, found none, nor a Debian image on the outer host: name one "
             "in nested_pve_leaf_image (a URL with #sha256:…, a volume of the outer host, or a local file)"
         )
     return str(wanted)
+
+
+def _of_the_host(host: PveHost) -> str | None:
+    volumes: list[str] = []
+    for each in entries(host.api.get(f"/nodes/{host.node}/storage", content="import")):
+        if usable(each) and "import" in contents(each):
+            volumes += imagefile.listed(host, str(each["storage"]))
+    return next(iter(imagefile.debian(volumes)), None)
 
 
 def download_image(env: Environment, timeout: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,6 +32,7 @@ ENDINGS = (".qcow2", ".raw", ".vmdk", ".ova")
 DIGITS = 16
 """Hexadecimal digits of the checksum that a file's name carries."""
 _PIECE = 1 << 20
+_DEBIAN = re.compile(r"debian-(?P<release>12|13)\b.*\.(?:qcow2|raw)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ def file_name(given: str) -> str:
             f"expected an image whose name ends with {', '.join(ENDINGS)} (what PVE imports), found {given!r}"
         )
     return name
+
+
+def debian(volumes: Iterable[str]) -> list[str]:
+    """Those that are Debian cloud images by their names, best first: the newest release, of one release's
+    images the generic ones, which have all drivers."""
+    matches = {volid: m for volid in volumes if (m := _DEBIAN.search(volid.rpartition("/")[2]))}
+    return sorted(matches, key=lambda v: (int(matches[v]["release"]), "generic" in v, v), reverse=True)
 
 
 def _named(given: str, checksum: str) -> str:

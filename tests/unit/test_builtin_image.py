@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import environments
+from memory_host import MemoryHost
 
 from pytest_nestedpve import values
 from pytest_nestedpve.builtin import image, imagefile
@@ -92,6 +98,24 @@ def test_without_a_setting_the_leaf_boots_what_the_nested_vm_boots() -> None:
 def test_a_clone_needs_an_image_for_its_leaf() -> None:
     with pytest.raises(PveError, match="nested_pve_leaf_image"):
         image.source(environment(own=None))
+
+
+def test_beside_a_template_the_leaf_boots_the_newest_debian_that_the_host_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    memory = MemoryHost(tmp_path / "host.json")
+    with environments(memory, tmp_path) as make:
+        env = make()
+        env.facts["preflight"] = {"image": None, "template": 100, "node": "father"}
+        with memory.open() as model:
+            for name in ("debian-12-generic-amd64", "alpine"):
+                model.state["volumes"][f"local:import/{name}.qcow2"] = {"content": "import", "vmid": None}
+        assert image.source(env) == "local:import/debian-13-genericcloud-amd64.qcow2"
+        with memory.open() as model:
+            model.state["volumes"].clear()
+        with pytest.raises(PveError, match="nor a Debian image on the outer host"):
+            image.source(env)
 
 
 @pytest.mark.parametrize(

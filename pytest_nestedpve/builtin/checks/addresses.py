@@ -22,8 +22,7 @@ def address(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "address", f"addresses by DHCP for {seen.workers} workers, each with a VM of its own",
             f"one for all of them, {wanted} ({origin})",
-            "Take ip=dhcp (an address kept for each MAC does not help: they are new each time), leave out -n, "
-            "or share one nested PVE (nested_pve_scope = run).",
+            "Take ip=dhcp, leave out -n, or share one nested PVE (nested_pve_scope = run).",
         )  # fmt: skip
         return
     there = seen.host.run(["ip", "-4", "-o", "addr", "show", "to", str(wanted.ip)], timeout=20)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from pytest_nestedpve.pve.storages import nodes_of, vm_can
 if TYPE_CHECKING:
     from pytest_nestedpve.builtin.checks.seen import Seen
 
-_IMAGE = re.compile(r"debian-(?P<release>12|13)\b.*\.(?:qcow2|raw)\Z", re.IGNORECASE)
 _SITE = "cloud.debian.org"
 _NAME = "debian-13-genericcloud-amd64.qcow2"
 
@@ -50,12 +48,9 @@ def image(seen: Seen) -> Iterator[Finding]:
         )  # fmt: skip
         return
     volumes = [volid for storage in importing for volid in _imports(seen, storage)]
-    matches = {volid: m for volid in volumes if (m := _IMAGE.search(volid.rpartition("/")[2]))}
-    if matches:
-        # The newest release; of one release's images the generic ones, which have all drivers.
-        best = max(matches, key=lambda v: (int(matches[v]["release"]), "generic" in v, v))
-        several = f", of {len(matches)} Debian images the newest" if len(matches) > 1 else ""
-        seen.choose(f"found among the import volumes{several}", image=best)
+    if images := imagefile.debian(volumes):
+        several = f", of {len(images)} Debian images the newest" if len(images) > 1 else ""
+        seen.choose(f"found among the import volumes{several}", image=images[0])
     elif len(volumes) == 1:
         seen.choose("the only import volume", image=volumes[0])
     else:
