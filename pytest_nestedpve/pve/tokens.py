@@ -54,6 +54,7 @@ class Tokens:
         self._see: HttpsClient | None = None
         self._see_name = ""
         self._see_until = Deadline(0)
+        self._renewing = False
         self._act: dict[str, _Acting] = {}
 
     # -- the two identities --------------------------------------------------------------------
@@ -63,7 +64,7 @@ class Tokens:
         with self._lock:
             if self._see is None:
                 self._see_by_ssh()
-            elif self._see_until.elapsed() > SEE_SECONDS * 0.8:
+            elif self._see_until.elapsed() > SEE_SECONDS * 0.8 and not self._renewing:
                 self._see_again()
             assert self._see is not None
             return self._see
@@ -161,16 +162,20 @@ class Tokens:
     def _see_again(self) -> None:
         old, old_name = self._see, self._see_name
         name = SEES + secrets.token_hex(4)
+        self._renewing = True  # what is asked meanwhile goes by the old one
         try:
-            value = self._new_token(name, SEE_SECONDS, separate=False)
-        except (NoHttps, Unauthorized):
-            self._see = None
-            return self._see_by_ssh()
-        self._set_see(self._read_trust(), name, value)
-        self._remove(old_name)
+            try:
+                value = self._new_token(name, SEE_SECONDS, separate=False)
+            except (NoHttps, Unauthorized):
+                self._see = None
+                self._see_by_ssh()
+                return
+            self._set_see(self._read_trust(), name, value)
+            self._remove(old_name)
+        finally:
+            self._renewing = False
         if old is not None:
             old.close()
-        return None
 
     def _set_see(self, trust: Trust, name: str, value: Any) -> None:
         self._see = self._client(trust, name, value)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from https_host import HttpsHost, certificate, https_host
 
+from pytest_nestedpve.pve import tokens
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import (
     ApiError,
@@ -235,6 +236,20 @@ def test_a_token_that_is_gone_is_replaced_once(host: HttpsHost, api: HostApi) ->
     host.tokens.clear()
     assert api.get("/version") == {"by": "https"}
     assert sum("pveum" in command for command in host.commands) == 2
+
+
+def test_a_session_that_outlasts_its_token_makes_the_next_one_with_it_and_removes_it(
+    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.get("/version")
+    (old,) = host.tokens
+    monkeypatch.setattr(tokens, "SEE_SECONDS", 0)
+    assert api.get("/version") == {"by": "https"}
+    monkeypatch.undo()
+    assert api.get("/version") == {"by": "https"}
+    assert old not in host.tokens
+    assert sum("pveum" in command for command in host.commands) == 1
+    assert host.pvesh() == []
 
 
 def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
