@@ -157,8 +157,10 @@ def _console(host: PveHost, node: str, vmid: int) -> str:
         f"( printf '\\r'; sleep 3 ) | timeout 5 socat - UNIX-CONNECT:{socket}; true; else exit 3; fi",
         timeout=ITEM,
     )
-    if not result.ok or not result.stdout.strip():
+    if not result.ok:
         raise NotThere("the host keeps no log of a serial device of this VM, and none could be listened to")
+    if not result.stdout.strip():
+        raise NotThere("the log of the VM's serial device is there, and empty")
     return result.stdout
 
 
