@@ -59,6 +59,8 @@ class Ssh:
 class Env:
     """As much of an environment as NestedPve needs."""
 
+    attached = False
+
     def __init__(self, directory: Path) -> None:
         self.ssh = Ssh()
         self.directory = RunDirectory(directory)
