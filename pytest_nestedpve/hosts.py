@@ -94,17 +94,6 @@ def lab_hindrance() -> str | None:
     return None
 
 
-def lab_hindrance() -> str | None:
-    """Why no lab can run on this machine; None if one can. Starts none."""
-    from pytest_nestedpve.lab import requirements
-
-    try:
-        requirements.check()
-    except PveError as e:
-        return str(e)
-    return None
-
-
 def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:
     """Log in. Raises HostUnreachable, HostKeyMismatch, LoginRefused; each says what to do."""
     from pytest_nestedpve.pve.host import PveHost
