@@ -47,14 +47,14 @@ def _render() -> None:
 
 def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
     """Members that exist, as /cluster/resources shows them, without the pool."""
-    seen, rows = broadcast.last(), []
+    seen, containers, rows = broadcast.last(), guests.containers(), []
     for vmid in store().members(pool):
         body = store().get("qemu", vmid)
         if body is not None and only in (None, "qemu"):
             row = broadcast.guest_row(vmid, body["conf"], seen)
             row.pop("pool", None)
             rows.append(row)
-        container = guests.containers().get(vmid)
+        container = containers.get(vmid)
         if container is not None and only in (None, "lxc"):
             rows.append(broadcast.container_row(vmid, container))
     for name in (store().get("pool", pool) or {}).get("storages", []):
