@@ -68,8 +68,8 @@ def against_template(settings: Settings, option: Any, selects: bool) -> str | No
     given = [name for name, is_given in others.items() if is_given]
     if given:
         return (
-            f"--nested-make-template and {', '.join(given)} contradict each other: the nested VM is made anew, "
-            "becomes the template, and no test has it; leave one of them out"
+            f"--nested-make-template and {', '.join(given)} contradict each other: the nested VM is made "
+            "anew, becomes the template, and no test has it; leave one of them out"
         )
     if selects:
         return "--nested-make-template collects no tests, so -k selects nothing: leave it out"

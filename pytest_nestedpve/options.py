@@ -241,7 +241,7 @@ def register(parser: pytest.Parser) -> None:
         "--nested-make-template",
         action="store_true",
         default=False,
-        help="collect no tests; make a template of the nested VM after setup_network, for nested_pve_template",
+        help="collect no tests; make a template of the nested VM after setup_network (nested_pve_template)",
     )
     group.addoption(
         "--nested-skip",

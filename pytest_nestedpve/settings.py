@@ -116,8 +116,8 @@ class Settings:
             changes[key.target] = _parse(key, Text(text, Path("/")), f"{key.name} in {where}")
             if key.name == "image" and changes[key.target].startswith("/"):
                 raise SettingsError(
-                    f"image in {where}: expected a volume, or a URL with its checksum; found {text!r}: a file "
-                    "would be one of whoever runs pytest"
+                    f"image in {where}: expected a volume, or a URL with its checksum; found {text!r}: a "
+                    "file would be one of whoever runs pytest"
                 )
             origins[key.name] = where
         foreign = sorted(set(profile) - PROFILE_KEYS)

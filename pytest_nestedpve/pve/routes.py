@@ -104,7 +104,7 @@ def cloned(path: str) -> tuple[str, int] | None:
 
 
 def of_clone(config: Mapping[str, Any]) -> list[Grant]:
-    """What is needed beside the template itself to clone a VM of that configuration: its storages, bridges."""
+    """What is needed beside the template itself to clone a VM of that configuration: storages, bridges."""
     nets = {key: value for key, value in config.items() if re.match(r"net\d+\Z", key)}
     return [storage_grant(name) for name in sorted(storages(config))] + grants("", nets)
 
