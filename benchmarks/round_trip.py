@@ -45,7 +45,7 @@ def bound(step: Step) -> str:
     playbooks = sum(each.seconds or 0.0 for each in step.playbooks)
     parts = {
         f"Ansible, {len(step.playbooks)} playbook(s)": playbooks,
-        f"{step.calls} commands over SSH": step.call_seconds,
+        f"{step.calls} calls and commands": step.call_seconds,
     }
     shown = [f"{seconds:.1f} s {what}" for what, seconds in parts.items() if seconds >= 0.05]
     rest = whole - playbooks - step.call_seconds

@@ -61,7 +61,7 @@ def test_a_round_trip_says_phase_by_phase_what_bounds_it() -> None:
     ]
     report = build(log)
     assert [row.name for row in rows(report)] == ["round_trip.setup_ssh", "round_trip"]
-    assert "7.0 s Ansible, 1 playbook(s), 0.5 s 1 commands over SSH, 1.5 s between" in bound(report.steps[0])
+    assert "7.0 s Ansible, 1 playbook(s), 0.5 s 1 calls and commands, 1.5 s between" in bound(report.steps[0])
 
 
 UPID = "UPID:father:00000276:0034E7DA:6B05D800:qmstart:99921:root@pam!npve:"
