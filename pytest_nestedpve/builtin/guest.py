@@ -136,7 +136,7 @@ def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
 
 def task(host: PveHost, answer: Any, limit: float) -> None:
     """Await the task that a call answered with; calls that fork none answer nothing. Raises PveError."""
-    if isinstance(answer, str) and answer.startswith("UPID:"):
+    if isinstance(answer, str) and answer.strip():
         wait_task(host.api, answer, timeout=limit)
 
 
