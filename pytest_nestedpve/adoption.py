@@ -108,7 +108,8 @@ class Watch:
         if not inside and number in ids_in_pools(env.outer):
             raise NotAdopted(f"{what}: it is in another resource pool; have the tool make it in {pool}")
         tags = ";".join(dict.fromkeys((*read_tags(config.get("tags")), TAG, run.tag)))
-        api.put(
+        # Not by the run's token: it is not in the pool yet, and unmarked nothing is put there.
+        env.outer.unfenced().api.put(
             f"/nodes/{node}/qemu/{number}/config",
             description=described,
             tags=tags,

@@ -123,6 +123,18 @@ class AuditedApi:
         narrower = getattr(self.wrapped, "within", None)
         return self if narrower is None else AuditedApi(narrower(pool), self.audit, self.host)
 
+    def unfenced(self) -> AuditedApi:
+        """See `HostApi.unfenced`."""
+        return self._wider("unfenced")
+
+    def free(self) -> AuditedApi:
+        """See `HostApi.free`."""
+        return self._wider("free")
+
+    def _wider(self, how: str) -> AuditedApi:
+        wider = getattr(self.wrapped, how, None)
+        return self if wider is None else AuditedApi(wider(), self.audit, self.host)
+
     def close(self) -> None:
         ending = getattr(self.wrapped, "close", None)
         if ending is not None:

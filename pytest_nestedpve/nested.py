@@ -62,7 +62,7 @@ class NestedPve:
     @property
     def node(self) -> str:
         """Its own node name, the NODE of /nodes/NODE. Raises PveError."""
-        return self.inner.node
+        return self._env.inner.node
 
     @property
     def host(self) -> PveHost:
@@ -72,8 +72,11 @@ class NestedPve:
 
     @property
     def inner(self) -> PveHost:
-        """The nested PVE as a host: `inner.api.get("/version")`, `inner.run("pveversion")`."""
-        return self._env.inner
+        """The nested PVE as a host: `inner.api.get("/version")`, `inner.run("pveversion")`.
+
+        With root's rights for everything: it is the test's own.
+        """
+        return self._env.inner.free()
 
     @property
     def leaf(self) -> SshConnection:
@@ -83,7 +86,7 @@ class NestedPve:
 
     def ssh(self, command: str | list[str], *, timeout: float = 60.0) -> CommandResult:
         """Run a command on the nested PVE as root; a list is an argv, a string is shell text."""
-        return self.inner.run(command, timeout=timeout)
+        return self._env.inner.run(command, timeout=timeout)
 
     @property
     def ssh_config(self) -> Path:
@@ -127,7 +130,7 @@ class NestedPve:
         """The certificate authority that the nested PVE's certificate is of, read over SSH."""
         path = self._env.run.dir / _CA_FILE
         if not path.exists():
-            return self._env.run.directory.write(_CA_FILE, self.inner.ssh.get("/etc/pve/pve-root-ca.pem"))
+            return self._env.run.directory.write(_CA_FILE, self._env.inner.ssh.get("/etc/pve/pve-root-ca.pem"))
         return path
 
     @property
@@ -152,7 +155,7 @@ class NestedPve:
             self._env.hide(password)
             # Each time: the nested PVE may have gone back to a state of before the first one.
             line = f"root:{password}\n".encode()
-            self.inner.run(["chpasswd"], stdin=line, timeout=60, secret=True).check()
+            self._env.inner.run(["chpasswd"], stdin=line, timeout=60, secret=True).check()
             if not known:
                 self._env.run.directory.write(path.name, password + "\n")
             return password

@@ -85,15 +85,29 @@ class HostApi:
     """
 
     def __init__(
-        self, ssh: SshLike, *, _line: Line | None = None, _pool: Callable[[], str] | None = None
+        self,
+        ssh: SshLike,
+        *,
+        _line: Line | None = None,
+        _pool: Callable[[], str] | None = None,
+        _free: bool = False,
     ) -> None:
         self.line = Line(ssh) if _line is None else _line
         self._ssh = ssh
         self._pool = _pool
+        self._free = _free
 
     def within(self, pool: Callable[[], str]) -> HostApi:
         """This API, acting on guests by a token that PVE lets touch nothing but the pool's."""
         return HostApi(self._ssh, _line=self.line, _pool=pool)
+
+    def unfenced(self) -> HostApi:
+        """This API, changing guests as root: for a VM that is not in the run's pool yet."""
+        return HostApi(self._ssh, _line=self.line)
+
+    def free(self) -> HostApi:
+        """This API with root's rights for everything: for tests, whose own the nested PVE is."""
+        return HostApi(self._ssh, _line=self.line, _free=True)
 
     def listen(self, tell: Tell, hide: Callable[[str], None]) -> None:
         """Hear of the calls that are made beside the caller's own, and of the secrets that come up."""
@@ -126,7 +140,7 @@ class HostApi:
 
     def _call(self, method: str, path: str, params: dict[str, Any]) -> Any:
         pool = self._pool() if self._pool is not None else None
-        who = routes.identity(method, path, params, pool=pool)
+        who = routes.identity(method, path, params, pool=pool, free=self._free)
         if who is not Identity.ROOT and self.line.up:
             patience, pause = self.line.patience(), FIRST_PAUSE
             while True:

@@ -158,6 +158,19 @@ def test_without_a_pool_guests_are_changed_by_root(host: HttpsHost) -> None:
     assert host.guest_calls() == []
 
 
+def test_a_test_does_with_its_own_nested_pve_what_it_likes(host: HttpsHost, api: HostApi) -> None:
+    assert api.free().post("/nodes/father/qemu", vmid=500) == {"by": "https"}
+    assert api.free().delete("/nodes/father/storage/local/content/local:500/x.raw") == {"by": "https"}
+    assert {each.token.startswith("npve-see-") for each in host.guest_calls()} == {True}
+    assert host.pvesh() == []
+    assert api.free().put(f"{VM}/config", args="-device x") == {"by": "pvesh"}
+
+
+def test_what_is_not_in_the_pool_yet_is_changed_by_root(host: HttpsHost, api: HostApi) -> None:
+    assert api.unfenced().put(f"{VM}/config", tags="x") == {"by": "pvesh"}
+    assert host.guest_calls() == []
+
+
 def test_parameters_arrive_as_they_are(host: HttpsHost, api: HostApi) -> None:
     value = "a b&c=d\nü%41+\"';"
     api.post(f"{VM}/agent/exec", command=["sh", "-c", value], flag=True, off=False, left_out=None)
