@@ -130,7 +130,8 @@ class NestedPve:
         """The certificate authority that the nested PVE's certificate is of, read over SSH."""
         path = self._env.run.dir / _CA_FILE
         if not path.exists():
-            return self._env.run.directory.write(_CA_FILE, self._env.inner.ssh.get("/etc/pve/pve-root-ca.pem"))
+            authority = self._env.inner.ssh.get("/etc/pve/pve-root-ca.pem")
+            return self._env.run.directory.write(_CA_FILE, authority)
         return path
 
     @property

@@ -12,6 +12,8 @@ import pytest
 from acceptance.conftest import CONFTEST, Project, make_project
 from memory_phases import PHASES
 
+pytestmark = pytest.mark.thorough
+
 SET_UP = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 TAKEN = ("provision", "start_vm", "wait_ip")
 PVE = ("--nested-attach", "pve1")

@@ -14,6 +14,8 @@ from acceptance.conftest import CONFTEST, Project
 from memory_phases import PHASES
 from terminals import on_terminal
 
+pytestmark = pytest.mark.thorough
+
 SECRET = "0f0f0f0f-1111-2222-3333-444455556666"
 READY = f"""
 from memory_host import MemorySsh

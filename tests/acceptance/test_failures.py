@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from acceptance.conftest import Project
 
+pytestmark = pytest.mark.thorough
+
 # A guest whose agent answers, and a host that can be told to say something wrong, or nothing at all.
 HOST = """
 

@@ -14,6 +14,8 @@ HOOKS = """
 
 import json
 
+pytestmark = pytest.mark.thorough
+
 def told(**fields):
     with (HERE / "told").open("a") as out:
         out.write(json.dumps(fields) + "\\n")

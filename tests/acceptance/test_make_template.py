@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from acceptance.conftest import CONFTEST, Project, make_project
 
+pytestmark = pytest.mark.thorough
+
 MAKE = "--nested-make-template"
 ONLY = "--nested-destroy-only"
 # In memory there is no guest: what is run on it goes well, and it shuts down at once.

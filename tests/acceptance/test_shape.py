@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from acceptance.conftest import Project
 
+pytestmark = pytest.mark.thorough
+
 SEES = """
 
 SEEN = ("cores", "memory", "disk", "image", "vm_options", "extra_vars", "playbook_dir", "storage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def _import_nodes(
             yield from _import_nodes(node, inside_functions=inside_functions, for_types=for_types)
 
 
+@functools.cache
 def imports(name: str, *, inside_functions: bool = False, for_types: bool = False) -> set[str]:
     """Full names that a module imports when it is loaded; if wanted, also in functions or for types only."""
     path = MODULES[name]
