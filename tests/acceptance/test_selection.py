@@ -181,6 +181,7 @@ def test_the_header_says_host_run_and_what_will_be_made(project: Project) -> Non
     assert made in result.output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["load", "loadscope", "worksteal"])
 def test_under_xdist_each_worker_does_what_its_steps_need(project: Project, mode: str) -> None:
     project.plugins = ("xdist",)
@@ -190,6 +191,7 @@ def test_under_xdist_each_worker_does_what_its_steps_need(project: Project, mode
     assert project.done().count("provision") <= 2
 
 
+@pytest.mark.thorough
 def test_a_short_pytest_timeout_does_not_cut_the_set_up_off(project: Project) -> None:
     project.plugins = ("timeout",)
     text = (

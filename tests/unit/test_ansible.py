@@ -30,7 +30,7 @@ from pytest_nestedpve.ansible import (
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.timing import Deadline, wait_until
 
-pytestmark = pytest.mark.usefixtures("private")
+pytestmark = [pytest.mark.usefixtures("private"), pytest.mark.thorough]
 
 SECRET = "hunter2-Zq81xkP"
 LOCAL = Inventory(

@@ -23,6 +23,8 @@ from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings
 
+pytestmark = pytest.mark.thorough
+
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
 NAMES = (
     "pve_install_release", "pve_install_repository_url", "pve_install_key_url", "pve_install_key_checksum",
