@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nestedpve.masking import Masker
-from pytest_nestedpve.pve.api import Api, carried_by, carrier
+from pytest_nestedpve.pve.api import Api, Verbs, carried_by, carrier
 from pytest_nestedpve.pve.errors import ApiError
 from pytest_nestedpve.pve.host import PveHost
 
@@ -102,7 +102,7 @@ def task_ids(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-class AuditedApi:
+class AuditedApi(Verbs):
     """An Api that writes each call, and each task a call started, into the audit log."""
 
     def __init__(self, api: Api, audit: AuditLog, host: str) -> None:
@@ -120,20 +120,19 @@ class AuditedApi:
 
     def within(self, pool: Callable[[], str]) -> AuditedApi:
         """See `HostApi.within`."""
-        narrower = getattr(self.wrapped, "within", None)
-        return self if narrower is None else AuditedApi(narrower(pool), self.audit, self.host)
+        return self._other("within", pool)
 
     def unfenced(self) -> AuditedApi:
         """See `HostApi.unfenced`."""
-        return self._wider("unfenced")
+        return self._other("unfenced")
 
     def free(self) -> AuditedApi:
         """See `HostApi.free`."""
-        return self._wider("free")
+        return self._other("free")
 
-    def _wider(self, how: str) -> AuditedApi:
-        wider = getattr(self.wrapped, how, None)
-        return self if wider is None else AuditedApi(wider(), self.audit, self.host)
+    def _other(self, how: str, *args: Any) -> AuditedApi:
+        other = getattr(self.wrapped, how, None)
+        return self if other is None else AuditedApi(other(*args), self.audit, self.host)
 
     def close(self) -> None:
         ending = getattr(self.wrapped, "close", None)
@@ -143,25 +142,13 @@ class AuditedApi:
     def _beside(self, transport: str, cmd: str, rc: int, ms: float) -> None:
         self.audit.write("call", host=self.host, transport=transport, cmd=cmd, rc=rc, ms=ms)
 
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._call("get", self.wrapped.get, path, params)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._call("post", self.wrapped.post, path, params)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._call("put", self.wrapped.put, path, params)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._call("delete", self.wrapped.delete, path, params)
-
-    def _call(self, verb: str, send: Callable[..., Any], path: str, params: dict[str, Any]) -> Any:
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
         started = time.monotonic()
         rc: int | None = 0
         error: str | None = None
         carried_by(None)
         try:
-            answer = send(path, **params)
+            answer = getattr(self.wrapped, verb)(path, **params)
         except BaseException as e:
             rc = e.rc if isinstance(e, ApiError) and e.rc is not None else 255
             error = str(e) or type(e).__name__

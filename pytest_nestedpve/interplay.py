@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,23 +26,34 @@ def clean_scope(item: pytest.Item) -> str:
     return node.nodeid
 
 
-def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None:
-    """Why what was asked for beside --nested-doctor does not go with it; None if nothing does not."""
+def _given(settings: Settings, option: Any, more: Mapping[str, bool]) -> list[str]:
+    """What was asked for that goes with nothing but tests; `more` by the option's name."""
     others = {
         "--nested-destroy-only": settings.destroy_only,
-        "--nested-dry-run": settings.dry_run,
         "--nested-exec": settings.exec_command is not None,
         "--nested-env-file": settings.env_file is not None,
-        "--nested-make-template": settings.make_template,
         "--nested-keep": settings.keep != "no",
-        "--nested-skip": bool(settings.skip),
-        "--nested-attach": getattr(settings, "attach", None) is not None,
-        "--context-file": settings.context_file is not None,
+        "--nested-attach": settings.attach is not None,
+        **more,
         "--collect-only": getattr(option, "collectonly", False),
         "--setup-only": getattr(option, "setuponly", False),
         "--setup-plan": getattr(option, "setupplan", False),
     }
-    given = [name for name, is_given in others.items() if is_given]
+    return [name for name, is_given in others.items() if is_given]
+
+
+def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None:
+    """Why what was asked for beside --nested-doctor does not go with it; None if nothing does not."""
+    given = _given(
+        settings,
+        option,
+        {
+            "--nested-dry-run": settings.dry_run,
+            "--nested-make-template": settings.make_template,
+            "--nested-skip": bool(settings.skip),
+            "--context-file": settings.context_file is not None,
+        },
+    )
     if given:
         return (
             f"--nested-doctor and {', '.join(given)} contradict each other: the doctor only looks, "
@@ -55,17 +66,7 @@ def against_doctor(settings: Settings, option: Any, selects: bool) -> str | None
 
 def against_template(settings: Settings, option: Any, selects: bool) -> str | None:
     """Why what was asked for beside --nested-make-template does not go with it; None if nothing does not."""
-    others = {
-        "--nested-destroy-only": settings.destroy_only,
-        "--nested-exec": settings.exec_command is not None,
-        "--nested-env-file": settings.env_file is not None,
-        "--nested-keep": settings.keep != "no",
-        "--nested-attach": getattr(settings, "attach", None) is not None,
-        "--collect-only": getattr(option, "collectonly", False),
-        "--setup-only": getattr(option, "setuponly", False),
-        "--setup-plan": getattr(option, "setupplan", False),
-    }
-    given = [name for name, is_given in others.items() if is_given]
+    given = _given(settings, option, {})
     if given:
         return (
             f"--nested-make-template and {', '.join(given)} contradict each other: the nested VM is made "

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.ownership import uuid_of
+from pytest_nestedpve.pve.api import Verbs
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import GuestNotFound
 from pytest_nestedpve.pve.guests import guest_config
@@ -41,24 +42,12 @@ def chosen(env: Environment) -> PveHost:
     return host if node is None or env.attached else host.at(str(node))
 
 
-class Following:
+class Following(Verbs):
     """The API; calls for the nested VM find it where it is."""
 
     def __init__(self, env: Environment, api: Api) -> None:
         self._env = env
         self._api = api
-
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._call("get", path, params)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._call("post", path, params)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._call("put", path, params)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._call("delete", path, params)
 
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
         facts = self._env.facts.get("provision", {})

@@ -30,6 +30,25 @@ class Api(Protocol):
     def delete(self, path: str, /, **params: Any) -> Any: ...
 
 
+class Verbs:
+    """An Api that treats the four verbs alike: all are `_call`, with the name of the verb in lower case."""
+
+    def get(self, path: str, /, **params: Any) -> Any:
+        return self._call("get", path, params)
+
+    def post(self, path: str, /, **params: Any) -> Any:
+        return self._call("post", path, params)
+
+    def put(self, path: str, /, **params: Any) -> Any:
+        return self._call("put", path, params)
+
+    def delete(self, path: str, /, **params: Any) -> Any:
+        return self._call("delete", path, params)
+
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
 @contextmanager
 def call_limit(seconds: float) -> Iterator[None]:
     """Within this block one API call of this thread may take `seconds` (nominal).

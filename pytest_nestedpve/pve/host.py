@@ -114,21 +114,21 @@ class PveHost:
 
     def within(self, pool: Callable[[], str]) -> PveHost:
         """The same host, acting on guests inside of that pool only, where its API can have PVE see to it."""
-        narrower = getattr(self.api, "within", None)
-        return self if narrower is None else self._with(narrower(pool))
+        return self._other("within", pool)
 
     def unfenced(self) -> PveHost:
         """The same host, changing guests as root: for a VM that is not in the run's pool yet."""
-        wider = getattr(self.api, "unfenced", None)
-        return self if wider is None else self._with(wider())
+        return self._other("unfenced")
 
     def free(self) -> PveHost:
         """The same host, with root's rights for everything."""
-        wider = getattr(self.api, "free", None)
-        return self if wider is None else self._with(wider())
+        return self._other("free")
 
-    def _with(self, api: Api) -> PveHost:
-        return self._like(PveHost(self.name, self.ssh, api, self._node), entry=self._entry)
+    def _other(self, how: str, *args: Any) -> PveHost:
+        other = getattr(self.api, how, None)
+        if other is None:
+            return self
+        return self._like(PveHost(self.name, self.ssh, other(*args), self._node), entry=self._entry)
 
     def close(self) -> None:
         """Give up what the API made for itself on the host, then the connection."""

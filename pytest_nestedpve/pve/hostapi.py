@@ -12,7 +12,7 @@ from typing import Any
 
 from pytest_nestedpve.pve import routes
 from pytest_nestedpve.pve.answers import entries
-from pytest_nestedpve.pve.api import carried_by, current_call_limit
+from pytest_nestedpve.pve.api import Verbs, carried_by, current_call_limit
 from pytest_nestedpve.pve.errors import NodeUnreachable, PermissionDenied, PveError, SshError
 from pytest_nestedpve.pve.host import SshLike
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, NotTaken, ReplyLost, Unauthorized, Untrusted
@@ -77,7 +77,7 @@ class Line:
         return Deadline(RESTART if self._worked else 0)
 
 
-class HostApi:
+class HostApi(Verbs):
     """The API of a host, seen by one token and acted on, within a pool, by another (design: ownership).
 
     Raises the errors of `pve.errors`. A call whose answer was lost is repeated only if it changes nothing;
@@ -124,31 +124,19 @@ class HostApi:
         """Remove this session's tokens from the host."""
         self.line.tokens.close()
 
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._call("get", path, params)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._call("post", path, params)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._call("put", path, params)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._call("delete", path, params)
-
     # -- one call ------------------------------------------------------------------------------
 
-    def _call(self, method: str, path: str, params: dict[str, Any]) -> Any:
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
         pool = self._pool() if self._pool is not None else None
-        who = routes.identity(method, path, params, pool=pool, free=self._free)
+        who = routes.identity(verb, path, params, pool=pool, free=self._free)
         if who is not Identity.ROOT and self.line.up:
             patience, pause = self.line.patience(), FIRST_PAUSE
             while True:
                 try:
-                    answer = self._by_https(method, path, params, who, pool)
+                    answer = self._by_https(verb, path, params, who, pool)
                 except NoHttps as error:
                     if isinstance(error, NotTaken) and pause == FIRST_PAUSE:
-                        self._refuse_if_off(method, path, error)
+                        self._refuse_if_off(verb, path, error)
                     # Nothing was done, so it can be tried again.
                     if not isinstance(error, NotTaken) or patience.remaining() <= pause:
                         self.line.failed(error)
@@ -159,7 +147,7 @@ class HostApi:
                     self.line.works()
                     return answer
         carried_by("pvesh")
-        return getattr(self.line.pvesh, method)(path, **params)
+        return getattr(self.line.pvesh, verb)(path, **params)
 
     def _refuse_if_off(self, method: str, path: str, error: NotTaken) -> None:
         """Raises NodeUnreachable when the call is for a node of the cluster that is off: nothing is wrong

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import entries, mapping, whole
+from pytest_nestedpve.pve.api import Verbs
 from pytest_nestedpve.pve.errors import NotFound, PveError
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
 from pytest_nestedpve.pve.routes import Grant
@@ -252,23 +253,14 @@ class _Acting:
         self.granted: set[Grant] = set()
 
 
-class _Direct:
+class _Direct(Verbs):
     """The token that sees, as the Api that the functions below want."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
 
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._tokens.send("GET", path, **params)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._tokens.send("POST", path, **params)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._tokens.send("PUT", path, **params)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._tokens.send("DELETE", path, **params)
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
+        return self._tokens.send(verb.upper(), path, **params)
 
 
 # -- what a run leaves behind ----------------------------------------------------------------------

@@ -6,19 +6,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from pytest_nestedpve.pve.answers import read_answer
-from pytest_nestedpve.pve.api import current_call_limit
+from pytest_nestedpve.pve.api import Verbs, current_call_limit
 from pytest_nestedpve.pve.errors import ApiError, BadParameter, SshError, classify, is_noise
 from pytest_nestedpve.pve.host import SshLike
 
 # Parameters whose values are kept out of messages and logs.
 SECRET_PARAMETERS = frozenset({"cipassword", "password", "value", "token", "ticket", "tfa-challenge"})
 
+# What pvesh calls the verbs that it calls otherwise.
+_PVESH = {"post": "create", "put": "set"}
+
 READ_LIMIT = 60.0
 # pvesh returns when the task that it forked has ended, so a call that changes something may last.
 WRITE_LIMIT = 900.0
 
 
-class PveshApi:
+class PveshApi(Verbs):
     """The four verbs by `pvesh get|create|set|delete PATH --k v --output-format json`.
 
     Limits per call: `read_limit` for get, `write_limit` for the others, seconds (nominal), unless
@@ -34,19 +37,9 @@ class PveshApi:
         self._read_limit = read_limit
         self._write_limit = write_limit
 
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._call("get", path, params, self._read_limit)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._call("create", path, params, self._write_limit)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._call("set", path, params, self._write_limit)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._call("delete", path, params, self._write_limit)
-
-    def _call(self, verb: str, path: str, params: dict[str, Any], limit: float) -> Any:
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
+        limit = self._read_limit if verb == "get" else self._write_limit
+        verb = _PVESH.get(verb, verb)
         call = f"{verb} {path}"
         if not path.startswith("/") or "\0" in path:
             raise BadParameter(f"expected an API path that begins with a slash, found {path!r}", call=call)
