@@ -340,6 +340,7 @@ def test_the_token_stands_in_no_log_report_or_output(ready: Project) -> None:
     result = ready.run(
         "--nested-exec", "exit 3", "-vv", "--nested-env-file", "nested.env",
         "--html", "page.html", "--self-contained-html", "--junitxml", "out.xml",
+        PYTHONDONTWRITEBYTECODE="1",  # the test's own conftest.py has it, and would have it compiled
     )  # fmt: skip
     assert result.ret == 3, result.output
     assert SECRET not in result.output
