@@ -22,6 +22,14 @@ from benchmarks.trip_plugin import COMMANDS, TASKS
 ROOT = Path(__file__).parent.parent
 SHARE, CALL_MS, STARTS, LATE = 0.9, 10.0, 6.0, 0.5
 Line = dict[str, Any]
+REBOOT = "Wait until it is up again"
+"""The task of pve-install.yml in which the node comes up again."""
+AWAITED = {
+    *(f"{phase}.tasks" for phase in ("provision", "start_vm", "leaf_provision", "leaf_start", "destroy")),
+    *(f"{phase}.{what}" for phase in ("wait_ip", "leaf_wait_ip") for what in ("agent", "cloud_init")),
+    *(f"ensure_pve.{what}" for what in ("reboot", "agent")),
+}
+"""Rows without which a measurement says nothing: one that is not there is no row that passed."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +148,21 @@ def api_calls(lines: tuple[Line, ...]) -> tuple[list[Line], list[Line]]:
 
 def measure_noticed() -> list[Row]:
     """For each wait of a phase: the time from what was waited for to its being noticed."""
-    return noticed_rows(trip())
+    rows = noticed_rows(trip())
+    missing = absent(rows)
+    if missing:
+        raise RuntimeError(f"not to be found in what the round trip left: {', '.join(missing)}")
+    return rows
+
+
+def absent(rows: list[Row]) -> list[str]:
+    """The waits that were not measured."""
+    return sorted(AWAITED - {row.name.removeprefix("noticed.") for row in rows})
 
 
 def noticed_rows(found: Trip) -> list[Row]:
     """The rows of a round trip."""
-    rows = [_row(f"{phase}.tasks", late) for phase, late in _tasks_late(found).items()]
+    rows = [_row(f"{phase}.tasks", late) for phase, late in sorted(_tasks_late(found).items())]
     for phase in ("wait_ip", "leaf_wait_ip"):
         moments = found.moments[phase]
         pings = _calls(found.lines, phase, r"post .*/agent/ping")
@@ -159,10 +176,11 @@ def noticed_rows(found: Trip) -> list[Row]:
     return rows
 
 
-def _row(name: str, late: list[float]) -> Row:
+def _row(name: str, late: list[float], also: str = "") -> Row:
     """The latest decides; the note has them all."""
     ordered = sorted(late, reverse=True)
     note = f"the latest of {len(late)}: " + ", ".join(f"{each:.2f}" for each in ordered[:12])
+    note += f"; {also}" if also else ""
     return Row(f"noticed.{name}", "s", tuple(round(each, 3) for each in ordered[:1]), (), LATE, note=note)
 
 
@@ -190,17 +208,20 @@ def _tasks_late(found: Trip) -> dict[str, list[float]]:
 
 
 def _reboot(found: Trip) -> list[Row]:
-    """From sshd's start after the reboot to the end of Ansible's task; from the agent's to its answer."""
+    """From sshd's start after the reboot to the login that it let in; from the agent's to its answer."""
     from datetime import datetime
 
     moments = found.moments.get("ensure_pve", {})
     rows = []
-    for _, event in found.artifacts:
-        data = event.get("event_data", {})
-        if event.get("event") == "runner_on_ok" and str(data.get("task_action", "")).endswith("reboot"):
-            end = datetime.fromisoformat(data["end"] + ("" if "+" in data["end"] else "+00:00")).timestamp()
-            if "ssh" in moments:
-                rows.append(_row("ensure_pve.reboot", [end - moments["ssh"]]))
+    ends = [
+        datetime.fromisoformat(data["end"] + ("" if "+" in data["end"] else "+00:00")).timestamp()
+        for _, event in found.artifacts
+        if event.get("event") == "runner_on_ok"
+        and (data := event.get("event_data", {})).get("task") == REBOOT
+    ]
+    if ends and {"ssh", "login"} <= moments.keys():
+        went_on = f"the playbook went on {ends[0] - moments['ssh']:.2f} s after sshd's start"
+        rows.append(_row("ensure_pve.reboot", [moments["login"] - moments["ssh"]], went_on))
     asked = _calls(found.lines, "ensure_pve", r"post .*/agent/ping")
     answered = [line["ts"] for line in asked if not line["rc"]]
     if answered and "qemu-guest-agent" in moments:

@@ -17,6 +17,8 @@ from benchmarks import labs
 # Moments on the guest in epoch seconds: `name moment`, one a line.
 MOMENTS = r"""
 [ -e /run/cloud-init/result.json ] && echo "cloud-init $(stat -c %.6Y /run/cloud-init/result.json)"
+journalctl -q -b -u ssh -o short-unix --no-pager 2>/dev/null |
+    sed -n "s/^\([0-9.]*\) .*Accepted publickey.*/login \1/p" | head -1
 for unit in qemu-guest-agent ssh networking systemd-networkd pveproxy; do
     journalctl -q -b -u $unit -o short-unix --no-pager 2>/dev/null |
         sed -n "s/^\([0-9.]*\) .*systemd\[1\]: Started .*/$unit \1/p" | head -1

@@ -17,7 +17,7 @@ from pytest_nestedpve.ansible import (
 )
 from pytest_nestedpve.ansible_config import GUARDS
 from pytest_nestedpve.inventory import nested_inventory
-from pytest_nestedpve.timing import Deadline
+from pytest_nestedpve.timing import Deadline, scale
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
@@ -49,7 +49,8 @@ def run(
             or nested_inventory(
                 name, address=env.ip, groups=env.settings.inventory_groups, extra=variables_of(env)
             ),
-            variables=variables,
+            # not with the variables that a phase's inputs are: another factor changes nothing on the node
+            variables={"nested_pve_timeout_scale": scale(), **variables},
             timeout=timeout,
             on_event=_progress(env),
             check=check,

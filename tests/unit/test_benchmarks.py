@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as main  # noqa: E402
 from benchmarks.round_trip import bound, rows  # noqa: E402
 from benchmarks.rows import Row  # noqa: E402
-from benchmarks.trip import Trip, api_calls, calls_rows, noticed_rows  # noqa: E402
+from benchmarks.trip import REBOOT, Trip, absent, api_calls, calls_rows, noticed_rows  # noqa: E402
 from pytest_nestedpve.report.model import build  # noqa: E402
 
 
@@ -112,3 +113,21 @@ def test_what_was_noticed_late_is_told_by_the_first_answer_that_told_it() -> Non
         "noticed.wait_ip.agent": (0.5,),
         "noticed.wait_ip.cloud_init": (0.1,),
     }
+
+
+def test_a_wait_that_was_not_measured_is_told() -> None:
+    found = Trip((), {"wait_ip": {}, "leaf_wait_ip": {}}, {}, (), ())
+    assert "ensure_pve.reboot" in absent(noticed_rows(found))
+    assert len(absent(noticed_rows(found))) == 11
+    ended = {"task": REBOOT, "end": "2026-11-24T10:00:01.5"}
+    event = ("pve-install", {"event": "runner_on_ok", "event_data": ended})
+    moment = datetime(2026, 11, 24, 10, 0, 1, tzinfo=UTC).timestamp()
+    moments = {"wait_ip": {}, "leaf_wait_ip": {}, "ensure_pve": {"ssh": moment, "login": moment + 0.25}}
+    (row,) = noticed_rows(Trip((), moments, {}, (), (event,)))
+    assert (row.name, row.ours) == ("noticed.ensure_pve.reboot", (0.25,))
+    assert "went on 0.50 s after" in row.note
+
+
+def test_the_task_of_the_reboot_is_one_of_the_playbook() -> None:
+    tasks = Path(__file__).parents[2] / "playbooks/roles/pve_install/tasks/install.yml"
+    assert f"- name: {REBOOT}\n      ansible.builtin.wait_for_connection:" in tasks.read_text()

@@ -1,0 +1,64 @@
+"""The playbooks' limits scale with the one factor, as all others do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jinja2 import Environment as Jinja
+from ruamel.yaml import YAML
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_environment import environments
+from memory_host import MemoryHost
+
+from pytest_nestedpve import timing
+from pytest_nestedpve.ansible import PlaybookResult
+from pytest_nestedpve.builtin import playbooks
+from pytest_nestedpve.environment import Environment
+
+ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
+LIMITS = {
+    name: str(value)
+    for file in ROLES.glob("*/defaults/main.yml")
+    for name, value in YAML(typ="safe").load(file.read_text()).items()
+    if name.endswith("_timeout")
+}
+
+
+@pytest.fixture
+def doubled() -> Iterator[None]:
+    before = timing.scale()
+    timing.set_scale(2.0)
+    yield
+    timing.set_scale(before)
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_a_limit_of_a_role_is_times_the_factor(name: str) -> None:
+    template = Jinja(autoescape=False).from_string(LIMITS[name])
+    plain = int(template.render())
+    assert plain > 0
+    assert template.render(nested_pve_timeout_scale=2.0) == str(2 * plain)
+
+
+@pytest.mark.usefixtures("doubled")
+def test_a_playbook_is_told_the_factor_and_may_be_told_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, object]] = []
+
+    def instead(_env: Environment, playbook: Path, **given: object) -> PlaybookResult:
+        told.append(dict(given["variables"]))  # type: ignore[call-overload]
+        return PlaybookResult(playbook.name, 0, {}, (), (), playbook)
+
+    monkeypatch.setattr(playbooks, "run_playbook", instead)
+    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
+        env = make()
+        env.facts = {"provision": {"vmid": 7, "name": "n1"}, "wait_ip": {"ip": "192.0.2.1"}}
+        playbooks.run(env, Path("some.yml"), {"a": 1}, timeout=5)
+        playbooks.run(env, Path("some.yml"), {"nested_pve_timeout_scale": 3}, timeout=5)
+    assert told == [{"nested_pve_timeout_scale": 2.0, "a": 1}, {"nested_pve_timeout_scale": 3}]
