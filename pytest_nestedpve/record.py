@@ -5,7 +5,6 @@ Kept in the run's directory, so that a later session knows what it can rely on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +50,8 @@ def parse(text: str) -> PhaseRecord:
 
 def digest(phase: str, inputs: object, before: Mapping[str, str]) -> str:
     """A hash of what a phase depends on: its own inputs, and the digests of the phases before it."""
+    import hashlib  # not at load: pytest itself does without it
+
     data = {"phase": phase, "inputs": inputs, "before": dict(before)}
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=_plain).encode()).hexdigest()
 

@@ -295,15 +295,24 @@ def _load(path: Path, problems: list[str], *, in_vain: str) -> Any:
         key = paramiko.PKey.from_path(str(path))
         key.public_blob = None
         return key
-    except (paramiko.PasswordRequiredException, TypeError):
-        problems.append(
-            f"{path} is protected by a passphrase and not in the agent: `ssh-add {name}`{in_vain}"
-        )
     except OSError as error:
         problems.append(f"{path} cannot be read: {error.strerror}")
-    except (paramiko.SSHException, ValueError, UnsupportedAlgorithm, paramiko.pkey.UnknownKeyType) as error:
-        why = str(error)[:100] or type(error).__name__
-        problems.append(f"{path} is not a private key that can be used: {why}")
+    except (
+        paramiko.SSHException,
+        TypeError,
+        ValueError,
+        UnsupportedAlgorithm,
+        paramiko.pkey.UnknownKeyType,
+    ) as error:
+        # That a passphrase is missing, each version of cryptography says in another way.
+        missing = isinstance(error, (paramiko.PasswordRequiredException, TypeError))
+        if missing or _opened_by(path) not in ("none", ""):
+            problems.append(
+                f"{path} is protected by a passphrase and not in the agent: `ssh-add {name}`{in_vain}"
+            )
+        else:
+            why = str(error)[:100] or type(error).__name__
+            problems.append(f"{path} is not a private key that can be used: {why}")
     return None
 
 
@@ -333,17 +342,29 @@ def _public_line(path: Path) -> Public | None:
 def _public_in_private(path: Path) -> Public | None:
     """OpenSSH's own form has the public key in clear, in front of what a passphrase protects."""
     with suppress(OSError, ValueError, struct.error):
-        text = path.read_text(encoding="ascii")
-        _, begin, rest = text.partition("-----BEGIN OPENSSH PRIVATE KEY-----")
-        body = base64.b64decode("".join(rest.partition("-----END")[0].split())) if begin else b""
-        magic = b"openssh-key-v1\0"
-        if body.startswith(magic):
-            body = body[len(magic) :]
-            for _ in range(3):  # cipher, derivation, its options
-                _, body = _string(body)
-            blob, _ = _string(body[4:])
-            return Public(_string(blob)[0].decode("ascii"), blob, str(path))
+        body = _openssh(path)
+        for _ in range(3):  # cipher, derivation, its options
+            _, body = _string(body)
+        blob, _ = _string(body[4:])
+        return Public(_string(blob)[0].decode("ascii"), blob, str(path))
     return None
+
+
+def _opened_by(path: Path) -> str:
+    """The cipher that protects a key of OpenSSH's own form ("none" if it is in clear); "" of any other."""
+    with suppress(OSError, ValueError, struct.error):
+        return _string(_openssh(path))[0].decode("ascii")
+    return ""
+
+
+def _openssh(path: Path) -> bytes:
+    """What follows the magic of OpenSSH's own form. Raises ValueError for any other, OSError."""
+    _, begin, rest = path.read_text(encoding="ascii").partition("-----BEGIN OPENSSH PRIVATE KEY-----")
+    body = base64.b64decode("".join(rest.partition("-----END")[0].split())) if begin else b""
+    magic = b"openssh-key-v1\0"
+    if not body.startswith(magic):
+        raise ValueError(f"{path} is not of OpenSSH's own form")
+    return body[len(magic) :]
 
 
 def _string(data: bytes) -> tuple[bytes, bytes]:

@@ -160,16 +160,16 @@ def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_hon
         - name: Tell of settings
           ansible.builtin.set_stats:
             data:
-              settings:
-                - "{{ lookup('ansible.builtin.config', 'DEFAULT_FORKS') }}"
-                - "{{ lookup('ansible.builtin.config', 'DEFAULT_TIMEOUT') }}"
-                - "{{ lookup('ansible.builtin.config', 'DEFAULT_BECOME_METHOD') }}"
+              settings: >-
+                {{ lookup('ansible.builtin.config', 'DEFAULT_FORKS') }}
+                {{ lookup('ansible.builtin.config', 'DEFAULT_TIMEOUT') }}
+                {{ lookup('ansible.builtin.config', 'DEFAULT_BECOME_METHOD') }}
               hidden: "{{ hidden }}"
         """,
         "roles: [mine, acme.pve.two]\n",
     )
     assert told(tmp_path, playbook, given) == {
-        "settings": [7, 33, "su"],
+        "settings": "7 33 su",
         "hidden": "treasure",
         "role": "here",
         "collected": "here",
