@@ -249,7 +249,11 @@ def test_options_that_reorder_or_stop_go_on_where_it_failed(project: Project, op
 
 def test_a_phase_that_hangs_is_interrupted_at_its_limit(project: Project) -> None:
     text = (project.path / "conftest.py").read_text()
-    project.write(conftest=text.replace("(phase, do=do)", "(phase, do=do, timeout=0.5)"))
+    project.write(
+        conftest=text.replace(
+            "(phase, do=do)", '(phase, do=do, timeout=0.5 if phase.name == "start_vm" else 30)'
+        )
+    )
     result = project.run("-v", "test_steps.py", HANG="start_vm")
     assert result.ret == 1, result.output
     assert "the phase start_vm did not end within its limit of 0.5 s" in result.output
