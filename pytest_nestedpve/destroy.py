@@ -122,6 +122,7 @@ class _Target:
         self.patience = Deadline(UNKNOWN_TASK)
         self.seen = ""
         self.volumes = volumes
+        self.destroyed = False
 
     def destroy(self) -> Outcome:
         """Proof, stop, proof, delete, until it is gone or the time is up."""
@@ -186,6 +187,7 @@ class _Target:
                 return None
         # Nothing is between this proof and the call: a delete is never sent to queue behind a lock.
         guests.destroy(self.api, self.node, self.vmid, timeout=self._left())
+        self.destroyed = True
         # Its task ended well; the configuration says whether it is gone, and may be another VM's by now.
         after = self._prove()
         return self._say("gone") if after.gone or (after.uuid and after.uuid != proof.uuid) else None
@@ -209,6 +211,8 @@ class _Target:
         return max(5.0, self.deadline.nominal())
 
     def _say(self, result: str, reason: str = "") -> Outcome:
+        if result == "foreign" and self.destroyed:
+            result, reason = "gone", ""  # ours is; its volumes are looked for, whoever has the id now
         return Outcome(self.vmid, self.node, result, reason)
 
     def _remains(self, proof: Proof) -> Outcome | None:

@@ -1,4 +1,4 @@
-"""Environments of runs whose outer host is in memory."""
+"""Environments of runs whose outer host is in memory, and the VMs of such a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
+from pytest_nestedpve.creation import create_marked
 from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.pve import guests
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
 
@@ -38,3 +40,12 @@ def environments(host: MemoryHost, folder: Path) -> Iterator[Make]:
             )
 
         yield make
+
+
+def ours(env: Environment, *, running: bool = False) -> int:
+    """Make a VM of the run, with a disk; its id."""
+    made = create_marked(env.outer, env.run, env.settings)
+    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    if running:
+        guests.start(env.outer.api, made.node, made.vmid)
+    return made.vmid

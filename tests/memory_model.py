@@ -41,7 +41,9 @@ def new_state(node: str) -> State:
         "files": {},
         "commands": [],
         "faults": [],
+        # Volumes that a destroy leaves: with a warning and for good, with a warning, without a word.
         "sticky": [],
+        "busy": [],
         "forgotten": [],
         "agent_answers": True,
         "storages": {
@@ -289,7 +291,7 @@ class Model:
     def drop_volumes(self, vm: State) -> int:
         warnings = 0
         for volid in volids(vm["config"]):
-            if volid in self.state["sticky"]:
+            if volid in (*self.state["sticky"], *self.state["busy"]):
                 warnings += 1
             elif volid not in self.state["forgotten"]:
                 self.volumes(vm["node"], volid).pop(volid, None)

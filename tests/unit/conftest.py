@@ -1,8 +1,47 @@
-"""Property tests are about answers, not about how busy the machine is."""
+"""What several unit tests are set up with. Properties are about answers, not about how busy a machine is."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from memory_host import MemoryHost
+
+    from pytest_nestedpve.environment import Environment
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+    """A host in memory, and a machine on which no session was before."""
+    from memory_host import MemoryHost
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return MemoryHost(tmp_path / "host.json")
+
+
+@pytest.fixture
+def env(memory: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
+    """A run on it."""
+    from memory_environment import environments
+
+    with environments(memory, tmp_path) as make:
+        yield make()
+
+
+@pytest.fixture
+def pool(env: Environment) -> None:
+    """The run's pool."""
+    from pytest_nestedpve.ownership import create_pool
+
+    create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)

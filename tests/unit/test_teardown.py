@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from memory_environment import environments
+from memory_environment import ours
 from memory_host import MemoryHost
 
 from pytest_nestedpve.creation import NoFreeId, create_marked
@@ -31,25 +27,7 @@ from pytest_nestedpve.timing import set_scale
 
 LOW, HIGH = 99900, 99999
 
-
-@pytest.fixture
-def env(tmp_path: Path) -> Iterator[Environment]:
-    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
-        yield make()
-
-
-@pytest.fixture
-def memory(env: Environment, tmp_path: Path) -> MemoryHost:
-    create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
-    return MemoryHost(tmp_path / "host.json")
-
-
-def ours(env: Environment, *, running: bool = False) -> int:
-    made = create_marked(env.outer, env.run, env.settings)
-    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
-    if running:
-        guests.start(env.outer.api, made.node, made.vmid)
-    return made.vmid
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def foreign(env: Environment, vmid: int, name: str | None, **options: Any) -> int:
@@ -174,25 +152,6 @@ def test_a_failed_destroy_is_tried_again_and_the_others_go_on(env: Environment, 
     report = teardown(env)
     assert sorted(report.destroyed) == sorted([f"VM {first}", f"VM {second}"])
     assert report.left == ()
-
-
-def test_a_volume_that_stays_is_reported(env: Environment, memory: MemoryHost) -> None:
-    vmid = ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    with memory.open() as model:
-        model.state["sticky"].append(volid)
-    report = teardown(env)
-    assert any(volid in line for line in report.left), report
-
-
-def test_a_sick_storage_of_somebody_elses_holds_up_no_teardown(env: Environment, memory: MemoryHost) -> None:
-    ours(env)
-    with memory.open() as model:
-        model.state["storages"]["nas"] = {**model.state["storages"]["local"], "path": "/mnt/nas"}
-    memory.fault("GET", "/nodes/father/storage/nas/content", text="storage 'nas' is not online", times=1000)
-    assert teardown(env).left == ()
-    with memory.open() as model:
-        assert model.state["vms"] == {}
 
 
 def test_what_a_killed_create_of_ours_left_is_removed(env: Environment, memory: MemoryHost) -> None:
@@ -344,29 +303,6 @@ def test_a_task_of_ours_that_still_works_is_stopped_and_anothers_is_waited_for(
     assert not [c for c in sent if upid in c]
 
 
-def test_a_volume_that_no_configuration_names_goes_with_its_vm(env: Environment, memory: MemoryHost) -> None:
-    vmid = ours(env)
-    theirs = "local:99800/vm-99800-disk-0.raw"
-    with memory.open() as model:
-        for volid, owner in ((f"local:{vmid}/vm-{vmid}-disk-7.raw", vmid), (theirs, 99_800)):
-            model.state["volumes"][volid] = {"content": "images", "format": "raw", "size": 1, "vmid": owner}
-    assert teardown(env).left == ()
-    with memory.open() as model:
-        assert [volid for volid in model.state["volumes"] if "/vm-" in volid] == [theirs]
-
-
-def test_a_base_goes_after_its_clones(env: Environment, memory: MemoryHost) -> None:
-    base, clone = ours(env), ours(env)
-    volid = f"local:{base}/vm-{base}-disk-0.qcow2"
-    with memory.open() as model:
-        config = model.state["vms"][str(clone)]["config"]
-        linked = f"{volid}/{clone}/vm-{clone}-disk-0.qcow2"
-        model.state["volumes"][linked] = model.state["volumes"].pop(config["scsi0"].split(",")[0])
-        config["scsi0"] = linked
-    report = teardown(env)
-    assert (sorted(report.destroyed), report.left) == (sorted([f"VM {base}", f"VM {clone}"]), ())
-
-
 def test_a_create_that_was_cut_off_and_ends_during_the_teardown_is_found(
     env: Environment, memory: MemoryHost
 ) -> None:
@@ -424,7 +360,6 @@ def test_an_id_that_stands_in_a_pool_without_a_vm_is_never_drawn(
     assert create_marked(env.outer, env.run, settings).vmid == LOW + 1
 
 
-@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("ranges", [((LOW, LOW),), ((LOW, LOW), (LOW, LOW))], ids=["one", "overlapping"])
 def test_a_full_range_is_an_error_that_says_so(env: Environment, ranges: tuple[tuple[int, int], ...]) -> None:
     settings = dataclasses.replace(env.settings, vmid_ranges=ranges)
@@ -505,18 +440,3 @@ def teardown_within(env: Environment, seconds: float) -> TeardownReport:
         return teardown(env)
     finally:
         set_scale(1.0)
-
-
-def test_an_unnamed_volume_on_a_shared_storage_is_told_and_stays(
-    env: Environment, memory: MemoryHost
-) -> None:
-    vmid = ours(env)
-    volid = f"san:{vmid}/vm-{vmid}-disk-7.qcow2"
-    with memory.open() as model:
-        model.state["storages"]["san"] = dict(model.state["storages"]["local"], shared=1, path="/mnt/san")
-        model.state["volumes"][volid] = {"content": "images", "format": "qcow2", "size": 1, "vmid": vmid}
-    report = teardown(env)
-    assert any(volid in line and "shared storage" in line for line in report.left), report
-    with memory.open() as model:
-        assert volid in model.state["volumes"]
-        assert str(vmid) not in model.state["vms"]
