@@ -6,10 +6,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.ownership import TAG, Marker, new_uuid, parse_marker, pool_name, uuid_of
 from pytest_nestedpve.pve.answers import STORAGE_NAME, entries, shown, whole
+from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.errors import (
     AlreadyExists,
     CommandTimeout,
@@ -97,7 +99,8 @@ def create_marked(
             if owner != "ours":
                 continue  # if it comes to be after all, it carries our marker, and the teardown finds it
         # Tags at create are refused to a token whose rights come from the pool alone.
-        host.api.put(f"/nodes/{node}/qemu/{vmid}/config", tags=f"{TAG};{run.tag}")
+        path, tags = f"/nodes/{node}/qemu/{vmid}/config", f"{TAG};{run.tag}"
+        patiently(partial(host.api.put, path, tags=tags))
         return Created(vmid, node, name, marker.uuid)
     ranges = ",".join(f"{low}-{high}" for low, high in settings.vmid_ranges)
     raise NoFreeId(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nestedpve.pve.answers import entries, shown
-from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.api import Api, patiently
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import (
     AlreadyExists,
@@ -228,7 +228,7 @@ def create_pool(api: Api, run: Run, settings: Settings, now: int) -> Lease:
     )
     name = pool_name(settings, run)
     try:
-        api.post("/pools", poolid=name, comment=lease.to_text())
+        patiently(lambda: api.post("/pools", poolid=name, comment=lease.to_text()))
     except (AlreadyExists, SshError, CommandTimeout) as e:
         found = read_pool(api, name)
         ours = parse_lease(found.comment) if found else None
@@ -245,6 +245,15 @@ def create_pool(api: Api, run: Run, settings: Settings, now: int) -> Lease:
             ) from e
         raise
     return lease
+
+
+def remove_pool(api: Api, name: str) -> None:
+    """Remove an empty pool; that it is gone is no error, whatever the host says of it. Raises PveError."""
+    try:
+        patiently(lambda: api.delete("/pools", poolid=name))
+    except PveError:
+        if read_pool(api, name) is not None:
+            raise
 
 
 def renew(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.audit import task_ids
 from pytest_nestedpve.destroy import Outcome, destroy
 from pytest_nestedpve.discovery import Candidate, discover
-from pytest_nestedpve.ownership import pool_name, prove, read_pool
+from pytest_nestedpve.ownership import pool_name, prove, read_pool, remove_pool
 from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve.answers import entries, flag
+from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.cluster import nodes_now
-from pytest_nestedpve.pve.errors import CommandTimeout, NodeUnreachable, NotFound, PveError
+from pytest_nestedpve.pve.errors import CommandTimeout, NodeUnreachable, PveError
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def clear_rest(host: PveHost, settings: Settings, run_id: str) -> list[str]:
     lines: list[str] = []
     for what, clear_it in parts:
         try:
-            lines += clear_it()
+            lines += patiently(clear_it)
         except PveError as e:
             lines.append(f"{what}: {e}")
     return lines
@@ -308,9 +309,7 @@ def _pool(host: PveHost, settings: Settings, run_id: str) -> list[str]:
         inside = ", ".join(str(vmid) for vmid in sorted(pool.vmids))
         return [f"pool {name}: it still contains {inside}"]
     try:
-        host.api.delete("/pools", poolid=name)
-    except NotFound:
-        return []
+        remove_pool(host.api, name)
     except PveError as e:
         return [f"pool {name}: {e}"]
     return []

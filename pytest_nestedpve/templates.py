@@ -7,7 +7,6 @@ off, on this machine: that is a left-over like any other.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
@@ -16,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.destroy import Outcome
-from pytest_nestedpve.ownership import name_matches, parse_marker, read_pool, uuid_of
+from pytest_nestedpve.ownership import name_matches, parse_marker, read_pool, remove_pool, uuid_of
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries
-from pytest_nestedpve.pve.errors import GuestNotFound, NotFound, PveError
+from pytest_nestedpve.pve.errors import GuestNotFound, PveError
 from pytest_nestedpve.rows import Row
 from pytest_nestedpve.run import SessionLock, client_hash, owner
 from pytest_nestedpve.volumes import Volumes
@@ -218,8 +217,7 @@ def _end(host: PveHost, settings: Settings, row: Row) -> Outcome:
     if inside is not None and inside.members:
         members = ", ".join(map(str, sorted(inside.vmids)))
         return Outcome(vmid, row.node, "left", f"pool {pool}: it still contains {members}")
-    with contextlib.suppress(NotFound):
-        host.api.delete("/pools", poolid=pool)
+    remove_pool(host.api, pool)
     return Outcome(vmid, row.node, "gone")
 
 

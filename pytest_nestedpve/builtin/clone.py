@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.creation import Created, NoFreeId, free_ids, guest_name
 from pytest_nestedpve.ownership import TAG, Marker, new_uuid, pool_name
 from pytest_nestedpve.pve.answers import text
-from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.api import call_limit, patiently
 from pytest_nestedpve.pve.errors import AlreadyExists, ApiError, TaskFailed
 from pytest_nestedpve.pve.storages import vm_can
 from pytest_nestedpve.pve.tasks import wait_task
@@ -67,7 +68,8 @@ def clone_marked(
         if not vmid:
             continue
         path = f"/nodes/{node}/qemu/{vmid}/config"
-        host.api.put(path, smbios1=f"uuid={marker.uuid}", tags=f"{TAG};{run.tag}", protection=0, onboot=0)
+        own = {"smbios1": f"uuid={marker.uuid}", "tags": f"{TAG};{run.tag}", "protection": 0, "onboot": 0}
+        patiently(partial(host.api.put, path, **own))
         return Created(vmid, node, name, marker.uuid)
     raise NoFreeId(
         f"expected a free VM id on {host.name} for a clone of {template}, found none in the range; clear "

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from pytest_nestedpve.pve.errors import LockTimeout
+from pytest_nestedpve.timing import Deadline
+
+T = TypeVar("T")
+
+LOCK_LIMIT = 45.0
+"""Seconds for a change that only a lock is in the way of; PVE itself waits for ten each time."""
 _call_limit: ContextVar[float | None] = ContextVar("nested_pve_call_limit", default=None)
 _carrier: ContextVar[str | None] = ContextVar("nested_pve_carrier", default=None)
 
@@ -60,6 +68,20 @@ def call_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         _call_limit.reset(token)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Make a call that changes something at once; again, while PVE gave up waiting for a lock (facts 26, 68:
+    it has changed nothing then). Not for a delete of a guest: who waits may hit another one.
+    """
+    deadline = Deadline(LOCK_LIMIT)
+    while True:
+        try:
+            return call()
+        except LockTimeout:
+            if deadline.expired:
+                raise
+            threading.Event().wait(0.1)
 
 
 def current_call_limit(default: float) -> float:

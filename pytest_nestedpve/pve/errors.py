@@ -83,6 +83,10 @@ class InUse(ApiError):
     """Something else still needs the thing: a pool with members, a base of linked clones, HA."""
 
 
+class StorageFull(ApiError):
+    """There is no room on the storage, or on the host's own disk, for what was asked."""
+
+
 class Changed(ApiError):
     """The digest given with the call is not the configuration's any more."""
 
@@ -185,7 +189,8 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (ClusterFilesystemDown, r"^ipcc_send_rec\[\d+\] failed: |^Unable to load access control list: "),
     (
         NodeUnreachable,
-        r"^proxy handler failed: (?:ssh: |Host key verification failed|Connection (?:closed|reset|timed))|"
+        r"^proxy handler failed: (?:ssh: |Host key verification failed|Connection (?:closed|reset|timed)|"
+        r"kex_exchange_identification: |\S+: Permission denied \()|"
         r"^ssh: (?:connect to host|Could not resolve hostname) |hostname lookup '[^']*' failed",
     ),
     (
@@ -210,12 +215,18 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"^400 Parameter verification failed[\s\S]*^(?:upid: no such task|storage: No such storage"
         r"|iface: interface does not exist)",
     ),
+    (NotFound, r"^501 Method '[A-Z]+ /[^'\n]*' not implemented"),
     (UnreadableAnswer, r"Result verification failed"),
     (
         BadParameter,
         r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |^501 |"
         r"^no options specified|^unable to use snapshot name|^ERROR: (?:unknown|no) command |"
         r"pool name must start with a letter|key validation error",
+    ),
+    (
+        StorageFull,
+        r"No space left on device|Disk quota exceeded|: out of space$|free space in thin pool \S+ reached|"
+        r"[Ii]nsufficient (?:free )?space",
     ),
     (
         Unsupported,
@@ -226,16 +237,16 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         LockTimeout,
         r"can't (?:lock file|ac?quire lock) '[^']*' - got timeout|"
-        r"cfs-lock '[^']*' error: got lock (?:request )?timeout",
+        r"cfs-lock(?: '[^']*' error|ed '[^']*' operation): got lock (?:request )?timeout",
     ),
     (Locked, r"(?:VM|CT|guest) is locked(?: \(|$)|VM \d+ is locked"),
     (Protected, r"protection mode enabled"),
     (
         AgentUnavailable,
         r"No QEMU guest agent configured|QEMU guest agent is not running|^QMP (?:guest )?agent|"
-        r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect)",
+        r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect|client closed connection)",
     ),
-    (AgentFailed, r"^Agent error: "),
+    (AgentFailed, r"^Agent error: |qmp command 'guest-[\w-]+' failed - "),
     (Running, r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running VM"),
     (NotRunning, r"(?:VM|CT) \d+ (?:is )?not running"),
     (
@@ -257,7 +268,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         InUse,
         r"pool '[^']*' is not empty|is still in use by linked clone|used in HA resources|"
-        r"belongs already to pool",
+        r"belongs already to pool|^There is a replication job '|volume is still in use \(",
     ),
     (Changed, r"^checksum mismatch \(file change by other user|: checksum mismatch \(file change"),
     (
@@ -291,6 +302,7 @@ _BESIDE = re.compile(r"^ipcc_send_rec\[\d+\] failed: ")
 # What stands before the reason proper: who says it, or which call it was.
 _SAYS = re.compile(
     r"^(?:proxy handler failed: |TASK ERROR: |ERROR: |unable to create (?:VM|CT) \d+ - |"
+    r"error during cfs-locked '[^'\n]*' operation: |"
     r"(?:create|delete|update|clone|generating|ACL)(?: \w+)? failed: )+",
     re.MULTILINE,
 )

@@ -184,7 +184,7 @@ class HostApi(Verbs):
                 if last:
                     raise
                 self.line.tokens.distrust()
-            except ReplyLost:
+            except (ReplyLost, NodeUnreachable):
                 if last or method != "get":
                     raise
             except PermissionDenied as error:

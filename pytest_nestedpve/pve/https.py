@@ -338,6 +338,9 @@ def _answer(status: int, reason: str, content: bytes, call: str) -> Any:
         # The proxy could not hand the request on (its daemon, or the other node, is down): nobody has it.
         raise NotTaken(f"{call}: {words}")
     if status in (596, 597, 598, 599):
+        # The proxy had handed it on, and lost the answer of its daemon or of the other node.
+        if not call.startswith("get "):
+            raise ReplyLost(f"{call}: {words}")
         raise NodeUnreachable(words, call=call, rc=status)
     raise classify(words, status, call)
 
@@ -345,7 +348,9 @@ def _answer(status: int, reason: str, content: bytes, call: str) -> Any:
 def _words(status: int, reason: str, found: dict[str, Any]) -> str:
     """PVE's words as `pvesh` prints them: with the status in front, unless that is 500."""
     message = found.get("message")
-    text = message.strip() if isinstance(message, str) and message.strip() else reason.strip()
+    text = message.strip() if isinstance(message, str) else ""
+    # http.client takes every byte of a status line for a character.
+    text = text or reason.encode("latin-1", "replace").decode("utf-8", "replace").strip()
     errors = found.get("errors")
     lines = [f"{name}: {why}" for name, why in errors.items()] if isinstance(errors, dict) else []
     words = "\n".join([text, *lines])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import entries, mapping, whole
-from pytest_nestedpve.pve.api import Verbs
+from pytest_nestedpve.pve.api import Verbs, patiently
 from pytest_nestedpve.pve.errors import NotFound, PveError
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
 from pytest_nestedpve.pve.routes import Grant
@@ -212,7 +212,7 @@ class Tokens:
         try:
             client = self.seeing()
             try:
-                return client.call(method, path, params, _CALL)
+                return patiently(lambda: client.call(method, path, params, _CALL))
             except Unauthorized:
                 self.renew(client)
                 return self.seeing().call(method, path, params, _CALL)

@@ -23,6 +23,8 @@ def read(name: str) -> dict[str, Record]:
 RECORDED = read("recorded_answers.jsonl")
 FAILURES = read("recorded_failures.jsonl")
 EVERY = RECORDED | FAILURES
+HTTPS = read("recorded_https.jsonl")
+"""Answers of port 8006, with the status line and the headers."""
 
 
 class Recorded:

@@ -213,7 +213,7 @@ def test_a_path_that_is_none_is_refused_before_anything_is_sent(
 def test_errors_are_those_that_pvesh_would_give(
     host: HttpsHost, api: HostApi, status: int, reason: str, answer: Any, kind: type[ApiError], text: str
 ) -> None:
-    host.answers.append(said(status, reason, answer, only="/config"))
+    host.answers.append(said(status, reason, answer, only="/config", times=2))
     with pytest.raises(kind) as caught:
         api.get(f"{VM}/config")
     assert type(caught.value) is kind
