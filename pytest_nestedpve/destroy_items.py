@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -93,6 +94,11 @@ class Job:
             shown.phase_finished(phase, "done", 0.0, {}, None)
             shown.close()
 
+    def known(self) -> list[str]:
+        """Known symptoms of runs' VMs that are not touched, of which no item's failure tells."""
+        stays = [row for row in self.rows if row.run is not None and row.verdict == "keep"]
+        return [line for row in stays for line in known(row, row.reason)]
+
     def write(self) -> None:
         """The rows with their outcomes, for --nested-json."""
         path = self.settings.json_file
@@ -108,6 +114,19 @@ class Job:
                 outcome = "kept" if row.verdict == "keep" else "planned" if self.settings.dry_run else "left"
             out.append(row.public(outcome))
         path.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+
+
+def known(row: Row, reason: str) -> list[str]:
+    """What is recognised in the reason why it stays, as the end of a session shows it. Never fails."""
+    from pytest_nestedpve.report.text import known_lines
+    from pytest_nestedpve.symptoms import Text, recognise
+
+    with contextlib.suppress(Exception):
+        what = row.name if row.vmid is None else f"VM {row.vmid}"
+        words = f"{what} on {row.node}: {reason}"
+        found = recognise([Text("error", "why it stays", words)], "destroy")
+        return [line for each in found for line in known_lines(f": {each.symptom.title}", each)]
+    return []
 
 
 class NotGone(Exception):
@@ -134,7 +153,8 @@ class DestroyItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, NotGone):
-            return f"{self.name} is still there: {excinfo.value}"
+            lines = (f"{self.name} is still there: {excinfo.value}", *known(self.row, str(excinfo.value)))
+            return "\n".join(lines)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:

@@ -316,6 +316,8 @@ class SessionHooks:
             from pytest_nestedpve import ending
 
             ending.tell(nested, reporter)
+        for line in nested.job.known() if nested.job is not None else ():
+            reporter.write_line(line)
         for line in nested.tally.hooks:
             reporter.write_line(f"nested-pve: {line}", red=True)
         if self._left_out:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytest_nestedpve.report.model import RunReport
+from pytest_nestedpve.report.model import KnownSymptom, RunReport
 from pytest_nestedpve.report.page import VERDICTS
 from pytest_nestedpve.report.timeline import duration
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.symptoms import Recognised
 
 
 def summary_lines(
@@ -38,13 +42,18 @@ def symptom_lines(report: RunReport) -> list[str]:
     lines = []
     for symptom in report.symptoms:
         place = f" (after {symptom.phase})" if symptom.phase != getattr(report.failed, "name", None) else ""
-        lines += [
-            f"known{place}: {symptom.title}",
-            f"    seen:  {symptom.line}   in {symptom.where}",
-            f"    means: {symptom.explanation}",
-            f"    fix:   {symptom.fix}",
-        ]
+        lines += known_lines(f"{place}: {symptom.title}", symptom)
     return lines
+
+
+def known_lines(title: str, seen: KnownSymptom | Recognised) -> list[str]:
+    """One symptom that was recognised."""
+    return [
+        f"known{title}",
+        f"    seen:  {seen.line}   in {seen.where}",
+        f"    means: {seen.explanation}",
+        f"    fix:   {seen.fix}",
+    ]
 
 
 def artifact_lines(report: RunReport, run_directory: Path) -> list[str]:

@@ -151,13 +151,34 @@ def test_an_empty_pool_of_a_dead_run_goes_too(killed: Project) -> None:
 
 
 def test_a_vm_that_cannot_be_destroyed_fails_and_is_status_1(killed: Project) -> None:
-    killed.host().fault("DELETE", r"/nodes/father/qemu/\d+", text="403 Permission check failed", times=1000)
-    result = killed.run(ONLY, "-v", "--nested-json", "out.json", "-o", "nested_pve_timeout_scale=0.02")
+    words = "base volume 'local:99999/base-99999-disk-0.raw' is still in use by linked cloned"
+    killed.host().fault("DELETE", r"/nodes/father/qemu/\d+", text=words, times=1000)
+    scale = "nested_pve_timeout_scale=0.02"
+    result = killed.run(ONLY, "-v", "--nested-json", "out.json", "--junitxml", "out.xml", "-o", scale)
     assert result.ret == 1, result.output
     assert "1 failed" in result.output
     assert "is still there: " in result.output
     assert "Traceback" not in result.output
     assert rows(killed, result)[0]["outcome"] == "left"
+    # What is known of it, wherever the failure is told.
+    for told in (result.output, (killed.path / "out.xml").read_text()):
+        assert "known: linked clones still need that disk" in told
+        assert "destroy them first, then pytest --nested-destroy-only" in told
+    assert result.output.count("known: ") == 1
+
+
+def test_one_of_ours_that_somebody_protected_stays_and_what_mends_it_is_said(killed: Project) -> None:
+    with killed.host().open() as model:
+        (vmid,) = model.state["vms"]
+        model.state["vms"][vmid]["config"]["protection"] = 1
+    stranger(killed, 99950, name="nested-pve-old", protection=1)
+    result = killed.run(ONLY)
+    assert "2 skipped" in result.output
+    assert "known: the VM is protected" in result.output
+    assert f"fix:   qm set {vmid} --protection 0" in result.output
+    # Nothing of the kind about a VM that nobody knows to be ours.
+    assert result.output.count("known: ") == 1
+    assert any(line.startswith(f"vm {vmid}") for line in killed.left())
 
 
 def test_an_interrupted_clean_up_ends_at_once_and_says_how_far_it_came(killed: Project) -> None:
