@@ -35,9 +35,20 @@ def on_terminal(
                     break  # nobody has the terminal open any more
                 data += chunk
                 if waiting and waiting[0][0].encode() in data:
+                    _until_it_reads(process.pid)
                     os.write(ours, waiting.pop(0)[1])
             status = process.wait(30)
         finally:
             process.kill()
             os.close(ours)
     return status, data.decode()
+
+
+def _until_it_reads(pid: int) -> None:
+    """What asks first shows its question and then reads: a Ctrl-C between the two would wait for an Enter, as
+    the read is not begun that it would end. Nobody types as fast as that."""
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(500):
+        if state.read_text().rpartition(")")[2].split()[0] == "S":
+            return
+        select.select([], [], [], 0.01)
