@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def task_ids(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+# Milliseconds of calls that others needed, a token for example: they have lines, and times, of their own.
+_beside: ContextVar[float] = ContextVar("nested_pve_beside", default=0.0)
+
+
 class AuditedApi(Verbs):
     """An Api that writes each call, and each task a call started, into the audit log."""
 
@@ -140,10 +145,11 @@ class AuditedApi(Verbs):
             ending()
 
     def _beside(self, transport: str, cmd: str, rc: int, ms: float) -> None:
+        _beside.set(_beside.get() + ms)
         self.audit.write("call", host=self.host, transport=transport, cmd=cmd, rc=rc, ms=ms)
 
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
-        started = time.monotonic()
+        started, before = time.monotonic(), _beside.get()
         rc: int | None = 0
         error: str | None = None
         carried_by(None)
@@ -164,11 +170,16 @@ class AuditedApi(Verbs):
                 cmd=" ".join([verb, path, *sorted(params)]),
                 rc=rc,
                 error=error,
-                ms=round((time.monotonic() - started) * 1000, 1),
+                ms=max(0.0, round((time.monotonic() - started) * 1000 - (_beside.get() - before), 1)),
             )
         if isinstance(answer, str) and answer.startswith(_UPID):
             self.audit.task(answer, host=self.host, cmd=f"{verb} {path}")
         return answer
+
+
+def in_the_log(command: str) -> bool:
+    """Whether a command, as it is shown, stands in the log by what it does: an API call, a new token."""
+    return " pvesh " in f" {command[:40]} " or command == "env (arguments with secrets)"
 
 
 def audited(host: PveHost, audit: AuditLog) -> PveHost:

@@ -215,8 +215,10 @@ class Environment:
         return host.within(lambda: pool_name(settings, self.run))
 
     def _observer(self, host: str) -> Callable[[CommandResult], None]:
+        from pytest_nestedpve.audit import in_the_log
+
         def observe(result: CommandResult) -> None:
-            if " pvesh " not in result.command[:40]:  # API calls are in the log already
+            if not in_the_log(result.command):
                 self.audit.write(
                     "call", host=host, transport="ssh", cmd=result.command[:2000], rc=result.rc, ms=result.ms
                 )

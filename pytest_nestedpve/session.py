@@ -127,9 +127,10 @@ class NestedSession:
 
     def observe(self, result: Any) -> None:
         """Write a command that was run on a host to the audit log."""
+        from pytest_nestedpve.audit import in_the_log
+
         runner = self.runner
-        # API calls are in the log already, by path.
-        if runner is not None and " pvesh " not in f" {result.command[:40]} ":
+        if runner is not None and not in_the_log(result.command):
             runner.audit.write(
                 "call", phase=runner.current, transport="ssh", cmd=result.command, rc=result.rc, ms=result.ms
             )

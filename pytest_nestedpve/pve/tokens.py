@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class Tokens:
     """
 
     def __init__(
-        self, ssh: SshLike, *, tell: Callable[[str, int], None], hide: Callable[[str], None]
+        self, ssh: SshLike, *, tell: Callable[[str, int, float], None], hide: Callable[[str], None]
     ) -> None:
         self._ssh = ssh
         self._tell = tell
@@ -138,7 +139,7 @@ class Tokens:
             "--output-format json"
         )
         answer = self._ssh.run(["env", "LC_ALL=C.UTF-8", "sh", "-c", script], timeout=60, secret=True)
-        self._tell(f"pveum user token add {USER} {name}", answer.rc)
+        self._tell(f"pveum user token add {USER} {name}", answer.rc, round(answer.ms, 1))
         if not answer.ok:
             raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
         try:
@@ -209,8 +210,8 @@ class Tokens:
     def send(self, method: str, path: str, /, **params: Any) -> Any:
         """A call by the token that sees: tokens and ACLs only. Raises what `HttpsClient.call` does."""
         rc = 0
+        client, began = self.seeing(), time.monotonic()
         try:
-            client = self.seeing()
             try:
                 return patiently(lambda: client.call(method, path, params, _CALL))
             except Unauthorized:
@@ -221,7 +222,8 @@ class Tokens:
             raise
         finally:
             detail = (params["path"], params["roles"]) if "roles" in params else ()
-            self._tell(" ".join([method.lower(), path, *detail]), rc)
+            ms = round((time.monotonic() - began) * 1000, 1)
+            self._tell(" ".join([method.lower(), path, *detail]), rc, ms)
 
     def _remove(self, name: str) -> None:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from https_host import HttpsHost, certificate, https_host
 
+from pytest_nestedpve.audit import AuditedApi, AuditLog
 from pytest_nestedpve.pve import tokens
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import (
@@ -444,6 +445,31 @@ def test_no_token_stands_in_an_error_or_in_what_is_told(host: HttpsHost, api: Ho
     shown = repr((told, str(caught.value), api.line.tokens.seeing(), host.commands))
     assert not any(secret in shown for secret in secrets)
     assert all("cafe" not in text for text in (shown,))
+
+
+def test_calls_that_make_tokens_are_told_with_their_time_and_not_counted_twice(
+    host: HttpsHost, tmp_path: Path
+) -> None:
+    def slow(handler: Any) -> bool:
+        if "/token/" in handler.path:
+            time.sleep(0.05)
+        return False
+
+    host.answers.append(slow)
+    log = AuditLog(tmp_path / "audit.jsonl", POOL[5:])
+    api = AuditedApi(HostApi(host), log, "father").within(lambda: POOL)
+    began = time.monotonic()
+    api.post(f"{VM}/status/start")
+    took = (time.monotonic() - began) * 1000
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    made, *calls = [(line["cmd"].split()[:2], line["ms"]) for line in lines if line["event"] == "call"]
+    assert made == (["pveum", "user"], 1.0)
+    listed, token, access, start = calls
+    assert [each[0][0] for each in calls] == ["get", "post", "put", "post"]
+    assert token[1] >= 50 > start[1]
+    assert all(each[1] > 0 for each in calls)
+    assert sum(each[1] for each in (listed, token, access, start)) <= took
 
 
 # -- the end -------------------------------------------------------------------------------------------
