@@ -110,9 +110,12 @@ class Project:
         )
 
     def run(self, *args: str, **env: str) -> Result:
-        process = self.start(*args, **env)
-        output, _ = process.communicate(timeout=120)
-        return Result(process.returncode, output)
+        from acceptance import forked
+
+        _, _, _, *arguments = self.command(*args)
+        output = self.path.parent / f"{self.path.name}.out"
+        status = forked.run(arguments, self.path, self.environ(**env), output, limit=120)
+        return Result(status, output.read_text())
 
     def done(self) -> list[str]:
         """The phases whose action ran, in order, over all runs so far."""

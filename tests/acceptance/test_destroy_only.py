@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -24,15 +25,22 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path / "project")
 
 
-@pytest.fixture
-def killed(project: Project) -> Project:
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose last session was killed while its VM ran."""
+    project = make_project(tmp_path_factory.mktemp("killed") / "project")
     process = project.start("-q", "test_steps.py", HANG="wait_ip")
     project.wait_for(process, cmd="hanging")
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert len(project.left()) > 2
     return project
+
+
+@pytest.fixture
+def killed(killed_once: Project, tmp_path: Path) -> Project:
+    """A copy of it: nothing in it says where it is."""
+    return Project(shutil.copytree(killed_once.path, tmp_path / "project"))
 
 
 def run_id(project: Project) -> str:
