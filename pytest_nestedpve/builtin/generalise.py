@@ -101,6 +101,10 @@ def identity():
     full = socket.getfqdn() if socket.getfqdn().startswith(name + ".") else ""
     write("/etc/hosts", "\n".join([*lines, " ".join(filter(None, (address, full, name)))]) + "\n")
     write("/etc/mailname", (full or name) + "\n")
+    mail = "/etc/postfix/main.cf"
+    old = re.search(r"(?m)^myhostname[ \t]*=[ \t]*(\S+)", read(mail)) if os.path.exists(mail) else None
+    if old:
+        write(mail, re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", full or name, read(mail)))
     # The way in while pmxcfs, into which the first of these files is moved, is down.
     if os.path.exists("/root/.ssh/authorized_keys"):
         shutil.copy2("/root/.ssh/authorized_keys", "/root/.ssh/authorized_keys2")
@@ -131,7 +135,7 @@ cat >/etc/systemd/system/nested-pve-first-identity.service <<'END'
 Description=Name and address of a new clone
 ConditionPathExists={GUEST_SCRIPT}.identity
 After=networking.service cloud-init.service cloud-init-network.service
-Before=pve-cluster.service
+Before=pve-cluster.service postfix.service postfix@-.service
 [Service]
 Type=oneshot
 ExecStart=/usr/bin/python3 {GUEST_SCRIPT} identity
@@ -153,8 +157,9 @@ chmod 0755 {GUEST_SCRIPT}
 : >{GUEST_SCRIPT}.identity
 {_UNITS}\
 systemctl -q enable nested-pve-first-network.service nested-pve-first-identity.service
-# A new instance would write apt's sources anew, without the mirror that this one was given.
-echo 'apt: {{preserve_sources_list: true}}' >/etc/cloud/cloud.cfg.d/99-nested-pve-apt.cfg
+# A new instance would write apt's sources and mirrors anew, without the mirror that this one was given.
+echo 'apt: {{preserve_sources_list: true, generate_mirrorlists: false}}' \\
+    >/etc/cloud/cloud.cfg.d/99-nested-pve-apt.cfg
 for unit in pve-guests pve-ha-lrm pve-ha-crm pvescheduler pvestatd pveproxy spiceproxy pvedaemon \\
         pvefw-logger pve-firewall pve-cluster rrdcached; do
     systemctl stop $unit.service 2>/dev/null || :

@@ -27,18 +27,15 @@ _TOKEN = re.compile(r"[A-Za-z0-9._-]+@[a-z]+![A-Za-z0-9._-]+=[0-9a-f-]{36}\Z")
 _PUBLIC_KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp\d+) [A-Za-z0-9+/]+={0,3}(?: .*)?\Z")
 
 
-# Any answer over a connection that the node's own CA vouches for will do; without a ticket it is a 401.
+# The page that needs no login, over a connection that the node's own CA vouches for: a call without a ticket
+# is refused as well, but only after three seconds.
 _TRY_PROXY = """\
-import ssl, urllib.error, urllib.request
+import ssl, urllib.request
 context = ssl.create_default_context(cafile="/etc/pve/pve-root-ca.pem")
 opener = urllib.request.build_opener(
     urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
 )
-try:
-    opener.open("https://127.0.0.1:8006/api2/json/version", timeout=20).read()
-except urllib.error.HTTPError as e:
-    if e.code != 401:
-        raise
+opener.open("https://127.0.0.1:8006/", timeout=20).read()
 """
 
 
@@ -76,8 +73,10 @@ def probe_pve(env: Environment) -> dict[str, Any] | None:
     """Whether PVE is there and well."""
     host = env.inner
     version = health(host)[0] if installed(host) else None
-    if version is None:
-        return None
+    return None if version is None else _healthy(env, version)
+
+
+def _healthy(env: Environment, version: str) -> dict[str, Any]:
     return {"version": version, "action": "healthy", "ip": env.ip, "did": f"PVE {version} is there and well"}
 
 
@@ -89,7 +88,7 @@ def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
     if was_there:
         version, wrong = health(env.inner)
         if version is not None:
-            return probe_pve(env) or {}
+            return _healthy(env, version)
     env.progress("installing PVE" if not was_there else f"mending PVE: {wrong}")
     variables = playvars.pve_install(env.settings, env.facts)
     result = _play(env, "pve-install.yml", variables, deadline)

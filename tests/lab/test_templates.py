@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from lab.on_lab import HandLab
 
+from pytest_nestedpve.builtin.phases import default_phases
+
 RANGE = "99600-99619"
 # What must not be the template's own: each is printed, by a line of its name.
 IDENTITY = """\
@@ -28,6 +30,8 @@ echo rootkey $(cut -d' ' -f2 /root/.ssh/id_rsa.pub)
 echo logins $(wc -l < /root/.ssh/authorized_keys) $(readlink /root/.ssh/authorized_keys)
 echo failed $(systemctl --failed --no-legend --plain | cut -d' ' -f1)
 echo interfaces $(grep '^iface vmbr0' /etc/network/interfaces)
+echo mirror $(cat /etc/apt/mirrors/debian.list)
+echo mail $(postconf -h mydestination)
 """
 
 
@@ -58,11 +62,12 @@ class Sessions:
             check=False,
         )
 
-    def phases(self) -> dict[str, str]:
-        """How the phases of the newest run ended."""
-        log = max(self.path.glob(".nested-pve/runs/*/audit.jsonl"), key=lambda each: each.stat().st_mtime)
+    def phases(self, run: str) -> dict[str, str]:
+        """How the phases of a run ended, and what they did."""
+        log = self.path / ".nested-pve" / "runs" / run / "audit.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return {line["phase"]: line["status"] for line in lines if line["event"] == "phase_end"}
+        ended = [line for line in lines if line["event"] == "phase_end"]
+        return {line["phase"]: f"{line['status']}: {line['facts'].get('did')}" for line in ended}
 
     def identity(self, run: str) -> dict[str, str]:
         config = self.path / ".nested-pve" / "runs" / run / "ssh_config"
@@ -113,22 +118,21 @@ def story(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     def clone(*more: str) -> tuple[dict[str, str], dict[str, str]]:
         before = project.runs()
-        done = project.run("--nested-keep", "-k", "setup_network", "-o", f"nested_pve_template={name}", *more)
+        done = project.run("--nested-keep", "-o", f"nested_pve_template={name}", *more)
         assert done.returncode == 0, done.stdout + done.stderr
         runs = project.runs() - before
         assert len(runs) == 1, done.stdout
         (run,) = runs
         seen = project.identity(run)
-        phases = project.phases()
+        phases = project.phases(run)
         kept = project.run("--nested-destroy-only", "--nested-run", run)
         assert kept.returncode == 0, kept.stdout
         return seen, phases
 
     first, first_phases = clone()
     volumes = hand_lab.ask("find /var/lib/vz/images -type f")
-    second, second_phases = clone(
-        "-o", f"nested_pve_ipconfig=ip={prefix}.251/24,gw={prefix}.1", "-o", "nested_pve_memory=1100"
-    )
+    static = f"nested_pve_ipconfig=ip={prefix}.251/24,gw={prefix}.1"
+    second, second_phases = clone("-k", "setup_network", "-o", static, "-o", "nested_pve_memory=1100")
     swept = project.run("--nested-destroy-only", "--nested-yes").stdout
     there_after = hand_lab.ask(f"qm config {vmid[1]}")
     removed = project.run("--nested-destroy-only", "--nested-run", template).stdout
@@ -157,9 +161,10 @@ def test_a_clone_is_a_healthy_node_under_its_own_name_and_address(story: Story, 
     assert seen["hosts"] == seen["address"]
     assert f"IP Address:{seen['address']}" in seen["certificate"]
     assert f"DNS:{name}" in seen["certificate"]
-    # The run's own key, and PVE's for its nodes.
-    assert seen["logins"] == "2 /etc/pve/priv/authorized_keys"
+    # The run's own key, and PVE's for its nodes; setup_repos brings that of the host.
+    assert seen["logins"] == f"{3 if which == 'first' else 2} /etc/pve/priv/authorized_keys"
     assert seen["failed"] == ""
+    assert name in seen["mail"].split(", ")
 
 
 @pytest.mark.thorough
@@ -171,8 +176,19 @@ def test_clones_have_nothing_in_common_that_is_a_nodes_own(story: Story) -> None
 @pytest.mark.thorough
 def test_what_came_with_the_template_is_proved_and_not_done_again(story: Story) -> None:
     for phases in (story.first_phases, story.second_phases):
-        assert phases["ensure_pve"] == "proved"
-        assert phases["setup_network"] in ("done", "proved")
+        assert phases["ensure_pve"].endswith("is there and well")
+        assert phases["setup_network"].endswith(" already")
+
+
+@pytest.mark.thorough
+def test_every_step_is_done_on_a_clone(story: Story) -> None:
+    assert list(story.first_phases) == [phase.name for phase in default_phases()]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_clone_has_the_mirror_that_the_template_was_given(story: Story, which: str) -> None:
+    assert getattr(story, which)["mirror"] == "http://mirror.nested-pve.test/debian"
 
 
 @pytest.mark.thorough
