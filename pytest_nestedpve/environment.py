@@ -57,6 +57,7 @@ class Environment:
         self.secrets: list[str] = []
         self.undo: list[Callable[[], list[str]]] = []  # at the end, the latest first; lines: what stays
         self.missing: dict[str, str] = {}  # of an attached PVE, by phase: what its probe found lacking
+        self.chosen: frozenset[str] = frozenset()  # of an attached PVE: phases whose steps were chosen
         self._connect = connect
         self._lock = threading.RLock()
         self._outer: PveHost | None = None

@@ -197,6 +197,8 @@ class NestedSession:
             keeping.restore(kept, run.directory)
             keeping.load(environment)
             environment.resumed = True
+        attachment = self.attachment()
+        environment.chosen = attachment.chosen if attachment is not None else frozenset()
         keeper = keeping.StateKeeper(environment)
         runner = PhaseRunner(
             phases,
@@ -209,7 +211,7 @@ class NestedSession:
             skip=frozenset(self.settings.skip),
             acting=keeper.acting,
             acted=kept is not None,
-            attachment=self.attachment(),
+            attachment=attachment,
         )
         runner.listeners.append(keeper)
         self.environment, self.runner = environment, runner

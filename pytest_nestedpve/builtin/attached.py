@@ -20,6 +20,7 @@ from pytest_nestedpve.builtin.checks.look import CHECKS, Check, look, unreachabl
 from pytest_nestedpve.builtin.checks.seen import Seen
 from pytest_nestedpve.builtin.guest import LEAF_DISK, task
 from pytest_nestedpve.builtin.preflight import PreflightError
+from pytest_nestedpve.builtin.promised import STEPS, STORAGE, promised
 from pytest_nestedpve.ownership import create_pool, host_clock
 from pytest_nestedpve.pve.answers import entries, mapping
 from pytest_nestedpve.pve.errors import PveError, SshError
@@ -35,9 +36,14 @@ _KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)) [A-Z
 # -- preflight ------------------------------------------------------------------------------------
 
 
-def preflight(env: Environment) -> dict[str, Any]:
-    """What the VM inside needs of the attached PVE; facts: what will be used. Raises PreflightError."""
+def preflight(env: Environment, chosen: frozenset[str] | None = None) -> dict[str, Any]:
+    """What the VM inside needs of the attached PVE; facts: what will be used. Raises PreflightError.
+
+    What steps that were chosen (`chosen`; None: all of the session's) will bring may be missing as yet: the
+    fact `awaited` says what, and which phase brings it.
+    """
     given = env.settings
+    chosen = env.chosen if chosen is None else chosen
     try:
         host = env.outer
     except SshError as e:
@@ -51,19 +57,38 @@ def preflight(env: Environment) -> dict[str, Any]:
     seen = Seen(host, shape, workers=env.workers)
     found = look(seen, begin=env.progress, checks=[*checks, Check("virtualisation", _kvm, ("login", "PVE"))])
     env.settings = replace(seen.settings, disk=given.disk)
-    if missing := found.of(MISSING):
-        raise PreflightError(host.name, missing) from found.lost
+    awaited = promised(seen, chosen, found.of(MISSING))
+    if missing := [each for each in found.of(MISSING) if each.what not in awaited]:
+        could = promised(seen, STEPS, missing) if env.chosen is chosen else {}
+        raise PreflightError(host.name, [_or_by(each, could) for each in missing]) from found.lost
     for finding in found.of(WARNING):
         env.remark(f"preflight: {finding}")
     facts = seen.choices.facts()
     # As it was named: what is to be fetched is fetched for the VM inside.
     facts["image"] = seen.settings.image or facts["image"]
     boots = given.leaf_image or facts["image"]
+    told = {"storage": facts["storage"], "bridge": facts["bridge"], "image": boots}
+    there = [f"{what} {name}" for what, name in told.items() if name]
+    there += [f"{what} by {phase}" for what, phase in awaited.items()]
     did = (
-        f"attached to {host.name} (PVE {facts['version']}), nothing is made outside of it; "
-        f"storage {facts['storage']}, bridge {facts['bridge']}, image {boots}"
+        f"attached to {host.name} (PVE {facts['version'] or 'is absent'}), nothing is made outside of it; "
+        + ", ".join(there)
     )
-    return {**facts, "did": did}
+    return {**facts, "awaited": awaited, "did": did}
+
+
+def _or_by(finding: Finding, could: Mapping[str, str]) -> Finding:
+    """With the step that would bring it, if there is one."""
+    if (phase := could.get(finding.what)) is None:
+        return finding
+    what = "that content" if phase == "setup_repos" else "it"
+    return replace(finding, advice=f"{finding.advice} Or choose the step that brings {what}: -k {phase}.")
+
+
+def look_again(env: Environment) -> None:
+    """Before the VM inside: what chosen steps were to bring has to be there now. Raises PreflightError."""
+    if env.facts["preflight"].get("awaited"):
+        env.facts["preflight"] = preflight(env, frozenset())
 
 
 def _kvm(seen: Seen) -> Iterator[Finding]:
@@ -88,16 +113,18 @@ def taken(env: Environment, phase: str) -> Mapping[str, Any]:
     host = env.outer
     if phase == "provision":
         env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
+        # PVE will call it so as well.
+        name = host.run(["hostname", "-s"], timeout=30).check().stdout.strip() if _no_pve(env) else host.node
         return {
-            "name": host.node,
-            "node": host.node,
-            "did": f"attached: {host.node}, which exists, and is never destroyed, stopped or reconfigured",
+            "name": name,
+            "node": name,
+            "did": f"attached: {name}, which exists, and is never destroyed, stopped or reconfigured",
         }
     if phase == "start_vm":
         return {"did": "attached: it runs, as it answers"}
     keys = _host_keys(env)
     if keys:
-        env.run.directory.pin_host_keys(host.node, keys)
+        env.run.directory.pin_host_keys(str(env.fact("provision", "name")), keys)
     ip = _address(env)
     env.facts["wait_ip"] = {"ip": ip}
     env.write_ssh_config()
@@ -105,8 +132,14 @@ def taken(env: Environment, phase: str) -> Mapping[str, Any]:
     return {"ip": ip, "host_keys": keys, "did": f"attached: {ip}"}
 
 
+def _no_pve(env: Environment) -> bool:
+    return "PVE" in env.facts["preflight"].get("awaited", {})
+
+
 def _address(env: Environment) -> str:
-    """Its own address, as PVE knows it. Raises PveError."""
+    """Its own address, as PVE knows it, or as sshd does. Raises PveError."""
+    if _no_pve(env):
+        return env.outer.run('set -- $SSH_CONNECTION && echo "$3"', timeout=30).check().stdout.strip()
     found = entries(env.outer.api.get("/cluster/status"), call="get /cluster/status")
     for each in found:
         if each.get("type") == "node" and each.get("name") == env.outer.node and each.get("ip"):
@@ -149,7 +182,7 @@ getent hosts "$(hostname)" >/dev/null || { echo "the own name does not resolve";
 
 def probe_network(env: Environment) -> dict[str, Any] | None:
     """Whether there is a bridge for VMs, and the node's own name resolves; the rest is its own affair."""
-    bridge = str(env.fact("preflight", "bridge"))
+    bridge = str(env.fact("preflight", "bridge") or "vmbr0")
     wrong = env.inner.run(["sh", "-c", _BRIDGE, "sh", bridge], timeout=60).check().stdout.strip()
     if wrong:
         return _lacks(env, "setup_network", wrong)
@@ -165,7 +198,10 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
 
 
 def probe_repos(env: Environment) -> dict[str, Any] | None:
-    """Whether a kept token answers, and the sources are there as they are here now."""
+    """Whether a kept token answers, the sources are there as they are here now, and content types."""
+    awaited = env.facts["preflight"].get("awaited", {})
+    if lacking := [what for what, phase in awaited.items() if phase == "setup_repos"]:
+        return _lacks(env, "setup_repos", f"content types of the storage {STORAGE}, for {', '.join(lacking)}")
     packed = playvars.pack_sources(env.settings, env.run)
     names = [each.name for each in packed]
     absent = [each.name for each in packed if not setup.source_there(env, env.inner, each.name, each.digest)]
@@ -209,7 +245,7 @@ def _card(env: Environment) -> str:
 
 def before_pve(env: Environment) -> None:
     """Nothing of what follows can be undone."""
-    _tell_at_end(env, "ensure_pve mended it")
+    _tell_at_end(env, "ensure_pve installed PVE" if _no_pve(env) else "ensure_pve mended it")
 
 
 _ASIDE = r"""

@@ -81,7 +81,8 @@ def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
     from pytest_nestedpve.builtin import preflight as look
 
     found = attached.preflight(env) if env.attached else look.preflight(env, image=image)
-    expired.sweep(env)
+    if found["version"] is not None:
+        expired.sweep(env)
     return found
 
 
@@ -117,7 +118,7 @@ def _probe_provision(env: Environment) -> Mapping[str, Any] | None:
 
 
 def _leaf(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.builtin import guest, image
+    from pytest_nestedpve.builtin import attached, guest, image
     from pytest_nestedpve.builtin.preflight import disk_format
     from pytest_nestedpve.pve.answers import entries
 
@@ -125,6 +126,7 @@ def _leaf(env: Environment) -> Mapping[str, Any]:
     storage = snippets = image.STORAGE
     bridge: str = "vmbr0"
     if env.attached:
+        attached.look_again(env)
         found = env.facts["preflight"]
         storage, snippets, bridge = found["storage"], found["snippets"], found["bridge"]
     listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
@@ -247,13 +249,16 @@ def _image(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.builtin import attached, image
 
     if env.attached:
+        attached.look_again(env)
         attached.before_image(env)
     return image.download_image(env, 1700)
 
 
 def _probe_image(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.builtin import image
+    from pytest_nestedpve.builtin import attached, image
 
+    if env.attached:
+        attached.look_again(env)
     return image.probe_image(env)
 
 

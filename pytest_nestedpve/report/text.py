@@ -81,10 +81,10 @@ def failure_lines(
     clean = "nothing to do, the teardown proved that nothing is left"
     if report.left or not report.proved_empty:
         clean = finishing_command or f"pytest --nested-destroy-only --nested-run {report.run}"
-    attached = any(step.status == "attached" for step in report.steps)
+    attached = "--nested-attach" in again
     keep = f"{again} --nested-keep=on-failure -k {step.name}   leaves it as it failed; then {reach}"
     then = [
-        f"log in:   {reach if attached else keep}",
+        *([f"log in:   {reach if attached else keep}"] if not attached or "ssh -F" in reach else []),
         f"go on:    {again} -k {step.name}   does what it needs first",
         f"clean up: {clean}",
     ]

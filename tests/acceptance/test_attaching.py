@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ PVE = ("--nested-attach", "pve1")
 
 # The set-up is files on the host; what makes the VM inside is the package's own code.
 ATTACHED = f"""
+import json
 SET_UP = {SET_UP!r}
 REAL = ("preflight", "download_image", "leaf_provision", "leaf_start")
 
@@ -31,6 +33,8 @@ def guarded(phase):
         environment.missing[phase.name] = "there is no " + path
     def do(environment):
         environment.outer.ssh.put(b"", path)
+        with MemoryHost(HERE / "host.json").open() as model:
+            model.state.update(json.loads(os.environ.get("BRINGS", "{{}}")))
         environment.undo.append(lambda: environment.outer.run(["rm", "-f", "--", path]) and [])
     return dataclasses.replace(phase, do=do, probe=probe)
 
@@ -74,6 +78,18 @@ class Attached:
             for name in phases:
                 del model.state["files"][f"/set-up/{name}"]
         self.before = self.seen()
+
+    def without(self, step: str) -> str:
+        """The bridge or the storage's snippets are not there yet; what the step brings, for `BRINGS`."""
+        self.lacks(step)
+        name = {"setup_network": "bridges", "setup_repos": "storages"}[step]
+        with self.project.host().open() as model:
+            brings = json.dumps({name: model.state[name]})
+            if name == "bridges":
+                model.state[name] = {}
+            else:
+                model.state[name]["local"]["content"] = "images,import"
+        return brings
 
     def statuses(self) -> dict[str, str]:
         """How the phases ended, by the audit log of the one run."""
@@ -174,6 +190,33 @@ def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attach
     assert "setup_network" in attached.project.done()
     with attached.project.host().open() as model:
         model.state["files"]["/set-up/setup_network"] = ""  # the end took it away again
+
+
+@pytest.mark.parametrize("step", ["setup_network", "setup_repos"])
+def test_what_a_chosen_step_brings_may_be_missing_before(attached: Attached, step: str) -> None:
+    brings = attached.without(step)
+    result = attached.project.run(*PVE, "-k", f"{step} or leaf_start", BRINGS=brings)
+    assert result.ret == 0, result.output
+    assert (attached.statuses()[step], attached.statuses()["leaf_start"]) == ("done", "done")
+
+
+@pytest.mark.parametrize("step", ["setup_network", "setup_repos"])
+def test_what_no_chosen_step_brings_is_missing_and_the_step_is_named(attached: Attached, step: str) -> None:
+    attached.without(step)
+    other = {"setup_network": "setup_repos", "setup_repos": "setup_network"}[step]
+    result = attached.project.run(*PVE, "-k", f"{other} or leaf_start")
+    assert result.ret == 4, result.output
+    assert re.search(rf"Or choose the step that brings (it|that content): -k {step}\.", result.output)
+    assert "--nested-keep" not in result.output  # which does not go with it
+    assert attached.statuses() == {"preflight": "failed"}
+
+
+def test_what_a_chosen_step_did_not_bring_is_missing_before_the_vm_inside(attached: Attached) -> None:
+    attached.without("setup_repos")
+    result = attached.project.run(*PVE, "-k", "setup_repos or leaf_start")
+    assert result.ret == 1, result.output
+    assert "snippets: expected an active storage with content snippets" in result.output
+    assert attached.statuses()["download_image"] == "failed"
 
 
 @pytest.mark.thorough

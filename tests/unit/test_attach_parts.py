@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps, ssh_block
 from pytest_nestedpve.builtin import attached
+from pytest_nestedpve.builtin.checks.finding import Finding
 from pytest_nestedpve.builtin.clean import CleanState, NoSnapshots
+from pytest_nestedpve.builtin.promised import promised
 from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve.login import SshTarget
+from pytest_nestedpve.settings import Settings
 
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 
@@ -74,6 +78,43 @@ def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
     Attachment("pve1", frozenset({"our_agent"}), taken).allow(phase, None)
     with pytest.raises(NotChosen, match="found: that it has no probe to tell"):
         Attachment("pve1", frozenset(), taken).allow(phase, None)
+
+
+def missing(*names: str) -> list[Finding]:
+    return [Finding(name, "it", "none") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "chosen", "lacks", "wanted"),
+    [
+        ({}, "images", {"ensure_pve"}, ["PVE", "bridge"], {"PVE": "ensure_pve"}),
+        ({}, "images", {"setup_network"}, ["bridge", "snippets"], {"bridge": "setup_network"}),
+        ({"bridge": "vmbr0"}, "images", {"setup_network"}, ["bridge"], {"bridge": "setup_network"}),
+        ({"bridge": "vmbr1"}, "images", {"setup_network"}, ["bridge"], {}),
+        ({}, "images", {"setup_repos"}, ["snippets", "bridge"], {"snippets": "setup_repos"}),
+        ({}, "images,import", {"setup_repos"}, ["image"], {}),
+        (
+            {},
+            "iso",
+            {"setup_repos"},
+            ["storage", "image"],
+            dict.fromkeys(("image", "storage"), "setup_repos"),
+        ),
+        ({"storage": "fast"}, "iso", {"setup_repos"}, ["storage"], {}),
+        ({}, "iso", set(), ["storage", "snippets", "image", "bridge", "PVE"], {}),
+        ({}, "iso", {"ensure_pve", "setup_network", "setup_repos"}, ["version", "space", "VM id"], {}),
+    ],
+)
+def test_a_chosen_step_is_trusted_with_what_it_does_and_no_more(
+    settings: dict[str, str], content: str, chosen: set[str], lacks: list[str], wanted: dict[str, str]
+) -> None:
+    seen: Any = SimpleNamespace(
+        settings=Settings(**settings),  # type: ignore[arg-type]
+        storages=[{"storage": "local", "content": content, "active": 1, "enabled": 1}],
+    )
+    assert promised(seen, frozenset(chosen), missing(*lacks)) == wanted
+    seen.storages[0]["active"] = 0
+    assert "setup_repos" not in promised(seen, frozenset(chosen), missing(*lacks)).values()
 
 
 def asked(config: Path, name: str) -> dict[str, list[str]]:

@@ -45,6 +45,13 @@ def test_an_imported_image_is_what_boots(node: Node) -> None:
     assert config(node, 120)["net0"].split(",")[0].removeprefix("virtio=") in spec
 
 
+def test_the_task_that_frees_a_volume_is_named_after_the_storage_and_its_owner(node: Node) -> None:
+    with_image(node, 123)
+    path = "/nodes/father/storage/local/content/local:"
+    for volume, name in (("import/debian.raw", "local"), ("123/vm-123-disk-0.qcow2", "123@local")):
+        assert f":imgdel:{name}:root@pam:" in node.ok("pvesh", "delete", f"{path}{volume}")
+
+
 def test_a_volume_that_goes_while_volumes_are_listed_is_no_row(node: Node) -> None:
     for vmid in (121, 122):
         with_image(node, vmid)

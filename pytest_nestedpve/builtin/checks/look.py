@@ -42,7 +42,7 @@ CHECKS: tuple[Check, ...] = (
     Check("forwarding", ways.forwarding, _ROOT),
     Check("PVE", basics.version, _ROOT),
     Check("clock", basics.clock, _PVE),
-    Check("profile", basics.profile, _PVE),
+    Check("profile", basics.profile, _ROOT),
     Check("node", placement.node, _PVE),
     Check("quorum", ways.quorum, _PVE),
     Check("nested virtualisation", basics.virtualisation, _NODE),

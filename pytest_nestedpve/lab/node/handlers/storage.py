@@ -265,7 +265,7 @@ def free(caller: Caller, params: dict[str, Any]) -> Any:
             print(f"disk image '{paths.shown(file)}' does not exist")
         print(f"Removed volume '{volid}'", flush=True)
 
-    return task(caller, "imgdel", f"{owner}@{name}" if owner else f"{volid.replace(':', '%3A')}@{name}", work)
+    return task(caller, "imgdel", f"{owner}@{name}" if owner else name, work)
 
 
 @api("POST", HERE + "/{storage}/download-url")
