@@ -1,4 +1,4 @@
-"""The command `nestedpve-lab`: install, start, stop, list, set, exec."""
+"""The command `nestedpve-lab`: install, start, stop, list, set, power, exec."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("install", help="Debian packages, image and repository; at once if all is there")
     start = commands.add_parser("start", help="start a lab; it stays until it is stopped")
     start.add_argument("name", nargs="?", default=DEFAULT_LAB)
+    start.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="outer nodes; two are a cluster")
     start.add_argument("--json", action="store_true", help="say what it is as JSON")
     stop = commands.add_parser("stop", help="stop a lab and remove it, with all VMs in it")
     which = stop.add_mutually_exclusive_group(required=True)
@@ -64,10 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     pace.add_argument(
         "pairs", nargs="*", metavar="KEY=SECONDS", help="cli_delay_s, start_s, stop_s, destroy_s"
     )
+    power = commands.add_parser("power", help="switch the second node off, as by pulling the plug, or on")
+    power.add_argument("name")
+    power.add_argument("node", help="uncle")
+    power.add_argument("state", choices=("on", "off"))
     enter = commands.add_parser("exec", help="run a command on a node of a lab", usage=_EXEC_USAGE)
     enter.add_argument("name")
     enter.add_argument(
-        "--node", default="father", help="father (default), nested, leaf, or VMs by id or name: 9900/101"
+        "--node",
+        default="father",
+        help="father (default), uncle, nested, leaf, or VMs by id or name: 9900/101, uncle/9900",
     )
     return parser
 
@@ -85,7 +92,7 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
         install(_say)
         _say(f"installed ({time.monotonic() - begin:.1f} s)")
     elif options.command == "start":
-        lab = world.start(options.name, hand=True, say=_say)
+        lab = world.start(options.name, hand=True, say=_say, nodes=options.nodes)
         if options.json:
             print(lab.json())
         else:
@@ -101,7 +108,8 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
             print(json.dumps([asdict(lab) for lab in labs]))
         else:
             for lab in labs:
-                print(f"{lab.name:20} {lab.networks[0]:18} {lab.networks[1]:18} {lab.state}")
+                nodes = ",".join(lab.pids)
+                print(f"{lab.name:20} {lab.networks[0]:18} {lab.networks[1]:18} {nodes:13} {lab.state}")
             if not labs:
                 print("no lab runs")
     elif options.command == "set":
@@ -109,6 +117,8 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
 
         for key, seconds in pace.change(options.name, pace.parse(options.pairs)).items():
             print(f"{key}={seconds:g}")
+    elif options.command == "power":
+        world.power(options.name, options.node, on=options.state == "on")
     else:
         return world.enter(options.name, options.node, command)
     return 0

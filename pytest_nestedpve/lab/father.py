@@ -26,9 +26,11 @@ from .names import (
     PVE_KEY_URL,
     PVE_URL,
     SUITE,
+    UNCLE,
     Subnets,
     cache_dir,
 )
+from .node import members
 from .node.packages import DebSpec
 
 _PACKAGES = [
@@ -184,17 +186,27 @@ def _layer(
     log.unlink()
 
 
-def prepare(upper: Path, vz: Path, father: Father, subnets: Subnets, authorized: str, host_key: Path) -> None:
+def prepare(
+    upper: Path,
+    vz: Path,
+    father: Father,
+    subnets: Subnets,
+    authorized: str,
+    host_key: Path,
+    *,
+    second: bool = False,
+) -> None:
     """Write what makes a father this lab's (addresses, keys, profile) into `upper` and `vz`, his
-    /var/lib/vz."""
+    /var/lib/vz; `second`: there is an uncle too."""
     address = subnets.bridge_address
     first, last = subnets.dhcp_range
-    files = {
-        "etc/hostname": f"{FATHER}\n",
-        "etc/hosts": f"127.0.0.1 localhost\n{address} {FATHER}.{DOMAIN} {FATHER}\n\n::1 ip6-localhost\n",
-        "etc/resolv.conf": f"search {DOMAIN}\nnameserver {address}\n",
-        "etc/network/interfaces": _interfaces(subnets),
-        "etc/nestedpve-lab-dnsmasq.conf": f"""\
+    known = {FATHER: address} | ({UNCLE: subnets.uncle_address} if second else {})
+    _write(
+        upper,
+        _identity(FATHER, subnets, known)
+        | {
+            "etc/network/interfaces": _interfaces(subnets, ports="lan" if second else "none"),
+            "etc/nestedpve-lab-dnsmasq.conf": f"""\
 interface=vmbr0
 bind-dynamic
 except-interface=lo
@@ -212,10 +224,10 @@ dhcp-broadcast
 no-ping
 host-record={PVE_HOST},{address}
 host-record={MIRROR_HOST},{address}
-host-record={FATHER}.{DOMAIN},{FATHER},{address}
-user=root
-""",
-        "etc/nested-pve.ini": f"""\
+"""
+            + "".join(f"host-record={name}.{DOMAIN},{name},{place}\n" for name, place in known.items())
+            + "user=root\n",
+            "etc/nested-pve.ini": f"""\
 [nested-pve]
 image = local:import/{IMAGE_FILE}
 storage = local
@@ -225,22 +237,74 @@ pve_repository_url = {PVE_URL}
 pve_repository_key_url = {PVE_KEY_URL}
 pve_repository_key_sha256 = {repo.pve_key_sha256()}
 """,
-    }
-    for name, text in files.items():
-        file = upper / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        },
+    )
     (upper / "var/lib/misc").mkdir(parents=True, exist_ok=True)
     ssh = upper / "root/.ssh"
     ssh.mkdir(parents=True, mode=0o700)
     (upper / "root").chmod(0o700)
     (ssh / "authorized_keys").write_text(authorized)
     (ssh / "authorized_keys").chmod(0o600)
+    _host_key(upper, host_key)
+    _storage(vz, father)
+
+
+def prepare_uncle(upper: Path, vz: Path, father: Father, subnets: Subnets, host_key: Path) -> None:
+    """The same for the second node: father's DHCP, DNS and web server are its too."""
+    known = {FATHER: subnets.bridge_address, UNCLE: subnets.uncle_address}
+    interfaces = f"""\
+auto lo
+iface lo inet loopback
+
+auto vmbr0
+iface vmbr0 inet static
+	address {subnets.uncle_address}/24
+	hwaddress 02:4e:50:56:02:{subnets.number:02x}
+	bridge-ports lan
+	bridge-stp off
+	bridge-fd 0
+"""
+    _write(upper, _identity(UNCLE, subnets, known) | {"etc/network/interfaces": interfaces})
+    units = upper / "etc/systemd/system"
+    units.mkdir(parents=True)
+    for unit in ("nestedpve-lab-dns.service", "nestedpve-lab-web.service"):
+        (units / unit).symlink_to("/dev/null")
+    _host_key(upper, host_key)
+    _storage(vz, father)
+
+
+def prepare_cluster(folder: Path, name: str, subnets: Subnets) -> None:
+    """What both nodes have as /var/lib/pve-cluster: so far that they are one cluster."""
+    (folder / "fs").mkdir(parents=True)
+    nodes = {FATHER: subnets.bridge_address, UNCLE: subnets.uncle_address}
+    (folder / "fs/corosync.conf").write_text(members.config(name, nodes))
+
+
+def _identity(node: str, subnets: Subnets, known: dict[str, str]) -> dict[str, str]:
+    hosts = "".join(f"{address} {name}.{DOMAIN} {name}\n" for name, address in known.items())
+    return {
+        "etc/hostname": f"{node}\n",
+        "etc/hosts": f"127.0.0.1 localhost\n{hosts}\n::1 ip6-localhost\n",
+        "etc/resolv.conf": f"search {DOMAIN}\nnameserver {subnets.bridge_address}\n",
+    }
+
+
+def _write(upper: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        file = upper / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def _host_key(upper: Path, host_key: Path) -> None:
     (upper / "etc/ssh").mkdir(parents=True, exist_ok=True)
     for suffix, mode in (("", 0o600), (".pub", 0o644)):
         target = upper / f"etc/ssh/ssh_host_ed25519_key{suffix}"
         shutil.copyfile(f"{host_key}{suffix}", target)
         target.chmod(mode)
+
+
+def _storage(vz: Path, father: Father) -> None:
     for folder in ("import", "images", "snippets", "template/iso", "dump"):
         (vz / folder).mkdir(parents=True, exist_ok=True)
     try:
@@ -249,7 +313,7 @@ pve_repository_key_sha256 = {repo.pve_key_sha256()}
         shutil.copyfile(father.image, vz / "import" / IMAGE_FILE)
 
 
-def _interfaces(subnets: Subnets) -> str:
+def _interfaces(subnets: Subnets, *, ports: str) -> str:
     # A bridge without a fixed address changes it as guests come and go. There is no way out: no gateway.
     return f"""\
 auto lo
@@ -263,7 +327,7 @@ auto vmbr0
 iface vmbr0 inet static
 	address {subnets.bridge_address}/24
 	hwaddress 02:4e:50:56:00:{subnets.number:02x}
-	bridge-ports none
+	bridge-ports {ports}
 	bridge-stp off
 	bridge-fd 0
 	post-up echo 1 > /proc/sys/net/ipv4/ip_forward

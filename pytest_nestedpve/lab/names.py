@@ -10,6 +10,7 @@ from pytest_nestedpve.pve.errors import PveError
 
 DOMAIN = "nested-pve.test"
 FATHER = "father"
+UNCLE = "uncle"  # the second outer node, of a lab that has two
 MIRROR_HOST = f"mirror.{DOMAIN}"
 PVE_HOST = "download.proxmox.com"
 MIRROR_URL = f"http://{MIRROR_HOST}/debian"
@@ -81,6 +82,7 @@ class Subnets:
         self.uplink_father = f"10.210.{number}.2"
         self.uplink = f"10.210.{number}.0/30"
         self.bridge_address = f"10.211.{number}.1"
+        self.uncle_address = f"10.211.{number}.2"
         self.bridge = f"10.211.{number}.0/24"
         self.dhcp_range = (f"10.211.{number}.10", f"10.211.{number}.250")
         self.link = f"npvelab{number}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from . import programs
-from .names import FATHER, LabError
+from .names import FATHER, UNCLE, LabError
 
 _GUESTS = (
     "import json, pathlib\n"
@@ -20,11 +20,20 @@ _GUESTS = (
 )
 
 
-def namespace_command(init: int, node: str, command: Sequence[str]) -> list[str]:
-    """The command as seen from the machine, to run it on `node` of the lab whose father's PID 1 is `init`.
-    LabError if there is no such node."""
-    inside = _into(init)
-    if node == FATHER:
+def namespace_command(inits: Mapping[str, int], node: str, command: Sequence[str]) -> list[str]:
+    """The command as seen from the machine, to run it on `node` of the lab whose outer nodes have these
+    PIDs 1. LabError if there is no such node."""
+    shown, _, below = node.partition("/")
+    if shown in (FATHER, UNCLE):
+        node = below
+    else:
+        shown = FATHER
+    if shown not in inits:
+        raise LabError(
+            f"{shown} is off, or not in this lab: `nestedpve-lab start NAME --nodes 2` has two nodes"
+        )
+    inside = _into(inits[shown])
+    if not node:
         steps: list[str] = []
     elif node == "nested":
         steps = [""]
@@ -32,7 +41,6 @@ def namespace_command(init: int, node: str, command: Sequence[str]) -> list[str]
         steps = ["", ""]
     else:
         steps = node.split("/")
-    shown = FATHER
     for step in steps:
         guests = _guests(inside)
         chosen = [guest for guest in guests if not step or step in (str(guest[0]), guest[1])]

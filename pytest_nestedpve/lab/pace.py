@@ -42,17 +42,20 @@ def parse(pairs: Sequence[str]) -> dict[str, float]:
 def change(lab: str, changes: Mapping[str, float]) -> dict[str, float]:
     """Change a running lab's pace, at once and for all its nodes, those that boot later too; all of it, by
     key. Without changes only tells it. LabError if the lab does not run."""
+    from . import world
+
     found = dict.fromkeys(KEYS, 0.0) | _read(lab)
     if not changes:
         return found
     found |= changes
     # Written in place: the nodes inside have the very same file.
-    _on_father(lab, f"cat >{_FILE}", json.dumps(found))
+    for node in world.need(lab).pids:
+        _on(node, lab, f"cat >{_FILE}", json.dumps(found))
     return found
 
 
 def _read(lab: str) -> dict[str, float]:
-    text = _on_father(lab, f"cat {_FILE} 2>/dev/null || true")
+    text = _on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
     try:
         loaded = json.loads(text or "{}")
         return {key: float(loaded[key]) for key in KEYS if key in loaded}
@@ -60,15 +63,13 @@ def _read(lab: str) -> dict[str, float]:
         raise LabError(f"{_FILE} on {FATHER} of lab {lab} cannot be read: {e}; found {text[:200]!r}") from e
 
 
-def _on_father(lab: str, script: str, text: str = "") -> str:
+def _on(node: str, lab: str, script: str, text: str = "") -> str:
     from . import world
     from .nodes import namespace_command
 
-    argv = namespace_command(world.need(lab).pid, FATHER, ["/bin/sh", "-c", script])
+    argv = namespace_command(world.need(lab).pids, node, ["/bin/sh", "-c", script])
     environment = {**os.environ, "PATH": programs.search_path()}
     done = subprocess.run(argv, input=text, text=True, capture_output=True, env=environment, check=False)
     if done.returncode:
-        raise LabError(
-            f"{FATHER} of lab {lab}: `{script}` ended with {done.returncode}: {done.stderr.strip()}"
-        )
+        raise LabError(f"{node} of lab {lab}: `{script}` ended with {done.returncode}: {done.stderr.strip()}")
     return done.stdout

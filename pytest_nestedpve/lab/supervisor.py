@@ -20,9 +20,14 @@ from types import FrameType
 from typing import Any
 
 from . import allocation, father, marks, programs
-from .names import FATHER, LabError, Subnets, lab_dir
+from .names import FATHER, UNCLE, LabError, Subnets, lab_dir
 from .node import cgroups, launcher
 
+SHARED = "/mnt/shared"
+"""A directory that both nodes of a cluster have, for a storage that is shared."""
+
+_closing = threading.Event()
+_launching = threading.Lock()  # of uncle; none is launched any more once the lab goes down
 _lock_held = threading.Event()  # by this process: the lab's, while the lab goes down by itself
 
 
@@ -54,6 +59,9 @@ def main(arguments: list[str]) -> int:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        _closing.set()
+        with _launching:
+            pass
         take_down(folder, subnets, before)
         if _lock_held.is_set():
             lock_file(folder).unlink(missing_ok=True)
@@ -69,7 +77,8 @@ def take_down(folder: Path, subnets: Subnets, return_to: Path | None = None) -> 
     """End everything of the lab and remove its directory. Done by the supervisor itself, or by another
     process for one that was killed."""
     group = cgroups.root() / subnets.cgroup
-    cgroups.remove(group / FATHER)
+    for node in (FATHER, UNCLE):
+        cgroups.remove(group / node)
     subprocess.run(["ip", "link", "del", subnets.link], capture_output=True, check=False)
     if return_to is not None:
         (return_to / "cgroup.procs").write_text(str(os.getpid()))
@@ -85,6 +94,7 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
         Path(settings["mirror_site"]),
         Path(settings["pve_site"]),
     )
+    second = settings["nodes"] > 1
     father.prepare(
         folder / "upper",
         folder / "vz",
@@ -92,11 +102,22 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
         subnets,
         (folder / "id_ed25519.pub").read_text(),
         folder / "host_ed25519",
+        second=second,
     )
-    container = _container(folder, made, subnets)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGHUP, _stop)
+    switch = None
+    if second:
+        father.prepare_cluster(folder / "pve-cluster", folder.name, subnets)
+        (folder / "shared").mkdir()
+        key = folder / "host_uncle_ed25519"
+        father.prepare_uncle(folder / "upper-uncle", folder / "vz-uncle", made, subnets, key)
+        switch = _switch()
+        uncle = _uncle(folder, made, subnets, switch)
+        begun = _launch_uncle(folder, uncle)
+        threading.Thread(target=_keep_uncle, args=(folder, uncle, begun), daemon=True).start()
+    container = _container(folder, made, subnets, switch)
     while True:
         started = launcher.launch(container)
         state = {
@@ -119,7 +140,8 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
         launcher.cleanup(container)
 
 
-def _container(folder: Path, made: father.Father, subnets: Subnets) -> launcher.Container:
+def _container(folder: Path, made: father.Father, subnets: Subnets, switch: int | None) -> launcher.Container:
+    lan, common = ((), ()) if switch is None else (_lan(FATHER, subnets, switch), _common(folder))
     return launcher.Container(
         hostname=FATHER,
         state=folder / "state",
@@ -136,13 +158,110 @@ def _container(folder: Path, made: father.Father, subnets: Subnets) -> launcher.
                 mac=f"02:4e:50:56:01:{subnets.number:02x}",
                 address=f"{subnets.uplink_machine}/30",
             ),
+            *lan,
         ),
         binds=(
             launcher.Bind(folder / "vz", "/var/lib/vz", writable=True),
             launcher.Bind(made.mirror_site, f"/srv/www/{made.mirror_site.name}"),
             launcher.Bind(made.pve_site, f"/srv/www/{made.pve_site.name}"),
+            *common,
         ),
     )
+
+
+# -- the second node of a cluster
+
+
+def _uncle(folder: Path, made: father.Father, subnets: Subnets, switch: int) -> launcher.Container:
+    return launcher.Container(
+        hostname=UNCLE,
+        state=folder / "state-uncle",
+        cgroup=cgroups.root() / subnets.cgroup / UNCLE,
+        console=folder / "console-uncle.log",
+        images=(made.image,),
+        lowers=made.layers,
+        upper=folder / "upper-uncle",
+        work=folder / "work-uncle",
+        links=_lan(UNCLE, subnets, switch),
+        binds=(launcher.Bind(folder / "vz-uncle", "/var/lib/vz", writable=True), *_common(folder)),
+    )
+
+
+def _lan(node: str, subnets: Subnets, switch: int) -> tuple[launcher.Link, ...]:
+    """The port of a node's bridge by which both nodes' bridges are one network."""
+    number = (FATHER, UNCLE).index(node) + 3
+    mac = f"02:4e:50:56:{number:02x}:{subnets.number:02x}"
+    return (launcher.Link(outside=node, inside="lan", mac=mac, bridge="lan", switch=switch),)
+
+
+def _common(folder: Path) -> tuple[launcher.Bind, ...]:
+    return (
+        launcher.Bind(folder / "pve-cluster", "/var/lib/pve-cluster", writable=True),
+        launcher.Bind(folder / "shared", SHARED, writable=True),
+    )
+
+
+_SWITCH_SCRIPT = """
+echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6 || true
+ip link add name lan type bridge
+ip link set lan up
+echo ready
+exec sleep infinity
+"""
+
+
+def _switch() -> int:
+    """A process in whose network namespace there is nothing but a bridge: it ends with this one, and with it
+    its namespace. The machine's own network has nothing of it."""
+    process = subprocess.Popen(
+        ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "sh", "-ec", _SWITCH_SCRIPT],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        if process.stdout.readline() != b"ready\n":
+            raise LabError("the network between the nodes could not be made")
+    return process.pid
+
+
+def power_file(folder: Path) -> Path:
+    """Uncle's button: he waits for a word in it while he is off."""
+    return folder / "uncle.power"
+
+
+def pid_file(folder: Path) -> Path:
+    """Uncle's PID 1 as seen here; there while he is on."""
+    return folder / "uncle.pid"
+
+
+def _launch_uncle(folder: Path, uncle: launcher.Container) -> launcher.Started:
+    with _launching:
+        if _closing.is_set():
+            raise LabError("the lab goes down")
+        started = launcher.launch(uncle)
+    temporary = pid_file(folder).with_suffix(".new")
+    temporary.write_text(str(started.init))
+    temporary.rename(pid_file(folder))
+    return started
+
+
+def _keep_uncle(folder: Path, uncle: launcher.Container, started: launcher.Started) -> None:
+    """Boot him again when he reboots, or when he was off and somebody switches him on."""
+    button = power_file(folder)
+    os.mkfifo(button, 0o600)
+    while True:
+        ended = started.wait()
+        print(f"uncle: {ended}", flush=True)
+        launcher.cleanup(uncle)
+        pid_file(folder).unlink(missing_ok=True)
+        if ended != launcher.REBOOT:
+            button.read_text()
+        try:
+            started = _launch_uncle(folder, uncle)
+        except (launcher.LaunchError, LabError) as e:
+            print(f"uncle: {e}", flush=True)
+            return
 
 
 def _watch_sessions(folder: Path) -> None:

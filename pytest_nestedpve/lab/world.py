@@ -19,7 +19,7 @@ from typing import Any
 from pytest_nestedpve.timing import Deadline, wait_until
 
 from . import father, image, keys, marks, programs, requirements, supervisor
-from .names import FATHER, LabError, Subnets, check_name, lab_dir, labs_dir
+from .names import FATHER, UNCLE, LabError, LabUsage, Subnets, check_name, lab_dir, labs_dir
 from .node import cgroups
 from .node.alive import held
 
@@ -29,7 +29,7 @@ _STOP_LIMIT = 60.0
 
 @dataclass(frozen=True)
 class LabInfo:
-    """A running lab. `pid` is father's PID 1 as seen here, `ca_file` is there once his CA is; `state` is one
+    """A running lab. `pid` is father's PID 1 as seen here, `pids` has that of each node that is on; `ca_file` is there once his CA is; `state` is one
     of "session" (stops after its last session), "hand" (until stopped), "kept: …" (the reason)."""
 
     name: str
@@ -39,6 +39,7 @@ class LabInfo:
     api_url: str
     ca_file: str
     pid: int
+    pids: dict[str, int]
     supervisor: int
     networks: tuple[str, str]
     state: str
@@ -56,21 +57,23 @@ def prepared(say: Callable[[str], None]) -> father.Father:
         return father.build(say)
 
 
-def start(name: str, *, hand: bool, say: Callable[[str], None]) -> LabInfo:
-    """Start lab `name` and wait until father is up; if it runs already, that one. A lab started by `hand`
-    stays until it is stopped. LabUnavailable, LabError."""
+def start(name: str, *, hand: bool, say: Callable[[str], None], nodes: int = 1) -> LabInfo:
+    """Start lab `name` and wait until its outer nodes (one or two) are up; if it runs already, that one. A
+    lab started by `hand` stays until it is stopped. LabUnavailable, LabError."""
     check_name(name)
     requirements.check()
     sweep()
     with lab_lock(name):
-        return start_locked(name, hand=hand, say=say)
+        return start_locked(name, hand=hand, say=say, nodes=nodes)
 
 
-def start_locked(name: str, *, hand: bool, say: Callable[[str], None]) -> LabInfo:
+def start_locked(name: str, *, hand: bool, say: Callable[[str], None], nodes: int = 1) -> LabInfo:
     """`start` for who holds the lab's lock and has checked what is required."""
     folder = lab_dir(name)
     running = find(name)
     if running is not None:
+        if nodes > _nodes_of(folder):
+            raise LabError(f"lab {name} runs with one node; stop it first: `nestedpve-lab stop {name}`")
         if hand:
             (folder / "hand").touch()
         return find(name) or running
@@ -79,10 +82,12 @@ def start_locked(name: str, *, hand: bool, say: Callable[[str], None]) -> LabInf
     say(f"starting lab {name}")
     folder.mkdir(parents=True, mode=0o700)
     try:
-        _write(folder, made, hand)
+        _write(folder, made, hand, nodes)
         _spawn(name)
         _finish_ssh(folder)
         _await_father(folder)
+        if nodes > 1:
+            _await_uncle(folder)
     except BaseException:
         stop_locked(name)
         raise
@@ -102,6 +107,9 @@ def find(name: str) -> LabInfo | None:
     except (OSError, ValueError):
         return None
     subnets = Subnets(int(known["number"]))
+    pids = {FATHER: int(known["pid"])}
+    with contextlib.suppress(OSError, ValueError):
+        pids[UNCLE] = int(supervisor.pid_file(folder).read_text())
     state = "hand" if (folder / "hand").exists() else "session"
     with contextlib.suppress(OSError):
         state = f"kept: {(folder / 'kept').read_text().strip()}" if state == "session" else state
@@ -112,7 +120,8 @@ def find(name: str) -> LabInfo | None:
         host=FATHER,
         api_url=f"https://{subnets.uplink_father}:8006",
         ca_file=str(folder / "pve-root-ca.pem"),
-        pid=int(known["pid"]),
+        pid=pids[FATHER],
+        pids=pids,
         supervisor=int(known["supervisor"]),
         networks=(subnets.uplink, subnets.bridge),
         state=state,
@@ -182,13 +191,56 @@ def sweep() -> list[str]:
 def enter(name: str, node: str, command: Sequence[str]) -> int:
     """Run a command on a node of a running lab with this process's streams; its exit status.
 
-    `node` is father, `nested` (a VM of his), `leaf` (a VM of nested's), or a chain of vmids or names such as
-    `9900/101`. LabError if the lab or node is not there.
+    `node` is father, uncle, `nested` (a VM of father's), `leaf` (a VM of nested's), or a chain of vmids or
+    names such as `9900/101` or `uncle/9900`. LabError if the lab or node is not there.
     """
     from .nodes import namespace_command
 
-    argv = namespace_command(need(name).pid, node, command)
+    argv = namespace_command(need(name).pids, node, command)
     return subprocess.run(argv, env={**os.environ, "PATH": programs.search_path()}, check=False).returncode
+
+
+def power(name: str, node: str, *, on: bool) -> None:
+    """Switch uncle on, and wait until he is up, or off, as by pulling the plug. LabError, LabUsage."""
+    if node != UNCLE:
+        raise LabUsage(f"power: expected {UNCLE}, found {node!r}: with {FATHER} the lab itself ends")
+    lab = need(name)
+    folder = Path(lab.dir)
+    if _nodes_of(folder) < 2:
+        raise LabError(f"lab {name} has one node; `nestedpve-lab start NAME --nodes 2` has two")
+    if on == (UNCLE in lab.pids):
+        return
+    number = int(json.loads((folder / "lab.json").read_text())["number"])
+    deadline = Deadline(_BOOT_LIMIT)
+    if on:
+        wait_until(
+            lambda: _press(supervisor.power_file(folder)),
+            deadline=deadline,
+            what=lambda: f"{UNCLE} to be quite off",
+            interval=(0.02, 0.2),
+        )
+        _await_uncle(folder)
+        return
+    cgroups.kill(cgroups.root() / Subnets(number).cgroup / UNCLE)
+    wait_until(
+        lambda: not supervisor.pid_file(folder).exists(),
+        deadline=deadline,
+        what=lambda: f"{UNCLE} to be off",
+        interval=(0.02, 0.2),
+    )
+
+
+def _press(button: Path) -> bool:
+    """Whether somebody waits for it; a pipe without a reader cannot be opened for writing."""
+    try:
+        os.close(os.open(button, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+def _nodes_of(folder: Path) -> int:
+    return int(json.loads((folder / "start.json").read_text()).get("nodes", 1))
 
 
 @contextlib.contextmanager
@@ -265,8 +317,8 @@ def _remove_dead(folder: Path) -> None:
         raise LabError(f"lab {folder.name} cannot be removed: {e}") from e
 
 
-def _write(folder: Path, made: father.Father, hand: bool) -> None:
-    for name in ("id_ed25519", "host_ed25519"):
+def _write(folder: Path, made: father.Father, hand: bool, nodes: int) -> None:
+    for name in ("id_ed25519", "host_ed25519", *(["host_uncle_ed25519"] if nodes > 1 else [])):
         comment = f"{name} of lab {folder.name}"
         command: list[str | Path] = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f"]
         command.append(folder / name)
@@ -278,6 +330,7 @@ def _write(folder: Path, made: father.Father, hand: bool) -> None:
         "layers": [str(layer) for layer in made.layers],
         "mirror_site": str(made.mirror_site),
         "pve_site": str(made.pve_site),
+        "nodes": nodes,
     }
     (folder / "start.json").write_text(json.dumps(settings))
     (folder / "session.lock").touch()
@@ -359,7 +412,25 @@ def _await_father(folder: Path) -> None:
         (folder / "pve-root-ca.pem").write_text(ca.stdout)
 
 
-def _tail(folder: Path) -> str:
+def _await_uncle(folder: Path) -> None:
+    """Until his services have started, as father sees him over the nodes' own SSH."""
+    deadline = Deadline(_BOOT_LIMIT)
+    last = "nothing yet"
+
+    def up() -> bool:
+        nonlocal last
+        if not _alive(folder):
+            raise LabError(f"{UNCLE} ended while booting; {_tail(folder, 'console-uncle.log')}")
+        known = f"-o UserKnownHostsFile=/etc/pve/nodes/{UNCLE}/ssh_known_hosts"
+        login = f"ssh -o BatchMode=yes -o ConnectTimeout=5 {known} -o StrictHostKeyChecking=yes {UNCLE}"
+        done = marks.ssh(folder, f"{login} systemctl is-system-running --wait || true", limit=60)
+        last = done.stdout.strip() or done.stderr.strip()
+        return last in ("running", "degraded")
+
+    wait_until(up, deadline=deadline, what=lambda: f"{UNCLE} to boot (last: {last})", interval=(0.05, 0.5))
+
+
+def _tail(folder: Path, console: str = "console.log") -> str:
     with contextlib.suppress(OSError):
-        return "the end of his console: " + " / ".join((folder / "console.log").read_text().splitlines()[-5:])
+        return "the end of his console: " + " / ".join((folder / console).read_text().splitlines()[-5:])
     return "his console said nothing"

@@ -1,10 +1,11 @@
-"""pvecm: a node of its own has no cluster; certificates and keys are made here."""
+"""pvecm: what the cluster is, if there is one; certificates and keys are made here."""
 
 from __future__ import annotations
 
 import sys
+import time
 
-from . import cli, cluster_fs
+from . import cli, cluster_fs, members
 from .errors import PveFailure, Unsupported
 
 NO_COROSYNC = (
@@ -41,7 +42,11 @@ def _main(argv: list[str]) -> int:
         return 255
     word, rest = argv[0], argv[1:]
     if word in ("status", "nodes", "expected"):
-        raise PveFailure(NO_COROSYNC, rc=2)
+        if members.cluster() is None:
+            raise PveFailure(NO_COROSYNC, rc=2)
+        if word != "expected":
+            sys.stdout.write(_status() if word == "status" else _nodes())
+        return 0
     if word == "updatecerts":
         own = {"force": cli.BOOLEAN, "silent": cli.BOOLEAN, "unmerge-known-hosts": cli.BOOLEAN}
         values = cli.parse(rest, cli.Command("", "", extra=own), "pvecm updatecerts  [OPTIONS]\n")
@@ -57,6 +62,43 @@ def _main(argv: list[str]) -> int:
         raise Unsupported(f"pvecm {word}")
     sys.stderr.write(f"ERROR: unknown command 'pvecm {word}'\n" + USAGE)
     return 255
+
+
+def _status() -> str:
+    """[cluster-014]; with a node off, as after `pvecm expected 1` [nodedown-001]: a lab is always quorate."""
+    every = sorted(members.every(), key=lambda each: each.number)
+    online = [each for each in every if each.online]
+    own = next(each.number for each in every if each.local)
+    listed = "".join(f"0x{each.number:08x}          1 {each.address}{_mark(each)}\n" for each in online)
+    count = len(online)
+    return (
+        "Cluster information\n-------------------\n"
+        f"Name:             {members.cluster()}\nConfig Version:   {len(every)}\n"
+        "Transport:        knet\nSecure auth:      on\n\n"
+        "Quorum information\n------------------\n"
+        f"Date:             {time.strftime('%a %b %e %H:%M:%S %Y')}\n"
+        f"Quorum provider:  corosync_votequorum\nNodes:            {count}\n"
+        f"Node ID:          0x{own:08x}\nRing ID:          1.{count:x}\nQuorate:          Yes\n\n"
+        "Votequorum information\n----------------------\n"
+        f"Expected votes:   {count}\nHighest expected: {count}\nTotal votes:      {count}\n"
+        f"Quorum:           {count // 2 + 1}  \nFlags:            Quorate \n\n"
+        f"{_MEMBERSHIP}    Nodeid      Votes Name\n{listed}"
+    )
+
+
+def _nodes() -> str:
+    every = sorted(members.every(), key=lambda each: each.number)
+    listed = "".join(
+        f"{each.number:>10}          1 {each.name}{_mark(each)}\n" for each in every if each.online
+    )
+    return f"\n{_MEMBERSHIP}    Nodeid      Votes Name\n{listed}"
+
+
+def _mark(member: members.Member) -> str:
+    return " (local)" if member.local else ""
+
+
+_MEMBERSHIP = "Membership information\n----------------------\n"
 
 
 if __name__ == "__main__":

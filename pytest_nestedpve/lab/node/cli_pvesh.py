@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import access, cli, format, schema, tasks, tree
+from . import access, cli, format, forward, schema, tasks, tree
 from .errors import BadParameters, PveFailure
 
 VERBS = {"get": "GET", "create": "POST", "set": "PUT", "delete": "DELETE"}
@@ -67,8 +67,12 @@ def _call(word: str, argv: list[str]) -> int:
     try:
         values = cli.parse(argv, command, _line(word, method))
         style = cli.style_of(values)
-        values.pop("api_path"), values.pop("noproxy", None)
-        result = tree.call(verb, address, values, access.ROOT)
+        values.pop("api_path")
+        member = None if values.pop("noproxy", "0") == "1" else forward.other(address)
+        if member is not None:
+            result = forward.by_ssh(member, word, address, values)
+        else:
+            result = tree.call(verb, address, values, access.ROOT)
     except BadParameters as e:
         sys.stdout.flush()
         sys.stderr.write(e.for_cli() + line)
@@ -108,7 +112,11 @@ def _listed(address: str, template: str) -> list[tuple[str, str]]:
     )
     if key is None:
         return []
-    rows = tree.call("GET", address, {}, access.ROOT)
+    member = forward.other(address)
+    if member is None:
+        rows = tree.call("GET", address, {}, access.ROOT)
+    else:
+        rows = forward.by_ssh(member, "get", address, {})
     variable = {"poolid": "{poolid}", "node": "{node}", "storage": "{storage}", "vmid": "{vmid}"}[key]
     return [(str(row[key]), f"{template}/{variable}") for row in rows]
 

@@ -244,21 +244,6 @@ def _wait(argv: list[str]) -> int:
     return 0
 
 
-def _migrate(argv: list[str]) -> int:
-    values = cli.parse(
-        argv,
-        Command("POST", VM + "/migrate", args=("vmid", "target")),
-        "qm migrate <vmid> <target> [OPTIONS]\n",
-    )
-    if values["target"] != paths.node():
-        raise PveFailure(f"no such cluster node '{values['target']}'", rc=2)
-    sys.stderr.write(
-        "400 Parameter verification failed.\ntarget: target is local node.\n"
-        "qm migrate <vmid> <target> [OPTIONS]\n"
-    )
-    return 255
-
-
 def _refused(name: str, *arguments: str) -> Any:
     def body(argv: list[str]) -> int:
         if argv and argv[0].isdigit():
@@ -309,7 +294,7 @@ COMMANDS: dict[str, Any] = {
     "destroy": Command("DELETE", VM, ONE),
     "list": Command("GET", "/nodes/{node}/qemu", show=_list),
     "listsnapshot": Command("GET", VM + "/snapshot", ONE, show=_snapshots),
-    "migrate": _migrate,
+    "migrate": Command("POST", VM + "/migrate", ("vmid", "target")),
     "pending": Command("GET", VM + "/pending", ONE, show=_pending),
     "reboot": Command("POST", VM + "/status/reboot", ONE),
     "reset": Command("POST", VM + "/status/reset", ONE),

@@ -17,20 +17,21 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from . import paths
+from . import members, paths
+from .alive import holding
 from .errors import PveFailure
 
 
 def fs() -> Path:
     """Where the files really lie; bound over /etc/pve while the service runs."""
-    return paths.at("/var/lib/pve-cluster/fs")
+    return paths.cluster_dir() / "fs"
 
 
 def show(name: str, text: str, mode: int = 0o640) -> None:
     """Render a file below /etc/pve; atomic."""
     file = fs() / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{paths.node()}.{os.getpid()}")
     temporary.write_text(text)
     temporary.chmod(mode)
     temporary.rename(file)
@@ -80,20 +81,32 @@ def address() -> str | None:
 
 
 def prepare() -> None:
-    """The directories and links of a node's file system."""
+    """The directories and links of a node's file system.
+
+    Links that differ from node to node lead, in a cluster's common directory, by way of the node itself.
+    """
     node = paths.node()
+    own = f"nodes/{node}"
+    if members.several():
+        own = str(paths.at("/run/pve-local"))
+        _link(Path(own), f"/etc/pve/nodes/{node}")
     for name, mode in (("priv", 0o700), (f"nodes/{node}/qemu-server", 0o750), (f"nodes/{node}/lxc", 0o750)):
         (fs() / name).mkdir(parents=True, exist_ok=True)
         (fs() / name).chmod(mode)
     for link, target in (
-        ("local", f"nodes/{node}"),
-        ("qemu-server", f"nodes/{node}/qemu-server"),
-        ("lxc", f"nodes/{node}/lxc"),
+        ("local", own),
+        ("qemu-server", f"{own}/qemu-server"),
+        ("lxc", f"{own}/lxc"),
     ):
-        place = fs() / link
-        if not place.is_symlink() or os.readlink(place) != target:
-            place.unlink(missing_ok=True)
-            place.symlink_to(target)
+        _link(fs() / link, target)
+
+
+def _link(place: Path, target: str) -> None:
+    if not place.is_symlink() or os.readlink(place) != target:
+        temporary = place.with_name(f".{place.name}.{paths.node()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(place)
 
 
 def serve() -> int:
@@ -112,8 +125,11 @@ def serve() -> int:
     subprocess.run(["mount", "--bind", str(fs()), str(target)], check=True)
     pid_file().write_text(f"{os.getpid()}\n")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    _notify("READY=1")
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    online = members.lock_file(paths.node())
+    online.parent.mkdir(exist_ok=True)
+    with holding(online):
+        _notify("READY=1")
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
     pid_file().unlink(missing_ok=True)
     subprocess.run(["umount", "-l", str(target)], check=False)
     return 0
@@ -136,6 +152,11 @@ def update_certificates(*, force: bool = False, silent: bool = False) -> None:
     require()
     if force and not silent:
         print("(re)generate node files")
+    with holding(paths.cluster_dir() / ".updatecerts.lock"):
+        _make_missing(force=force, silent=silent)
+
+
+def _make_missing(*, force: bool, silent: bool) -> None:
     prepare()
     ca, key = fs() / "pve-root-ca.pem", fs() / "priv/pve-root-ca.key"
     if not ca.exists() or not key.exists():
@@ -146,6 +167,8 @@ def update_certificates(*, force: bool = False, silent: bool = False) -> None:
             print("generate new node certificate")
         _make_certificate(own / "pve-ssl.pem", own / "pve-ssl.key", ca, key)
     _root_keys()
+    if members.several():
+        _known_hosts()
 
 
 def _openssl(*arguments: str) -> None:
@@ -243,6 +266,14 @@ def _root_keys() -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to("/etc/pve/priv/authorized_keys")
         temporary.replace(link)
+
+
+def _known_hosts() -> None:
+    """This node's host keys, for the other nodes: they know it by its name."""
+    lines = []
+    for file in sorted(paths.at("/etc/ssh").glob("ssh_host_*_key.pub")):
+        lines.append(f"{paths.node()} {' '.join(file.read_text().split()[:2])}\n")
+    show(f"nodes/{paths.node()}/ssh_known_hosts", "".join(lines))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Guest:
     conf: dict[str, str] = field(default_factory=dict)
     pending: dict[str, str | None] = field(default_factory=dict)  # None: to be deleted
     snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
+    node: str = field(default_factory=paths.node)
 
     @property
     def name(self) -> str:
@@ -42,7 +43,7 @@ class Guest:
         return self.conf.get("template") == "1"
 
     def save(self) -> None:
-        body = {"conf": self.conf, "pending": self.pending, "snapshots": self.snapshots}
+        body = {"conf": self.conf, "pending": self.pending, "snapshots": self.snapshots, "node": self.node}
         store().put("qemu", self.vmid, body)
         _render(self)
 
@@ -91,51 +92,69 @@ def _section(values: dict[str, str] | dict[str, str | None]) -> str:
 def _render(guest: Guest) -> None:
     from . import cluster_fs
 
-    cluster_fs.show(f"nodes/{paths.node()}/qemu-server/{guest.vmid}.conf", guest.text())
+    cluster_fs.show(f"nodes/{guest.node}/qemu-server/{guest.vmid}.conf", guest.text())
+
+
+def _read(vmid: int | str, body: dict[str, Any]) -> Guest:
+    return Guest(int(vmid), body["conf"], body["pending"], body["snapshots"], body["node"])
+
+
+def here(vmid: int | str) -> bool:
+    """Whether this node has such a VM."""
+    body = store().get("qemu", vmid)
+    return body is not None and body["node"] == paths.node()
 
 
 def load(vmid: int | str, *, rc: int = 2) -> Guest:
-    """The guest, or PVE's "Configuration file … does not exist"."""
+    """The guest, or PVE's "Configuration file … does not exist", which another node's VM is told too."""
     body = store().get("qemu", vmid)
-    if body is None:
+    if body is None or body["node"] != paths.node():
         raise no_guest(paths.node(), vmid, rc=rc)
-    return Guest(int(vmid), body["conf"], body["pending"], body["snapshots"])
+    return _read(vmid, body)
 
 
 def find(vmid: int | str, *, rc: int = 255) -> Guest:
     """The same with the words of stop, shutdown, clone, reset, …"""
     from .errors import no_guest_found
 
-    if store().get("qemu", vmid) is None:
+    if not here(vmid):
         raise no_guest_found(paths.node(), vmid, rc=rc)
     return load(vmid)
 
 
-def every() -> list[Guest]:
-    found = [Guest(int(v), b["conf"], b["pending"], b["snapshots"]) for v, b in store().all("qemu").items()]
+def everywhere() -> list[Guest]:
+    """The VMs of all nodes."""
+    found = [_read(vmid, body) for vmid, body in store().all("qemu").items()]
     return sorted(found, key=lambda guest: guest.vmid)
 
 
-def containers() -> dict[int, dict[str, str]]:
-    """Containers: there are no commands for them, but a configuration that somebody writes to
-    /etc/pve/lxc/ID.conf takes the id and stands in the lists."""
+def every() -> list[Guest]:
+    """This node's."""
+    return [guest for guest in everywhere() if guest.node == paths.node()]
+
+
+def containers(node: str = "*") -> dict[int, dict[str, str]]:
+    """Containers, of all nodes or one, each with its `node`: there are no commands for them, but a
+    configuration that somebody writes to /etc/pve/lxc/ID.conf takes the id and stands in the lists."""
     from . import cluster_fs
 
     found = {}
-    for file in sorted((cluster_fs.fs() / "nodes" / paths.node() / "lxc").glob("*.conf")):
+    for file in sorted(cluster_fs.fs().glob(f"nodes/{node}/lxc/*.conf")):
         if file.stem.isdigit():
             lines = (line.partition(":") for line in file.read_text().splitlines() if ":" in line)
-            found[int(file.stem)] = {key.strip(): value.strip() for key, _, value in lines}
+            known = {key.strip(): value.strip() for key, _, value in lines}
+            found[int(file.stem)] = known | {"node": file.parent.parent.name}
     return found
 
 
-def remove(vmid: int) -> None:
+def remove(vmid: int, node: str | None = None) -> None:
+    """Forget a VM that is on `node`, by default this one."""
     from . import cluster_fs
 
     with store().change() as db:
         db.drop("qemu", vmid)
         db.drop("runtime", vmid)
-    cluster_fs.hide(f"nodes/{paths.node()}/qemu-server/{vmid}.conf")
+    cluster_fs.hide(f"nodes/{node or paths.node()}/qemu-server/{vmid}.conf")
 
 
 # -- running or not

@@ -35,7 +35,8 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class Link:
-    """A veth pair: `outside` stays here (on `bridge`, or with `address`), `inside` goes inside."""
+    """A veth pair: `outside` stays here (on `bridge`, or with `address`), `inside` goes inside. With `switch`
+    the outside is in that process's network namespace, not here."""
 
     outside: str
     inside: str
@@ -43,6 +44,11 @@ class Link:
     bridge: str | None = None
     address: str | None = None
     up: bool = True
+    switch: int | None = None
+
+    def ip(self) -> list[str]:
+        """The `ip` of where the outside end is."""
+        return ["ip"] if self.switch is None else ["nsenter", f"--net=/proc/{self.switch}/ns/net", "ip"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def cleanup(container: Container) -> None:
     cgroups.remove(container.cgroup)
     for link in container.links:
         # The kernel takes a link away with its namespace, a moment after the last process.
-        subprocess.run(["ip", "link", "del", link.outside], capture_output=True, check=False)
+        subprocess.run([*link.ip(), "link", "del", link.outside], capture_output=True, check=False)
     shutil.rmtree(container.state, ignore_errors=True)
 
 
@@ -216,7 +222,7 @@ def _init_of(container: Container, process: subprocess.Popen[bytes]) -> int:
 
 def _wire(links: tuple[Link, ...], namespace_of: int) -> None:
     for link in links:
-        subprocess.run(["ip", "link", "del", link.outside], capture_output=True, check=False)
+        subprocess.run([*link.ip(), "link", "del", link.outside], capture_output=True, check=False)
         # Never lower than a real card's: a bridge without a fixed address takes its lowest port's.
         outside_mac = "fe:" + ":".join(f"{random.randrange(256):02x}" for _ in range(5))
         # The card's address is given when it is made: a veth has no permanent one to go back to.
@@ -230,7 +236,11 @@ def _wire(links: tuple[Link, ...], namespace_of: int) -> None:
             steps.append(f"address add {link.address} dev {link.outside}")
         steps.append(f"link set {link.outside} {'up' if link.up else 'down'}")
         done = subprocess.run(
-            ["ip", "-batch", "-"], input="\n".join(steps) + "\n", text=True, capture_output=True, check=False
+            [*link.ip(), "-batch", "-"],
+            input="\n".join(steps) + "\n",
+            text=True,
+            capture_output=True,
+            check=False,
         )
         if done.returncode != 0:
             raise LaunchError(f"network card {link.outside}: {done.stderr.strip()}")

@@ -261,6 +261,12 @@ def serial_log(vmid: int) -> Path:
     return SERIAL_DIR / f"{vmid}.serial0.log"
 
 
+def leave(vmid: int) -> None:
+    """The VM, which is off, goes to another node: runtime state away, its leases are still its own."""
+    clear(vmid)
+    (RUN_DIR / f"{vmid}.macs").unlink(missing_ok=True)
+
+
 def forget(vmid: int) -> None:
     """After a destroy: runtime state away, DHCP leases given back (where this node serves DHCP)."""
     macs = []
@@ -389,6 +395,7 @@ __all__ = [
     "forget",
     "frozen",
     "init_pid",
+    "leave",
     "pid",
     "reboot",
     "reset",

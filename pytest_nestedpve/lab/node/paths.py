@@ -35,8 +35,13 @@ def node() -> str:
     return os.environ.get("NESTEDPVE_NODE_NAME") or socket.gethostname().split(".")[0]
 
 
+def cluster_dir() -> Path:
+    """What is the cluster's: nodes of one cluster have the very same directory."""
+    return at("/var/lib/pve-cluster")
+
+
 def database() -> Path:
-    return at("/var/lib/pve-cluster/config.db")
+    return cluster_dir() / "config.db"
 
 
 def pace_file() -> Path:

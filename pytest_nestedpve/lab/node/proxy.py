@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from . import access, cluster_fs, format, paths, tasks, tree
+from . import access, cluster_fs, format, forward, paths, tasks, tree
 from .errors import PveFailure
+from .members import Member
 
 PORT = 8006
 FAILED_DELAY = 3.0  # seconds before a refused log-in is answered (facts 61)
@@ -66,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(501, f"Unexpected content for method '{verb}'", None)
         try:
             cluster_fs.require()
+            if (member := forward.other(address)) is not None:
+                return self._relay(member, verb, body)
             params = dict(parse_qsl(url.query, keep_blank_values=True))
             params |= self._body(body)
             result = tree.call(verb, address, params, caller)
@@ -79,6 +82,13 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(result, tasks.Started):
             result = result.upid
         return self._answer(200, "OK", {"data": result} | self._total(address, result))
+
+    def _relay(self, member: Member, verb: str, body: bytes) -> None:
+        wanted = ("Authorization", "Content-Type")
+        headers = [(name, self.headers[name]) for name in wanted if name in self.headers]
+        answer = forward.by_https(member, PORT, verb, self.path, headers, body)
+        self.close_connection |= answer.status >= 400
+        self._send(answer.status, answer.reason, answer.body, answer.kind)
 
     @staticmethod
     def _total(address: str, result: Any) -> dict[str, Any]:

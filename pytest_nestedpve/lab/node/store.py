@@ -1,4 +1,4 @@
-"""The state of a node: one SQLite file, a transaction per change.
+"""The state of a node, or of all nodes of a cluster: one SQLite file, a transaction per change.
 
 Documents (guests, storages, users, …) are JSON by key; what is asked by more than its key has columns.
 Who changes something does it inside `change()`; everybody else reads what is committed.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import paths
+from .alive import holding
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS document (kind TEXT, id TEXT, body TEXT NOT NULL, PRIMARY KEY (kind, id));
@@ -27,19 +28,21 @@ CREATE INDEX IF NOT EXISTS task_by_time ON task (starttime);
 
 
 class Store:
-    """A connection to the node's state; cheap to open, closed by `close` or with the process."""
+    """A connection to the state; cheap to open, closed by `close` or with the process."""
 
     def __init__(self) -> None:
         file = paths.database()
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = not file.exists()
-        self._db = sqlite3.connect(file, timeout=30, isolation_level=None)
-        if new:
-            file.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        if new or not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='task'").fetchone():
-            self._db.executescript(TABLES)
+        # Nodes of a cluster boot at the same moment: one makes it, the others find it made.
+        with holding(file.with_name(".config.db.lock")) if not file.exists() else contextlib.nullcontext():
+            new = not file.exists()
+            self._db = sqlite3.connect(file, timeout=30, isolation_level=None)
+            if new:
+                file.chmod(0o600)
+                self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            if new or not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='task'").fetchone():
+                self._db.executescript(TABLES)
         self._depth = 0
 
     def close(self) -> None:

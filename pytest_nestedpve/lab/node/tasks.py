@@ -297,7 +297,7 @@ class Task:
 
 def _settle(task: Task) -> Task:
     """A task whose worker is gone without a word ended with "unexpected status" [ownE-015]."""
-    if not task.running or process_start(task.pid) == task.pstart:
+    if not task.running or task.node != paths.node() or process_start(task.pid) == task.pstart:
         return task
     again = store().rows("SELECT * FROM task WHERE upid=?", task.upid)  # it may have ended just now
     if again and again[0][8] is not None:
@@ -316,7 +316,12 @@ def find(upid: str) -> Task | None:
 
 
 def every(ident: str | None = None) -> list[Task]:
-    """All tasks, or those of one id, the newest first."""
+    """This node's tasks, or those of one id, the newest first."""
+    return [task for task in everywhere(ident) if task.node == paths.node()]
+
+
+def everywhere(ident: str | None = None) -> list[Task]:
+    """The same of all nodes; what became of one that another node runs is that one's to say."""
     which, values = ("WHERE id=?", [ident]) if ident is not None else ("", [])
     rows = store().rows(f"SELECT * FROM task {which} ORDER BY starttime DESC, rowid DESC", *values)
     return [_settle(Task(*row)) for row in rows]

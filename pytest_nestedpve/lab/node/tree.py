@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import access, paths, schema, tasks
+from . import access, members, paths, schema, tasks
 from .access import Caller
 from .errors import NotImplementedHere, PveFailure, Unsupported
 
@@ -26,6 +26,7 @@ MODULES = (
     "agent",
     "snapshot",
     "clone",
+    "migrate",
     "storage",
     "pools",
     "users",
@@ -82,6 +83,8 @@ def _local(name: str) -> str:
     """The node itself under its name or as localhost; another one's name has to be resolved, and is not."""
     if name in ("localhost", paths.node()):
         return paths.node()
+    if members.find(name) is not None:
+        raise Unsupported(f"a command for node '{name}' on node '{paths.node()}'")
     try:
         socket.getaddrinfo(name, 22)
     except OSError as e:

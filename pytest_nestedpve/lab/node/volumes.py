@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import disks, paths
+from . import disks, members, paths
 from .errors import PveFailure, Unsupported
 from .store import store
 
@@ -48,7 +48,20 @@ def storage(name: str, *, enabled: bool = True, rc: int = 255) -> dict[str, Any]
         raise PveFailure(f"storage '{name}' does not exist", rc=rc)
     if enabled and str(found.get("disable", "0")) == "1":
         raise PveFailure(f"storage '{name}' is disabled")
+    if enabled and paths.node() not in nodes(name):
+        raise PveFailure(f"storage '{name}' is not available on node '{paths.node()}'")
     return found
+
+
+def nodes(name: str) -> list[str]:
+    """The nodes that have the storage: all, or those that its definition names."""
+    given = set(filter(None, re.split(r"[,;\s]+", str(storage(name, enabled=False).get("nodes", "")))))
+    return [each.name for each in members.every() if not given or each.name in given]
+
+
+def shared(name: str) -> bool:
+    """Whether what lies on the storage is the same on all of its nodes."""
+    return str(storage(name, enabled=False).get("shared", "0")) == "1"
 
 
 def content(name: str) -> set[str]:

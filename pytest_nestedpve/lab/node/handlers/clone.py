@@ -6,7 +6,7 @@ import re
 import uuid
 from typing import Any
 
-from .. import access, disks, guests, locks, options, paths, volumes
+from .. import access, disks, guests, locks, members, options, paths, volumes
 from ..access import Caller
 from ..errors import PveFailure
 from ..guests import NETS, Guest
@@ -23,8 +23,9 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, new = int(params["vmid"]), int(params["newid"])
     if params.get("pool"):
         pools.require(params["pool"])
-    if "target" in params and params["target"] != paths.node():
-        raise PveFailure(f"no such cluster node '{params['target']}'", rc=2)
+    target = params.get("target", paths.node())
+    if members.find(target) is None:
+        raise PveFailure(f"no such cluster node '{target}'", rc=2)
     if "storage" in params:
         volumes.storage(params["storage"])
         access.check(caller, f"/storage/{params['storage']}", ["Datastore.AllocateSpace"])
@@ -38,7 +39,9 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
         _can_link(source)
     if not caller.is_root:
         _check_rights(caller, source, params.get("storage"))
-    Guest(new, {"lock": "clone"}).save()
+    if target != paths.node():
+        _can_be_there(source, target, params.get("storage"))
+    Guest(new, {"lock": "clone"}, node=target).save()
 
     def work() -> None:
         made: list[str] = []
@@ -49,7 +52,7 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
                 pools.add_guest(params["pool"], new)
         except BaseException as e:
             options.take_back(made)
-            guests.remove(new)
+            guests.remove(new, target)
             if isinstance(e, disks.DiskError):
                 raise PveFailure(f"clone failed: {e}") from e
             raise
@@ -80,6 +83,14 @@ def _can_link(source: dict[str, str]) -> None:
         volid = value.split(",")[0]
         if "media=cdrom" not in value and not volumes.path(volid).name.startswith("base-"):
             raise PveFailure(f"Linked clone feature is not supported for '{volid}' ({key})", rc=2)
+
+
+def _can_be_there(source: dict[str, str], target: str, storage: str | None) -> None:
+    """A clone is made on this node: another one has its disks only if they are shared."""
+    for value in _disks(source).values():
+        for name in {volumes.split(value)[0], storage or volumes.split(value)[0]}:
+            if not volumes.shared(name) or target not in volumes.nodes(name):
+                raise PveFailure(f"can't clone VM to node '{target}' (VM uses local storage)")
 
 
 def _check_rights(caller: Caller, source: dict[str, str], storage: str | None) -> None:
@@ -124,7 +135,7 @@ def _clone(
         conf["name"] = f"Copy-of-VM-{conf.get('name', guest.vmid)}"
     if "description" in params:
         conf["description"] = params["description"]
-    Guest(new, conf).save()
+    Guest(new, conf, node=params.get("target", paths.node())).save()
 
 
 def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import access, broadcast, cluster_fs, guests, paths, tasks
+from .. import access, broadcast, cluster_fs, guests, members, paths, tasks
 from ..access import Caller
 from ..errors import BadParameters, PveFailure
 from ..store import store
@@ -23,19 +23,24 @@ def version(caller: Caller, params: dict[str, Any]) -> Any:
 def status(caller: Caller, params: dict[str, Any]) -> Any:
     """A stand-alone node has no `cluster` entry (facts 36)."""
     access.check(caller, "/", ["Sys.Audit"])
-    node = paths.node()
-    row = {
-        "id": f"node/{node}",
-        "name": node,
-        "type": "node",
-        "local": 1,
-        "nodeid": 0,
-        "online": 1,
-        "level": "",
-    }
-    if (found := cluster_fs.address()) is not None:
-        row["ip"] = found
-    return [row]
+    rows: list[dict[str, Any]] = []
+    every, name = members.every(), members.cluster()
+    if name is not None:
+        about: dict[str, Any] = {
+            "id": "cluster",
+            "name": name,
+            "nodes": len(every),
+            "quorate": 1,
+            "version": len(every),
+        }
+        rows.append(about | {"type": "cluster"})
+    for each in every:
+        row: dict[str, Any] = {"id": f"node/{each.name}", "name": each.name, "type": "node", "level": ""}
+        row |= {"local": int(each.local), "nodeid": each.number, "online": int(each.online)}
+        if found := each.address or cluster_fs.address():
+            row["ip"] = found
+        rows.append(row)
+    return rows
 
 
 @api("GET", "/cluster/resources")
@@ -43,19 +48,20 @@ def resources(caller: Caller, params: dict[str, Any]) -> Any:
     return broadcast.resources(caller, params.get("type"))
 
 
-def taken(vmid: int) -> str | None:
-    """ "VM" or "CT" if the id is in use."""
-    if store().get("qemu", vmid) is not None:
-        return "VM"
-    return "CT" if vmid in guests.containers() else None
+def taken(vmid: int) -> tuple[str, str] | None:
+    """ "VM" or "CT", and on which node, if the id is in use."""
+    body = store().get("qemu", vmid)
+    if body is not None:
+        return "VM", str(body["node"])
+    container = guests.containers().get(vmid)
+    return ("CT", container["node"]) if container is not None else None
 
 
 @api("GET", "/cluster/nextid")
 def nextid(caller: Caller, params: dict[str, Any]) -> Any:
     if "vmid" in params:
-        kind = taken(int(params["vmid"]))
-        if kind:
-            raise BadParameters({"vmid": f"{kind} {params['vmid']} already exists"})
+        if found := taken(int(params["vmid"])):
+            raise BadParameters({"vmid": f"{found[0]} {params['vmid']} already exists"})
         return str(params["vmid"])
     return str(next(vmid for vmid in range(100, 1_000_000) if not taken(vmid)))
 
@@ -64,7 +70,7 @@ def nextid(caller: Caller, params: dict[str, Any]) -> Any:
 def cluster_tasks(caller: Caller, params: dict[str, Any]) -> Any:
     """Recent tasks; to a token only those that it may see."""
     rows = []
-    for task in tasks.every()[:50]:
+    for task in tasks.everywhere()[:50]:
         if not caller.is_root and task.user != caller.user and not access.has(caller, "/", ["Sys.Audit"]):
             continue
         row = task_row(task)

@@ -12,51 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import access, cluster_fs, guests, paths, tasks
+from .. import access, broadcast, cluster_fs, guests, paths, tasks, vitals
 from ..access import Caller
 from ..errors import BadParameters
 from ..tree import api
 
 
-def _meminfo() -> dict[str, int]:
-    found = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        key, _, rest = line.partition(":")
-        found[key] = int(rest.split()[0]) * 1024
-    return found
-
-
-def _uptime() -> int:
-    """Seconds since the node's own init started."""
-    try:
-        ticks = tasks.process_start(1) or 0
-        machine = float(Path("/proc/uptime").read_text().split()[0])
-        return max(0, int(machine - ticks / os.sysconf("SC_CLK_TCK")))
-    except (OSError, ValueError):
-        return 0
-
-
-def node_row(caller: Caller) -> dict[str, Any]:
-    """The node in /cluster/resources and /nodes; without Sys.Audit only that it is there [ownA-004]."""
-    node = paths.node()
-    row: dict[str, Any] = {"cgroup-mode": 2, "id": f"node/{node}", "level": "", "node": node}
-    row |= {"status": "online", "type": "node"}
-    if caller.is_root or access.has(caller, f"/nodes/{node}", ["Sys.Audit"]):
-        memory, disk = _meminfo(), os.statvfs("/")
-        row |= {
-            "cpu": round(os.getloadavg()[0] / (os.cpu_count() or 1), 4),
-            "maxcpu": os.cpu_count() or 1,
-            "maxmem": memory["MemTotal"],
-            "mem": memory["MemTotal"] - memory["MemAvailable"],
-            "maxdisk": disk.f_blocks * disk.f_frsize,
-            "disk": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
-            "uptime": _uptime(),
-        }
-    return row
-
-
-def fingerprint() -> str | None:
-    file = cluster_fs.fs() / "nodes" / paths.node() / "pve-ssl.pem"
+def fingerprint(node: str) -> str | None:
+    file = cluster_fs.fs() / "nodes" / node / "pve-ssl.pem"
     if not file.exists():
         return None
     digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(file.read_text())).hexdigest().upper()
@@ -65,11 +28,12 @@ def fingerprint() -> str | None:
 
 @api("GET", "/nodes")
 def nodes(caller: Caller, params: dict[str, Any]) -> Any:
-    row = node_row(caller)
-    row.pop("cgroup-mode")
-    if (found := fingerprint()) is not None:
-        row["ssl_fingerprint"] = found
-    return [row]
+    rows = broadcast.node_rows(caller)
+    for row in rows:
+        row.pop("cgroup-mode")
+        if (found := fingerprint(row["node"])) is not None:
+            row["ssl_fingerprint"] = found
+    return rows
 
 
 @api("GET", "/nodes/{node}/version")
@@ -108,7 +72,7 @@ def dns(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("GET", "/nodes/{node}/status")
 def status(caller: Caller, params: dict[str, Any]) -> Any:
-    memory, disk = _meminfo(), os.statvfs("/")
+    memory, disk = vitals.memory(), os.statvfs("/")
     size = disk.f_frsize
     return {
         "boot-info": {"mode": "legacy-bios"},
@@ -142,7 +106,7 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
             "total": memory["SwapTotal"],
             "used": memory["SwapTotal"] - memory["SwapFree"],
         },
-        "uptime": _uptime(),
+        "uptime": vitals.uptime(),
         "wait": 0,
     }
 
@@ -202,7 +166,7 @@ def services(caller: Caller, params: dict[str, Any]) -> Any:
 @api("GET", "/nodes/{node}/lxc")
 def containers(caller: Caller, params: dict[str, Any]) -> Any:
     rows = []
-    for vmid, body in guests.containers().items():
+    for vmid, body in guests.containers(params["node"]).items():
         if caller.is_root or access.has(caller, f"/vms/{vmid}", ["VM.Audit"]):
             row: dict[str, Any] = {"name": body.get("hostname", f"CT{vmid}"), "vmid": vmid, "type": "lxc"}
             row |= dict.fromkeys(("cpu", "disk", "diskread", "diskwrite", "maxdisk", "maxswap", "mem"), 0)
@@ -354,7 +318,7 @@ def _status_fits(status: str, wanted: str) -> bool:
 def _task(params: dict[str, Any]) -> tasks.Task:
     tasks.parse(params["upid"])
     task = tasks.find(params["upid"])
-    if task is None:
+    if task is None or task.node != paths.node():
         raise BadParameters({"upid": "no such task"})
     return task
 

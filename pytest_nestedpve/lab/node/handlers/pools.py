@@ -51,7 +51,7 @@ def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
     for vmid in store().members(pool):
         body = store().get("qemu", vmid)
         if body is not None and only in (None, "qemu"):
-            row = broadcast.guest_row(vmid, body["conf"], seen)
+            row = broadcast.guest_row(vmid, body["node"], body["conf"], seen)
             row.pop("pool", None)
             rows.append(row)
         container = containers.get(vmid)

@@ -123,7 +123,7 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
 def off(vmid: int) -> None:
     """The machine is off now: pending values apply."""
     store().drop("runtime", vmid)
-    if store().get("qemu", vmid) is not None:
+    if guests.here(vmid):
         guests.settle(guests.load(vmid))
 
 
@@ -168,7 +168,7 @@ def _shutdown(vmid: int, timeout: float, *, force: bool) -> None:
 @api("POST", HERE + "/shutdown")
 def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
-    if store().get("qemu", vmid) is not None and guests.paused(vmid):
+    if guests.here(vmid) and guests.paused(vmid):
         if params.get("forceStop") != "1":
             raise PveFailure("VM is paused - cannot shutdown", rc=29)
         return stop(caller, {**params, "overrule-shutdown": "0"})

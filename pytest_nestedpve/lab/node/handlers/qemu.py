@@ -108,11 +108,10 @@ def _may_create(caller: Caller, vmid: int, pool: str | None) -> None:
 
 def _reserve(vmid: int, caller: Caller) -> None:
     """`lock: create` and nothing else, until the worker is through (facts 50)."""
-    with locks.guest(vmid, quiet=not caller.sync):
-        if kind := taken(vmid):
-            raise PveFailure(
-                f"unable to create VM {vmid} - {kind} {vmid} already exists on node '{paths.node()}'"
-            )
+    with locks.guest(vmid, quiet=not caller.sync), store().change():
+        if found := taken(vmid):
+            kind, node = found
+            raise PveFailure(f"unable to create VM {vmid} - {kind} {vmid} already exists on node '{node}'")
         Guest(vmid, {"lock": "create"}).save()
 
 

@@ -114,7 +114,7 @@ def drop(caller: Caller, params: dict[str, Any]) -> Any:
 
 def status_of(name: str) -> dict[str, Any]:
     body = volumes.storages()[name]
-    enabled = str(body.get("disable", "0")) != "1"
+    enabled = str(body.get("disable", "0")) != "1" and paths.node() in volumes.nodes(name)
     row: dict[str, Any] = {"active": 0, "content": body.get("content", ""), "enabled": int(enabled)}
     row |= {"shared": int(body.get("shared", 0)), "type": body["type"]}
     if enabled:
