@@ -29,8 +29,9 @@ _STOP_LIMIT = 60.0
 
 @dataclass(frozen=True)
 class LabInfo:
-    """A running lab. `pid` is father's PID 1 as seen here, `pids` has that of each node that is on; `ca_file` is there once his CA is; `state` is one
-    of "session" (stops after its last session), "hand" (until stopped), "kept: …" (the reason)."""
+    """A running lab. `pid` is father's PID 1 as seen here, `pids` has that of each outer node that is on;
+    `ca_file` is there once his CA is; `state` is one of "session" (stops after its last session), "hand"
+    (until stopped), "kept: …" (the reason)."""
 
     name: str
     dir: str

@@ -76,6 +76,6 @@ def config(name: str, nodes: dict[str, str]) -> str:
         f"nodelist {{\n{listed.rstrip()}\n}}\n\n"
         "quorum {\n  provider: corosync_votequorum\n}\n\n"
         f"totem {{\n  cluster_name: {name}\n  config_version: {len(nodes)}\n"
-        "  interface {\n    linknumber: 0\n  }\n  ip_version: ipv4-6\n  link_mode: passive\n  secauth: on\n  token_coefficient: 125\n"
-        "  version: 2\n}\n\n"
+        "  interface {\n    linknumber: 0\n  }\n  ip_version: ipv4-6\n  link_mode: passive\n"
+        "  secauth: on\n  token_coefficient: 125\n  version: 2\n}\n\n"
     )
