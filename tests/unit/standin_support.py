@@ -120,9 +120,8 @@ class Node:
         return self.root / path.lstrip("/")
 
 
-@pytest.fixture(name="node")
-def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
-    root = tmp_path / "node"
+def make_root(root: Path) -> Path:
+    """The directories and files of a node whose cluster file system runs."""
     for folder in (
         "run",
         "dev",
@@ -135,14 +134,25 @@ def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     (root / "dev/kvm").touch()
     (root / "run/pve-cluster.pid").write_text(f"{os.getpid()}\n")
     (root / "etc/resolv.conf").write_text("nameserver 10.255.255.53\n")
+    return root
+
+
+def fake_machines(machines: FakeMachines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the node's code use these."""
+    for name in ("start", "status", "pid", "started_at", "stop", "shutdown", "agent"):
+        monkeypatch.setattr(machine, name, getattr(machines, name))
+    for name in ("forget", "leave", "reset", "suspend", "resume", "set_link"):
+        monkeypatch.setattr(machine, name, machines.nothing)
+    monkeypatch.setattr(machine, "frozen", lambda vmid: contextlib.nullcontext(vmid))
+
+
+@pytest.fixture(name="node")
+def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    root = make_root(tmp_path / "node")
     monkeypatch.setenv("NESTEDPVE_NODE_ROOT", str(root))
     monkeypatch.setenv("NESTEDPVE_NODE_NAME", "father")
     monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
     monkeypatch.setenv("TZ", "UTC")
     machines = FakeMachines(root / "machines")
-    for name in ("start", "status", "pid", "started_at", "stop", "shutdown", "agent"):
-        monkeypatch.setattr(machine, name, getattr(machines, name))
-    for name in ("forget", "reset", "suspend", "resume", "set_link"):
-        monkeypatch.setattr(machine, name, machines.nothing)
-    monkeypatch.setattr(machine, "frozen", lambda vmid: contextlib.nullcontext(vmid))
+    fake_machines(machines, monkeypatch)
     return Node(root, machines)

@@ -11,6 +11,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
     """Hold the lock file alone, and wait for that as long as another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -125,9 +125,7 @@ def serve() -> int:
     subprocess.run(["mount", "--bind", str(fs()), str(target)], check=True)
     pid_file().write_text(f"{os.getpid()}\n")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    online = members.lock_file(paths.node())
-    online.parent.mkdir(exist_ok=True)
-    with holding(online):
+    with holding(members.lock_file(paths.node())):
         _notify("READY=1")
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
     pid_file().unlink(missing_ok=True)

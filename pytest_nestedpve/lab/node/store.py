@@ -32,7 +32,6 @@ class Store:
 
     def __init__(self) -> None:
         file = paths.database()
-        file.parent.mkdir(parents=True, exist_ok=True)
         # Nodes of a cluster boot at the same moment: one makes it, the others find it made.
         with holding(file.with_name(".config.db.lock")) if not file.exists() else contextlib.nullcontext():
             new = not file.exists()

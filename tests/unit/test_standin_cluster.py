@@ -1,0 +1,274 @@
+"""Two stand-in nodes that are a cluster: calls for the other one, VMs that move, a node that is off."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from standin_support import FakeMachines, Node, fake_machines, make_root
+
+from pytest_nestedpve.lab.node import access, forward, members, tree
+from pytest_nestedpve.lab.node.errors import PveFailure
+
+DATA = Path(__file__).parents[1] / "data" / "cluster-recorded.jsonl"
+ADDRESSES = {"nodea": "10.77.9.11", "nodeb": "10.77.9.12"}
+_REFUSED = "ssh: connect to host {} port 22: Connection refused\n"
+
+
+@dataclass
+class Pair:
+    """Two nodes with one cluster directory. The nodes' SSH is a call in this process."""
+
+    nodes: dict[str, Node]
+    locks: dict[str, IO[str]]
+    patch: pytest.MonkeyPatch
+
+    def on(self, name: str) -> Node:
+        """The node, whose commands run from now on."""
+        node = self.nodes[name]
+        self.patch.setenv("NESTEDPVE_NODE_ROOT", str(node.root))
+        self.patch.setenv("NESTEDPVE_NODE_NAME", name)
+        fake_machines(node.machines, self.patch)
+        return node
+
+    def off(self, name: str) -> None:
+        self.locks.pop(name).close()
+
+    def ssh(self, argv: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        """What stands for `subprocess.run`: where nodes call each other, the command is the last word."""
+        aliases = [word.partition("=")[2] for word in argv if word.startswith("-oHostKeyAlias=")]
+        if not aliases:
+            return _run(argv, **options)
+        (name,) = aliases
+        before = os.environ["NESTEDPVE_NODE_NAME"]
+        if name not in self.locks:
+            return subprocess.CompletedProcess(argv, 255, "", _REFUSED.format(ADDRESSES[name]))
+        words = shlex.split(argv[-1])
+        if words[0] != "pvesh":
+            there = argv[-1].replace(str(self.nodes[before].root), str(self.nodes[name].root))
+            return _run(["sh", "-c", there], **options)
+        try:
+            answer = self.on(name).run(*words)
+        finally:
+            self.on(before)
+        return subprocess.CompletedProcess(argv, answer.rc, answer.stdout, answer.stderr)
+
+
+_run = subprocess.run
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    cluster = tmp_path / "cluster"
+    (cluster / "fs").mkdir(parents=True)
+    (cluster / "online").mkdir()
+    (cluster / "fs/corosync.conf").write_text(members.config("lab", ADDRESSES))
+    found = Pair({}, {}, monkeypatch)
+    for name in ADDRESSES:
+        root = make_root(tmp_path / name)
+        (root / "var/lib/pve-cluster").symlink_to(cluster)
+        found.nodes[name] = Node(root, FakeMachines(root / "machines"))
+        found.locks[name] = (cluster / "online" / name).open("w")
+        fcntl.flock(found.locks[name], fcntl.LOCK_EX)
+    for name in ("LC_ALL", "LANG"):
+        monkeypatch.setenv(name, "en_US.UTF-8")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr(subprocess, "run", found.ssh)
+    found.on("nodea")
+    yield found
+    for lock in found.locks.values():
+        lock.close()
+
+
+def normal(text: str) -> str:
+    """What differs from run to run, by name."""
+    text = re.sub(r"UPID:(\w+)(:[0-9A-F]{8}){3}", r"UPID:\1:PID:START:TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d\d:\d\d:\d\d", "TIME", text)
+    return re.sub(r"(?m)^Date: .*|^Ring ID: .*", "", text)
+
+
+def test_two_nodes_answer_as_recorded(pair: Pair) -> None:
+    differences = []
+    for line in DATA.read_text().splitlines()[1:]:
+        recorded = json.loads(line)
+        node = pair.on(recorded["on"])
+        if "off" in recorded:
+            pair.off(recorded["on"])
+        elif "do" in recorded:
+            answer = node.run(*shlex.split(recorded["do"]))
+            assert answer.rc == 0, answer
+        else:
+            answer = node.run(*shlex.split(recorded["cmd"]))
+            expected = recorded["rc"], normal(recorded["stdout"]), normal(recorded["stderr"])
+            found = answer.rc, normal(answer.stdout), normal(answer.stderr)
+            if found != expected:
+                differences.append(f"{recorded['id']} {recorded['cmd']}\n  want {expected}\n  got  {found}")
+    assert not differences, "\n".join(differences)
+
+
+def asked(node: Node, *words: str) -> list[dict[str, Any]]:
+    return list(json.loads(node.ok("pvesh", "get", *words, "--output-format", "json")))
+
+
+def test_a_vm_that_is_off_goes_with_its_local_disk_and_leaves_nothing_behind(pair: Pair) -> None:
+    first = pair.on("nodea")
+    first.ok("qm", "create", "100", "--scsi0", "local:1,format=qcow2", "--name", "moves")
+    first.ok("qm", "snapshot", "100", "before")
+    disk = "/var/lib/vz/images/100/vm-100-disk-0.qcow2"
+    kept = first.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc")
+    kept.mkdir()
+    (kept / "hostname").write_text("moves\n")
+    said = first.run("qm", "migrate", "100", "nodeb").stdout
+    # The lines that do not tell how a copy went [cluster-060].
+    for line in (
+        "starting migration of VM 100 to node 'nodeb' (10.77.9.12)",
+        "found local disk 'local:100/vm-100-disk-0.qcow2' (attached)",
+        "copying local disk images",
+        "volume 'local:100/vm-100-disk-0.qcow2' is 'local:100/vm-100-disk-0.qcow2' on the target",
+        "migration finished successfully (duration 00:00:0",
+    ):
+        assert line in said
+    assert not list(first.file("/var/lib/vz/images").iterdir())
+    assert not first.file("/var/lib/pve-cluster/fs/nodes/nodea/qemu-server/100.conf").exists()
+    second = pair.on("nodeb")
+    assert second.file(disk).exists()
+    there = second.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc/hostname")
+    assert there.read_text() == "moves\n"
+    assert "lock" not in second.ok("qm", "config", "100")
+    assert "before" in second.ok("qm", "listsnapshot", "100")
+    second.ok("qm", "destroy", "100")
+    assert not list(second.file("/var/lib/vz/images").iterdir())
+
+
+def test_a_migration_to_a_node_that_is_off_leaves_the_vm_where_it_was(pair: Pair) -> None:
+    first = pair.on("nodea")
+    first.ok("qm", "create", "100", "--scsi0", "local:1")
+    pair.off("nodeb")
+    answer = first.run("qm", "migrate", "100", "nodeb")
+    assert (answer.rc, answer.stderr) == (255, "migration aborted\n")
+    assert "Connection refused" in answer.stdout
+    assert "lock" not in first.ok("qm", "config", "100")
+    assert first.file("/var/lib/vz/images/100/vm-100-disk-0.raw").exists()
+
+
+def test_a_linked_clone_on_local_storage_does_not_move(pair: Pair) -> None:
+    first = pair.on("nodea")
+    first.ok("qm", "create", "100", "--scsi0", "local:1,format=qcow2")
+    first.ok("qm", "template", "100")
+    first.ok("qm", "clone", "100", "101")
+    answer = first.run("qm", "migrate", "101", "nodeb")
+    assert answer.rc == 255
+    assert "as it's a clone of" in answer.stdout
+    refused = first.run("qm", "clone", "100", "102", "--target", "nodeb")
+    assert refused.stderr == "can't clone VM to node 'nodeb' (VM uses local storage)\n"
+
+
+def test_on_shared_storage_a_vm_moves_without_a_copy_and_is_cloned_to_the_other_node(
+    pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "shared").mkdir()
+    for node in pair.nodes.values():
+        node.file("/mnt").mkdir()
+        node.file("/mnt/shared").symlink_to(tmp_path / "shared")
+    first = pair.on("nodea")
+    first.ok("pvesm", "add", "dir", "common", "--path", "/mnt/shared", "--shared", "1", "--content", "images")
+    first.ok("qm", "create", "100", "--scsi0", "common:1,format=qcow2")
+    first.ok("qm", "clone", "100", "101", "--target", "nodeb")
+    assert "local disk" not in first.ok("qm", "migrate", "100", "nodeb")
+    second = pair.on("nodeb")
+    assert [line.split()[0] for line in second.ok("qm", "list").splitlines()[1:]] == ["100", "101"]
+    assert (tmp_path / "shared/images/100/vm-100-disk-0.qcow2").exists()
+
+
+def test_a_storage_of_some_nodes_is_disabled_on_the_others(pair: Pair) -> None:
+    first = pair.on("nodea")
+    first.ok("pvesm", "set", "local", "--nodes", "nodea", "--content", "images")
+    rows = asked(first, "/nodes/nodeb/storage")
+    assert [(row["enabled"], row["active"]) for row in rows] == [(0, 0)]
+    answer = pair.on("nodeb").run("qm", "create", "100", "--scsi0", "local:1")
+    assert "storage 'local' is not available on node 'nodeb'" in answer.stderr
+
+
+def test_a_node_that_is_off_keeps_its_guests_in_the_lists_and_tells_nothing_of_itself(pair: Pair) -> None:
+    second = pair.on("nodeb")
+    second.ok("qm", "create", "100", "--name", "there", "--memory", "64")
+    second.tick()
+    pair.off("nodeb")
+    first = pair.on("nodea")
+    (guest,) = json.loads(
+        first.ok("pvesh", "get", "/cluster/resources", "--type", "vm", "--output-format", "json")
+    )
+    assert (guest["name"], guest["node"], guest["status"]) == ("there", "nodeb", "stopped")
+    nodes = {row["node"]: row for row in asked(first, "/nodes")}
+    assert nodes["nodea"]["status"] == "online"
+    assert "mem" in nodes["nodea"]
+    # nodedown-004
+    known = {"id", "level", "maxcpu", "maxdisk", "maxmem", "node", "status", "type"}
+    assert (nodes["nodeb"]["status"], set(nodes["nodeb"])) == ("offline", known)
+    assert first.run("qm", "create", "100").stderr.endswith("VM 100 already exists on node 'nodeb'\n")
+
+
+def test_running_guests_take_a_nodes_memory(pair: Pair) -> None:
+    def used(name: str) -> int:
+        pair.on(name).tick()
+        rows = asked(pair.on("nodea"), "/nodes")
+        return next(int(row["mem"]) for row in rows if row["node"] == name)
+
+    before = used("nodeb")
+    second = pair.on("nodeb")
+    second.ok("qm", "create", "100", "--memory", "2048", "--kvm", "0")
+    second.ok("qm", "start", "100")
+    assert used("nodeb") - before > 1 << 30
+    assert used("nodea") < used("nodeb")
+
+
+def test_a_task_is_its_own_nodes(pair: Pair) -> None:
+    first = pair.on("nodea")
+    upid = first.ok("pvesh", "create", "/nodes/nodeb/qemu", "--vmid", "100").strip()
+    assert upid.startswith("UPID:nodeb:")
+    listed = asked(first, "/nodes/nodea/tasks")
+    assert [row["upid"] for row in listed] == []
+    (row,) = asked(first, "/nodes/nodeb/tasks")
+    assert row["upid"] == upid
+    assert "no such task" in first.run("pvesh", "get", f"/nodes/nodea/tasks/{upid}/status").stderr
+    (row,) = asked(first, "/cluster/tasks")
+    assert row["node"] == "nodeb"
+
+
+def test_a_call_over_https_for_a_node_that_cannot_be_reached_is_595(pair: Pair) -> None:
+    authority = pair.nodes["nodea"].file("/var/lib/pve-cluster/fs/pve-root-ca.pem")
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ed25519",
+        "-nodes",
+        "-subj",
+        "/CN=ca",
+        "-keyout",
+        "/dev/null",
+    ]
+    _run([*made, "-out", str(authority)], check=True, capture_output=True)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        member = members.Member("nodeb", 2, "127.0.0.1")
+        with pytest.raises(PveFailure) as refused:
+            forward.by_https(member, unused.getsockname()[1], "GET", "/api2/json/nodes/nodeb/qemu", [], b"")
+    assert (refused.value.status, refused.value.text) == (595, "Connection refused")
+
+
+def test_a_call_for_another_node_is_never_answered_by_this_one(pair: Pair) -> None:
+    del pair
+    with pytest.raises(PveFailure, match="not supported by the lab"):
+        tree.call("GET", "/nodes/nodeb/qemu", {}, access.ROOT)
