@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pytest_nestedpve import templates
 from pytest_nestedpve.builtin.generalise import GENERALISE
 from pytest_nestedpve.builtin.guest import made_of
+from pytest_nestedpve.builtin.whereabouts import outer
 from pytest_nestedpve.ownership import host_clock, prove
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.errors import PveError
@@ -36,10 +37,12 @@ def make(env: Environment) -> Made:
     What is half-way when something fails is removed here; when the process is killed, the next
     `--nested-destroy-only` on this machine does it.
     """
-    settings, found = env.settings, made_of(env.facts["provision"])
+    settings, facts = env.settings, env.facts["provision"]
+    found = made_of(facts)
     proof = prove(env.outer.api, settings, found, env.run)
     if not proof.ok:
         raise PveError(f"expected VM {found.vmid} to be the run's own; found: {proof.reason}")
+    facts["node"] = proof.node
     env.check_lease()
     env.progress("generalising it")
     said = env.inner.run(["sh", "-s"], stdin=GENERALISE.encode(), timeout=GENERALISE_LIMIT)
@@ -48,7 +51,8 @@ def make(env: Environment) -> Made:
         raise PveError(f"expected the nested PVE to be generalised; found: {reason}")
     env.forget_connections()
     env.progress("shutting it down")
-    guests.shutdown(env.outer.api, found.node, found.vmid, timeout=SHUTDOWN_LIMIT)
+    # It may be moved while it is generalised: this follows it, and so do the facts.
+    guests.shutdown(outer(env).api, str(facts["node"]), found.vmid, timeout=SHUTDOWN_LIMIT)
     env.check_lease()
     # The run's token has no right on what is not in the run's pool any more: root, from here on.
     host = env.outer.within(cast(Any, lambda: None))
@@ -57,7 +61,7 @@ def make(env: Environment) -> Made:
         env.progress("giving it a pool of its own")
         templates.claim(host, settings, deed)
         env.audit.write("template_converting", phase="make_template", vmid=found.vmid)
-        name = templates.convert(host, settings, deed, found.node, env.progress)
+        name = templates.convert(host, settings, deed, str(facts["node"]), env.progress)
     except BaseException as error:
         stays = templates.undo(host, settings, deed)
         if stays and isinstance(error, PveError):

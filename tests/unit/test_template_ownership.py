@@ -263,6 +263,36 @@ def test_a_making_that_fails_leaves_nothing(env: Environment, memory: MemoryHost
     assert pools(memory) == []
 
 
+@pytest.mark.parametrize("when", ["before", "while it is generalised"])
+def test_a_vm_that_was_moved_becomes_a_template_where_it_is(
+    env: Environment, memory: MemoryHost, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move() -> None:
+        with memory.open() as model:
+            model.migrate(made.vmid, "father2")
+
+    def run(command: object, **_: object) -> CommandResult:
+        if when != "before":
+            move()
+        return CommandResult(str(command), 0, b"", b"", 1.0)
+
+    def shutdown(api: Any, node: str, vmid: int, **_: object) -> None:
+        api.get(f"/nodes/{node}/qemu/{vmid}/status/current")
+
+    with memory.open() as model:
+        model.join("father2")
+    made = begun(env)
+    env.facts["provision"] = dataclasses.asdict(made)
+    if when == "before":
+        move()
+    cast(Any, env)._inner = SimpleNamespace(ssh=None, run=run)
+    monkeypatch.setattr(guests, "shutdown", shutdown)
+    assert making.make(env).vmid == made.vmid
+    with memory.open() as model:
+        vm = model.state["vms"][str(made.vmid)]
+        assert (vm["node"], vm["config"]["template"]) == ("father2", 1)
+
+
 def test_a_run_that_is_not_proved_is_not_made_a_template(env: Environment, memory: MemoryHost) -> None:
     made = begun(env)
     env.facts["provision"] = dataclasses.asdict(made)
