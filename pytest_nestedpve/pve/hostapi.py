@@ -46,6 +46,8 @@ class Line:
         self._lock = threading.Lock()
         self._down = Deadline(0)
         self._worked = False
+        self.off: set[str] = set()
+        """Nodes of the cluster that were off when last asked for: not to be waited for again."""
         self.why_not = ""
         """Why HTTPS was not used the last time; empty as long as it was."""
 
@@ -130,6 +132,8 @@ class HostApi(Verbs):
         pool = self._pool() if self._pool is not None else None
         who = routes.identity(verb, path, params, pool=pool, free=self._free)
         if who is not Identity.ROOT and self.line.up:
+            if _node_of(path) in self.line.off:
+                self._refuse_if_off(verb, path)
             patience, pause = self.line.patience(), FIRST_PAUSE
             while True:
                 try:
@@ -149,20 +153,22 @@ class HostApi(Verbs):
         carried_by("pvesh")
         return getattr(self.line.pvesh, verb)(path, **params)
 
-    def _refuse_if_off(self, method: str, path: str, error: NotTaken) -> None:
+    def _refuse_if_off(self, method: str, path: str, error: NotTaken | None = None) -> None:
         """Raises NodeUnreachable when the call is for a node of the cluster that is off: nothing is wrong
         with the proxy then, and nothing to be waited for. The proxy itself answers that, without its daemon.
         """
-        node = re.match(r"/nodes/([^/]+)/", path)
+        node = _node_of(path)
         if node is None:
             return
         try:
             listed = entries(self._by_https("get", "/nodes", {}, Identity.SEE, None))
         except PveError:
             return
-        state = next((str(each.get("status")) for each in listed if each.get("node") == node[1]), "online")
+        state = next((str(each.get("status")) for each in listed if each.get("node") == node), "online")
         if state != "online":
-            raise NodeUnreachable(f"the node {node[1]} is {state}", call=f"{method} {path}") from error
+            self.line.off.add(node)
+            raise NodeUnreachable(f"the node {node} is {state}", call=f"{method} {path}") from error
+        self.line.off.discard(node)
 
     def _by_https(
         self, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
@@ -210,6 +216,12 @@ class HostApi(Verbs):
             return tokens.acting(pool, needed)
         except SshError as error:
             raise NoHttps(str(error)) from error
+
+
+def _node_of(path: str) -> str | None:
+    """The node that a call is for, if it is for one."""
+    node = re.match(r"/nodes/([^/]+)/", path)
+    return node[1] if node else None
 
 
 def _zone(error: PveError, params: dict[str, Any]) -> Grant | None:

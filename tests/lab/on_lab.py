@@ -113,11 +113,15 @@ class HandLab:
     """A lab that stays until it is stopped."""
 
     name: str
+    nodes: tuple[str, ...] = ("father",)
 
-    def ask(self, command: str, *, check: bool = True) -> str:
-        """What father's root shell says to `command`, through `nestedpve-lab exec`."""
+    def ask(self, command: str, *, check: bool = True, node: str = "father") -> str:
+        """What root's shell on father, or on another node, says to `command`, by `nestedpve-lab exec`."""
         done = subprocess.run(
-            [*CLI, "exec", self.name, "--", "sh", "-c", command], capture_output=True, text=True, check=False
+            [*CLI, "exec", self.name, "--node", node, "--", "sh", "-c", command],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -125,7 +129,8 @@ class HandLab:
     def configurations(self) -> dict[str, str]:
         """The configuration files of all VMs, in base64."""
         told = self.ask(
-            "cd /etc/pve/qemu-server && for f in *.conf; do echo $f $(base64 -w0 $f 2>/dev/null); done"
+            "cd /etc/pve/nodes && for f in */qemu-server/*.conf; do "
+            "echo ${f##*/} $(base64 -w0 $f 2>/dev/null); done"
         )
         parts = [line.split() for line in told.splitlines()]
         return {each[0]: each[1] for each in parts if len(each) == 2}
@@ -141,12 +146,16 @@ class HandLab:
         return str({**json.loads(self.comment(run)), "expires": None})
 
     def left(self, low: int, high: int, runs: list[str]) -> list[str]:
-        """What the lab has of ids from `low` to `high`, and of runs: by its own commands."""
+        """What the lab has of ids from `low` to `high`, and of runs: by its nodes' own commands."""
+        return [line for node in self.nodes for line in self._left(node, low, high, runs)]
+
+    def _left(self, node: str, low: int, high: int, runs: list[str]) -> list[str]:
         told = self.ask(
             "set -e; echo qm; qm list; echo pools; pvesh get /pools --output-format json;"
             "echo images; ls -A /var/lib/vz/images; echo files; ls -A /var/lib/vz/snippets;"
             "echo configurations; ls -A /etc/pve/qemu-server; echo resources;"
-            "pvesh get /cluster/resources --type vm --output-format json"
+            "pvesh get /cluster/resources --type vm --output-format json",
+            node=node,
         )
         found = []
         for line in told.splitlines():
@@ -156,9 +165,10 @@ class HandLab:
         return found
 
 
-def start_by_hand() -> HandLab:
-    lab = HandLab(f"hand-{os.getpid()}-{next(_numbers)}")
-    subprocess.run([*CLI, "start", lab.name], check=True, capture_output=True)
+def start_by_hand(*nodes: str) -> HandLab:
+    """A lab with father, or with these outer nodes."""
+    lab = HandLab(f"hand-{os.getpid()}-{next(_numbers)}", nodes or ("father",))
+    subprocess.run([*CLI, "start", lab.name, "--nodes", str(len(lab.nodes))], check=True, capture_output=True)
     return lab
 
 

@@ -390,6 +390,30 @@ def test_a_call_for_a_node_that_is_off_fails_at_once_and_the_proxy_is_not_to_bla
     assert api.get("/version") == {"by": "https"}
 
 
+def test_a_node_that_was_off_is_not_waited_for_again_and_asked_when_it_is_back(
+    host: HttpsHost, api: HostApi
+) -> None:
+    waited: list[str] = []
+    state = {"node": "father2", "status": "offline"}
+
+    def slow(handler: Any) -> bool:
+        if handler.path.startswith("/api2/json/nodes/father2/") and state["status"] == "offline":
+            waited.append(handler.path)
+        return False
+
+    host.answers.append(slow)
+    off = said(595, "Connection timed out", b"", only="/nodes/father2/", times=99)
+    host.answers.append(off)
+    host.answers.append(said(200, "OK", {"data": [state]}, only="/api2/json/nodes", times=99))
+    for _ in range(3):
+        with pytest.raises(NodeUnreachable, match="the node father2 is offline"):
+            api.get("/nodes/father2/tasks")
+    assert len(waited) == 1
+    state["status"] = "online"
+    host.answers.remove(off)
+    assert api.get("/nodes/father2/tasks") == [state]
+
+
 def test_a_read_whose_answer_is_lost_is_asked_again_and_a_change_is_not(
     host: HttpsHost, api: HostApi
 ) -> None:
