@@ -31,8 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadscope`: most of what brings up labs runs in one process, the rest test by test.
 
-    More labs side by side on two cores would only wait for each other, and for limits. One file is on its
-    own: it is a fifth of all that labs take, and the rest of the tests are done before the labs'.
+    More labs side by side on two cores would only wait for each other, and for limits. Two files are in the
+    other process: they are a quarter of all that labs take, and the rest of the tests are done before the
+    labs'.
     """
     if config.getoption("dist") != "loadscope":
         return None
@@ -40,8 +41,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith("tests/lab/test_kept.py"):
-                return "kept"
+            if nodeid.startswith(("tests/lab/test_kept.py", "tests/lab/test_two_nodes.py")):
+                return "other labs"
             return "lab" if nodeid.startswith(("tests/lab/", "tests/test_round_trip.py")) else nodeid
 
     return Scheduling(config, log)

@@ -33,7 +33,7 @@ def pair() -> Iterator[HandLab]:
     lab = start_by_hand("father", "uncle")
     lab.ask("qm create 105 --memory 3000 --name fills && qm start 105")
     lab.ask("pvesm add dir common --path /mnt/shared --shared 1 --content images,snippets")
-    lab.ask(f"qm create {FOREIGN} --name nested-pve-of-somebody --scsi0 local:1", node="uncle")
+    lab.ask(f"qm create {FOREIGN} --name nested-pve-of-somebody --tags theirs --scsi0 local:1", node="uncle")
     yield lab
     stop_by_hand(lab)
 
