@@ -23,8 +23,8 @@ from pytest_nestedpve.timing import Deadline, wait_until
 CLI = [sys.executable, "-m", "pytest_nestedpve.lab.cli"]
 
 
-def start(name: str) -> LabInfo:
-    return world.start(name, hand=True, say=lambda _text: None)
+def start(name: str, nodes: int = 1) -> LabInfo:
+    return world.start(name, hand=True, say=lambda _text: None, nodes=nodes)
 
 
 def father(lab: LabInfo, command: str, check: bool = True) -> str:
@@ -142,6 +142,43 @@ def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(na
     subprocess.run([*CLI, "list"], check=True, capture_output=True)
     gone(lab, namespace)
     assert loop_devices(vmid) == []
+
+
+def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
+    names: tuple[str, str],
+) -> None:
+    def power(node: str, state: str) -> int:
+        command = [*CLI, "power", lab.name, node, state]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    def nodes() -> list[str]:
+        return [
+            line.split()[2] for line in father(lab, "pvecm nodes").splitlines() if line.strip()[:1].isdigit()
+        ]
+
+    lab = start(names[0], nodes=2)
+    first = lab.pids["uncle"]
+    assert nodes() == ["father", "uncle"]
+    subprocess.run([*CLI, "exec", lab.name, "--node", "uncle", "--", "systemctl", "reboot"], check=True)
+    wait_until(
+        lambda: world.need(lab.name).pids.get("uncle", first) != first,
+        deadline=Deadline(30),
+        what="uncle to boot again",
+    )
+    assert power("father", "off") == 4
+    assert power("uncle", "off") == 0
+    assert nodes() == ["father"]
+    assert list(world.need(lab.name).pids) == ["father"]
+    assert power("uncle", "on") == 0
+    assert nodes() == ["father", "uncle"]
+    assert world.start(lab.name, hand=True, say=print).pids == world.need(lab.name).pids
+    namespace = network_namespace(world.need(lab.name).pids["uncle"])
+    os.kill(lab.supervisor, signal.SIGKILL)
+    wait_until(
+        lambda: world.find(lab.name) is None, deadline=Deadline(20), what="the lab to die with its owner"
+    )
+    subprocess.run([*CLI, "list"], check=True, capture_output=True)
+    gone(lab, namespace)
 
 
 def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> None:
