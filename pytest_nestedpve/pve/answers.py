@@ -35,7 +35,7 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     # As it is first: what looks like a control sequence may be part of a string.
     found, answer = _data(text.strip())
     if found:
-        return answer
+        return _of_another_node(answer)
     clean = plain(text).strip()
     if not clean:
         return None
@@ -55,6 +55,17 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
         f"expected JSON on the last line, found {len(clean)} characters that end without it: {shown!r}",
         call=call,
     )
+
+
+def _of_another_node(answer: Any) -> Any:
+    """A call that is handed on to another node of a cluster may be answered by all that its task said there
+    as one string, without line ends (recording cluster-052, in text): the UPID at its end, or no data."""
+    if not isinstance(answer, str):
+        return answer
+    upid = _UPID_AT_END.search(answer[-_UPID_LIMIT:])
+    if upid is not None and upid["quote"]:
+        return upid["upid"]
+    return None if _CHANGE.match(answer) else answer
 
 
 def _data(text: str) -> tuple[bool, Any]:

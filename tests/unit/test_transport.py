@@ -389,6 +389,14 @@ def test_a_task_id_is_read_bare_quoted_and_without_a_newline_before_it(
     assert tasks.parse_upid(upid).text == upid
 
 
+@pytest.mark.parametrize("log", ["", "creating a clone of VM 101 with ID 105", "update VM 105: -memory 64"])
+def test_another_nodes_output_as_one_string_is_read(log: str) -> None:
+    upid = "UPID:nodea:00000322:000A44B9:6B04D856:qmclone:101:root@pam:"
+    assert read_answer(json.dumps(f'{log}"{upid}"') + "\n") == upid
+    assert read_answer(json.dumps("update VM 105: -memory 64")) is None
+    assert read_answer(json.dumps(f"see {upid}")) == f"see {upid}"
+
+
 @given(st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "replace")))
 @example("[" * 100_000)
 @example('{"a": NaN}')
