@@ -207,20 +207,32 @@ def mac_of(config: object) -> str:
 
 def start(env: Environment, level: Level) -> dict[str, Any]:
     """Start the VM and await it."""
-    host = level.host(env)
-    made = made_of(env.facts[level.provision])
+    facts = env.facts[level.provision]
+    vmid, snippet = int(facts["vmid"]), facts.get("snippet")
     try:
-        with call_limit(START_LIMIT):
-            answer = host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/status/start")
-        task(host, answer, START_LIMIT)
-    except Running:
-        return {"did": f"VM {made.vmid} runs already"}
+        try:
+            _start(level.host(env), made_of(facts))
+        except PveError as e:
+            if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
+                raise
+            # On a storage that is not shared it stays behind when the VM is moved.
+            host = level.host(env)
+            env.remark(f"the snippet of VM {vmid} was not on {host.node}; it is written there")
+            storage = str(snippet).partition(":")[0]
+            vendor.write_snippet(host, storage, env.run.id, vendor.user_data(env.settings))
+            _start(host, made_of(facts))
     except PveError as e:
         # A task's reason is its cause: one that was started meanwhile is what was wanted.
-        if isinstance(e.__cause__, Running):
-            return {"did": f"VM {made.vmid} runs already"}
+        if isinstance(e, Running) or isinstance(e.__cause__, Running):
+            return {"did": f"VM {vmid} runs already"}
         raise
-    return {"did": f"VM {made.vmid} started on {host.name}"}
+    return {"did": f"VM {vmid} started on {level.host(env).name}"}
+
+
+def _start(host: PveHost, made: Created) -> None:
+    with call_limit(START_LIMIT):
+        answer = host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/status/start")
+    task(host, answer, START_LIMIT)
 
 
 def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:

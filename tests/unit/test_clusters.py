@@ -242,6 +242,21 @@ def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: Memor
     assert guest.NESTED.host(env).name == "father2"
 
 
+def test_a_snippet_that_stayed_behind_is_written_where_the_vm_is_started(
+    env: Environment, host: MemoryHost
+) -> None:
+    vmid = ours(env, running=False)
+    snippet = guests.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
+    env.facts["provision"]["snippet"] = snippet
+    move(host, vmid, "father2")
+    assert "started" in guest.start(env, guest.NESTED)["did"]
+    assert env.facts["provision"]["node"] == "father2"
+    with host.open() as model:
+        assert [name for name in model.site("father2")["files"] if env.run.id in name]
+    assert teardown(env).left == ()
+    nothing_left(host)
+
+
 def test_another_vm_that_has_the_id_on_another_node_is_not_taken_for_ours(
     env: Environment, host: MemoryHost
 ) -> None:
