@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pytest_nestedpve.environment import Environment
-    from pytest_nestedpve.phases import Phase
-    from pytest_nestedpve.pve.login import SshTarget
 
 TAKEN = ("provision", "start_vm", "wait_ip")
 OWN = frozenset(
@@ -63,21 +59,22 @@ class Attachment:
         """Whether the phase would change what exists."""
         return name not in TAKEN and name not in OWN
 
-    def allow(self, phase: Phase, missing: str | None) -> None:
-        """Raises NotChosen unless the phase may be done; `missing` is what its probe found lacking."""
-        if phase.name in self.chosen:
+    def allow(self, name: str, missing: str | None, *, probed: bool) -> None:
+        """Raises NotChosen unless the phase may be done. `missing`: what its probe found lacking; `probed`:
+        whether it has one."""
+        if name in self.chosen:
             return
-        found = missing or ("that its probe says no" if phase.probe else "that it has no probe to tell")
+        found = missing or ("that its probe says no" if probed else "that it has no probe to tell")
         if self.several:
             advice = "Workers of xdist share the attached PVE and do none of it: choose that step without -n."
         else:
-            command = shlex.join(["pytest", "--nested-attach", self.host, "-k", phase.name])
+            command = shlex.join(["pytest", "--nested-attach", self.host, "-k", name])
             advice = (
-                f"`{command}` does it, and `-k '{phase.name} or …'` what needs it in the same session; "
-                f"`--nested-skip {phase.name}` takes it as done."
+                f"`{command}` does it, and `-k '{name} or …'` what needs it in the same session; "
+                f"`--nested-skip {name}` takes it as done."
             )
         raise NotChosen(
-            f"expected {phase.name} to be done on the attached PVE {self.host}, found: {found}. A PVE that "
+            f"expected {name} to be done on the attached PVE {self.host}, found: {found}. A PVE that "
             f"exists is changed only by steps that were chosen by -k or by id. {advice}"
         )
 
@@ -108,46 +105,3 @@ def _named(prefix: str, name: str, keyword: str) -> bool:
         return expression.evaluate(matches)
 
     return takes(prefix + name) and not takes(prefix)
-
-
-def ssh_block(target: SshTarget | None, name: str, address: str, known_hosts: Path) -> list[str]:
-    """The part of an ssh_config that reaches the attached PVE by `nested` and its node name, as `ssh HOST`
-    does; only by `nested` where the node's name is what the user calls it."""
-    from pytest_nestedpve.run import quoted
-
-    names = "nested" if target is not None and target.alias == name else f"{name} nested"
-    lines = [f"Host {names}"]
-
-    def put(key: str, value: object) -> None:
-        lines.append(f"    {key} {value}")
-
-    if target is None:
-        put("HostName", address)
-        put("User", "root")
-        put("UserKnownHostsFile", quoted(known_hosts, percent=True))
-        put("HostKeyAlias", name)
-    else:
-        put("HostName", target.host)
-        put("Port", target.port)
-        put("User", target.user)
-        for path in target.identity_files:
-            put("IdentityFile", quoted(path, percent=True))
-        for path in target.certificate_files:
-            put("CertificateFile", quoted(path, percent=True))
-        if target.identities_only:
-            put("IdentitiesOnly", "yes")
-        if not target.allow_agent:
-            put("IdentityAgent", "none")
-        elif target.identity_agent:
-            put("IdentityAgent", f'"{target.identity_agent}"')
-        if target.known_hosts:
-            put("UserKnownHostsFile", " ".join(quoted(path, percent=True) for path in target.known_hosts))
-        if target.host_key_alias:
-            put("HostKeyAlias", target.host_key_alias)
-        if target.jump is not None:
-            jump = target.jump
-            put("ProxyJump", jump.alias or f"{jump.user}@{jump.host}:{jump.port}")
-        elif target.proxy_command:
-            put("ProxyCommand", target.proxy_command.replace("%", "%%"))
-    put("StrictHostKeyChecking", "yes")
-    return [*lines, ""]

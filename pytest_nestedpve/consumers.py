@@ -6,10 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pytest_nestedpve.nested import NestedPve
 
 
 @dataclass(frozen=True)
@@ -135,21 +131,3 @@ def _no_proxy(api: Api, environ: Mapping[str, str]) -> dict[str, str]:
     if api.host not in hosts and "*" not in hosts:
         hosts.append(api.host)
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts))
-
-
-def general(nested: NestedPve, api: Api) -> dict[str, str]:
-    """The nested PVE for programs that are none of these, like curl, ssh and scripts: NESTED_…"""
-    host, port = nested.forward(22)
-    return {
-        "CURL_CA_BUNDLE": str(api.roots["CURL_CA_BUNDLE"]),
-        "NESTED_API_URL": api.url,
-        "NESTED_API_TOKEN": api.token,
-        "NESTED_CA_FILE": str(api.authority),
-        "NESTED_NODE": nested.node,
-        "NESTED_IP": nested.ip,
-        "NESTED_SSH_CONFIG": str(nested.ssh_config),
-        "NESTED_SSH_KEY": str(nested.ssh_key),
-        "NESTED_SSH_HOST": host,
-        "NESTED_SSH_PORT": str(port),
-        "NESTED_KNOWN_HOSTS": str(nested.known_hosts),
-    }

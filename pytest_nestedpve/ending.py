@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve import commands
+from pytest_nestedpve.run import FINISHED
+
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.session import NestedSession
-
-#: The file in a run's directory that says what its teardown left, once it has been.
-FINISHED = "finished"
 
 
 def finish(nested: NestedSession) -> None:
@@ -136,29 +136,6 @@ def left(nested: NestedSession) -> list[str]:
     return lines
 
 
-def finishing_command(nested: NestedSession) -> str:
-    """The command that finishes a teardown that did not."""
-    import shlex
-
-    # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
-    words = [_pytest(nested, "--pve-host"), "--nested-destroy-only"]
-    if nested.environment is not None:
-        words += ["--nested-run", shlex.quote(nested.environment.run.id)]
-    return " ".join(words)
-
-
-def again(nested: NestedSession) -> str:
-    """pytest with the same host, as a person would type it."""
-    return _pytest(nested, "--pve-host" if nested.settings.attach is None else "--nested-attach")
-
-
-def _pytest(nested: NestedSession, option: str) -> str:
-    import shlex
-
-    words = [] if nested.settings.host is None else [option, nested.settings.host]
-    return shlex.join(["pytest", *words])
-
-
 def tell(nested: NestedSession, reporter: Any) -> None:
     """What the end of the terminal's output says of the environment."""
     for line in nested.remarks:
@@ -170,7 +147,7 @@ def tell(nested: NestedSession, reporter: Any) -> None:
         reporter.write_sep("=", "nested-pve: the teardown left something behind", red=True)
         for line in lines:
             reporter.write_line(line)
-        reporter.write_line(f"this goes on with it: {finishing_command(nested)}")
+        reporter.write_line(f"this goes on with it: {nested.finishing_command()}")
 
 
 def kept_lines(nested: NestedSession) -> list[str]:
@@ -187,8 +164,8 @@ def kept_lines(nested: NestedSession) -> list[str]:
         f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
         "its host destroys it",
         f"  log in:  ssh -F {ssh_config} nested",
-        f"  go on:   {again(nested)} --nested-keep",
-        f"  destroy: {again(nested)} --nested-destroy-only --nested-run {nested.run_id}",
+        f"  go on:   {commands.again(nested.settings)} --nested-keep",
+        f"  destroy: {commands.again(nested.settings)} --nested-destroy-only --nested-run {nested.run_id}",
     ]
 
 

@@ -11,16 +11,10 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pytest
 
 from pytest_nestedpve.pve.errors import PveError
-
-if TYPE_CHECKING:
-    from pytest_nestedpve.session import NestedSession
 
 _OURS = "# Variables of nested-pve run "
 _SAFE = re.compile(r"[A-Za-z0-9_@%+=:,./!-]+\Z")
@@ -90,45 +84,3 @@ def remove(path: Path, run: str) -> None:
     if _is_ours(path, run):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-class EnvFileHooks:
-    """Writes the file once all is set up: before the first user's own fixtures, or after the last step."""
-
-    def __init__(self, nested: NestedSession, path: Path) -> None:
-        self._nested = nested
-        self._path = path
-        self._tried = self._written = False
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
-        result = yield
-        if fixturedef.argname == "nested_pve":
-            self._write()
-        return result
-
-    # For a later user who wants more than the first. Registered before the hooks that do the set-up, so that
-    # it is called after them.
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
-        self._write()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
-        result = yield
-        self._write()
-        return result
-
-    def _write(self) -> None:
-        runner, environment = self._nested.runner, self._nested.environment
-        if self._written or runner is None or environment is None or runner.broken or runner.open():
-            return
-        run = environment.run.id
-        if not self._tried:
-            self._tried = True
-            environment.on_close(lambda: remove(self._path, run))
-        try:
-            write(self._path, text(self._nested.nested_pve().environ(), run))
-        except PveError as e:
-            raise pytest.fail.Exception(f"nested-pve: {e}", pytrace=False) from e
-        self._written = True

@@ -232,7 +232,7 @@ class Environment:
         target = getattr(outer.ssh, "target", None)
         block = None
         if self.attached:
-            from pytest_nestedpve.attach import ssh_block
+            from pytest_nestedpve.run import ssh_block
 
             block = ssh_block(target, name, self.ip, self.run.directory.known_hosts)
         return self.run.directory.write_ssh_config(

@@ -34,16 +34,20 @@ def begin(session: pytest.Session) -> None:
     else:
         try:
             settings = load(config)
+            if settings != Settings(run_dir=settings.run_dir):  # something was asked for
+                from pytest_nestedpve import together
+
+                together.check(settings, config)
         except SettingsError as e:
             raise pytest.UsageError(f"nested-pve: {e}") from e
         from pytest_nestedpve.timing import set_scale
 
         set_scale(settings.timeout_scale)
-    nested = NestedSession(config, settings)
+    nested = NestedSession(config, settings, _end)
     config.stash[KEY] = nested
     remember(session)
     if settings.env_file is not None:
-        from pytest_nestedpve.env_file import EnvFileHooks
+        from pytest_nestedpve.env_items import EnvFileHooks
 
         config.pluginmanager.register(EnvFileHooks(nested, settings.env_file), "nestedpve-env-file")
     config.pluginmanager.register(SessionHooks(nested, session), "nestedpve-session")
@@ -105,9 +109,13 @@ def adopt_worker(node: Any) -> None:
     node.workerinput["nestedpve_session"] = nested.family
     node.workerinput[workers.DIST] = node.config.option.dist
     if nested.settings.scope == "run" and nested.host_is_named():
-        from pytest_nestedpve import sharing
+        node.workerinput["nestedpve_shared"] = workers.share(nested)
 
-        node.workerinput["nestedpve_shared"] = sharing.prepare(nested)
+
+def _end(nested: NestedSession) -> None:
+    from pytest_nestedpve import ending
+
+    ending.finish(nested)
 
 
 def uses(item: pytest.Item) -> bool:

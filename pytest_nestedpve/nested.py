@@ -11,6 +11,7 @@ from pytest_nestedpve.environment import NotReady
 
 if TYPE_CHECKING:
     from pytest_nestedpve.ansible import PlaybookResult
+    from pytest_nestedpve.consumers import Api
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.pve.forward import Forward
     from pytest_nestedpve.pve.host import PveHost
@@ -179,7 +180,24 @@ class NestedPve:
         }
         api = known.Api(*self.forward(API_PORT), self.api_token, self.ca_file, roots)
         found = known.variables(api, consumers or tuple(known.CONSUMERS))
-        return found if consumers else {**found, **known.general(self, api)}
+        return found if consumers else {**found, **self._general(api)}
+
+    def _general(self, api: Api) -> dict[str, str]:
+        """This PVE for programs that are none of the consumers, like curl, ssh and scripts: NESTED_…"""
+        host, port = self.forward(SSH_PORT)
+        return {
+            "CURL_CA_BUNDLE": str(api.roots["CURL_CA_BUNDLE"]),
+            "NESTED_API_URL": api.url,
+            "NESTED_API_TOKEN": api.token,
+            "NESTED_CA_FILE": str(api.authority),
+            "NESTED_NODE": self.node,
+            "NESTED_IP": self.ip,
+            "NESTED_SSH_CONFIG": str(self.ssh_config),
+            "NESTED_SSH_KEY": str(self.ssh_key),
+            "NESTED_SSH_HOST": host,
+            "NESTED_SSH_PORT": str(port),
+            "NESTED_KNOWN_HOSTS": str(self.known_hosts),
+        }
 
     def run_playbook(
         self, path: str | Path, *, timeout: float = 1800.0, check: bool = True, **variables: Any

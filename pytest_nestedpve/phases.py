@@ -282,7 +282,9 @@ class PhaseRunner:
                 self._did(phase, now)
                 return "proved", dict(found)
         if attached is not None and guarded:
-            attached.allow(phase, self.environment.missing.get(phase.name))
+            attached.allow(
+                phase.name, self.environment.missing.get(phase.name), probed=phase.probe is not None
+            )
         if phase.name != "preflight":
             self.acted = True
         if phase.probe is not None:

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.pve.target import SshTarget
     from pytest_nestedpve.settings import Settings
 
 RUN_ID = re.compile(r"[0-9a-f]{12}\Z")
 HARD_LIMIT = 24 * 3600
 """Seconds after which a run is over whatever its lease says."""
+FINISHED = "finished"
+"""The file in a run's directory that says what its teardown left, once it has been."""
 
 _KEY_LINE = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)) [A-Za-z0-9+/]+={0,3}\Z")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -385,3 +388,44 @@ def quoted(path: Path, *, percent: bool = False) -> str:
             f"a path with quotes, backslashes or line ends cannot stand in an ssh_config: {text!r}"
         )
     return f'"{text.replace("%", "%%") if percent else text}"'
+
+
+def ssh_block(target: SshTarget | None, name: str, address: str, known_hosts: Path) -> list[str]:
+    """The part of an ssh_config that reaches the attached PVE by `nested` and its node name, as `ssh HOST`
+    does; only by `nested` where the node's name is what the user calls it."""
+    names = "nested" if target is not None and target.alias == name else f"{name} nested"
+    lines = [f"Host {names}"]
+
+    def put(key: str, value: object) -> None:
+        lines.append(f"    {key} {value}")
+
+    if target is None:
+        put("HostName", address)
+        put("User", "root")
+        put("UserKnownHostsFile", quoted(known_hosts, percent=True))
+        put("HostKeyAlias", name)
+    else:
+        put("HostName", target.host)
+        put("Port", target.port)
+        put("User", target.user)
+        for path in target.identity_files:
+            put("IdentityFile", quoted(path, percent=True))
+        for path in target.certificate_files:
+            put("CertificateFile", quoted(path, percent=True))
+        if target.identities_only:
+            put("IdentitiesOnly", "yes")
+        if not target.allow_agent:
+            put("IdentityAgent", "none")
+        elif target.identity_agent:
+            put("IdentityAgent", f'"{target.identity_agent}"')
+        if target.known_hosts:
+            put("UserKnownHostsFile", " ".join(quoted(path, percent=True) for path in target.known_hosts))
+        if target.host_key_alias:
+            put("HostKeyAlias", target.host_key_alias)
+        if target.jump is not None:
+            jump = target.jump
+            put("ProxyJump", jump.alias or f"{jump.user}@{jump.host}:{jump.port}")
+        elif target.proxy_command:
+            put("ProxyCommand", target.proxy_command.replace("%", "%%"))
+    put("StrictHostKeyChecking", "yes")
+    return [*lines, ""]

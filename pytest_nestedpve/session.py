@@ -45,8 +45,12 @@ FAMILY = "session"
 class NestedSession:
     """Owner of the environment, its runner and its teardown, for one pytest process."""
 
-    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+    def __init__(
+        self, config: pytest.Config, settings: Settings, end: Callable[[NestedSession], None]
+    ) -> None:
+        """`end` tears down or keeps what there is, and never raises; called once, by `finish`."""
         self.config = config
+        self._end = end
         self.settings = settings
         self.tally = exits.Tally()
         self.run_id = os.urandom(6).hex()
@@ -159,10 +163,10 @@ class NestedSession:
             raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
     def _open(self) -> None:
-        from pytest_nestedpve import ending, keeping, runs
+        from pytest_nestedpve import keeping, runs
         from pytest_nestedpve.audit import AuditLog
         from pytest_nestedpve.environment import Environment
-        from pytest_nestedpve.run import Run
+        from pytest_nestedpve.run import FINISHED, Run
         from pytest_nestedpve.sharing import Membership, joined
 
         phases = self.phases
@@ -193,7 +197,7 @@ class NestedSession:
         if self.told is None:
             environment.workers = self.workers
         if kept is not None:
-            (run.dir / ending.FINISHED).unlink(missing_ok=True)
+            (run.dir / FINISHED).unlink(missing_ok=True)
             keeping.restore(kept, run.directory)
             keeping.load(environment)
             environment.resumed = True
@@ -275,7 +279,7 @@ class NestedSession:
 
     def register_report(self) -> None:
         """Have the report's hooks take part in this session."""
-        from pytest_nestedpve import ending
+        from pytest_nestedpve import commands
         from pytest_nestedpve.report.session import SessionReport
 
         if self.config.pluginmanager.hasplugin("nestedpve-report"):
@@ -284,8 +288,8 @@ class NestedSession:
             self.config,
             self._run_directory,
             mask=self._mask,
-            finishing_command=lambda: ending.finishing_command(self),
-            again=lambda: ending.again(self),
+            finishing_command=self.finishing_command,
+            again=lambda: commands.again(self.settings),
         )
         self.config.pluginmanager.register(report, "nestedpve-report")
 
@@ -420,9 +424,14 @@ class NestedSession:
         if self.finished or self.environment is None:
             return
         self.finished = True
-        from pytest_nestedpve.ending import finish
+        self._end(self)
 
-        finish(self)
+    def finishing_command(self) -> str:
+        """The command that finishes a teardown that did not."""
+        from pytest_nestedpve import commands
+
+        run = self.environment.run.id if self.environment is not None else None
+        return commands.finishing(self.settings, run)
 
     def close_hosts(self) -> None:
         """Give back the outer host's connection, and the lab if it is one."""
@@ -442,12 +451,8 @@ class NestedSession:
         write_now(self._stderr, text)
 
     def _give_up(self, signum: int) -> None:
-        from pytest_nestedpve import ending
-
-        write_now(
-            self._stderr,
-            f"giving up on the teardown; this finishes it:\n    {ending.finishing_command(self)}",
-        )
+        text = f"giving up on the teardown; this finishes it:\n    {self.finishing_command()}"
+        write_now(self._stderr, text)
         os._exit(128 + signum)
 
     def close(self) -> None:

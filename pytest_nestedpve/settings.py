@@ -133,9 +133,9 @@ def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Set
     env = os.environ if environ is None else environ
     chosen: dict[str, Any] = {"run_dir": config.rootpath / ".nested-pve" / "runs"}
     origins: dict[str, str] = {}
-    overrides = _overrides(config)
+    typed = overrides(config)
     for key in KEYS:
-        found = _find(config, key, overrides, env)
+        found = _find(config, key, typed, env)
         if found is None:
             continue
         text, origin = found
@@ -148,16 +148,13 @@ def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Set
         where = Text(attach, Path(config.invocation_params.dir))
         host = next(key for key in KEYS if key.name == "host")
         chosen["attach"] = chosen["host"] = _parse(host, where, "--nested-attach")
-        _check_attach(chosen, origins, config)
         origins["host"] = "--nested-attach"
     known = {each.name for each in fields(Settings)}
     assert set(chosen) <= known, sorted(set(chosen) - known)
-    settings = Settings(**chosen, origins=origins)
-    _check_together(settings, config)
-    return settings
+    return Settings(**chosen, origins=origins)
 
 
-def _overrides(config: pytest.Config) -> dict[str, str]:
+def overrides(config: pytest.Config) -> dict[str, str]:
     # `-o key=value` reaches a plugin as ini, but it is the command line and outranks the environment.
     pairs = (given.split("=", 1) for given in getattr(config.option, "override_ini", None) or ())
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
@@ -260,114 +257,3 @@ def _check_context(path: Path | None) -> None:
         context.load(path)
     except context.ContextError as e:
         raise SettingsError(f"--context-file: {e}") from e
-
-
-def _check_together(settings: Settings, config: pytest.Config) -> None:
-    """Options and settings that contradict each other."""
-    if settings.doctor:
-        from pytest_nestedpve import interplay
-
-        if reason := interplay.against_doctor(settings, config.option, _typed(config, "-k")):
-            raise SettingsError(reason)
-    if settings.make_template:
-        from pytest_nestedpve import interplay
-
-        if reason := interplay.against_template(settings, config.option, _typed(config, "-k")):
-            raise SettingsError(reason)
-    _check_other_tools(settings, config)
-    if not settings.destroy_only:
-        for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
-            if given:
-                raise SettingsError(
-                    f"{name} only goes with --nested-destroy-only: add that, or leave {name} out"
-                )
-        if settings.json_file and not (settings.dry_run or settings.doctor):
-            raise SettingsError(
-                "--nested-json only goes with --nested-destroy-only, --nested-dry-run or --nested-doctor"
-            )
-    else:
-        for name in ("collect-only", "setup-only", "setup-plan"):
-            if getattr(config.option, name.replace("-", ""), False):
-                raise SettingsError(
-                    f"--nested-destroy-only and --{name} contradict each other; to see what would be "
-                    "destroyed, use --nested-destroy-only --nested-dry-run"
-                )
-        if config.option.keyword and _typed(config, "-k"):
-            raise SettingsError(
-                "--nested-destroy-only collects no tests, so -k selects nothing; "
-                "to choose one run, use --nested-run ID"
-            )
-    if settings.yes and settings.dry_run:
-        raise SettingsError("--nested-yes and --nested-dry-run contradict each other: a dry run asks nothing")
-    if settings.image and settings.template and not {"image", "template"} - set(settings.origins):
-        raise SettingsError(
-            f"an image ({settings.origin('image')}) and a template ({settings.origin('template')}) "
-            "are both set; the nested VM is made from one: leave the other out"
-        )
-    names = {source.name for source in settings.sources}
-    listed = ", ".join(sorted(names)) or "none is set"
-    for key, value in (("bootstrap", settings.bootstrap), ("token_path", settings.token_path)):
-        source = value.partition(":")[0] if value else None
-        if source is not None and source not in names:
-            raise SettingsError(
-                f"{settings.origin(key)}: expected the name of a source ({listed}) before the colon; "
-                f"found {source!r}"
-            )
-
-
-def _check_attach(chosen: Mapping[str, Any], origins: Mapping[str, str], config: pytest.Config) -> None:
-    """What does not go with a PVE that exists. Raises SettingsError."""
-    host = chosen["attach"]
-    if origins.get("host") in ("--pve-host", "-o nested_pve_host"):
-        raise SettingsError(
-            f"--nested-attach and {origins['host']} contradict each other: the attached PVE is the nested "
-            "one, and no outer host is used; leave one of them out"
-        )
-    if chosen["destroy_only"]:
-        raise SettingsError(
-            "--nested-attach and --nested-destroy-only contradict each other; what runs left inside of that "
-            f"PVE goes by `pytest --nested-destroy-only --pve-host {host}`"
-        )
-    if chosen["keep"] != "no":
-        raise SettingsError(
-            "--nested-attach and --nested-keep contradict each other: the attached PVE stays as it is "
-            "anyway, and what a run makes inside of it goes with the run; leave one of them out"
-        )
-    if chosen.get("scope") == "run" and getattr(config.option, "tx", None) and config.option.dist != "no":
-        raise SettingsError(
-            f"--nested-attach and nested_pve_scope = run ({origins['scope']}) contradict each other: workers "
-            "share the attached PVE anyway, each with a VM inside of its own; use "
-            "-o nested_pve_scope=worker"
-        )
-
-
-def _check_other_tools(settings: Settings, config: pytest.Config) -> None:
-    option = config.option
-    if settings.destroy_only:
-        for given, name in ((settings.exec_command, "exec"), (settings.env_file, "env-file")):
-            if given is not None:
-                raise SettingsError(
-                    f"--nested-destroy-only and --nested-{name} contradict each other: nothing is set up"
-                )
-    if settings.exec_command is not None:
-        for name in ("collect-only", "setup-only", "setup-plan"):
-            if getattr(option, name.replace("-", ""), False):
-                raise SettingsError(
-                    f"--nested-exec and --{name} contradict each other; to see what would be done, use "
-                    "--nested-exec with --nested-dry-run"
-                )
-        for flag, does in (("-k", "selects"), ("-n", "distributes"), ("--numprocesses", "distributes")):
-            if _typed(config, flag):
-                raise SettingsError(
-                    f"--nested-exec collects no tests, so {flag} {does} nothing: leave it out"
-                )
-    elif settings.env_file is not None and getattr(option, "tx", None) and option.dist != "no":
-        raise SettingsError(
-            "--nested-env-file does not go with xdist: each worker would write it, for ports of its own; "
-            "leave out -n, or use nested_pve.environ() in the tests"
-        )
-
-
-def _typed(config: pytest.Config, flag: str) -> bool:
-    """Whether the flag was typed now, and does not just stand in a project's addopts."""
-    return any(str(arg).startswith(flag) for arg in config.invocation_params.args)

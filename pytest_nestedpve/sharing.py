@@ -23,30 +23,10 @@ from pytest_nestedpve.timing import Deadline, wait_until
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.phases import PhaseRunner
-    from pytest_nestedpve.session import NestedSession
 
-_TURN, _MEMBERS, _BROKEN = "turn.lock", "members.lock", "broken.json"
-
-
-def prepare(nested: NestedSession) -> dict[str, Any]:
-    """As the controller: choose the run (a kept one, if one fits) and say what its workers need to know."""
-    from pytest_nestedpve import keeping
-    from pytest_nestedpve.audit import AuditLog
-
-    if nested.shared is None:
-        taken = keeping.take_lock(nested.settings, nested.config.rootpath, nested.run_id)
-        nested.lock, nested.remarks = taken.lock, [*nested.remarks, *taken.remarks]
-        nested.run_id = taken.kept.run if taken.kept is not None else nested.run_id
-        run = Run.create(nested.settings, nested.config.rootpath, run_id=nested.run_id)
-        audit = AuditLog(run.directory.audit, run.id)
-        audit.write("session", status="new" if taken.kept is None else "resumed")
-        audit.close()
-        if taken.kept is not None:
-            keeping.restore(taken.kept, run.directory)
-        for name in (_BROKEN, "finished"):
-            (run.dir / name).unlink(missing_ok=True)
-        nested.shared = run
-    return {"run": nested.shared.id, "session": nested.shared.session}
+BROKEN = "broken.json"
+"""The file in a run's directory that tells the other workers what failed."""
+_TURN, _MEMBERS = "turn.lock", "members.lock"
 
 
 def joined(run: Run, told: dict[str, Any]) -> Run:
@@ -103,7 +83,7 @@ class Membership:
             env.forget_connections()
         env.resumed = "provision" in env.facts
         self._runner.acted = self._runner.acted or env.resumed
-        if self._runner.broken is None and (path := self._dir / _BROKEN).exists():
+        if self._runner.broken is None and (path := self._dir / BROKEN).exists():
             data = json.loads(path.read_text(encoding="utf-8"))
             broken = Broken(str(data["phase"]), str(data["cause"]))
             self._runner.learn(broken)
@@ -111,9 +91,9 @@ class Membership:
 
     def _tell(self) -> None:
         broken = self._runner.broken
-        if broken is not None and not (self._dir / _BROKEN).exists():
+        if broken is not None and not (self._dir / BROKEN).exists():
             text = json.dumps({"phase": broken.phase, "cause": broken.cause})
-            self._env.run.directory.write(_BROKEN, text)
+            self._env.run.directory.write(BROKEN, text)
 
 
 def _locked(path: Path, how: int) -> int:

@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.ending import FINISHED, wants_kept
+from pytest_nestedpve.ending import wants_kept
+from pytest_nestedpve.run import FINISHED
 from pytest_nestedpve.session import FAMILY
 
 if TYPE_CHECKING:

@@ -46,9 +46,9 @@ class TemplateItem(pytest.Function):
 
 
 def _again(nested: NestedSession) -> str:
-    from pytest_nestedpve import ending
+    from pytest_nestedpve import commands
 
-    return ending.again(nested)
+    return commands.again(nested.settings)
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:

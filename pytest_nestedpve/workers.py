@@ -1,11 +1,14 @@
-"""How many environments the workers of an xdist session can need at once."""
+"""Of an xdist session's workers: how many environments they can need at once, and the run they share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session import NestedSession
 
 #: What the controller tells its workers: how tests are dealt out (a worker's own options do not say).
 DIST = "nestedpve_dist"
@@ -29,3 +32,26 @@ def _group(nodeid: str, dist: str) -> str:
     if dist == "loadgroup":
         return nodeid.rpartition("@")[2]
     return nodeid
+
+
+def share(nested: NestedSession) -> dict[str, Any]:
+    """As the controller: choose the run (a kept one, if one fits) and say what its workers need to know."""
+    from pytest_nestedpve import keeping
+    from pytest_nestedpve.audit import AuditLog
+    from pytest_nestedpve.run import FINISHED, Run
+    from pytest_nestedpve.sharing import BROKEN
+
+    if nested.shared is None:
+        taken = keeping.take_lock(nested.settings, nested.config.rootpath, nested.run_id)
+        nested.lock, nested.remarks = taken.lock, [*nested.remarks, *taken.remarks]
+        nested.run_id = taken.kept.run if taken.kept is not None else nested.run_id
+        run = Run.create(nested.settings, nested.config.rootpath, run_id=nested.run_id)
+        audit = AuditLog(run.directory.audit, run.id)
+        audit.write("session", status="new" if taken.kept is None else "resumed")
+        audit.close()
+        if taken.kept is not None:
+            keeping.restore(taken.kept, run.directory)
+        for name in (BROKEN, FINISHED):
+            (run.dir / name).unlink(missing_ok=True)
+        nested.shared = run
+    return {"run": nested.shared.id, "session": nested.shared.session}

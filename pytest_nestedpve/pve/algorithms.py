@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_nestedpve.pve.errors import SshError
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.pve.login import SshTarget
+    from pytest_nestedpve.pve.target import SshTarget
 
 _CERTIFICATE = "-cert-v01@openssh.com"
 #: The option as `ssh -G` spells it → as people do.

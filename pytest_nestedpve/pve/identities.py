@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve import algorithms, knownhosts
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.pve.login import SshTarget
+    from pytest_nestedpve.pve.target import SshTarget
 
 _CERTIFICATE = "-cert-v01@openssh.com"
 # An agent may ask its user before it signs.

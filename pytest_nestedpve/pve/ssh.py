@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pytest_nestedpve.pve.errors import CommandTimeout, HostUnreachable, PveError, SshError
 from pytest_nestedpve.pve.exchange import Exchange
-from pytest_nestedpve.pve.login import SshTarget, log_in
+from pytest_nestedpve.pve.login import log_in
+from pytest_nestedpve.pve.target import SshTarget
 from pytest_nestedpve.timing import Deadline
 
 if TYPE_CHECKING:

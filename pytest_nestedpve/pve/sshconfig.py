@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_nestedpve.pve import sshoptions
 from pytest_nestedpve.pve.errors import SshError
-from pytest_nestedpve.pve.login import SshTarget
+from pytest_nestedpve.pve.target import SshTarget
 from pytest_nestedpve.timing import scaled
 
 _HOPS = 8

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps, ssh_block
+from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps
 from pytest_nestedpve.builtin import attached
 from pytest_nestedpve.builtin.checks.finding import Finding
 from pytest_nestedpve.builtin.clean import CleanState, NoSnapshots
 from pytest_nestedpve.builtin.promised import promised
-from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.pve.login import SshTarget
+from pytest_nestedpve.pve.target import SshTarget
+from pytest_nestedpve.run import ssh_block
 from pytest_nestedpve.settings import Settings
 
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
@@ -73,11 +73,10 @@ def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
     def taken(_env: Any, _name: str) -> dict[str, Any]:
         return {}
 
-    phase = Phase("our_agent", "ours", lambda _env: None)
     assert Attachment("pve1", frozenset(), taken).guards("our_agent")
-    Attachment("pve1", frozenset({"our_agent"}), taken).allow(phase, None)
+    Attachment("pve1", frozenset({"our_agent"}), taken).allow("our_agent", None, probed=False)
     with pytest.raises(NotChosen, match="found: that it has no probe to tell"):
-        Attachment("pve1", frozenset(), taken).allow(phase, None)
+        Attachment("pve1", frozenset(), taken).allow("our_agent", None, probed=False)
 
 
 def missing(*names: str) -> list[Finding]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve import options, values
+from pytest_nestedpve import options, together, values
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings, SettingsError, load
 
 
@@ -14,7 +14,10 @@ def settings(
     pytester: pytest.Pytester, *args: str, ini: str = "", env: dict[str, str] | None = None
 ) -> Settings:
     pytester.makeini("[pytest]\n" + ini)
-    return load(pytester.parseconfig(*args), env or {})
+    config = pytester.parseconfig(*args)
+    found = load(config, env or {})
+    together.check(found, config)
+    return found
 
 
 def test_nothing_said_means_the_documented_defaults(pytester: pytest.Pytester) -> None:
