@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
     from memory_host import MemoryHost
+    from sshd import MakeServer, Sshd
 
     from pytest_nestedpve.environment import Environment
+    from pytest_nestedpve.pve.ssh import SshConnection
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
@@ -45,3 +47,38 @@ def pool(env: Environment) -> None:
     from pytest_nestedpve.ownership import create_pool
 
     create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """An OpenSSH server that no test stops or changes."""
+    from sshd import Sshd
+
+    sshd = Sshd(tmp_path_factory.mktemp("sshd")).start()
+    yield sshd
+    sshd.stop()
+
+
+@pytest.fixture
+def make_server(tmp_path: Path) -> Iterator[MakeServer]:
+    """A function that makes servers for the test, by their options."""
+    from sshd import Sshd
+
+    made: list[Sshd] = []
+
+    def make(name: str = "own", **options: object) -> Sshd:
+        made.append(Sshd(tmp_path / name, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for sshd in made:
+        sshd.stop()
+
+
+@pytest.fixture
+def ssh(server: Sshd) -> Iterator[SshConnection]:
+    """A connection to the server that all share."""
+    from pytest_nestedpve.pve.ssh import SshConnection
+
+    with SshConnection(server.target()) as connection:
+        yield connection

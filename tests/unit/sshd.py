@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,6 +164,10 @@ class Sshd:
             except ProcessLookupError:
                 continue
         self.process = None
+
+
+MakeServer = Callable[..., Sshd]
+"""Makes a server by its name and options: the fixture `make_server`."""
 
 
 def _name(pid: int) -> str:
