@@ -33,6 +33,14 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
 
 
 @pytest.fixture
+def host(memory: MemoryHost) -> MemoryHost:
+    """The host in memory as one that can nest."""
+    with memory.open() as model:
+        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
+    return memory
+
+
+@pytest.fixture
 def env(memory: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
     """A run on it."""
     from memory_environment import environments

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
@@ -31,15 +27,6 @@ from pytest_nestedpve.teardown import teardown
 from pytest_nestedpve.timing import Deadline
 
 MAC = "bc:24:11:00:00:01"
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    host = MemoryHost(tmp_path / "host.json")
-    with host.open() as model:
-        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
-    return host
 
 
 @pytest.fixture

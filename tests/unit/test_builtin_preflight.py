@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
@@ -23,15 +19,6 @@ from pytest_nestedpve.pve.errors import HostUnreachable
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 PROFILE = "/etc/nested-pve.ini"
 GIB = 1024**3
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    host = MemoryHost(tmp_path / "host.json")
-    with host.open() as model:
-        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
-    return host
 
 
 @pytest.fixture

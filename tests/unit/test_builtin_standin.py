@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from standin_support import DOORS, Answer, Node, _node  # noqa: F401 (a fixture)
 from test_standin_guests import IMAGE
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
@@ -32,11 +28,6 @@ NAME = "nested-pve-old"
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return Settings(run_dir=tmp_path / "runs")
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> MemoryHost:
-    return MemoryHost(tmp_path / "host.json")
 
 
 @pytest.fixture

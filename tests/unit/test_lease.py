@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
@@ -19,12 +15,6 @@ from pytest_nestedpve.ownership import LeaseLost, create_pool, parse_lease, pool
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.timing import Deadline, wait_until
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return MemoryHost(tmp_path / "host.json")
 
 
 @pytest.fixture

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryHost
 
 from pytest_nestedpve.ownership import (
@@ -199,11 +195,6 @@ def test_only_names_of_our_form_are_pools_of_runs(name: str) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run.create(dataclasses.replace(SETTINGS, run_dir=tmp_path / "runs"), tmp_path)
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> MemoryHost:
-    return MemoryHost(tmp_path / "host.json")
 
 
 def test_a_pool_whose_reply_was_lost_is_ours_by_its_session(run: Run, memory: MemoryHost) -> None:

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from terminals import on_terminal
 
 from pytest_nestedpve.progress import clip, progress_line

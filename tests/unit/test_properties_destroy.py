@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryApi, MemoryHost
 from odd_answers import odd
 

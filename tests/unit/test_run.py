@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog, audited, task_ids

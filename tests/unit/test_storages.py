@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
@@ -27,15 +23,6 @@ from pytest_nestedpve.pve.errors import PveError
 DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
 KINDS = {each["name"]: each for each in DATA["kinds"]}
 GIB = 1024**3
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    host = MemoryHost(tmp_path / "host.json")
-    with host.open() as model:
-        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
-    return host
 
 
 @pytest.fixture

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_environment import environments
 from memory_host import MemoryHost
 
@@ -31,18 +26,6 @@ from pytest_nestedpve.run import SessionLock
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.teardown import teardown
 from pytest_nestedpve.templates import Deed
-
-
-@pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return MemoryHost(tmp_path / "host.json")
-
-
-@pytest.fixture
-def env(memory: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
-    with environments(memory, tmp_path) as make:
-        yield make()
 
 
 def begun(env: Environment) -> Created:

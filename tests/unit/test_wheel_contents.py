@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import wheels
 
 PACKAGE = wheels.ROOT / "pytest_nestedpve"

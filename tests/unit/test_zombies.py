@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_host import MemoryHost
 from memory_model import Model
 
@@ -16,11 +10,6 @@ from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.zombies import bare_lock, remains
 
 VMID = 99920
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> MemoryHost:
-    return MemoryHost(tmp_path / "host.json")
 
 
 @pytest.fixture
