@@ -88,7 +88,7 @@ class Story:
     template: str
     made: str
     ready: dict[str, str]
-    volumes: str
+    vmid: str
     first: dict[str, str]
     second: dict[str, str]
     first_phases: dict[str, str]
@@ -124,13 +124,14 @@ def story(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert len(runs) == 1, done.stdout
         (run,) = runs
         seen = project.identity(run)
+        told = hand_lab.ask(f"qm list | awk '/ nested-pve-{run} / {{print $1}}' | xargs qm config")
+        (seen["disk"],) = re.findall(r"^scsi0: local:(\S+?),", told, re.MULTILINE)
         phases = project.phases(run)
         kept = project.run("--nested-destroy-only", "--nested-run", run)
         assert kept.returncode == 0, kept.stdout
         return seen, phases
 
     first, first_phases = clone()
-    volumes = hand_lab.ask("find /var/lib/vz/images -type f")
     static = f"nested_pve_ipconfig=ip={prefix}.251/24,gw={prefix}.1"
     second, second_phases = clone("-k", "setup_network", "-o", static, "-o", "nested_pve_memory=1100")
     swept = project.run("--nested-destroy-only", "--nested-yes").stdout
@@ -138,7 +139,7 @@ def story(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Story:
     removed = project.run("--nested-destroy-only", "--nested-run", template).stdout
     low, high = (int(each) for each in RANGE.split("-"))
     return Story(
-        template, done.stdout, ready, volumes, first, second, first_phases, second_phases, swept, there_after,
+        template, done.stdout, ready, vmid[1], first, second, first_phases, second_phases, swept, there_after,
         removed, hand_lab.left(low, high, [template]),
     )  # fmt: skip
 
@@ -165,6 +166,12 @@ def test_a_clone_is_a_healthy_node_under_its_own_name_and_address(story: Story, 
     assert seen["logins"] == f"{3 if which == 'first' else 2} /etc/pve/priv/authorized_keys"
     assert seen["failed"] == ""
     assert name in seen["mail"].split(", ")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_clone_is_a_linked_one_where_the_storage_can(story: Story, which: str) -> None:
+    assert getattr(story, which)["disk"].startswith(f"{story.vmid}/base-{story.vmid}-disk-0.qcow2/")
 
 
 @pytest.mark.thorough
