@@ -207,20 +207,9 @@ def mac_of(config: object) -> str:
 
 def start(env: Environment, level: Level) -> dict[str, Any]:
     """Start the VM and await it."""
-    facts = env.facts[level.provision]
-    vmid, snippet = int(facts["vmid"]), facts.get("snippet")
+    vmid = env.facts[level.provision]["vmid"]
     try:
-        try:
-            _start(level.host(env), made_of(facts))
-        except PveError as e:
-            if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
-                raise
-            # On a storage that is not shared it stays behind when the VM is moved.
-            host = level.host(env)
-            env.remark(f"the snippet of VM {vmid} was not on {host.node}; it is written there")
-            storage = str(snippet).partition(":")[0]
-            vendor.write_snippet(host, storage, env.run.id, vendor.user_data(env.settings))
-            _start(host, made_of(facts))
+        starting(env, level, "status/start", START_LIMIT)
     except PveError as e:
         # A task's reason is its cause: one that was started meanwhile is what was wanted.
         if isinstance(e, Running) or isinstance(e.__cause__, Running):
@@ -229,10 +218,30 @@ def start(env: Environment, level: Level) -> dict[str, Any]:
     return {"did": f"VM {vmid} started on {level.host(env).name}"}
 
 
-def _start(host: PveHost, made: Created) -> None:
-    with call_limit(START_LIMIT):
-        answer = host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/status/start")
-    task(host, answer, START_LIMIT)
+def starting(env: Environment, level: Level, how: str, limit: float, **params: Any) -> None:
+    """Await a task of the VM that starts it. Raises PveError.
+
+    A snippet on a storage that is not shared stays behind when the VM is moved, and PVE refuses then: it is
+    written where the VM is, and the task begun again.
+    """
+    facts = env.facts[level.provision]
+    snippet = facts.get("snippet")
+
+    def begin() -> None:
+        host, made = level.host(env), made_of(facts)
+        with call_limit(limit):
+            task(host, host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/{how}", **params), limit)
+
+    try:
+        begin()
+    except PveError as e:
+        if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
+            raise
+        host = level.host(env)
+        env.remark(f"the snippet of VM {facts['vmid']} was not on {host.node}; it is written there")
+        storage = str(snippet).partition(":")[0]
+        vendor.write_snippet(host, storage, env.run.id, vendor.user_data(env.settings))
+        begin()
 
 
 def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.builtin.guest import NESTED, made_of, task
+from pytest_nestedpve.builtin.guest import NESTED, made_of, starting, task
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import PveError
@@ -92,9 +92,7 @@ def back(env: Environment, name: str) -> None:
 
 
 def _roll_back(env: Environment, name: str) -> None:
-    host = NESTED.host(env)
-    with call_limit(LIMIT):
-        task(host, host.api.post(f"{_base(env)}/snapshot/{name}/rollback", start=1), LIMIT)
+    starting(env, NESTED, f"snapshot/{name}/rollback", LIMIT, start=1)
 
 
 class SnapshotKeeper:

@@ -85,8 +85,11 @@ def test_a_whole_environment_is_on_the_node_with_more_memory_and_leaves_nothing(
     assert "test_verify_ssh_chain PASSED" in project.output()
 
 
-def test_a_vm_that_is_moved_between_two_phases_goes_on_and_goes_where_it_is(project: Project) -> None:
-    process, vmid = waiting(project, "-o", "nested_pve_storage=common")
+@pytest.mark.parametrize("storage", ["local", "common"])
+def test_a_vm_that_is_moved_between_two_phases_goes_on_and_goes_where_it_is(
+    project: Project, storage: str
+) -> None:
+    process, vmid = waiting(project, "-o", f"nested_pve_storage={storage}")
     project.lab.ask(f"qm migrate {vmid} father", node="uncle")
     project.open_gate()
     assert project.end(process) == 0, project.output()

@@ -19,7 +19,7 @@ from memory_host import MemoryHost
 from memory_model import volume
 
 from pytest_nestedpve import cleanup, timing
-from pytest_nestedpve.builtin import guest, vendor
+from pytest_nestedpve.builtin import guest, snapshots, vendor
 from pytest_nestedpve.builtin.preflight import PreflightError, preflight
 from pytest_nestedpve.creation import create_marked
 from pytest_nestedpve.discovery import discover
@@ -242,14 +242,22 @@ def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: Memor
     assert guest.NESTED.host(env).name == "father2"
 
 
+@pytest.mark.parametrize("how", ["started", "rolled back"])
 def test_a_snippet_that_stayed_behind_is_written_where_the_vm_is_started(
-    env: Environment, host: MemoryHost
+    env: Environment, host: MemoryHost, how: str
 ) -> None:
     vmid = ours(env, running=False)
     snippet = guests.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
     env.facts["provision"]["snippet"] = snippet
+    assert snapshots.take(env, "npve_provision", "")
     move(host, vmid, "father2")
-    assert "started" in guest.start(env, guest.NESTED)["did"]
+    if how == "started":
+        assert "started" in guest.start(env, guest.NESTED)["did"]
+    else:
+        back = f"/nodes/father2/qemu/{vmid}/snapshot/npve_provision/rollback"
+        host.fault("POST", back, text=f"volume '{snippet}' does not exist", times=1)
+        snapshots.back(env, "npve_provision")
+    assert guest.probe_start(env, guest.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
     with host.open() as model:
         assert [name for name in model.site("father2")["files"] if env.run.id in name]
