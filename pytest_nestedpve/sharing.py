@@ -111,3 +111,4 @@ def _try_lock(path: Path) -> int | None:
         return _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
+
