@@ -230,6 +230,8 @@ def test_running_guests_take_a_nodes_memory(pair: Pair) -> None:
     second.ok("qm", "start", "100")
     assert used("nodeb") - before > 1 << 30
     assert used("nodea") < used("nodeb")
+    answer = json.loads(second.ok("pvesh", "get", "/nodes/nodeb/status", "--output-format", "json"))
+    assert answer["memory"]["used"] - before > 1 << 30
 
 
 def test_a_task_is_its_own_nodes(pair: Pair) -> None:

@@ -10,11 +10,19 @@ from . import guests, members, tasks
 
 
 def memory() -> dict[str, int]:
-    """/proc/meminfo in bytes."""
+    """/proc/meminfo in bytes.
+
+    The nodes of a cluster are one machine: what tells them apart is the memory that their running guests may
+    take, which is not free there.
+    """
     found = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         key, _, rest = line.partition(":")
         found[key] = int(rest.split()[0]) * 1024
+    if members.several():
+        taken = sum(guests.memory(guest.conf) for guest in guests.every() if guests.running(guest.vmid)) << 20
+        for key in ("MemAvailable", "MemFree"):
+            found[key] = max(0, found[key] - taken)
     return found
 
 
@@ -31,15 +39,11 @@ def uptime() -> int:
 def row() -> dict[str, Any]:
     """What stands of the node in the lists of nodes."""
     known, disk = memory(), os.statvfs("/")
-    used = known["MemTotal"] - known["MemAvailable"]
-    if members.several():
-        # All nodes are one machine: what tells them apart is the memory that their running guests may take.
-        used += sum(guests.memory(guest.conf) for guest in guests.every() if guests.running(guest.vmid)) << 20
     return {
         "cpu": round(os.getloadavg()[0] / (os.cpu_count() or 1), 4),
         "maxcpu": os.cpu_count() or 1,
         "maxmem": known["MemTotal"],
-        "mem": min(used, known["MemTotal"]),
+        "mem": known["MemTotal"] - known["MemAvailable"],
         "maxdisk": disk.f_blocks * disk.f_frsize,
         "disk": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         "uptime": uptime(),
