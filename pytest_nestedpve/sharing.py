@@ -111,4 +111,3 @@ def _try_lock(path: Path) -> int | None:
         return _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-

@@ -62,8 +62,10 @@ def _render(template: str, reports: Sequence[RunReport], **more: Any) -> str:
         # timeline() escapes what it is given.
         return Markup(timeline((*report.steps, *report.teardown_steps), report.ended or 0.0))
 
-    return _templates().get_template(template).render(
-        reports=reports, picture=picture, verdicts=VERDICTS, words=WORDS, did=did, **more
+    return (
+        _templates()
+        .get_template(template)
+        .render(reports=reports, picture=picture, verdicts=VERDICTS, words=WORDS, did=did, **more)
     )
 
 
