@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from answering import Answering
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -40,7 +41,7 @@ class Asked:
 
 
 @dataclass
-class HttpsHost:
+class HttpsHost(Answering):
     """What the server serves and remembers; also the SshLike that reaches it."""
 
     folder: Path
@@ -60,15 +61,8 @@ class HttpsHost:
 
     # -- the login ----------------------------------------------------------------------------
 
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: bytes | None = None,
-        timeout: float = 60.0,
-        secret: bool = False,
-    ) -> CommandResult:
-        del stdin, timeout
+    def answer(self, command: str | Sequence[str], timeout: float, secret: bool) -> CommandResult:
+        del timeout
         text = command if isinstance(command, str) else shlex.join(command)
         self.commands.append(text)
         if "pve-ssl.pem" in text:
@@ -90,12 +84,6 @@ class HttpsHost:
         self.tokens[name] = f"{self.made:08d}-0000-4000-8000-00000000cafe"
         return self.tokens[name]
 
-    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
-        raise NotImplementedError
-
-    def get(self, remote: str, limit: int = 0) -> bytes:
-        raise NotImplementedError
-
     def open_channel(self, host: str, port: int) -> Any:
         assert (host, port) == ("127.0.0.1", 8006)
         if not self.listens:
@@ -103,9 +91,6 @@ class HttpsHost:
         channel = socket.create_connection(self.address, timeout=10)
         self.channels.append(channel)
         return channel
-
-    def close(self) -> None:
-        return None
 
     # -- the server ---------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from answering import Answering
 
 from pytest_nestedpve.pve.ssh import CommandResult
 
@@ -27,7 +29,7 @@ HTTPS = read("recorded_https.jsonl")
 """Answers of port 8006, with the status line and the headers."""
 
 
-class Recorded:
+class Recorded(Answering):
     """An SshLike that answers each command with what was recorded, in turn; keeps what was asked."""
 
     def __init__(self, *answers: dict[str, Any] | tuple[int, str, str]) -> None:
@@ -36,15 +38,7 @@ class Recorded:
         self.secret: list[bool] = []
         self.limits: list[float] = []
 
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: bytes | None = None,
-        timeout: float = 60.0,
-        secret: bool = False,
-    ) -> CommandResult:
-        assert stdin is None
+    def answer(self, command: str | Sequence[str], timeout: float, secret: bool) -> CommandResult:
         self.asked.append(shlex.split(command) if isinstance(command, str) else list(command))
         self.secret.append(secret)
         self.limits.append(timeout)
@@ -53,18 +47,6 @@ class Recorded:
             answer = (answer["rc"], answer["stdout"], answer["stderr"])
         rc, out, err = answer
         return CommandResult("", rc, out.encode("utf-8", "surrogatepass"), err.encode(), 1.0)
-
-    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
-        raise NotImplementedError
-
-    def get(self, remote: str, limit: int = 0) -> bytes:
-        raise NotImplementedError
-
-    def open_channel(self, host: str, port: int) -> Any:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
 
 
 def ended(exitstatus: str) -> tuple[int, str, str]:
