@@ -24,6 +24,9 @@ def test_after_a_change(nested_pve_clean):
 
 def test_after_no_change(nested_pve_clean):
     pass
+
+def test_takes_the_end_of_the_session(nested_pve):
+    pass
 """
 
 
@@ -80,7 +83,17 @@ def _session(project: Path, *arguments: str) -> float:
     """Seconds of one session, start of pytest included."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--pve-host", "lab:bench-reuse", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:randomly",
+            "--pve-host",
+            "lab:bench-reuse",
+            *arguments,
+        ],
         cwd=project,
         env={**os.environ, "XDG_STATE_HOME": str(project / "state")},
         text=True,
