@@ -21,8 +21,8 @@ VOLATILE = (
     "/proc", "/sys", "/dev", "/run", "/etc/pve", "/var/log", "/var/cache", "/var/spool", "/root/.ansible",
     "/var/lib/systemd", "/var/lib/dhcp", "/var/lib/rrdcached", "/var/lib/pve-cluster", "/var/lib/pve-manager",
     "/var/lib/pve-firewall", "/var/lib/chrony", "/var/lib/logrotate", "/var/lib/apt/periodic",
-    "/var/lib/apt/daily_lock", "/var/lib/lxcfs", "/var/lib/dbus", "/var/lib/cloud", "/var/lib/postfix", "/var/tmp",
-    "/lost+found",
+    "/var/lib/apt/daily_lock", "/var/lib/lxcfs", "/var/lib/dbus", "/var/lib/cloud", "/var/lib/postfix",
+    "/var/tmp", "/lost+found",
 )  # fmt: skip
 PVE_VOLATILE = {
     "lrm_status",
