@@ -9,7 +9,7 @@ import re
 import shlex
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from typing import IO, Any
 import pytest
 from standin_support import FakeMachines, Node, fake_machines, make_root
 
-from pytest_nestedpve.lab.node import access, forward, members, tree
+from pytest_nestedpve.lab.node import access, cluster_fs, forward, guests, members, tree
 from pytest_nestedpve.lab.node.errors import PveFailure
 
 DATA = Path(__file__).parents[1] / "data" / "cluster-recorded.jsonl"
@@ -54,7 +54,7 @@ class Pair:
         if name not in self.locks:
             return subprocess.CompletedProcess(argv, 255, "", _REFUSED.format(ADDRESSES[name]))
         words = shlex.split(argv[-1])
-        if words[0] != "pvesh":
+        if words[0] not in ("pvesh", "pvesm"):
             there = argv[-1].replace(str(self.nodes[before].root), str(self.nodes[name].root))
             return _run(["sh", "-c", there], **options)
         try:
@@ -159,6 +159,42 @@ def test_a_migration_to_a_node_that_is_off_leaves_the_vm_where_it_was(pair: Pair
     assert "Connection refused" in answer.stdout
     assert "lock" not in first.ok("qm", "config", "100")
     assert first.file("/var/lib/vz/images/100/vm-100-disk-0.raw").exists()
+
+
+def test_a_migration_that_fails_half_way_takes_back_its_copies_and_nobody_elses(pair: Pair) -> None:
+    first = pair.on("nodea")
+    first.ok("qm", "create", "100", "--scsi0", "local:1", "--scsi1", "local:1")
+    theirs = pair.nodes["nodeb"].file("/var/lib/vz/images/100/vm-100-disk-1.raw")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("somebody's")
+    answer = first.run("qm", "migrate", "100", "nodeb")
+    assert (answer.rc, answer.stderr) == (255, "migration aborted\n")
+    assert "lock" not in first.ok("qm", "config", "100")
+    assert theirs.read_text() == "somebody's"
+    assert not theirs.with_name("vm-100-disk-0.raw").exists()
+    assert first.file("/var/lib/vz/images/100/vm-100-disk-0.raw").exists()
+
+
+def test_whoever_looks_for_a_vm_that_moves_finds_it_on_one_node(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, seen = pair.on("nodea"), pair.nodes["nodea"].file("/seen")
+    first.ok("qm", "create", "100")
+
+    def looking(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: Any) -> None:
+            change(*arguments)
+            files = list(cluster_fs.fs().glob("nodes/*/qemu-server/100.conf"))
+            with seen.open("a") as out:
+                out.write(f"{len(files)}{len(guests.everywhere())} ")
+
+        return changed
+
+    for name in ("show", "hide"):
+        monkeypatch.setattr(cluster_fs, name, looking(getattr(cluster_fs, name)))
+    first.ok("qm", "migrate", "100", "nodeb")
+    assert set(seen.read_text().split()) <= {"11", "21"}
+    assert len(list(cluster_fs.fs().glob("nodes/*/qemu-server/100.conf"))) == 1
 
 
 def test_a_linked_clone_on_local_storage_does_not_move(pair: Pair) -> None:

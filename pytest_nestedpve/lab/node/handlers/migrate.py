@@ -7,13 +7,14 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
-from .. import disks, forward, guests, locks, machine, members, options, paths, volumes
+from .. import cluster_fs, disks, forward, guests, locks, machine, members, options, paths, volumes
 from ..access import Caller
 from ..errors import BadParameters, PveFailure, Unsupported
 from ..guests import Guest
 from ..members import Member
+from ..store import store
 from ..tree import api, task
 
 HERE = "/nodes/{node}/qemu/{vmid}/migrate"
@@ -52,10 +53,12 @@ def migrate(caller: Caller, params: dict[str, Any]) -> Any:
             guest.conf["lock"] = "migrate"
             guest.save()
             _say(f"starting migration of VM {vmid} to node '{target}' ({member.address})")
+            copied: list[str] = []
             try:
                 _reach(member)
-                copied = _copy(guest, member)
+                _copy(guest, member, copied)
             except BaseException as e:
+                _take_back(copied, member)
                 del guest.conf["lock"]
                 guest.save()
                 if isinstance(e, PveFailure):
@@ -78,14 +81,16 @@ def _since(begin: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - begin))
 
 
-def _reach(member: Member) -> None:
-    done = subprocess.run(
-        [*forward.login(member), "--", "true"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
+def _there(
+    member: Member, command: str, stdin: IO[bytes] | int | None = subprocess.DEVNULL
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*forward.login(member), "--", command], stdin=stdin, capture_output=True, text=True, check=False
     )
+
+
+def _reach(member: Member) -> None:
+    done = _there(member, "true")
     if done.returncode:
         for line in done.stderr.splitlines():
             _say(line)
@@ -103,7 +108,7 @@ def _local(guest: Guest) -> Iterator[str]:
                 yield volid
 
 
-def _copy(guest: Guest, member: Member) -> list[str]:
+def _copy(guest: Guest, member: Member, copied: list[str]) -> None:
     found = list(_local(guest))
     for volid in found:
         name, _ = volumes.split(volid)
@@ -118,31 +123,35 @@ def _copy(guest: Guest, member: Member) -> list[str]:
         file = volumes.path(volid)
         names = [file.name, *([state.name] if (state := disks.state_dir(file)).is_dir() else [])]
         _across(str(file.parent), names, member)
+        copied.append(volid)
         _say(f"successfully imported '{volid}'")
         _say(f"volume '{volid}' is '{volid}' on the target")
-    return found
+
+
+def _take_back(copied: list[str], member: Member) -> None:
+    for volid in copied:
+        _there(member, shlex.join(["pvesm", "free", volid]))
 
 
 def _across(folder: str, names: list[str], member: Member) -> None:
     """Copy files and directories to the same place there, with all that an overlay needs of them."""
     whole = ["--xattrs", "--xattrs-include=*", "--numeric-owner"]
     pack = ["tar", "-C", folder, *whole, "--sparse", "-cf", "-", "--", *names]
-    unpack = f"mkdir -p {shlex.quote(folder)} && tar -C {shlex.quote(folder)} {shlex.join(whole)} -xpf -"
+    # What is there already is somebody's.
+    tar = shlex.join(["tar", "-C", folder, *whole, "--keep-old-files", "-xpf", "-"])
+    unpack = f"mkdir -p {shlex.quote(folder)} && {tar}"
     with subprocess.Popen(pack, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as source:
-        done = subprocess.run(
-            [*forward.login(member), "--", unpack],
-            stdin=source.stdout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _there(member, unpack, source.stdout)
     if done.returncode or source.returncode:
         raise PveFailure(f"copying {names[0]} failed: {done.stderr.strip() or source.returncode}")
 
 
 def _hand_over(guest: Guest, target: str) -> None:
+    """At once: whoever looks for the VM meanwhile finds it on one node or the other."""
     machine.leave(guest.vmid)
-    guests.remove(guest.vmid, guest.node)
-    guest.node = target
+    source, guest.node = guest.node, target
     del guest.conf["lock"]
-    guest.save()
+    with store().change() as db:
+        db.drop("runtime", guest.vmid)
+        guest.save()
+    cluster_fs.hide(f"nodes/{source}/qemu-server/{guest.vmid}.conf")
