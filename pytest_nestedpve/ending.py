@@ -96,8 +96,15 @@ def _tests_failed(nested: NestedSession) -> bool:
 def _keeps(nested: NestedSession) -> bool:
     """Whether the environment outlives this session."""
     assert nested.runner is not None
-    whole = nested.runner.status.get("provision") in ("done", "proved")
+    whole = nested.runner.status.get("provision") in ("done", "proved") or _untouched(nested)
     return whole and wants_kept(nested, nested.runner.broken is not None)
+
+
+def _untouched(nested: NestedSession) -> bool:
+    """Whether a kept environment was not gone on with, because something broke before that."""
+    assert nested.environment is not None
+    env = nested.environment
+    return env.resumed and "provision" in env.facts and env.record.begun != "provision"
 
 
 def wants_kept(nested: NestedSession, broken: bool) -> bool:
@@ -110,10 +117,15 @@ def wants_kept(nested: NestedSession, broken: bool) -> bool:
 def _keep(nested: NestedSession) -> None:
     from pytest_nestedpve import keeping
 
-    assert nested.environment is not None
-    lease = keeping.keep(nested.environment)
-    nested.kept_until, nested.kept_dir = lease.expires, nested.environment.run.dir
-    nested.environment.audit.write("teardown", status="kept", expires=lease.expires)
+    env = nested.environment
+    assert env is not None
+    before = next((each.expires for each in keeping.all_kept() if each.run == env.run.id), None)
+    if env.resumed and not env.has_lease and before is not None:
+        expires = before  # its lease never was this session's
+    else:
+        expires = keeping.keep(env).expires
+    nested.kept_until, nested.kept_dir = expires, env.run.dir
+    env.audit.write("teardown", status="kept", expires=expires)
 
 
 def _tear_down(nested: NestedSession) -> None:
@@ -124,7 +136,16 @@ def _tear_down(nested: NestedSession) -> None:
     keeping.forget(nested.environment.run.id)
     nested.teardown_report = teardown(nested.environment, nested.watcher)
     if nested.environment.resumed:
-        nested.remarks.append(f"run {nested.run_id} had been kept; torn down, as --nested-keep was not given")
+        nested.remarks.append(f"run {nested.run_id} had been kept; torn down, as {_why_not_kept(nested)}")
+
+
+def _why_not_kept(nested: NestedSession) -> str:
+    assert nested.runner is not None
+    if nested.settings.keep == "no":
+        return "--nested-keep was not given"
+    if wants_kept(nested, nested.runner.broken is not None):
+        return "its VM is not what it was"
+    return "a signal came" if nested.guard.first is not None else "nothing failed"
 
 
 def left(nested: NestedSession) -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 _server: subprocess.Popen[str] | None = None
 
@@ -83,27 +84,20 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], output: str) ->
     os.environ.update(env)
     # As Python itself does for `-m` and for PYTHONPATH.
     sys.path[:1] = [cwd, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
-    sys.argv[:] = [_pytest_main(), *arguments]
+    sys.argv[1:] = arguments
 
 
-def _pytest_main() -> str:
-    import pytest
-
-    return str(Path(pytest.__file__).with_name("__main__.py"))
-
-
-def _import() -> Any:
+def _import() -> None:
     from importlib import import_module
 
-    from _pytest.config import console_main, default_plugins
+    from _pytest.config import default_plugins
 
     for name in default_plugins:
         import_module(f"_pytest.{name}")
-    return console_main
 
 
 if __name__ == "__main__":
     os.environ.pop("PYTHONPATH", None)
-    main = _import()
+    _import()
     _serve()
-    sys.exit(main())
+    runpy.run_module("pytest", run_name="__main__", alter_sys=True)

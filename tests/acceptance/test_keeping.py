@@ -73,6 +73,9 @@ def probe_provision(environment):
 
 def lookup(environment):
     from pytest_nestedpve import expired
+    from pytest_nestedpve.pve.errors import PveError
+    if (HERE / "full").exists():
+        raise PveError("expected 8 GiB on the storage, found 1")
     expired.sweep(environment)
 
 def pytest_nestedpve_phases(phases, config):
@@ -247,7 +250,27 @@ def test_keep_on_failure_keeps_a_failed_run_and_no_other(project: Project) -> No
     assert project.left() != []
     result = project.run("--nested-keep=on-failure", "test_steps.py")
     assert result.ret == 0, result.output
+    assert "had been kept; torn down, as nothing failed" in result.output
     assert project.left() == []
+
+
+@pytest.mark.parametrize("option", ["--nested-keep", "--nested-keep=on-failure"])
+def test_a_kept_environment_outlives_a_session_whose_preflight_failed(project: Project, option: str) -> None:
+    keep(project)
+    before = project.left(), pool_comment(project)
+    (project.path / "full").touch()
+    result = project.run(option, "test_steps.py")
+    assert result.ret != 0
+    assert "found 1" in result.output
+    assert "is kept until" in result.output
+    assert (project.left(), pool_comment(project)) == before
+    (project.path / "full").unlink()
+    again(project)
+    keep(project)
+    assert again(project) == ["preflight", "verify_ssh_chain"]
+    (project.path / "full").touch()
+    result = project.run("test_steps.py")
+    assert "torn down, as --nested-keep was not given" in result.output
 
 
 def test_a_phase_that_broke_half_way_is_undone_by_a_rollback(project: Project) -> None:
