@@ -6,6 +6,7 @@ it; what is then left (directories, an empty cgroup) the next lab command remove
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,6 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from pytest_nestedpve.pve.errors import CommandTimeout
+from pytest_nestedpve.timing import Deadline, wait_until
 
 from . import allocation, father, marks, programs
 from .names import FATHER, UNCLE, LabError, Subnets, lab_dir
@@ -269,7 +273,6 @@ def _watch_sessions(folder: Path) -> None:
     started stays. Sessions hold a shared lock on `session.lock`; getting it alone means there are none."""
     if (folder / "hand").exists():
         return
-    pause = threading.Event()
     while True:
         with open(folder / "session.lock", "a") as sessions:
             fcntl.flock(sessions, fcntl.LOCK_EX)
@@ -277,12 +280,10 @@ def _watch_sessions(folder: Path) -> None:
             marked = marks.marked_guests(folder)
         except LabError as e:
             print(f"sessions are over, but father cannot be asked for their VMs: {e}", flush=True)
-            (folder / "kept").write_text("father cannot be asked for the VMs of runs\n")
-            pause.wait(30)
+            _stay(folder, "father cannot be asked for the VMs of runs", 30)
             continue
         if marked:
-            (folder / "kept").write_text(f"VMs of runs are there: {', '.join(marked)}\n")
-            pause.wait(10)
+            _stay(folder, f"VMs of runs are there: {', '.join(marked)}", 10)
             continue
         # Nobody can begin a session while the lab's lock is held.
         with open(lock_file(folder), "a") as lab, open(folder / "session.lock", "a") as own:
@@ -296,7 +297,17 @@ def _watch_sessions(folder: Path) -> None:
             _lock_held.set()
             os.kill(os.getpid(), signal.SIGTERM)
             # Until the process ends, with it the thread and the lock.
-            pause.wait()
+            threading.Event().wait()
+
+
+def _stay(folder: Path, reason: str, seconds: float) -> None:
+    """Tell why the lab stays, for that long; a session takes the word away, and at its end waits for one."""
+    kept = folder / "kept"
+    kept.write_text(f"{reason}\n")
+    with contextlib.suppress(CommandTimeout):
+        wait_until(
+            lambda: not kept.exists(), deadline=Deadline(seconds), what="a session", interval=(0.1, 0.1)
+        )
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
