@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import Any
 
-from pytest_nestedpve.pve.errors import UnreadableAnswer, plain
+from pytest_nestedpve.pve.errors import UnreadableAnswer, is_noise, plain
 
 # No separators of paths, shells, URLs or terminals: a UPID becomes part of a path.
 _PART = r"[\w.@+=%,~!-]"
@@ -28,8 +28,8 @@ _CHANGE = re.compile(r"update (?:VM|CT) \d+: ")
 def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     """The data in the standard output of a `pvesh … --output-format json` that exited with 0.
 
-    Seen in recordings of PVE 9.2.11: nothing at all (no data), JSON on one line, warnings or the
-    task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
+    Seen in recordings of PVE 9.2.11: nothing at all or only warnings (no data), JSON on one line, warnings
+    or the task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
     Raises UnreadableAnswer, and nothing else, for everything else; nothing is guessed from half an answer.
     """
     # As it is first: what looks like a control sequence may be part of a string.
@@ -45,7 +45,7 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
     upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip()[-_UPID_LIMIT:])
     if upid is not None:
         return upid["upid"]
-    if _CHANGE.match(clean):
+    if _CHANGE.match(clean) or is_noise(clean):
         return None
     half = _SHOWN // 2
     shown = clean if len(clean) <= _SHOWN else f"{clean[:half]} […] {clean[-half:]}"

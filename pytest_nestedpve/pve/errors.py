@@ -185,24 +185,34 @@ class TaskFailed(ApiError):
 # In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11.
 # `^` is the start of a line: guests' and volumes' names, which others choose, seldom stand there.
 _TABLE: tuple[tuple[type[ApiError], str], ...] = (
-    (NoPve, r"pvesh: (?:command )?not found|pvesh\W{0,2}: No such file or directory"),
+    # `env` says it in the language of root's login.
+    (
+        NoPve,
+        r"pvesh: (?:command )?not found|pvesh\W{0,2}: No such file or directory|"
+        r"^env: \W?pvesh\W?: (?!.*[Pp]ermission)",
+    ),
     (ClusterFilesystemDown, r"^ipcc_send_rec\[\d+\] failed: |^Unable to load access control list: "),
     (
         NodeUnreachable,
         r"^proxy handler failed: (?:ssh: |Host key verification failed|Connection (?:closed|reset|timed)|"
         r"kex_exchange_identification: |\S+: Permission denied \()|"
-        r"^ssh: (?:connect to host|Could not resolve hostname) |hostname lookup '[^']*' failed",
+        r"^ssh: (?:connect to host|Could not resolve hostname) |hostname lookup '[^']*' failed|"
+        r"Can't connect to (?:destination address|\S+:8006\b)",
     ),
     (
         NoQuorum,
         r"no quorum[?!]|'/etc/pve/[^'\n]*'[^'\n]*(?:Permission denied|Read-only file system)",
     ),
-    (Interrupted, r"\A(?:unexpected status|received interrupt|interrupted by signal|broken pipe)\s*\Z"),
+    (
+        Interrupted,
+        r"\A(?:unexpected status|received interrupt|interrupted by signal|broken pipe|"
+        r"unable to read tail \(got \d+ bytes\))\.?\s*\Z",
+    ),
     (NotFound, r"^403 Permission check failed \(pool '[^']*' does not exist\)"),
     (
         PermissionDenied,
         r"Permission check failed|^(?:401 )?[Aa]uthentication fail|^401 |^(?:permission denied - )?invalid "
-        r"(?:PVE|API|token)|No ticket|^403 |[Oo]nly root (?:can|may)|root-only command",
+        r"(?:PVE|API|token)|No ticket|^403 |[Oo]nly root (?:can|may)|root-only command|^please run as root",
     ),
     (
         GuestNotFound,
@@ -212,16 +222,19 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (AlreadyExists, r"^400 Parameter verification failed[\s\S]*^[\w-]+: .*already exists\.?$"),
     (
         NotFound,
-        r"^400 Parameter verification failed[\s\S]*^(?:upid: no such task|storage: No such storage"
-        r"|iface: interface does not exist)",
+        r"^400 Parameter verification failed[\s\S]*^[\w-]+: (?:[Nn]o such |.*does not exist\.?$)",
     ),
+    (Unsupported, r"^400 Parameter verification failed[\s\S]*^[\w-]+: storage \S+ (?:does not support|is) "),
     (NotFound, r"^501 Method '[A-Z]+ /[^'\n]*' not implemented"),
     (UnreadableAnswer, r"Result verification failed"),
     (
         BadParameter,
         r"Parameter verification failed|^Unknown option: |unable to parse option|^400 |^501 |"
-        r"^no options specified|^unable to use snapshot name|^ERROR: (?:unknown|no) command |"
-        r"pool name must start with a letter|key validation error",
+        r"^no options specified|^unable to use snapshot name|^(?:ERROR: )?(?:unknown|no) command |"
+        r"pool name must start with a letter|key validation error|^illegal name '|"
+        r"^parameter '[\w-]+' (?:is )?not allowed|^unable to parse (?:[\w-]+ )*volume |"
+        r"^can't change value of fixed parameter|^missing value for required option|^unexpected property '|"
+        r"^MAX \d+ vcpus allowed",
     ),
     (
         StorageFull,
@@ -230,16 +243,17 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     ),
     (
         Unsupported,
-        r"storage '?[\w.-]+'? (?:does not support (?:vm images|\w+ content)|is disabled|"
+        r"storage '?[\w.-]+'? (?:does not support |is disabled|"
         r"is not (?:online|active)|is not configured for content-type|is not available on node)|"
-        r"snapshot feature is not available|feature is not supported|shrinking disks is not supported",
+        r"snapshot feature is not available|feature is not supported|shrinking disks is not supported|"
+        r"^unable to activate storage |^unsupported format '|\(VM uses local storage\)",
     ),
     (
         LockTimeout,
         r"can't (?:lock file|ac?quire lock) '[^']*' - got timeout|"
-        r"cfs-lock(?: '[^']*' error|ed '[^']*' operation): got lock (?:request )?timeout",
+        r"cfs[- ]lock(?: '[^']*'(?: error)?|ed '[^']*' operation): got lock (?:request )?timeout",
     ),
-    (Locked, r"(?:VM|CT|guest) is locked(?: \(|$)|VM \d+ is locked"),
+    (Locked, r"(?:VM|CT|guest) is locked(?: \(|$)|(?:VM|CT) \d+ is locked"),
     (Protected, r"protection mode enabled"),
     (
         AgentUnavailable,
@@ -247,17 +261,22 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect|client closed connection)",
     ),
     (AgentFailed, r"^Agent error: |qmp command 'guest-[\w-]+' failed - "),
-    (Running, r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running VM"),
+    (
+        Running,
+        r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running (?:VM|container)|"
+        r"- container is running|^you can't .* if (?:the )?VM is running",
+    ),
     (NotRunning, r"(?:VM|CT) \d+ (?:is )?not running"),
     (
         GuestTimeout,
-        r"quit/powerdown failed - got timeout|"
+        r"(?:quit/powerdown|wait) failed - got timeout|"
         r"qmp command '[\w-]+' failed - (?:got timeout|unable to connect)|^Timeout while waiting for port ",
     ),
     (
         WrongState,
         r"^VM is paused|you can't (?:start|convert|reset|suspend|migrate) a (?:vm|template)|"
-        r"because (?:VM|CT) contains snapshots",
+        r"because (?:VM|CT) contains snapshots|^you can't .*\btemplate\b|unable to use incomplete snapshot|"
+        r"is not most recent snapshot",
     ),
     (StartFailed, r"^start failed: |QEMU exited with code|^KVM virtualisation configured, but not available"),
     (
@@ -268,12 +287,17 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         InUse,
         r"pool '[^']*' is not empty|is still in use by linked clone|used in HA resources|"
-        r"belongs already to pool|^There is a replication job '|volume is still in use \(",
+        r"belongs already to pool|^There is a replication job '|volume is still in use \(|"
+        r"dataset is busy|Logical volume \S+ (?:contains a filesystem )?in use",
     ),
-    (Changed, r"^checksum mismatch \(file change by other user|: checksum mismatch \(file change"),
+    (
+        Changed,
+        r"^checksum mismatch \(file change by other user|: checksum mismatch \(file change|"
+        r"^detected modified configuration",
+    ),
     (
         AlreadyExists,
-        r"already exists\b|config file already exists|already used$|already defined$|"
+        r"already exists\b|config file already exists|already (?:used|defined)\.?$|"
         r"^refusing to override existing file",
     ),
     (WorkerFailed, r"got no worker upid|start worker failed"),
@@ -282,8 +306,9 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"does not exist\b|^unable to find configuration file|^no such |^500 no such |"
         r"^No '\w+' handler defined for|"
         r"non-existent or non-regular file|no such (?:user|token|cluster node)|"
-        r"^can't (?:find file|open) '[^'\n]*'(?: - No such file or directory)?$|"
-        r"is not a known host of the cluster",
+        r"^can't (?:find file|open) '[^'\n]*'(?: - No such file or directory)?\.?$|"
+        r"is not a known host of the cluster|VM \d+ is not a pool member|^EFI base image '[^'\n]*' not found|"
+        r"Failed to find logical volume",
     ),
     (HostFault, r" at /usr/share/perl5/\S+ line \d+"),
 )
@@ -291,7 +316,8 @@ _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in
 
 # Said beside the real reason, by commands that succeed too.
 _NOISE = re.compile(
-    r"^(?:user config - ignore invalid |perl: warning: |\s+(?:LANGUAGE|LC_\w+|LANG) = |"
+    r"^(?:user config - ignore invalid |perl: warning: |\s*(?:WARN(?:ING)?|Warning): |"
+    r"\s+(?:LANGUAGE|LC_\w+|LANG) = |"
     r"\s+are supported and installed|trying to acquire (?:cfs )?lock|\s*OK$|Wide character in |UPID:|"
     r"Use of uninitialized value |Task finished with \d+ warning|\s+\S.* called at \S+ line \d+|"
     r"(?:USAGE: |\s+)(?:pvesh|qm|pveum|pvesm|pvecm) |"
@@ -301,9 +327,10 @@ _NOISE = re.compile(
 _BESIDE = re.compile(r"^ipcc_send_rec\[\d+\] failed: ")
 # What stands before the reason proper: who says it, or which call it was.
 _SAYS = re.compile(
-    r"^(?:proxy handler failed: |TASK ERROR: |ERROR: |unable to create (?:VM|CT) \d+ - |"
+    r"^(?:proxy handler failed: |TASK ERROR: |ERROR: |unable to (?:create|restore) (?:VM|CT) \d+ - |"
     r"error during cfs-locked '[^'\n]*' operation: |"
-    r"(?:create|delete|update|clone|generating|ACL)(?: \w+)? failed: )+",
+    r"(?:create|delete|update|modify|set|add|remove|clone|generating|modifying|removing|ACL)(?: \w+)? "
+    r"failed: )+",
     re.MULTILINE,
 )
 # Everything that is no mark on paper, but for newline, tab and space: controls, odd spaces, what turns the
@@ -346,8 +373,7 @@ def classify(text: str, rc: int | None = None, call: str = "") -> ApiError:
     if len(said) > _TEXT_LIMIT:
         said = said[: _TEXT_LIMIT // 2] + "\n[…]\n" + said[-_TEXT_LIMIT // 2 :]
     reason = _SAYS.sub("", said)
-    words = said if reason == said else f"{said}\n{reason}"
     for kind, pattern in _COMPILED:
-        if pattern.search(words):
+        if pattern.search(said) or (reason != said and pattern.search(reason)):
             return kind(said, call=call, rc=rc)
     return ApiError(said, call=call, rc=rc)

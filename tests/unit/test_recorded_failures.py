@@ -10,7 +10,7 @@ from recorded import EVERY, FAILURES, Recorded, ended, log
 
 from pytest_nestedpve.pve import errors, guests, tasks
 from pytest_nestedpve.pve.answers import entries, read_answer
-from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify, plain
+from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify, is_noise, plain
 from pytest_nestedpve.pve.transport import PveshApi
 
 # By kind, not by text: several commands and several words for each. What recorded_answers.jsonl has of
@@ -22,7 +22,7 @@ KINDS: dict[type[ApiError], str] = {
     "concurrency-009 content-006 network-003 cluster-006 ownL-005",
     errors.BadParameter: "basic-065 basic-085 basic-087 basic-099 basic-105 basic-111 basic-112 basic-115 "
     "storage-004 storage-013 create-005 create-006 create-007 create-009 create-010 create-011 create-015 "
-    "create-020 create-047 agent-020 clone-006 pveum-016 config-005 config-011 config-012 config-015 "
+    "create-020 create-047 agent-020 clone-006 pveum-016 config-005 config-011 config-012 "
     "content-011 network-004 snapshot-005 extra-027 ownH-023 ownL-016 ownL-017 ownL-020 ownL-021",
     errors.Changed: "ownD-007",
     errors.ClusterFilesystemDown: "services-024",
@@ -38,7 +38,8 @@ KINDS: dict[type[ApiError], str] = {
     errors.NodeUnreachable: "basic-079 nodedown-022",
     errors.NotFound: "basic-077 basic-078 basic-129 pvecm-001 pvecm-009 storage-005 storage-006 storage-012 "
     "storage-041 import-003 import-015 power-038 power-044 clone-009 snapshot-013 snapshot-031 pveum-025 "
-    "pveum-018 tasks-014 network-013 ownB-046 ownF-027 create-045 create-046 create-052",
+    "pveum-018 tasks-014 network-013 ownB-046 ownF-027 create-045 create-046 create-052 "
+    "config-015 extra-009",
     errors.NotRunning: "power-018 power-020 power-023 agent-018",
     errors.Protected: "protection-003",
     errors.Running: "power-002 power-008 destroy-004 cluster-056",
@@ -46,7 +47,7 @@ KINDS: dict[type[ApiError], str] = {
     errors.Unsupported: "storage-039 storage-048 import-014 snapshot-033 snapshot-035",
     errors.WrongState: "power-057 state-007 clone-023 snapshot-032",
     # Nothing follows from these but that it failed, and with which words.
-    ApiError: "basic-040 power-072 network-008 extra-009 cluster-002 cluster-003 nodedown-023",
+    ApiError: "basic-040 power-072 network-008 cluster-002 cluster-003 nodedown-023",
 }
 # Said beside a result: the command did what it was to do.
 SUCCEEDED = "ownI-011 destroy-034 ownB-015 ownF-024 ownF-029"
@@ -128,8 +129,68 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         ("There is a replication job '9-0' for guest '9' - Please remove that first.", errors.InUse),
         ("proxy handler failed: root@10.0.0.9: Permission denied (publickey).", errors.NodeUnreachable),
         ("Undefined subroutine &PVE::X::y called at /usr/share/perl5/PVE/X.pm line 7.", errors.HostFault),
+        ("400 Parameter verification failed.\nstorage: storage 'nas-2' does not exist", errors.NotFound),
+        ("illegal name 'x.raw' - should be 'vm-900-*'", errors.BadParameter),
+        ("parameter 'storage' not allowed for linked clones", errors.BadParameter),
+        ("unable to parse zfs volume name 'x'", errors.BadParameter),
+        ("update storage failed: can't change value of fixed parameter 'path'", errors.BadParameter),
+        ("create storage failed: missing value for required option 'path'", errors.BadParameter),
+        ("MAX 2 vcpus allowed per VM on this node", errors.BadParameter),
+        ("storage 'nas' does not support content-type 'images'", errors.Unsupported),
+        ("unable to activate storage 'nas' - directory '/x' does not exist", errors.Unsupported),
+        ("Can't clone VM to node 'pve-2' (VM uses local storage)", errors.Unsupported),
+        ("error with cfs lock 'storage-nas': got lock request timeout", errors.LockTimeout),
+        ("CT 100 is locked (backup)", errors.Locked),
+        ("wait failed - got timeout", errors.GuestTimeout),
+        ("you can't convert a VM to template if VM is running", errors.Running),
+        ("unable to destroy CT 200 - container is running", errors.Running),
+        ("you can't take a snapshot if it's a template", errors.WrongState),
+        ("unable to use incomplete snapshot (snapstate = prepare)", errors.WrongState),
+        ("can't rollback, 'a' is not most recent snapshot on 'zfs:vm-9-disk-0'", errors.WrongState),
+        ("detected modified configuration - file changed by other user? Try again.", errors.Changed),
+        ("update pools failed: VM 9 is not a pool member", errors.NotFound),
+        ("modify user failed: no such user ('x@pve')", errors.NotFound),
+        ("unable to restore VM 9 - can't find file '/x'", errors.NotFound),
+        ('Failed to find logical volume "pve/vm-9-disk-0"', errors.NotFound),
+        ("TASK ERROR: unexpected status", errors.Interrupted),
+        ("unable to read tail (got 0 bytes)", errors.Interrupted),
+        ("migration aborted: Can't connect to destination address using public key", errors.NodeUnreachable),
+        ("500 Can't connect to 10.0.0.9:8006 (Connection refused)", errors.NodeUnreachable),
+        ("zfs error: cannot destroy 'tank/vm-9-disk-0': dataset is busy", errors.InUse),
+        ("lvremove 'pve/vm-9' error:   Logical volume pve/vm-9 in use.", errors.InUse),
+        ("env: \u201epvesh\u201c: Datei oder Verzeichnis nicht gefunden", errors.NoPve),
     ):
         assert type(classify(words)) is kind, words
+
+
+ELSEWHERE = {
+    "other nodes": lambda said: re.sub(r"\b(?:father|node[ab])\b", "pve-07-rack2", said),
+    "ZFS": lambda said: re.sub(r"\blocal\b(?! node)", "local-zfs", said),
+    "a share": lambda said: re.sub(r"\b(?:local|second)\b(?! node)", "nas_1.x", said),
+    "nine digits": lambda said: re.sub(r"(?<![\w.:-])(?!4\d\d |50\d )(\d{3})(?![\w:])", r"999999\1", said),
+    "other pools": lambda said: re.sub(r"npve-\w+", "a.b/c_d/npve-0123456789ab", said),
+    "LVM warns": lambda said: (
+        "  WARNING: You have not turned on protection against thin pools running out of space.\n"
+        f"  WARNING: Sum of all thin volume sizes exceeds the size of thin pool pve/data.\n{said}"
+    ),
+    "PVE warns": lambda said: f"WARN: no efidisk configured! Using temporary efivars disk.\n{said}",
+    "ssh warns": lambda said: (
+        f"Warning: Permanently added 'x' (ED25519) to the list of known hosts.\r\n{said}"
+    ),
+    "line ends": lambda said: said.replace("\n", "\r\n"),
+    "no line end": lambda said: said.rstrip("\n"),
+    "a full stop": lambda said: said.rstrip("\n.") + ".\n",
+    "of a task": lambda said: f"TASK ERROR: {said}",
+    "of another node": lambda said: f"proxy handler failed: {said}",
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_the_type_of_a_failure_is_the_same_with_other_names_and_words_around_it(where: str) -> None:
+    said = {record["stderr"] for record in EVERY.values() if not is_noise(record["stderr"])}
+    assert len(said) > 100
+    for words in said:
+        assert type(classify(ELSEWHERE[where](words))) is type(classify(words)), ELSEWHERE[where](words)
 
 
 def test_warnings_in_front_do_not_hide_the_reason_and_are_not_in_it() -> None:

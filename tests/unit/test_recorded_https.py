@@ -34,13 +34,13 @@ GUESTS = "/nodes/father/qemu"
 KINDS: dict[type[ApiError], str] = {
     errors.AgentUnavailable: "https-027",
     errors.AlreadyExists: "https-006 https-013",
-    errors.BadParameter: "https-014 ownA-038 ownA-155 ownD-033 ownJ-001 ownJ-005 ownJ-009 ownL-038 ownL-040",
+    errors.BadParameter: "https-014 ownA-155 ownD-033 ownJ-001 ownJ-005 ownJ-009 ownL-038 ownL-040",
     errors.Changed: "ownD-004",
     errors.GuestNotFound: "https-008",
     errors.GuestTimeout: "ownA-101",
     errors.InUse: "ownB-042 ownB-111",
     errors.LockTimeout: "ownE-008",
-    errors.NotFound: "https-011 ownB-083 ownA-022",
+    errors.NotFound: "https-011 ownB-083 ownA-022 ownA-038",
     errors.PermissionDenied: "ownA-007 ownA-011 ownA-020 ownA-023 ownA-024 ownA-035 ownA-039 ownA-042 "
     "ownA-123 ownA-251 ownB-028 ownB-033 ownE-065",
     errors.Running: "ownA-125",
