@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         assert type(classify(words)) is kind, words
 
 
-ELSEWHERE = {
+ELSEWHERE: dict[str, Callable[[str], str]] = {
     "other nodes": lambda said: re.sub(r"\b(?:father|node[ab])\b", "pve-07-rack2", said),
     "ZFS": lambda said: re.sub(r"\blocal\b(?! node)", "local-zfs", said),
     "a share": lambda said: re.sub(r"\b(?:local|second)\b(?! node)", "nas_1.x", said),
