@@ -33,18 +33,34 @@ class Client:
 
     def call(self, verb: str, path: str, **params: Any) -> tuple[int, str, Any]:
         """(status, reason, decoded body or None)."""
-        connection = http.client.HTTPSConnection("localhost", self.port, context=self.context, timeout=20)
-        headers = {"Authorization": self.header} if self.header else {}
+        headers: dict[str, str] = {}
         body = None
         if params and verb in ("POST", "PUT"):
-            body, headers["Content-Type"] = urlencode(params), "application/x-www-form-urlencoded"
+            body, headers["Content-Type"] = urlencode(params).encode(), "application/x-www-form-urlencoded"
         elif params:
             path += "?" + urlencode(params)
+        return self._send(verb, path, body, headers)
+
+    def _send(
+        self, verb: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, str, Any]:
+        connection = http.client.HTTPSConnection("localhost", self.port, context=self.context, timeout=20)
+        if self.header:
+            headers["Authorization"] = self.header
         connection.request(verb, "/api2/json" + path, body=body, headers=headers)
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
         return answer.status, answer.reason, json.loads(data) if data else None
+
+    def form(self, path: str, file: bytes, name: str, **fields: str) -> tuple[int, str, Any]:
+        """POST a form with a file as its last field, as curl does."""
+        parts = [f'name="{key}"\r\n\r\n{value}'.encode() for key, value in fields.items()]
+        kind = b"Content-Type: application/octet-stream"
+        parts.append(f'name="filename"; filename="{name}"\r\n'.encode() + kind + b"\r\n\r\n" + file)
+        body = b"".join(b"--XyZ\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts)
+        headers = {"Content-Type": "multipart/form-data; boundary=XyZ"}
+        return self._send("POST", path, body + b"--XyZ--\r\n", headers)
 
     def data(self, verb: str, path: str, **params: Any) -> Any:
         status, reason, body = self.call(verb, path, **params)
@@ -230,6 +246,52 @@ def test_a_token_stops_its_own_task_and_no_others(node: Node, run: Client, https
     listed = run.data("GET", "/nodes/father/tasks", vmid=101)
     assert (listed[0]["user"], listed[0]["tokenid"]) == ("root@pam", POOL)
     assert run.data("GET", "/nodes/father/tasks", userfilter=TOKEN) == []
+
+
+def test_a_file_is_uploaded_to_a_storage_and_written_over(node: Node, https: Client) -> None:
+    """Recordings ownL-036 to ownL-041."""
+    node.ok("pvesm", "set", "local", "--content", "images,iso,import")
+    client = https.as_token(new_token(node, "helper", "--privsep", "0"), "root@pam!helper")
+    upload = "/nodes/father/storage/local/upload"
+    for content in (b"\x00\xff\r\n--not the end\r\n\r\n", b"other"):
+        status, reason, body = client.form(upload, content, "a b.qcow2", content="import")
+        assert (status, reason) == (200, "OK")
+        assert body["data"].endswith(":imgcopy::root@pam!helper:")
+        assert client.wait(body["data"]) == "OK"
+        assert node.file("/var/lib/vz/import/a_b.qcow2").read_bytes() == content
+    listed = client.data("GET", "/nodes/father/storage/local/content", content="import")
+    assert [row["volid"] for row in listed] == ["local:import/a_b.qcow2"]
+    assert client.form(upload, b"x", "a.yaml", content="snippets") == (
+        400,
+        "Parameter verification failed.",
+        {
+            "data": None,
+            "errors": {
+                "content": "value 'snippets' does not have a value in the enumeration 'iso, vztmpl, import'"
+            },
+            "message": "Parameter verification failed.\n",
+        },
+    )
+    assert client.form(upload, b"x", "a.qcow2", content="iso")[2]["errors"] == {
+        "filename": "wrong file extension"
+    }
+    early = client.form(
+        upload,
+        b"x",
+        "up1.qcow2",
+        **{"content": "import", "checksum": "0" * 64, "checksum-algorithm": "sha256"},
+    )
+    assert early == (400, "Bad Request", None)
+    assert list(node.file("/var/tmp").glob("pveupload-*")) == []
+
+
+def test_an_upload_needs_the_right_on_the_storage(node: Node, run: Client) -> None:
+    status, reason, _ = run.form("/nodes/father/storage/local/upload", b"x", "a.iso", content="iso")
+    assert (status, reason) == (
+        403,
+        "Permission check failed (/storage/local, Datastore.AllocateTemplate)",
+    )
+    assert list(node.file("/var/tmp").glob("pveupload-*")) == []
 
 
 def test_roots_keys_move_behind_the_link_with_their_content(node: Node) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from . import access, cluster_fs, format, forward, paths, tasks, tree
+from . import access, cluster_fs, format, forward, paths, tasks, tree, uploads
 from .errors import PveFailure
 from .members import Member
 
@@ -59,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(
                 401, "authentication failure", {"data": None, "message": "authentication failure\n"}
             )
+        received: Path | None = None
         caller = access.authenticate(header)
         if caller is None:
             threading.Event().wait(FAILED_DELAY)
@@ -70,9 +71,18 @@ class Handler(BaseHTTPRequestHandler):
             if (member := forward.other(address)) is not None:
                 return self._relay(member, verb, body)
             params = dict(parse_qsl(url.query, keep_blank_values=True))
-            params |= self._body(body)
+            if self.headers.get_content_maintype() == "multipart":
+                form = uploads.read(self.headers, body) if address.endswith("/upload") else None
+                if form is None:
+                    return self._answer(400, "Bad Request", None)
+                params |= form
+                received = paths.at(form["tmpfilename"])
+            else:
+                params |= self._body(body)
             result = tree.call(verb, address, params, caller)
         except PveFailure as e:
+            if received is not None:
+                received.unlink(missing_ok=True)
             return self._failure(e)
         except Exception as e:
             import traceback
@@ -99,8 +109,6 @@ class Handler(BaseHTTPRequestHandler):
         if not body:
             return {}
         kind = self.headers.get("Content-Type", "")
-        if kind.startswith("multipart/"):
-            raise PveFailure("uploads: not supported by the lab", status=501)
         if "json" in kind:
             try:
                 loaded = json.loads(body)

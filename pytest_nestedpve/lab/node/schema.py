@@ -29,6 +29,23 @@ EXTRA: dict[str, dict[str, dict[str, Any]]] = {
     "/nodes/{node}/dns": {
         "GET": {"p": {"node": NODE}, "perm": {"check": ["perm", "/nodes/{node}", ["Sys.Audit"]]}}
     },
+    "/nodes/{node}/query-url-metadata": {
+        "GET": {
+            "p": {
+                "node": NODE,
+                "url": {"type": "string", "pattern": "https?://.*"},
+                "verify-certificates": {"type": "boolean", "optional": 1, "default": 1},
+            },
+            # As of download-url, whose first step it is.
+            "perm": {
+                "check": [
+                    "or",
+                    ["perm", "/", ["Sys.Audit", "Sys.Modify"]],
+                    ["perm", "/nodes/{node}", ["Sys.AccessNetwork"]],
+                ]
+            },
+        }
+    },
     "/nodes/{node}/services": {
         "GET": {"p": {"node": NODE}, "perm": {"check": ["perm", "/nodes/{node}", ["Sys.Audit"]]}}
     },

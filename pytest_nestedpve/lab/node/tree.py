@@ -28,6 +28,7 @@ MODULES = (
     "clone",
     "migrate",
     "storage",
+    "transfers",
     "pools",
     "users",
 )

@@ -1,14 +1,10 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/storage and /nodes/N/storage: definitions, status, content, allocation, downloads."""
+"""/storage and /nodes/N/storage: definitions, status, content, allocation."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import urllib.error
-import urllib.request
-from pathlib import Path
 from typing import Any
 
 from .. import access, checks, cluster_fs, disks, paths, volumes
@@ -266,61 +262,3 @@ def free(caller: Caller, params: dict[str, Any]) -> Any:
         print(f"Removed volume '{volid}'", flush=True)
 
     return task(caller, "imgdel", f"{owner}@{name}" if owner else name, work)
-
-
-@api("POST", HERE + "/{storage}/download-url")
-def download(caller: Caller, params: dict[str, Any]) -> Any:
-    """Fetch a file; the same words as wget's task (facts 70)."""
-    name, kind = params["storage"], params["content"]
-    volumes.storage(name)
-    if kind not in volumes.content(name):
-        raise PveFailure(f"can't upload to storage '{name}' - content type '{kind}' is not configured")
-    file = re.sub(r"[^-a-zA-Z0-9_.]", "_", params["filename"].rpartition("/")[2])
-    if not re.search(volumes.ENDINGS[kind] + "$", file):
-        words = "wrong file extension" if kind != "import" else "invalid filename or wrong extension"
-        raise BadParameters({"filename": words}, rc=255)
-    target = volumes.folder(name) / volumes.FOLDERS[kind] / file
-
-    def work() -> None:
-        _download(params["url"], target, params.get("checksum"), params.get("checksum-algorithm", "sha256"))
-
-    return task(caller, "download", file, work)
-
-
-def _hash(file: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    with open(file, "rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _download(url: str, target: Path, checksum: str | None, algorithm: str) -> None:
-    if target.exists():
-        if checksum and _hash(target, algorithm) == checksum.lower():
-            print("OK, got correct file already, no need to download", flush=True)
-            return
-        raise PveFailure(f"refusing to override existing file '{paths.shown(target)}'")
-    print(f"downloading {url} to {paths.shown(target)}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + f".tmp_dwnl.{id(target)}")
-    try:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as out:
-                shutil.copyfileobj(answer, out)
-        except urllib.error.HTTPError as e:
-            print(f"{e.code} {e.reason}", flush=True)
-            raise PveFailure("download failed: exit code 8") from e
-        except OSError as e:
-            print(str(e), flush=True)
-            raise PveFailure("download failed: exit code 4") from e
-        if checksum:
-            print("calculating checksum...", flush=True)
-            found = _hash(temporary, algorithm)
-            if found != checksum.lower():
-                raise PveFailure(f"checksum mismatch: got '{found}' != expect '{checksum}'")
-            print("OK, checksum verified", flush=True)
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"download of '{url}' to '{paths.shown(target)}' finished", flush=True)

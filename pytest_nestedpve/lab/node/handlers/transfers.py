@@ -1,0 +1,154 @@
+# ruff: noqa: ARG001 (every handler has the same signature)
+"""Files that come to a storage from elsewhere: downloads, uploads."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .. import paths, volumes
+from ..access import Caller
+from ..errors import BadParameters, PveFailure, Unsupported
+from ..tree import api, task
+
+HERE = "/nodes/{node}/storage/{storage}"
+
+
+def _target(params: dict[str, Any]) -> Path:
+    """Where a file goes, by content and cleaned name (facts 70)."""
+    name, kind = params["storage"], params["content"]
+    volumes.storage(name)
+    if kind not in volumes.content(name):
+        raise PveFailure(f"storage '{name}' is not configured for content-type '{kind}'")
+    file = re.sub(r"[^-a-zA-Z0-9_.]", "_", params["filename"].rpartition("/")[2])
+    if not re.search(volumes.ENDINGS[kind] + "$", file):
+        words = "wrong file extension" if kind != "import" else "invalid filename or wrong extension"
+        raise BadParameters({"filename": words}, rc=255)
+    return volumes.folder(name) / volumes.FOLDERS[kind] / file
+
+
+@api("POST", HERE + "/download-url")
+def download(caller: Caller, params: dict[str, Any]) -> Any:
+    """Fetch a file; the same words as wget's task (facts 70)."""
+    target = _target(params)
+    if params.get("compression") not in (None, "gz"):
+        raise Unsupported(f"compression {params['compression']}")
+
+    def work() -> None:
+        _download(params, target)
+
+    return task(caller, "download", target.name, work)
+
+
+@api("POST", HERE + "/upload")
+def upload(caller: Caller, params: dict[str, Any]) -> Any:
+    """Take what the proxy has received; a file of that name is written over [ownL-036, ownL-037]."""
+    target = _target(params)
+    received = paths.at(params["tmpfilename"]) if "tmpfilename" in params else None
+    if received is None or not received.is_file():
+        raise BadParameters({"tmpfilename": "missing temporary file"})
+
+    def work() -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            shutil.move(received, partial)
+            partial.chmod(0o644)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+            received.unlink(missing_ok=True)
+
+    return task(caller, "imgcopy", "", work)
+
+
+@api("GET", "/nodes/{node}/query-url-metadata")
+def metadata(caller: Caller, params: dict[str, Any]) -> Any:
+    """What a server says of a file, as it is asked before a download [ownL-026, ownL-027]."""
+    url = params["url"]
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
+            name = answer.headers.get_filename() or urlsplit(answer.url).path.rpartition("/")[2]
+            size, kind = answer.headers["Content-Length"], answer.headers["Content-Type"]
+    except urllib.error.HTTPError as e:
+        raise PveFailure(f"invalid server response: '{e.code} {e.reason}'", rc=2) from e
+    except OSError as e:
+        where = f"{urlsplit(url).hostname}:{urlsplit(url).port or 80}"
+        raise PveFailure(f"invalid server response: '500 Can't connect to {where}'", rc=2) from e
+    found: dict[str, Any] = {"filename": name} if name else {}
+    if kind:
+        found["mimetype"] = kind.partition(";")[0].strip()
+    return found | ({"size": int(size)} if size else {})
+
+
+def _hash(file: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
+    with open(file, "rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check(file: Path, params: dict[str, Any], more: str = "") -> None:
+    wanted = params["checksum"]
+    found = _hash(file, params.get("checksum-algorithm", "sha256"))
+    if found != wanted.lower():
+        raise PveFailure(f"checksum mismatch: got '{found}' != expect '{wanted}'{more}")
+
+
+def _download(params: dict[str, Any], target: Path) -> None:
+    url, shown = params["url"], paths.shown(target)
+    print(f"downloading {url} to {shown}", flush=True)
+    if target.exists():
+        if "checksum" not in params:
+            raise PveFailure(f"refusing to override existing file '{shown}'")
+        print("calculating checksum of existing file...", flush=True)
+        _check(target, params, ", aborting")
+        print("OK, got correct file already, no need to download", flush=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp_dwnl.{os.getpid()}")
+    unpacked = target.with_name(f"{target.name}.tmp_dcom.{os.getpid()}")
+    try:
+        _fetch(url, temporary)
+        if "checksum" in params:
+            print("calculating checksum...", flush=True)
+            _check(temporary, params)
+            print("OK, checksum verified", flush=True)
+        if "compression" in params:
+            print(f"decompressing {paths.shown(temporary)} to {paths.shown(unpacked)}", flush=True)
+            with gzip.open(temporary) as packed, open(unpacked, "wb") as out:
+                shutil.copyfileobj(packed, out)
+            unpacked.replace(temporary)
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+        unpacked.unlink(missing_ok=True)
+    print(f"download of '{url}' to '{shown}' finished", flush=True)
+
+
+def _fetch(url: str, target: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, open(target, "wb") as out:
+            shutil.copyfileobj(answer, out)
+    except urllib.error.HTTPError as e:
+        print(f"ERROR {e.code}: {e.reason}.", flush=True)
+        raise PveFailure("download failed: exit code 8") from e
+    except OSError as e:
+        host, cause = urlsplit(url).hostname, getattr(e, "reason", e)
+        if isinstance(cause, socket.gaierror):
+            raise PveFailure(f"download failed: wget: unable to resolve host address '{host}'") from e
+        if isinstance(cause, ConnectionRefusedError):
+            where = f"{host}:{urlsplit(url).port or (443 if url.startswith('https') else 80)}"
+            raise PveFailure(f"download failed: Connecting to {where}... failed: Connection refused.") from e
+        print(str(e), flush=True)
+        raise PveFailure("download failed: exit code 4") from e
