@@ -287,8 +287,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         InUse,
         r"pool '[^']*' is not empty|is still in use by linked clone|used in HA resources|"
-        r"belongs already to pool|^There is a replication job '|volume is still in use \(|"
-        r"dataset is busy|Logical volume \S+ (?:contains a filesystem )?in use",
+        r"belongs already to pool|^There is a replication job '|volume is still in use \(",
     ),
     (
         Changed,
