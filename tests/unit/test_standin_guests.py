@@ -7,7 +7,7 @@ import fcntl
 import json
 from typing import Any
 
-from standin_support import Node, _node  # noqa: F401 (a fixture)
+from standin_support import Answer, Node, _node  # noqa: F401 (a fixture)
 
 from pytest_nestedpve.lab.node import cloudinit, disks, guests, locks
 
@@ -266,6 +266,23 @@ def test_the_agent_is_asked_and_answers_in_the_apis_form(node: Node) -> None:
     assert done == {"exitcode": 7, "exited": 1, "out-data": "out\n", "out-truncated": 0}
 
 
+def test_the_monitor_tells_the_state_and_refuses_what_the_lab_has_not(node: Node) -> None:
+    node.ok("qm", "create", "103", "--memory", "64")
+    path = "/nodes/father/qemu/103/monitor"
+    stopped = node.run("pvesh", "create", path, "--command", "info status")
+    assert (stopped.rc, stopped.stderr) == (255, "VM 103 not running\n")
+    node.ok("qm", "start", "103")
+    assert node.ok("pvesh", "create", path, "--command", "info status") == "VM status: running\r\n\n"
+    assert node.run("qm", "monitor", "103", stdin="info status\ninfo version\nquit\n") == Answer(
+        0,
+        "Entering QEMU Monitor for VM 103 - type 'help' for help\n"
+        "VM status: running\r\n10.0.13pve-qemu-kvm_10.0.2-4\r\n",
+        "qm> info status\nqm> info version\nqm> quit\n",
+    )
+    refused = node.run("pvesh", "create", path, "--command", "system_reset")
+    assert "not supported by the lab" in refused.stderr
+
+
 def test_cloud_init_is_written_in_pves_words(node: Node) -> None:
     node.ok("qm", "create", "120", "--name", "renamed.example.test", "--kvm", "0", "--ciuser", "root")
     node.run("qm", "set", "120", "--ide2", "local:cloudinit", "--ipconfig0", "ip=10.77.7.107/24,gw=10.77.7.1")
@@ -293,7 +310,7 @@ def test_what_the_lab_does_not_know_is_refused_by_name(node: Node) -> None:
     node.ok("qm", "create", "101", "--kvm", "0")
     for words in (
         ["qm", "showcmd", "101"],
-        ["pvesh", "create", "/nodes/father/qemu/101/monitor", "--command", "info status"],
+        ["pvesh", "get", "/nodes/father/qemu/101/rrddata", "--timeframe", "hour"],
         ["pvesh", "get", "/cluster/log"],
         ["pvecm", "create", "c"],
         ["qm", "set", "101", "--efidisk0", "local:1"],

@@ -12,6 +12,7 @@ NO_COROSYNC = (
     "Error: Corosync config '/etc/pve/corosync.conf' does not exist - is this node part of a cluster?"
 )
 USAGE = """USAGE: pvecm <COMMAND> [ARGS] [OPTIONS]
+
        pvecm qdevice remove 
        pvecm qdevice setup <address> [OPTIONS]
 

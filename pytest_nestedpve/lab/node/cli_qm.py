@@ -253,6 +253,27 @@ def _refused(name: str, *arguments: str) -> Any:
     return body
 
 
+def _monitor(argv: list[str]) -> int:
+    values = cli.parse(argv, Command("", "", args=ONE), "qm monitor <vmid>\n")
+    vmid = values["vmid"]
+    guests.load(vmid)
+    print(f"Entering QEMU Monitor for VM {vmid} - type 'help' for help", flush=True)
+    for line in sys.stdin:
+        words = line.strip()
+        print(f"qm> {words}", file=sys.stderr, flush=True)
+        if words in ("quit", "q"):
+            break
+        if not words:
+            continue
+        try:
+            call = {"command": words}
+            said = tree.call("POST", f"/nodes/{paths.node()}/qemu/{vmid}/monitor", call, access.ROOT)
+            print(said, end="", flush=True)
+        except PveFailure as e:
+            print(f"ERROR: {e.text}", file=sys.stderr, flush=True)
+    return 0
+
+
 def _passwd(argv: list[str]) -> int:
     values = cli.parse(
         argv,
@@ -318,7 +339,7 @@ COMMANDS: dict[str, Any] = {
     "move-disk": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
     "resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
     "unlink": Command("PUT", VM + "/unlink", ONE),
-    "monitor": _refused("monitor"),
+    "monitor": _monitor,
     "terminal": _refused("terminal"),
     "sendkey": _refused("sendkey"),
     "showcmd": _refused("showcmd"),

@@ -49,7 +49,7 @@ def render(result: Any, style: Style, returns: Mapping[str, Any] | None = None) 
         return _object(result, style, returns or {})
     if isinstance(result, (list, tuple)):
         return _table(list(result), style, returns or {})
-    return f"{result}".rstrip("\n") + "\n"
+    return f"{result}\n"
 
 
 def _clean(value: Any) -> Any:

@@ -198,6 +198,21 @@ def _destroy(guest: Guest, *, unreferenced: bool) -> None:
     Guest(guest.vmid, {"lock": "destroyed"}).save()
 
 
+@api("POST", HERE + "/monitor")
+def monitor(caller: Caller, params: dict[str, Any]) -> Any:
+    """QEMU's monitor, as far as there is something to say [power-068, power-070]."""
+    vmid = int(params["vmid"])
+    guests.load(vmid)
+    if not guests.running(vmid):
+        raise PveFailure(f"VM {vmid} not running")
+    words = params["command"].strip()
+    if words == "info status":
+        return f"VM status: {'paused' if guests.paused(vmid) else 'running'}\r\n"
+    if words == "info version":
+        return f"{paths.QEMU}pve-qemu-kvm_10.0.2-4\r\n"
+    raise Unsupported(f"monitor command '{words}'")
+
+
 @api("POST", HERE + "/template")
 def template(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
