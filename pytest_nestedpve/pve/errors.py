@@ -182,7 +182,8 @@ class TaskFailed(ApiError):
         return classify(self.exitstatus, None, f"task {self.upid}")
 
 
-# In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11.
+# In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11, and PVE's usual
+# ones for what was not recorded (ZFS, LVM, shares, containers).
 # `^` is the start of a line: guests' and volumes' names, which others choose, seldom stand there.
 _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     # `env` says it in the language of root's login.
