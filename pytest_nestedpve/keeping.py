@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve import record
 from pytest_nestedpve.ownership import Lease, LeaseLost, host_clock, parse_lease, pool_name, read_pool, renew
+from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.run import (
     HARD_LIMIT,
@@ -241,7 +242,7 @@ def adopt(env: Environment) -> bool:
     ours = Lease(
         run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
     )
-    host.api.put("/pools", poolid=name, comment=ours.to_text())
+    patiently(lambda: host.api.put("/pools", poolid=name, comment=ours.to_text()))
     return True
 
 

@@ -283,7 +283,7 @@ def renew(
         raise LeaseLost(f"the hard limit of run {run.id} has passed; nothing more is made")
     longer = int(settings.lease if seconds is None else seconds)
     lease = replace(lease, expires=min(now + longer, lease.hard), state=state or lease.state)
-    api.put("/pools", poolid=name, comment=lease.to_text())
+    patiently(lambda: api.put("/pools", poolid=name, comment=lease.to_text()))
     return lease
 
 

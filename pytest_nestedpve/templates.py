@@ -18,6 +18,7 @@ from pytest_nestedpve.destroy import Outcome
 from pytest_nestedpve.ownership import name_matches, parse_marker, read_pool, remove_pool, uuid_of
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import entries
+from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.errors import GuestNotFound, PveError
 from pytest_nestedpve.rows import Row
 from pytest_nestedpve.run import SessionLock, client_hash, owner
@@ -251,8 +252,9 @@ def _destroy(host: PveHost, settings: Settings, pool: str, deed: Deed, row: Row)
 def claim(host: PveHost, settings: Settings, deed: Deed) -> str:
     """Make the template's pool and move the VM into it, out of its run's; its name. Raises PveError."""
     pool = pool_name(settings, deed.template)
-    host.api.post("/pools", poolid=pool, comment=deed.to_text())
-    host.api.put("/pools", poolid=pool, vms=str(deed.vmid), **{"allow-move": 1})
+    move = {"vms": str(deed.vmid), "allow-move": 1}
+    patiently(lambda: host.api.post("/pools", poolid=pool, comment=deed.to_text()))
+    patiently(lambda: host.api.put("/pools", poolid=pool, **move))
     return pool
 
 
@@ -265,17 +267,12 @@ def convert(
     made = time.strftime("%Y-%m-%d", time.gmtime(deed.created))
     note = f"Nested Proxmox VE for fast starts, made on {made} by {deed.owner}"
     say("writing whose it is")
-    host.api.put(
-        f"{path}/config",
-        name=name,
-        description=f"{marker(deed)}\n{note}",
-        tags="nestedpve;nestedpve-template",
-        # The snippet goes with the run, whose keys are no use to a clone.
-        delete="cicustom,sshkeys",
-    )
+    whose = {"description": f"{marker(deed)}\n{note}", "tags": "nestedpve;nestedpve-template"}
+    # The snippet goes with the run, whose keys are no use to a clone.
+    patiently(lambda: host.api.put(f"{path}/config", name=name, delete="cicustom,sshkeys", **whose))
     say("converting it")
     guests.awaited(host.api, lambda: host.api.post(f"{path}/template"), limit)
-    host.api.put("/pools", poolid=pool, comment=replace(deed, state=READY).to_text())
+    patiently(lambda: host.api.put("/pools", poolid=pool, comment=replace(deed, state=READY).to_text()))
     return name
 
 

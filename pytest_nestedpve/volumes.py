@@ -6,10 +6,12 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve import guests
 from pytest_nestedpve.pve.answers import STORAGE_NAME, entries, whole
+from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import ApiError, GuestNotFound, NotFound, PveError
 from pytest_nestedpve.pve.tasks import wait_task
@@ -118,7 +120,7 @@ class Volumes:
                     if volid in there[path] and doubt:
                         stays.append(f"{volid} ({doubt})")
                     elif volid in there[path]:
-                        stays += self._remove(node, vmid, path, volid)
+                        stays += patiently(partial(self._remove, node, vmid, path, volid))
                 except PveError as e:
                     stays.append(f"{volid} ({e})")
             if stays:
@@ -126,7 +128,9 @@ class Volumes:
 
     def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
         try:
-            guests.guest_config(self._api, node, vmid)
+            config = guests.guest_config(self._api, node, vmid)
+            if volid in volumes_of(config, vmid):
+                return []  # it is that VM's: PVE gives a name anew when nothing has it any more
             return [f"{volid} (the id is in use again)"]
         except GuestNotFound:
             pass  # any other error: the id may be in use

@@ -79,6 +79,6 @@ def clone_marked(
 
 def _clone(host: PveHost, node: str, template: int, call: dict[str, Any]) -> None:
     with call_limit(CLONE_LIMIT):
-        upid = text(host.api.post(f"/nodes/{node}/qemu/{template}/clone", **call))
+        upid = text(patiently(lambda: host.api.post(f"/nodes/{node}/qemu/{template}/clone", **call)))
         if upid:
             wait_task(host.api, upid, timeout=CLONE_LIMIT)

@@ -11,7 +11,7 @@ from pytest_nestedpve.builtin.clone import clone_marked
 from pytest_nestedpve.creation import Created, create_marked
 from pytest_nestedpve.ownership import create_pool, host_clock, pool_name, prove
 from pytest_nestedpve.pve.answers import text
-from pytest_nestedpve.pve.api import call_limit
+from pytest_nestedpve.pve.api import call_limit, patiently
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import PveError, Running
 from pytest_nestedpve.pve.host import PveHost
@@ -233,7 +233,7 @@ def starting(env: Environment, level: Level, how: str, limit: float, **params: A
             task(host, host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/{how}", **params), limit)
 
     try:
-        begin()
+        patiently(begin)
     except PveError as e:
         if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
             raise
@@ -241,7 +241,7 @@ def starting(env: Environment, level: Level, how: str, limit: float, **params: A
         env.remark(f"the snippet of VM {facts['vmid']} was not on {host.node}; it is written there")
         storage = str(snippet).partition(":")[0]
         vendor.write_snippet(host, storage, env.run.id, vendor.user_data(env.settings))
-        begin()
+        patiently(begin)
 
 
 def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def _of_another_node(answer: Any) -> Any:
     as one string, without line ends (recording cluster-052, in text): the UPID at its end, or no data."""
     if not isinstance(answer, str):
         return answer
-    upid = _UPID_AT_END.search(answer[-_UPID_LIMIT:])
+    upid = _UPID_AT_END.search(answer.rstrip()[-_UPID_LIMIT:])
     if upid is not None and upid["quote"]:
         return upid["upid"]
     return None if _CHANGE.match(answer) else answer

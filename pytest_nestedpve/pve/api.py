@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
-from pytest_nestedpve.pve.errors import LockTimeout
+from pytest_nestedpve.pve.errors import LockTimeout, TaskFailed
 from pytest_nestedpve.timing import Deadline
 
 T = TypeVar("T")
@@ -71,15 +71,17 @@ def call_limit(seconds: float) -> Iterator[None]:
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """Make a call that changes something at once; again, while PVE gave up waiting for a lock (facts 26, 68:
-    it has changed nothing then). Not for a delete of a guest: who waits may hit another one.
+    """Make a call that changes something, and again while PVE gives up waiting for a lock, at once or in the
+    call's task: it has changed nothing then (facts 26, 68). Not for a delete of a guest: who waits may hit
+    another one.
     """
     deadline = Deadline(LOCK_LIMIT)
     while True:
         try:
             return call()
-        except LockTimeout:
-            if deadline.expired:
+        except (LockTimeout, TaskFailed) as error:
+            locked = isinstance(error, LockTimeout) or isinstance(error.__cause__, LockTimeout)
+            if deadline.expired or not locked:
                 raise
             threading.Event().wait(0.1)
 

@@ -261,7 +261,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"No QEMU guest agent configured|QEMU guest agent is not running|^QMP (?:guest )?agent|"
         r"qmp command 'guest-[\w-]+' failed - (?:got timeout|unable to connect|client closed connection)",
     ),
-    (AgentFailed, r"^Agent error: |qmp command 'guest-[\w-]+' failed - "),
+    (AgentFailed, r"^Agent error: "),
     (
         Running,
         r"(?:VM|CT) \d+ already running|(?:VM|CT) \d+ is running\b|can't migrate running (?:VM|container)|"
@@ -273,6 +273,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
         r"(?:quit/powerdown|wait) failed - got timeout|"
         r"qmp command '[\w-]+' failed - (?:got timeout|unable to connect)|^Timeout while waiting for port ",
     ),
+    (AgentFailed, r"qmp command 'guest-[\w-]+' failed - "),
     (
         WrongState,
         r"^VM is paused|you can't (?:start|convert|reset|suspend|migrate) a (?:vm|template)|"

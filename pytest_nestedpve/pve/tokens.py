@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve.answers import entries, mapping, whole
 from pytest_nestedpve.pve.api import Verbs, patiently
 from pytest_nestedpve.pve.errors import NotFound, PveError
-from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, ReplyLost, Trust, Unauthorized, read_trust
 from pytest_nestedpve.pve.routes import Grant
 from pytest_nestedpve.timing import Deadline
 
@@ -168,7 +168,7 @@ class Tokens:
         try:
             try:
                 value = self._new_token(name, SEE_SECONDS, separate=False)
-            except (NoHttps, Unauthorized):
+            except (NoHttps, Unauthorized, ReplyLost):
                 self._see = None
                 self._see_by_ssh()
                 return

@@ -11,7 +11,7 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve.audit import AuditLog
 from pytest_nestedpve.lease import LeaseKeeper
-from pytest_nestedpve.ownership import LeaseLost, create_pool, parse_lease, pool_name, read_pool
+from pytest_nestedpve.ownership import LeaseLost, create_pool, parse_lease, pool_name, read_pool, renew
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.timing import Deadline, wait_until
@@ -40,6 +40,13 @@ def test_the_lease_is_renewed_until_the_keeper_stops(host: MemoryHost, keeper: L
 
     wait_until(later, deadline=Deadline(10), what="a renewal")
     keeper.check()
+
+
+def test_a_renewal_waits_for_a_lock(host: MemoryHost, keeper: LeaseKeeper) -> None:
+    api, run, settings = host.connect().api, keeper._run, keeper._settings
+    create_pool(api, run, settings, run.created - 100)
+    host.fault("PUT", "/pools", text="cfs-lock 'file-user_cfg' error: got lock request timeout", times=2)
+    assert renew(api, run, settings, run.created, state="kept").state == "kept"
 
 
 def test_a_lease_that_is_gone_is_known(keeper: LeaseKeeper) -> None:

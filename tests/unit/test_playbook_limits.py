@@ -43,6 +43,7 @@ def test_a_limit_of_a_role_is_times_the_factor(name: str) -> None:
     plain = int(template.render())
     assert plain > 0
     assert template.render(nested_pve_timeout_scale=2.0) == str(2 * plain)
+    assert int(template.render(nested_pve_timeout_scale=0.001)) >= 1, "0 would be none, or at once"
 
 
 @pytest.mark.usefixtures("doubled")

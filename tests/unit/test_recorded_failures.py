@@ -127,6 +127,7 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         ("zfs error: cannot create 'tank/vm-9-disk-0': out of space", errors.StorageFull),
         ("VM 9 qmp command 'guest-ping' failed - client closed connection", errors.AgentUnavailable),
         ("VM 9 qmp command 'guest-exec-status' failed - PID 7 does not exist", errors.AgentFailed),
+        ("VM 9 qmp command 'guest-exec' failed - VM 9 not running", errors.NotRunning),
         ("There is a replication job '9-0' for guest '9' - Please remove that first.", errors.InUse),
         ("proxy handler failed: root@10.0.0.9: Permission denied (publickey).", errors.NodeUnreachable),
         ("Undefined subroutine &PVE::X::y called at /usr/share/perl5/PVE/X.pm line 7.", errors.HostFault),

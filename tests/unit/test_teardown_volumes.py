@@ -95,6 +95,45 @@ def test_a_volume_left_with_a_warning_that_is_not_surely_ours_stays_and_is_told(
     assert left == {stays}
 
 
+LOCKED = "error during cfs-locked 'storage-local' operation: got lock request timeout"
+
+
+def test_the_removal_of_a_volume_waits_for_a_lock_and_asks_again_whose_the_id_is(
+    env: Environment, memory: MemoryHost
+) -> None:
+    vmid = ours(env)
+    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
+    with memory.open() as model:
+        model.state["busy"].append(volid)
+    memory.fault("DELETE", "/nodes/father/storage/local/content/.*", text=LOCKED, times=2)
+    assert teardown(env).left == ()
+    with memory.open() as model:
+        assert volid not in model.state["volumes"]
+
+
+def test_a_disk_of_who_took_the_id_is_no_volume_of_ours_that_was_left(
+    env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmid = ours(env)
+    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
+    destroy = guests.destroy
+
+    def then_taken(*given: Any, **more: Any) -> Any:
+        done = destroy(*given, **more)
+        with memory.open() as model:
+            model.begin_create("father", {"vmid": vmid})
+            model.end_create(vmid, {"name": "somebodys", "scsi0": "local:1,format=qcow2"})
+            assert model.state["vms"][str(vmid)]["config"]["scsi0"].startswith(volid)
+        return done
+
+    monkeypatch.setattr(guests, "destroy", then_taken)
+    report = teardown(env)
+    assert report.left == ()
+    with memory.open() as model:
+        assert volid in model.state["volumes"]
+        assert str(vmid) in model.state["vms"]
+
+
 def test_nothing_is_removed_when_nobody_can_say_whether_the_id_is_free(
     env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

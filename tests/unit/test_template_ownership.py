@@ -227,6 +227,21 @@ def test_a_half_made_template_of_somebody_else_stays(env: Environment, memory: M
     assert vmids(memory) == [deed.vmid]
 
 
+def test_a_making_waits_for_locks(env: Environment, memory: MemoryHost) -> None:
+    made = begun(env)
+    for method in ("POST", "PUT"):
+        memory.fault(method, "/pools", text="cfs-lock 'file-user_cfg' error: got lock request timeout")
+    deed = claimed(env, made)
+    path = f"/nodes/father/qemu/{made.vmid}/config"
+    lock = f"/var/lock/qemu-server/lock-{made.vmid}.conf"
+    memory.fault("PUT", path, text=f"can't lock file '{lock}' - got timeout")
+    memory.fault("PUT", "/pools", text="cfs-lock 'file-user_cfg' error: got lock request timeout")
+    templates.convert(env.outer, env.settings, deed, made.node, lambda _: None)
+    with memory.open() as model:
+        assert model.state["faults"] == [] or all(each["times"] == 0 for each in model.state["faults"])
+        assert model.state["vms"][str(made.vmid)]["config"]["template"] == 1
+
+
 @pytest.mark.parametrize(
     "fails", ["PUT /nodes/father/qemu/\\d+/config", "POST /nodes/father/qemu/\\d+/template"]
 )
