@@ -11,6 +11,7 @@ from pytest_nestedpve.run import FINISHED
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.session import NestedSession
+    from pytest_nestedpve.teardown import TeardownReport
 
 
 def finish(nested: NestedSession) -> None:
@@ -37,9 +38,17 @@ def finish(nested: NestedSession) -> None:
                 runner.audit.write("teardown", status="clean", cause="nothing was made on the host")
     except BaseException as error:
         nested.teardown_error = f"{type(error).__name__}: {error}"
+        nested.teardown_report = nested.teardown_report or _undone(error)
         with contextlib.suppress(Exception):
             runner.audit.write("leak", status="unknown", cause=nested.teardown_error)
     _conclude(nested, environment)
+
+
+def _undone(error: BaseException) -> TeardownReport:
+    """What a teardown that failed knows to be left all the same: its error's notes."""
+    from pytest_nestedpve.teardown import TeardownReport
+
+    return TeardownReport(left=tuple(getattr(error, "__notes__", ())))
 
 
 def _leave_to_others(nested: NestedSession) -> None:

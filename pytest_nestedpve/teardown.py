@@ -16,7 +16,7 @@ from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve.answers import entries, flag
 from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.cluster import nodes_now
-from pytest_nestedpve.pve.errors import CommandTimeout, NodeUnreachable, PveError
+from pytest_nestedpve.pve.errors import CommandTimeout, NodeUnreachable, NoPve, PveError
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
@@ -44,18 +44,27 @@ class TeardownReport:
 
 
 def teardown(env: Environment, shown: Listener | None = None) -> TeardownReport:
-    """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked.
+    """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked: what
+    could not be undone then is in the error's notes.
 
     `shown` is told what this is at, as it is of the set-up; its `progress` also from other threads.
     """
     audit, host = env.audit, env.outer
-    with _phase(env, shown, "discover", "what may be the run's is looked for") as say:
-        candidates = _look(env, host, say)
-    with _phase(env, shown, "cleanup_inner", "guests inside the nested PVE go first") as say:
-        _inner_first(env, candidates, say)
-    with _phase(env, shown, "destroy", "proved, stopped, proved, destroyed; then looked for again") as say:
-        report = clear(env, host, candidates, say)
-        report = replace(report, left=(*report.left, *_undo(env)))
+    try:
+        with _phase(env, shown, "discover", "what may be the run's is looked for") as say:
+            candidates = _candidates(env, say)
+        with _phase(env, shown, "cleanup_inner", "guests inside the nested PVE go first") as say:
+            _inner_first(env, candidates or [], say)
+        title = "proved, stopped, proved, destroyed; then looked for again"
+        with _phase(env, shown, "destroy", title) as say:
+            report = TeardownReport() if candidates is None else clear(env, host, candidates, say)
+            report = replace(report, left=(*report.left, *_undo(env)))
+    except BaseException as e:
+        # What a phase noted is often but files, which go without the API too.
+        for line in _undo(env):
+            audit.write("leak", status="left", cause=line, host=host.name)
+            e.add_note(line)
+        raise
     for line in report.left:
         audit.write("leak", status="left", cause=line, host=host.name)
     audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
@@ -71,6 +80,17 @@ def _undo(env: Environment) -> list[str]:
         except Exception as e:
             lines.append(f"what a phase added to {env.outer.name}: {type(e).__name__}: {e}")
     return lines
+
+
+def _candidates(env: Environment, say: Say) -> list[Candidate] | None:
+    """The candidates; None where nothing can be: PVE was to be made of a plain Debian, and never was."""
+    try:
+        return _look(env, env.outer, say)
+    except NoPve:
+        awaited = env.facts.get("preflight", {}).get("awaited", {})
+        if env.attached and "PVE" in awaited and not env.has_lease:
+            return None
+        raise
 
 
 def _look(env: Environment, host: PveHost, say: Say) -> list[Candidate]:

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.thorough
 SET_UP = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 TAKEN = ("provision", "start_vm", "wait_ip")
 PVE = ("--nested-attach", "pve1")
+DOWN = "ipcc_send_rec[1] failed: Connection refused"
+"""What `pvesh` says when pmxcfs does not run (recorded of PVE 9.2)."""
 
 # The set-up is files on the host; what makes the VM inside is the package's own code.
 ATTACHED = f"""
@@ -35,7 +37,8 @@ def guarded(phase):
         environment.outer.ssh.put(b"", path)
         with MemoryHost(HERE / "host.json").open() as model:
             model.state.update(json.loads(os.environ.get("BRINGS", "{{}}")))
-        environment.undo.append(lambda: environment.outer.run(["rm", "-f", "--", path]) and [])
+        lines = os.environ.get("STAYS", "").splitlines()
+        environment.undo.append(lambda: environment.outer.run(["rm", "-f", "--", path]) and lines)
     return dataclasses.replace(phase, do=do, probe=probe)
 
 def pytest_nestedpve_phases(phases, config):
@@ -346,6 +349,18 @@ def test_a_failure_names_the_command_that_finishes_the_job(attached: Attached) -
     with attached.project.host().open() as model:
         model.state["faults"].clear()
         attached.before["pools"] = json.loads(json.dumps(model.state["pools"]))
+
+
+def test_what_steps_placed_goes_when_the_api_is_down_at_the_end(attached: Attached) -> None:
+    attached.lacks("setup_ssh")
+    down = {"method": "GET", "path": ".*", "do": "fail", "text": DOWN, "times": 9999}
+    stays = "the run's key on pve1: read-only"
+    result = attached.project.run(*PVE, "-k", "setup_ssh", BRINGS=json.dumps({"faults": [down]}), STAYS=stays)
+    assert result.ret == 1, result.output
+    assert "unknown, the teardown itself failed: ClusterFilesystemDown: " in result.output
+    assert f"\n{stays}\n" in result.output
+    with attached.project.host().open() as model:
+        model.state["faults"].clear()
 
 
 @pytest.mark.thorough

@@ -20,6 +20,7 @@ from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name
 from pytest_nestedpve.phases import Phase
 from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.report.model import TEARDOWN_PHASES
 from pytest_nestedpve.run import Run
 from pytest_nestedpve.teardown import TeardownReport, teardown
@@ -432,6 +433,52 @@ def test_a_refusal_is_told_at_once(env: Environment, memory: MemoryHost) -> None
     assert any("Permission check failed" in line for line in teardown(env).left)
     with memory.open() as model:
         assert len([c for c in model.state["commands"] if c == f"DELETE /nodes/father/qemu/{vmid}"]) == 2
+
+
+def undoing(env: Environment, stays: str) -> list[str]:
+    """Attach it to what was no PVE, with something to undo; the list says when that was done."""
+    done: list[str] = []
+    env.settings = dataclasses.replace(env.settings, attach="plain")
+    env.facts["preflight"] = {"awaited": {"PVE": "ensure_pve"}}
+
+    def undo() -> list[str]:
+        done.append("undone")
+        return [stays]
+
+    env.undo.append(undo)
+    return done
+
+
+def test_where_no_pve_came_to_be_nothing_is_left_but_what_was_not_undone(
+    env: Environment, memory: MemoryHost
+) -> None:
+    done = undoing(env, "a file")
+    memory.fault("GET", ".*", text="sh: 1: pvesh: not found", times=9999)
+    assert (teardown(env), done) == (TeardownReport(left=("a file",)), ["undone"])
+
+
+@pytest.mark.parametrize(
+    ("text", "awaited", "lease"),
+    [
+        ("ipcc_send_rec[1] failed: Connection refused", True, False),
+        ("sh: 1: pvesh: not found", False, False),
+        ("sh: 1: pvesh: not found", True, True),
+    ],
+    ids=["sick", "was there", "claimed"],
+)
+def test_what_phases_added_is_undone_though_nobody_can_look(
+    env: Environment, memory: MemoryHost, text: str, awaited: bool, lease: bool
+) -> None:
+    done = undoing(env, "a file")
+    if not awaited:
+        env.facts["preflight"]["awaited"] = {}
+    if lease:
+        env.keep_lease()
+        env.end_lease()
+    memory.fault("GET", ".*", text=text, times=9999)
+    with pytest.raises(PveError) as failed:
+        teardown(env)
+    assert (failed.value.__notes__, done, env.undo) == (["a file"], ["undone"], [])
 
 
 def teardown_within(env: Environment, seconds: float) -> TeardownReport:
