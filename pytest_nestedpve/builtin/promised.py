@@ -5,6 +5,7 @@ It looks again before the VM inside is made, when those steps have been done.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,15 @@ def promised(seen: Seen, chosen: frozenset[str], missing: Iterable[Finding]) -> 
         lacks = {what for what, kind in _CONTENT.items() if kind not in contents(there)}
         if seen.settings.storage not in (None, STORAGE):
             lacks.discard("storage")
+        if _elsewhere(seen.settings.image):
+            lacks.discard("image")
         found |= dict.fromkeys(sorted(lacks & names), "setup_repos")
     return found
+
+
+def _elsewhere(image: str | None) -> bool:
+    """Whether the image that was named is a volume of another storage, not a URL or a file."""
+    return image is not None and not re.match(r"https?://|/|" + STORAGE + ":", image)
 
 
 def _storage(seen: Seen) -> dict[str, object] | None:

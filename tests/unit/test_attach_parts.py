@@ -75,6 +75,9 @@ def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
         Attachment("pve1", frozenset(), taken).allow("our_agent", None, probed=False)
 
 
+BROUGHT = {"image": "setup_repos"}
+
+
 def missing(*names: str) -> list[Finding]:
     return [Finding(name, "it", "none") for name in names]
 
@@ -96,6 +99,11 @@ def missing(*names: str) -> list[Finding]:
             dict.fromkeys(("image", "storage"), "setup_repos"),
         ),
         ({"storage": "fast"}, "iso", {"setup_repos"}, ["storage"], {}),
+        ({"image": "tank:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], {}),
+        ({"image": "local-lvm:vm-9-disk-0"}, "iso", {"setup_repos"}, ["image"], {}),
+        ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
+        ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
+        ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
         ({}, "iso", set(), ["storage", "snippets", "image", "bridge", "PVE"], {}),
         ({}, "iso", {"ensure_pve", "setup_network", "setup_repos"}, ["version", "space", "VM id"], {}),
     ],
