@@ -157,6 +157,8 @@ class MemorySsh:
             match words:
                 case ["sh", "-c", script] if "mv -fT -- " in script:
                     files[shlex.split(script.partition("mv -fT -- ")[2])[1]] = (stdin or b"").decode()
+                case ["command", "-v", "pveversion", *_]:
+                    rc = 0 if model.state.get("installed", True) else 1
                 case ["date", "+%s"]:
                     out = f"{int(model.now)}\n"
                 case ["id", "-u"]:

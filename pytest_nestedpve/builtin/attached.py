@@ -70,10 +70,8 @@ def preflight(env: Environment, chosen: frozenset[str] | None = None) -> dict[st
     told = {"storage": facts["storage"], "bridge": facts["bridge"], "image": boots}
     there = [f"{what} {name}" for what, name in told.items() if name]
     there += [f"{what} by {phase}" for what, phase in awaited.items()]
-    did = (
-        f"attached to {host.name} (PVE {facts['version'] or 'is absent'}), nothing is made outside of it; "
-        + ", ".join(there)
-    )
+    pve = facts["version"] or ("does not answer" if setup.installed(host) else "is absent")
+    did = f"attached to {host.name} (PVE {pve}), nothing is made outside of it; " + ", ".join(there)
     return {**facts, "awaited": awaited, "did": did}
 
 
@@ -133,6 +131,7 @@ def taken(env: Environment, phase: str) -> Mapping[str, Any]:
 
 
 def _no_pve(env: Environment) -> bool:
+    """Whether PVE cannot be asked as yet: it is absent, or does not answer."""
     return "PVE" in env.facts["preflight"].get("awaited", {})
 
 
@@ -245,7 +244,7 @@ def _card(env: Environment) -> str:
 
 def before_pve(env: Environment) -> None:
     """Nothing of what follows can be undone."""
-    _tell_at_end(env, "ensure_pve installed PVE" if _no_pve(env) else "ensure_pve mended it")
+    _tell_at_end(env, "ensure_pve mended it" if setup.installed(env.outer) else "ensure_pve installed PVE")
 
 
 _ASIDE = r"""

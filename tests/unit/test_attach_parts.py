@@ -120,6 +120,30 @@ def test_a_chosen_step_is_trusted_with_what_it_does_and_no_more(
     assert "setup_repos" not in promised(seen, frozenset(chosen), missing(*lacks)).values()
 
 
+@pytest.mark.parametrize(
+    ("installed", "text", "there", "done"),
+    [
+        (True, "ipcc_send_rec[1] failed: Connection refused", "does not answer", "mended it"),
+        (False, "sh: 1: pvesh: not found", "is absent", "installed PVE"),
+    ],
+    ids=["sick", "plain"],
+)
+def test_a_pve_that_is_sick_is_not_called_absent(
+    host: MemoryHost, tmp_path: Path, installed: bool, text: str, there: str, done: str
+) -> None:
+    with host.open() as model:
+        model.state["installed"] = installed
+    host.fault("GET", "/version", text=text, times=99)
+    with environments(host, tmp_path) as make:
+        env = make(attach="pve1", host="pve1")
+        env.facts["preflight"] = attached.preflight(env, frozenset({"ensure_pve"}))
+        assert env.facts["preflight"]["awaited"] == {"PVE": "ensure_pve"}
+        assert f"(PVE {there})" in env.facts["preflight"]["did"]
+        attached.before_pve(env)
+        assert env.undo.pop()() == []
+        assert env.remarks[-1] == f"father stays as it is now: ensure_pve {done}"
+
+
 def asked(config: Path, name: str) -> dict[str, list[str]]:
     """What ssh itself makes of a configuration."""
     said = subprocess.run(
