@@ -7,6 +7,8 @@ the end, what was there comes back.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -138,7 +140,8 @@ def _no_pve(env: Environment) -> bool:
 def _address(env: Environment) -> str:
     """Its own address, as PVE knows it, or as sshd does. Raises PveError."""
     if _no_pve(env):
-        return env.outer.run('set -- $SSH_CONNECTION && echo "$3"', timeout=30).check().stdout.strip()
+        said = env.outer.run('set -- $SSH_CONNECTION && echo "$3"', timeout=30).check().stdout.strip()
+        return _reachable(env.outer.name, said)
     found = entries(env.outer.api.get("/cluster/status"), call="get /cluster/status")
     for each in found:
         if each.get("type") == "node" and each.get("name") == env.outer.node and each.get("ip"):
@@ -146,6 +149,19 @@ def _address(env: Environment) -> str:
     raise PveError(
         f"expected /cluster/status of {env.outer.name} to say the address of its node {env.outer.node}, "
         f"found {str(found)[:200]}; does the node's name resolve there (/etc/hosts)?"
+    )
+
+
+def _reachable(name: str, said: str) -> str:
+    """The address that sshd was asked at, if others may use it. Raises PveError."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.IPv4Address(said)
+        if not (address.is_loopback or address.is_unspecified):
+            return str(address)
+    raise PveError(
+        f"expected the login at {name} to come in at an IPv4 address of its own ($SSH_CONNECTION there), "
+        f"found {said[:60]!r}; give --nested-attach that address or a name of it, or reach it by ProxyJump "
+        "instead of a forwarded port"
     )
 
 

@@ -16,6 +16,8 @@ from pytest_nestedpve.builtin import attached
 from pytest_nestedpve.builtin.checks.finding import Finding
 from pytest_nestedpve.builtin.clean import CleanState, NoSnapshots
 from pytest_nestedpve.builtin.promised import promised
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.pve.target import SshTarget
 from pytest_nestedpve.run import ssh_block
 from pytest_nestedpve.settings import Settings
@@ -142,6 +144,28 @@ def test_a_pve_that_is_sick_is_not_called_absent(
         attached.before_pve(env)
         assert env.undo.pop()() == []
         assert env.remarks[-1] == f"father stays as it is now: ensure_pve {done}"
+
+
+def at_address(said: str) -> Any:
+    """A plain Debian whose sshd says that of the login."""
+    answer = CommandResult("", 0, f"{said}\n".encode(), b"", 0.1)
+    return SimpleNamespace(
+        facts={"preflight": {"awaited": {"PVE": "ensure_pve"}}},
+        outer=SimpleNamespace(name="plain", run=lambda *_, **__: answer),
+    )
+
+
+@pytest.mark.parametrize(
+    "said", ["127.0.0.1", "127.8.0.1", "0.0.0.0", "::1", "fe80::1%eth0", "2001:db8::7", ""]
+)
+def test_an_address_that_is_no_way_to_it_is_refused(said: str) -> None:
+    with pytest.raises(PveError, match=r"expected the login at plain .* give --nested-attach") as failed:
+        attached._address(at_address(said))
+    assert f"found {said!r};" in str(failed.value)
+
+
+def test_the_address_of_a_plain_debian_is_the_one_that_sshd_was_asked_at() -> None:
+    assert attached._address(at_address("192.0.2.9")) == "192.0.2.9"
 
 
 def asked(config: Path, name: str) -> dict[str, list[str]]:
