@@ -50,7 +50,7 @@ def ask(name: str, *words: str, node: str = "father") -> str:
     from pytest_nestedpve.lab import programs, world
     from pytest_nestedpve.lab.nodes import namespace_command
 
-    argv = namespace_command(world.need(name).pid, node, words)
+    argv = namespace_command(world.need(name).pids, node, words)
     done = subprocess.run(
         argv, capture_output=True, text=True, env={"PATH": programs.search_path()}, check=False
     )
