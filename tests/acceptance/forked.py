@@ -82,7 +82,8 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], output: str) ->
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    # As Python itself does for `-m` and for PYTHONPATH.
+    # As Python itself does for its variables and for `-m`.
+    sys.dont_write_bytecode = bool(env.get("PYTHONDONTWRITEBYTECODE"))
     sys.path[:1] = [cwd, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv[1:] = arguments
 

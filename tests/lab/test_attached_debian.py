@@ -14,6 +14,7 @@ from lab.playbook_node import Node
 from pytest_nestedpve.lab.world import LabInfo
 
 CONFTEST = """
+from pathlib import Path
 from pytest_nestedpve import hosts
 
 def pytest_nestedpve_host(config, settings):
