@@ -155,7 +155,8 @@ def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Set
 
 
 def overrides(config: pytest.Config) -> dict[str, str]:
-    # `-o key=value` reaches a plugin as ini, but it is the command line and outranks the environment.
+    """What `-o key=value` says: it reaches a plugin as ini, but it is the command line and outranks the
+    environment."""
     pairs = (given.split("=", 1) for given in getattr(config.option, "override_ini", None) or ())
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 

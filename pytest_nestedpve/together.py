@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_nestedpve.settings import Settings, SettingsError, overrides
 
@@ -16,9 +16,17 @@ def check(settings: Settings, config: pytest.Config) -> None:
     if settings.attach is not None:
         _check_attach(settings, config)
     if settings.doctor:
-        _check_doctor(settings, config)
+        more = {
+            "--nested-dry-run": settings.dry_run,
+            "--nested-make-template": settings.make_template,
+            "--nested-skip": bool(settings.skip),
+            "--context-file": settings.context_file is not None,
+        }
+        why = "the doctor only looks, and makes, runs and destroys nothing"
+        _check_alone(settings, config, "--nested-doctor", why, more)
     if settings.make_template:
-        _check_template(settings, config)
+        why = "the nested VM is made anew, becomes the template, and no test has it; leave one of them out"
+        _check_alone(settings, config, "--nested-make-template", why)
     _check_other_tools(settings, config)
     if not settings.destroy_only:
         for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
@@ -62,13 +70,12 @@ def check(settings: Settings, config: pytest.Config) -> None:
 
 def _check_attach(settings: Settings, config: pytest.Config) -> None:
     """What does not go with a PVE that exists."""
-    typed = {
-        "--pve-host": config.getoption("--pve-host") is not None,
-        "-o nested_pve_host": bool(overrides(config).get("nested_pve_host", "").strip()),
-    }
-    for name in (name for name, is_typed in typed.items() if is_typed):
+    typed = "--pve-host" if config.getoption("--pve-host") is not None else None
+    if typed is None and overrides(config).get("nested_pve_host", "").strip():
+        typed = "-o nested_pve_host"
+    if typed is not None:
         raise SettingsError(
-            f"--nested-attach and {name} contradict each other: the attached PVE is the nested "
+            f"--nested-attach and {typed} contradict each other: the attached PVE is the nested "
             "one, and no outer host is used; leave one of them out"
         )
     if settings.destroy_only:
@@ -89,51 +96,27 @@ def _check_attach(settings: Settings, config: pytest.Config) -> None:
         )
 
 
-def _given(settings: Settings, option: Any, more: Mapping[str, bool]) -> list[str]:
-    """What was asked for that goes with nothing but tests; `more` by the option's name."""
+def _check_alone(
+    settings: Settings, config: pytest.Config, name: str, why: str, more: Mapping[str, bool] | None = None
+) -> None:
+    """What does not go with the option `name`, which collects no tests; `more` by the option's name."""
+    option = config.option
     others = {
         "--nested-destroy-only": settings.destroy_only,
         "--nested-exec": settings.exec_command is not None,
         "--nested-env-file": settings.env_file is not None,
         "--nested-keep": settings.keep != "no",
         "--nested-attach": settings.attach is not None,
-        **more,
+        **(more or {}),
         "--collect-only": getattr(option, "collectonly", False),
         "--setup-only": getattr(option, "setuponly", False),
         "--setup-plan": getattr(option, "setupplan", False),
     }
-    return [name for name, is_given in others.items() if is_given]
-
-
-def _check_doctor(settings: Settings, config: pytest.Config) -> None:
-    given = _given(
-        settings,
-        config.option,
-        {
-            "--nested-dry-run": settings.dry_run,
-            "--nested-make-template": settings.make_template,
-            "--nested-skip": bool(settings.skip),
-            "--context-file": settings.context_file is not None,
-        },
-    )
+    given = [other for other, is_given in others.items() if is_given]
     if given:
-        raise SettingsError(
-            f"--nested-doctor and {', '.join(given)} contradict each other: the doctor only looks, "
-            "and makes, runs and destroys nothing"
-        )
+        raise SettingsError(f"{name} and {', '.join(given)} contradict each other: {why}")
     if _typed(config, "-k"):
-        raise SettingsError("--nested-doctor collects no tests, so -k selects nothing: leave it out")
-
-
-def _check_template(settings: Settings, config: pytest.Config) -> None:
-    given = _given(settings, config.option, {})
-    if given:
-        raise SettingsError(
-            f"--nested-make-template and {', '.join(given)} contradict each other: the nested VM is made "
-            "anew, becomes the template, and no test has it; leave one of them out"
-        )
-    if _typed(config, "-k"):
-        raise SettingsError("--nested-make-template collects no tests, so -k selects nothing: leave it out")
+        raise SettingsError(f"{name} collects no tests, so -k selects nothing: leave it out")
 
 
 def _check_other_tools(settings: Settings, config: pytest.Config) -> None:
