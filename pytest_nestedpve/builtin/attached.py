@@ -87,7 +87,7 @@ def _or_by(finding: Finding, could: Mapping[str, str]) -> Finding:
 
 def look_again(env: Environment) -> None:
     """Before the VM inside: what chosen steps were to bring has to be there now. Raises PreflightError."""
-    if env.facts["preflight"].get("awaited"):
+    if _awaited(env):
         env.facts["preflight"] = preflight(env, frozenset())
 
 
@@ -132,9 +132,15 @@ def taken(env: Environment, phase: str) -> Mapping[str, Any]:
     return {"ip": ip, "host_keys": keys, "did": f"attached: {ip}"}
 
 
+def _awaited(env: Environment) -> Mapping[str, str]:
+    """What chosen steps were to bring when preflight looked, and which."""
+    found: Mapping[str, str] = env.facts["preflight"].get("awaited", {})
+    return found
+
+
 def _no_pve(env: Environment) -> bool:
     """Whether PVE cannot be asked as yet: it is absent, or does not answer."""
-    return "PVE" in env.facts["preflight"].get("awaited", {})
+    return "PVE" in _awaited(env)
 
 
 def _address(env: Environment) -> str:
@@ -214,8 +220,7 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
 
 def probe_repos(env: Environment) -> dict[str, Any] | None:
     """Whether a kept token answers, the sources are there as they are here now, and content types."""
-    awaited = env.facts["preflight"].get("awaited", {})
-    if lacking := [what for what, phase in awaited.items() if phase == "setup_repos"]:
+    if lacking := [what for what, phase in _awaited(env).items() if phase == "setup_repos"]:
         return _lacks(env, "setup_repos", f"content types of the storage {STORAGE}, for {', '.join(lacking)}")
     packed = playvars.pack_sources(env.settings, env.run)
     names = [each.name for each in packed]

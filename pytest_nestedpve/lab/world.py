@@ -387,22 +387,7 @@ def _finish_ssh(folder: Path) -> None:
 
 def _await_father(folder: Path) -> None:
     """Until he answers over SSH and his services have started."""
-    deadline = Deadline(_BOOT_LIMIT)
-    last = "nothing yet"
-
-    def up() -> bool:
-        nonlocal last
-        if not _alive(folder):
-            raise LabError(f"father ended while booting; {_tail(folder)}")
-        try:
-            done = marks.ssh(folder, "systemctl is-system-running --wait", limit=deadline.remaining() + 1)
-        except LabError as e:
-            last = str(e)
-            return False
-        last = done.stdout.strip() or done.stderr.strip()
-        return last in ("running", "degraded")
-
-    wait_until(up, deadline=deadline, what=lambda: f"father to boot (last: {last})", interval=(0.05, 0.5))
+    _await_boot(folder, FATHER, "")
     # What his administrator has set: a fresh PVE's `local` takes no import volumes (recording basic-017).
     done = marks.ssh(folder, "pvesm set local --content images,rootdir,vztmpl,backup,iso,snippets,import")
     if done.returncode:
@@ -415,23 +400,33 @@ def _await_father(folder: Path) -> None:
 
 def _await_uncle(folder: Path) -> None:
     """Until his services have started, as father sees him over the nodes' own SSH."""
+    known = f"-o UserKnownHostsFile=/etc/pve/nodes/{UNCLE}/ssh_known_hosts"
+    login = f"ssh -o BatchMode=yes -o ConnectTimeout=5 {known} -o StrictHostKeyChecking=yes {UNCLE} "
+    _await_boot(folder, UNCLE, login, "console-uncle.log")
+
+
+def _await_boot(folder: Path, node: str, login: str, console: str = "console.log") -> None:
+    """`login`: father's command to get to the node, a blank at its end."""
     deadline = Deadline(_BOOT_LIMIT)
     last = "nothing yet"
 
     def up() -> bool:
         nonlocal last
         if not _alive(folder):
-            raise LabError(f"{UNCLE} ended while booting; {_tail(folder, 'console-uncle.log')}")
-        known = f"-o UserKnownHostsFile=/etc/pve/nodes/{UNCLE}/ssh_known_hosts"
-        login = f"ssh -o BatchMode=yes -o ConnectTimeout=5 {known} -o StrictHostKeyChecking=yes {UNCLE}"
-        done = marks.ssh(folder, f"{login} systemctl is-system-running --wait || true", limit=60)
+            raise LabError(f"{node} ended while booting; {_tail(folder, console)}")
+        command = f"{login}systemctl is-system-running --wait || true"
+        try:
+            done = marks.ssh(folder, command, limit=deadline.remaining() + 1)
+        except LabError as e:
+            last = str(e)
+            return False
         last = done.stdout.strip() or done.stderr.strip()
         return last in ("running", "degraded")
 
-    wait_until(up, deadline=deadline, what=lambda: f"{UNCLE} to boot (last: {last})", interval=(0.05, 0.5))
+    wait_until(up, deadline=deadline, what=lambda: f"{node} to boot (last: {last})", interval=(0.05, 0.5))
 
 
-def _tail(folder: Path, console: str = "console.log") -> str:
+def _tail(folder: Path, console: str) -> str:
     with contextlib.suppress(OSError):
         return "the end of his console: " + " / ".join((folder / console).read_text().splitlines()[-5:])
     return "his console said nothing"

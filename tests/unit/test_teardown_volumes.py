@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from memory_model import volume
 
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.pve import guests
+from pytest_nestedpve.pve.tasks import TaskResult
 from pytest_nestedpve.teardown import teardown
 from pytest_nestedpve.volumes import Volumes
 
@@ -31,6 +33,18 @@ def warned(memory: MemoryHost, vmid: int) -> bool:
     with memory.open() as model:
         tasks = [each for each in model.state["tasks"] if each["id"] == str(vmid)]
     return [each["exit"] for each in tasks if each["type"] == "qmdestroy"] == ["WARNINGS: 1"]
+
+
+def after_each_destroy(monkeypatch: pytest.MonkeyPatch, then: Callable[[TaskResult], None]) -> None:
+    """Have `then` called between the end of a destroy and what is made of it."""
+    destroy = guests.destroy
+
+    def both(*given: Any, **more: Any) -> TaskResult:
+        done = destroy(*given, **more)
+        then(done)
+        return done
+
+    monkeypatch.setattr(guests, "destroy", both)
 
 
 def test_a_volume_that_a_destroy_left_with_a_warning_is_found_and_removed(
@@ -72,10 +86,8 @@ def test_a_volume_left_with_a_warning_that_is_not_surely_ours_stays_and_is_told(
             model.state["storages"]["san"] = {**model.state["storages"]["local"], "shared": 1, "path": "/san"}
         if stays != named:
             model.state["volumes"][stays] = volume("images", "raw", 1, vmid)
-    destroy = guests.destroy
 
-    def then_taken(*given: Any, **more: Any) -> Any:
-        done = destroy(*given, **more)
+    def take(done: TaskResult) -> None:
         assert done.warnings
         with memory.open() as model:
             node = "father2" if who == "taken elsewhere" and model.join("father2") else "father"
@@ -83,9 +95,8 @@ def test_a_volume_left_with_a_warning_that_is_not_surely_ours_stays_and_is_told(
                 model.begin_create(node, {"vmid": vmid})
             if who.startswith("taken"):
                 model.end_create(vmid, {"name": "somebodys"})
-        return done
 
-    monkeypatch.setattr(guests, "destroy", then_taken)
+    after_each_destroy(monkeypatch, take)
     report = teardown(env)
     assert any(f"{stays} (" in line and why in line for line in report.left), report
     assert warned(memory, vmid)
@@ -116,17 +127,14 @@ def test_a_disk_of_who_took_the_id_is_no_volume_of_ours_that_was_left(
 ) -> None:
     vmid = ours(env)
     volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    destroy = guests.destroy
 
-    def then_taken(*given: Any, **more: Any) -> Any:
-        done = destroy(*given, **more)
+    def take(_done: TaskResult) -> None:
         with memory.open() as model:
             model.begin_create("father", {"vmid": vmid})
             model.end_create(vmid, {"name": "somebodys", "scsi0": "local:1,format=qcow2"})
             assert model.state["vms"][str(vmid)]["config"]["scsi0"].startswith(volid)
-        return done
 
-    monkeypatch.setattr(guests, "destroy", then_taken)
+    after_each_destroy(monkeypatch, take)
     report = teardown(env)
     assert report.left == ()
     with memory.open() as model:

@@ -48,14 +48,18 @@ def storage(name: str, *, enabled: bool = True, rc: int = 255) -> dict[str, Any]
         raise PveFailure(f"storage '{name}' does not exist", rc=rc)
     if enabled and str(found.get("disable", "0")) == "1":
         raise PveFailure(f"storage '{name}' is disabled")
-    if enabled and paths.node() not in nodes(name):
+    if enabled and paths.node() not in _nodes_of(found):
         raise PveFailure(f"storage '{name}' is not available on node '{paths.node()}'")
     return found
 
 
 def nodes(name: str) -> list[str]:
     """The nodes that have the storage: all, or those that its definition names."""
-    given = set(filter(None, re.split(r"[,;\s]+", str(storage(name, enabled=False).get("nodes", "")))))
+    return _nodes_of(storage(name, enabled=False))
+
+
+def _nodes_of(about: dict[str, Any]) -> list[str]:
+    given = set(filter(None, re.split(r"[,;\s]+", str(about.get("nodes", "")))))
     return [each.name for each in members.every() if not given or each.name in given]
 
 
