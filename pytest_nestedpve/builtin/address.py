@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any, cast
 
-from pytest_nestedpve.builtin.guest import Level, made_of
+from pytest_nestedpve.builtin.guest import NESTED, Level, made_of
 from pytest_nestedpve.creation import Created
 from pytest_nestedpve.pve import agent
 from pytest_nestedpve.pve.answers import flag, whole
@@ -16,18 +16,21 @@ from pytest_nestedpve.pve.errors import (
     AgentUnavailable,
     ApiError,
     CommandTimeout,
+    HostKeyMismatch,
     NotRunning,
     PveError,
     SshError,
 )
 from pytest_nestedpve.pve.guests import guest_config
-from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.host import PveHost, SshLike
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.pve.ssh import SshConnection
 
+LOGIN = 60.0
+"""Seconds, nominal, in which a machine that has booted must take a login."""
 # The end by the file that cloud-init writes then: the start of its own command takes up to a second. What is
 # neither done nor done with warnings (`recoverable_errors`), and what cannot be read, it says itself.
 _FIRST_BOOT = r"""
@@ -85,7 +88,10 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
     env.progress("waiting for its address")
     found = locate(env, level, deadline)
     env.facts[level.wait_ip] = found
-    _log_in(env, level, found)
+    with connect(env, level, str(found["ip"])) as ssh:
+        await_login(ssh, deadline)
+    if level.role == "nested" or "wait_ip" in env.facts:
+        env.write_ssh_config()
     said = f"; cloud-init: {first_boot}" + (f" ({words})" if words else "")
     return {**found, "cloud_init": first_boot, "did": f"{found['ip']} by {mac}{said}"}
 
@@ -105,8 +111,13 @@ def probe_ip(env: Environment, level: Level) -> dict[str, Any] | None:
         return None
     if seen != facts.get("ip"):
         return None
-    with connect(env, level, str(facts["ip"])) as ssh:
-        return dict(facts) if ssh.run(["true"], timeout=20).ok else None
+    try:
+        with connect(env, level, str(facts["ip"])) as ssh:
+            return dict(facts) if ssh.run(["true"], timeout=20).ok else None
+    except HostKeyMismatch:
+        raise
+    except SshError:
+        return None  # it may be booting: to be waited for
 
 
 def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]:
@@ -137,38 +148,53 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]
     return {"ip": ip, "host_keys": list(keys)}
 
 
-def relocate(env: Environment, level: Level, timeout: float = 120.0) -> str:
-    """The address after a reboot or a change of the network: known hosts, ssh_config and logins follow."""
+def relocate(env: Environment, timeout: float = 120.0) -> str:
+    """The nested PVE's address after a reboot or a change of the network, and that it takes logins again.
+
+    Known hosts, ssh_config and connections follow. Raises PveError.
+    """
     deadline = Deadline(timeout)
-    host = level.host(env)
-    if env.attached and level.role == "nested":
-        # Nobody knows of it as a VM: it is where it was, or not to be found.
-        wait_until(
-            lambda: _logs_in(host), deadline=deadline, interval=(0.1, 0.3),
-            what=f"{host.name} to take a login again",
-        )  # fmt: skip
-        return env.ip
-    made = made_of(env.facts[level.provision])
+    # Nobody knows of an attached one as a VM: it is where it was, or not to be found.
+    if not env.attached:
+        _find_again(env, deadline)
+    await_login(env.inner.ssh, deadline)
+    return env.ip
+
+
+def _find_again(env: Environment, deadline: Deadline) -> None:
+    host, made = NESTED.host(env), made_of(env.facts["provision"])
     wait_until(
         lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.3),
         what=f"the guest agent of VM {made.vmid} to answer again",
     )  # fmt: skip
-    found = locate(env, level, deadline)
-    env.facts[level.wait_ip] = {**env.facts.get(level.wait_ip, {}), **found}
-    if level.role == "nested":
-        for phase in ("ensure_pve", "setup_network"):
-            if "ip" in env.facts.get(phase, {}):
-                env.facts[phase]["ip"] = found["ip"]
+    found = locate(env, NESTED, deadline)
+    env.facts["wait_ip"] = {**env.facts.get("wait_ip", {}), **found}
+    for phase in ("ensure_pve", "setup_network"):
+        if "ip" in env.facts.get(phase, {}):
+            env.facts[phase]["ip"] = found["ip"]
     env.forget_connections()
     env.write_ssh_config()
-    return str(found["ip"])
 
 
-def _logs_in(host: PveHost) -> bool:
-    try:
-        return host.run(["true"], timeout=20).ok
-    except SshError:
-        return False
+def await_login(ssh: SshLike, deadline: Deadline) -> None:
+    """Wait for a login of a machine that has just booted. Raises SshError as it was seen last.
+
+    The agent may answer before sshd listens; and root's authorized_keys, which a PVE node has in /etc/pve,
+    is not there before pmxcfs is. What does not pass in LOGIN seconds is no matter of time.
+    """
+    patience = Deadline(min(LOGIN, deadline.nominal()))
+
+    def logs_in() -> bool:
+        try:
+            return ssh.run(["true"], timeout=20).check().ok
+        except HostKeyMismatch:
+            raise
+        except SshError:
+            if patience.expired:
+                raise
+            return False
+
+    wait_until(logs_in, deadline=deadline, interval=(0.1, 0.3), what="a login")
 
 
 def _answers(host: PveHost, made: Created) -> bool:
@@ -224,13 +250,6 @@ def connect(env: Environment, level: Level, ip: str) -> SshConnection:
     """A login of its own at the VM; the caller closes it."""
     via = cast("SshConnection", level.host(env).entry.ssh)
     return env.guest_ssh(str(env.facts[level.provision]["name"]), ip, via)
-
-
-def _log_in(env: Environment, level: Level, found: dict[str, Any]) -> None:
-    with connect(env, level, str(found["ip"])) as ssh:
-        ssh.run(["true"], timeout=30).check()
-    if level.role == "nested" or "wait_ip" in env.facts:
-        env.write_ssh_config()
 
 
 # -- first boot -----------------------------------------------------------------------------------

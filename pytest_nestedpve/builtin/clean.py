@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.builtin import address, guest, setup, snapshots
-from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.errors import PveError, SshError
 from pytest_nestedpve.timing import Deadline, wait_until
 
 if TYPE_CHECKING:
@@ -99,10 +99,20 @@ class CleanState:
 
     def _come_back(self, deadline: Deadline) -> None:
         env = self._env
-        address.relocate(env, guest.NESTED, deadline.nominal())
+        address.relocate(env, deadline.nominal())
+        wrong = ""
+
+        def well() -> bool:
+            nonlocal wrong
+            try:
+                version, wrong = setup.health(env.inner)
+            except SshError as e:
+                version, wrong = None, str(e)
+            return version is not None
+
         wait_until(
-            lambda: setup.health(env.inner)[0], deadline=deadline, interval=(0.1, 0.4),
-            what="the nested PVE to be well again",
+            well, deadline=deadline, interval=(0.1, 0.4),
+            what=lambda: f"the nested PVE to be well again; last seen: {wrong}",
         )  # fmt: skip
         if self._leaf:
             guest.start(env, guest.LEAF)

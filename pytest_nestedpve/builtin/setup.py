@@ -10,7 +10,6 @@ from pytest_nestedpve.ansible import PlaybookFailed, PlaybookResult, playbook_pa
 from pytest_nestedpve.builtin import playbooks
 from pytest_nestedpve.builtin.address import relocate
 from pytest_nestedpve.builtin.checks.basics import LEAST_VERSION
-from pytest_nestedpve.builtin.guest import NESTED
 from pytest_nestedpve.inventory import Inventory, InventoryHost
 from pytest_nestedpve.pve.answers import mapping
 from pytest_nestedpve.pve.errors import PveError
@@ -93,7 +92,7 @@ def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
     variables = playvars.pve_install(env.settings, env.facts)
     result = _play(env, "pve-install.yml", variables, deadline)
     # The kernel is a new one, so the node was rebooted: it may have another lease now.
-    ip = relocate(env, NESTED)
+    ip = relocate(env)
     version, wrong = health(env.inner)
     if version is None:
         raise PveError(f"expected PVE to be well after pve-install.yml, found: {wrong}")
@@ -132,12 +131,12 @@ def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     except PlaybookFailed as e:
         if e.result is None or not e.result.unreachable:
             raise
-        ip = relocate(env, NESTED)
+        ip = relocate(env)
         if ip == before:
             raise
         env.progress(f"the node is at {ip} now")
         result = _play(env, "nested-pve-network.yml", playvars.network(env.settings, env.facts), deadline)
-    ip = relocate(env, NESTED)
+    ip = relocate(env)
     mode = str(variables.get("nested_pve_network_mode", "dhcp"))
     facts = {"ip": ip, "mode": mode}
     wrong = network_fault(env.inner, ip, str(env.fact("provision", "mac")))

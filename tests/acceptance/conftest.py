@@ -92,7 +92,10 @@ class Project:
 
     def environ(self, **env: str) -> dict[str, str]:
         """What a run finds in its environment."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
+        # CI: pytest cuts no line of its summary there, so the output is another one.
+        ci = ("CI", "BUILD_NUMBER")
+        inherited = {k: v for k, v in os.environ.items() if k not in ci}
+        clean = {k: v for k, v in inherited.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
         state = {"XDG_STATE_HOME": str(self.path / "state"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return {**clean, **state, **self.env, **env}
 

@@ -14,12 +14,12 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve import timing
 from pytest_nestedpve.builtin import guest, vendor
-from pytest_nestedpve.builtin.address import Impostor, check_address, wait_ip
+from pytest_nestedpve.builtin.address import Impostor, await_login, check_address, wait_ip
 from pytest_nestedpve.builtin.phases import default_phases
 from pytest_nestedpve.environment import Environment
 from pytest_nestedpve.ownership import parse_marker, prove
 from pytest_nestedpve.pve import agent
-from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, LoginRefused, PveError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh import CommandResult
 from pytest_nestedpve.settings import Settings
@@ -205,3 +205,37 @@ def test_an_address_of_no_machine_is_refused(ip: str) -> None:
 
 def test_where_the_host_has_no_address_on_the_bridge_the_host_key_decides() -> None:
     check_address(answering(None, local="192.0.2.1"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+
+
+class Booting:
+    """A machine whose sshd refuses, by these errors, and takes a login after them."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def run(self, command: list[str], **_: Any) -> CommandResult:
+        if self.errors:
+            raise self.errors.pop(0)
+        return CommandResult(" ".join(command), 0, b"", b"", 0.1)
+
+
+def test_a_login_is_waited_for_until_sshd_listens_and_pmxcfs_has_the_keys() -> None:
+    machine = Booting(HostUnreachable("Connect failed"), LoginRefused("no key of ours is taken"))
+    await_login(machine, Deadline(10))  # type: ignore[arg-type]
+    assert machine.errors == []
+
+
+@pytest.mark.parametrize("error", [HostUnreachable, LoginRefused])
+def test_what_refuses_for_longer_than_a_boot_takes_is_told_as_it_was_seen(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_scale", 0.005)
+    with pytest.raises(error, match="refused"):
+        await_login(Booting(*[error("refused")] * 1000), Deadline(100_000))  # type: ignore[arg-type]
+
+
+def test_another_machines_host_key_is_not_waited_for() -> None:
+    machine = Booting(HostKeyMismatch("not the key that was pinned"), HostUnreachable("never asked"))
+    with pytest.raises(HostKeyMismatch):
+        await_login(machine, Deadline(10))  # type: ignore[arg-type]
+    assert len(machine.errors) == 1
