@@ -26,16 +26,16 @@ _TOKEN = re.compile(r"[A-Za-z0-9._-]+@[a-z]+![A-Za-z0-9._-]+=[0-9a-f-]{36}\Z")
 _PUBLIC_KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp\d+) [A-Za-z0-9+/]+={0,3}(?: .*)?\Z")
 
 
-# The page that needs no login, over a connection that the node's own CA vouches for: a call without a ticket
-# is refused as well, but only after three seconds.
-_TRY_PROXY = """\
-import ssl, urllib.request
-context = ssl.create_default_context(cafile="/etc/pve/pve-root-ca.pem")
-opener = urllib.request.build_opener(
-    urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-)
-opener.open("https://127.0.0.1:8006/", timeout=20).read()
-"""
+def ask_pveproxy(host: PveHost, path: str, token: str = "", *, timeout: float = 60.0) -> str:
+    """Have a PVE node ask its own pveproxy, whose certificate it checks: what is wrong, or "".
+
+    Raises SshError.
+    """
+    script = playbook_path("roles/nested_pve_identity/files/ask_pveproxy.py").read_text(encoding="utf-8")
+    said = host.run(
+        ["python3", "-c", script, path], stdin=token.encode() or None, timeout=timeout, secret=bool(token)
+    )
+    return "" if said.ok else (said.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
 # -- ensure_pve -----------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ def health(host: PveHost) -> tuple[str | None, str]:
         state = host.run(["systemctl", "is-active", service], timeout=30).stdout.strip()
         if state != "active":
             return None, f"the service {service} is {state or 'unknown'}"
-    answer = host.run(["python3", "-c", _TRY_PROXY], timeout=40)
-    if not answer.ok:
-        return None, f"pveproxy: {(answer.stderr.strip().splitlines() or ['no answer'])[-1][:300]}"
+    # The page that needs no login: a call without a ticket is refused as well, but only after three seconds.
+    if silent := ask_pveproxy(host, "/", timeout=40):
+        return None, f"pveproxy: {silent[:300]}"
     return version or said.stdout.strip(), ""
 
 
@@ -261,20 +261,6 @@ def source_there(env: Environment, host: Any, name: str, digest: str) -> bool:
     )
 
 
-_TRY_TOKEN = """\
-import ssl, sys, urllib.request
-token = sys.stdin.read().strip()
-context = ssl.create_default_context(cafile="/etc/pve/pve-root-ca.pem")
-opener = urllib.request.build_opener(
-    urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-)
-request = urllib.request.Request(
-    "https://127.0.0.1:8006/api2/json/version", headers={"Authorization": "PVEAPIToken=" + token}
-)
-opener.open(request, timeout=20).read()
-"""
-
-
 def fetch_token(env: Environment) -> str:
     """Read the API token that the playbook keeps on the node, prove that it works, keep it here (0600).
 
@@ -285,9 +271,7 @@ def fetch_token(env: Environment) -> str:
     if not said.ok or not _TOKEN.match(token):
         raise PveError(f"expected an API token in {TOKEN_STORE} on the nested PVE, found none that is one")
     env.hide(token.partition("=")[2])
-    tried = env.inner.run(["python3", "-c", _TRY_TOKEN], stdin=token.encode(), timeout=60, secret=True)
-    if not tried.ok:
-        reason = (tried.stderr.strip().splitlines() or ["no answer"])[-1]
+    if reason := ask_pveproxy(env.inner, "/api2/json/version", token):
         raise PveError(f"expected the API of the nested PVE to take the token, found: {reason[:200]}")
     env.run.directory.write(TOKEN_FILE, token + "\n")
     return token.partition("=")[0]

@@ -234,6 +234,11 @@ def power_file(folder: Path) -> Path:
     return folder / "uncle.power"
 
 
+def off_file(folder: Path) -> Path:
+    """There while uncle is off: neither up, nor going down, nor booting."""
+    return folder / "uncle.off"
+
+
 def pid_file(folder: Path) -> Path:
     """Uncle's PID 1 as seen here; there while he is on."""
     return folder / "uncle.pid"
@@ -252,19 +257,22 @@ def _launch_uncle(folder: Path, uncle: launcher.Container) -> launcher.Started:
 
 def _keep_uncle(folder: Path, uncle: launcher.Container, started: launcher.Started) -> None:
     """Boot him again when he reboots, or when he was off and somebody switches him on."""
-    button = power_file(folder)
+    button, off = power_file(folder), off_file(folder)
     os.mkfifo(button, 0o600)
+    ended = started.wait()
     while True:
-        ended = started.wait()
         print(f"uncle: {ended}", flush=True)
         launcher.cleanup(uncle)
         pid_file(folder).unlink(missing_ok=True)
         if ended != launcher.REBOOT:
+            off.touch()
             button.read_text()
+            off.unlink()
         try:
-            started = _launch_uncle(folder, uncle)
-        except (launcher.LaunchError, LabError) as e:
-            print(f"uncle: {e}", flush=True)
+            ended = _launch_uncle(folder, uncle).wait()
+        except launcher.LaunchError as e:
+            ended = str(e)
+        except LabError:
             return
 
 

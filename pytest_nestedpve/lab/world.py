@@ -209,26 +209,27 @@ def power(name: str, node: str, *, on: bool) -> None:
     folder = Path(lab.dir)
     if _nodes_of(folder) < 2:
         raise LabError(f"lab {name} has one node; `nestedpve-lab start NAME --nodes 2` has two")
-    if on == (UNCLE in lab.pids):
-        return
-    number = int(json.loads((folder / "lab.json").read_text())["number"])
-    deadline = Deadline(_BOOT_LIMIT)
-    if on:
-        wait_until(
-            lambda: _press(supervisor.power_file(folder)),
-            deadline=deadline,
-            what=lambda: f"{UNCLE} to be quite off",
-            interval=(0.02, 0.2),
-        )
+    if on and UNCLE in lab.pids:
         _await_uncle(folder)
         return
-    cgroups.kill(cgroups.root() / Subnets(number).cgroup / UNCLE)
+    number = int(json.loads((folder / "lab.json").read_text())["number"])
+    group = cgroups.root() / Subnets(number).cgroup / UNCLE
+
+    def is_off() -> bool:
+        if supervisor.off_file(folder).exists():
+            return True
+        # Each time: one that was just booting has begun only now.
+        cgroups.kill(group)
+        return False
+
     wait_until(
-        lambda: not supervisor.pid_file(folder).exists(),
-        deadline=deadline,
-        what=lambda: f"{UNCLE} to be off",
+        (lambda: _press(supervisor.power_file(folder))) if on else is_off,
+        deadline=Deadline(_BOOT_LIMIT),
+        what=f"{UNCLE} to be quite off",
         interval=(0.02, 0.2),
     )
+    if on:
+        _await_uncle(folder)
 
 
 def _press(button: Path) -> bool:

@@ -53,6 +53,13 @@ find /root /opt /srv /etc/pve/priv /etc/network /etc/cloud /var/lib/vz -not -pat
 cd /root; cat /etc/hosts /etc/network/interfaces .ssh/* /etc/pve/local/pve-ssl.pem | sha256sum
 ip -4 -br addr show vmbr0
 """
+# As an administrator does it who has one of a public authority: it names neither 127.0.0.1 nor the node.
+OWN_CERTIFICATE = """
+openssl req -x509 -newkey rsa:2048 -nodes -days 5 -subj /CN=pve.example.org \
+  -addext subjectAltName=DNS:pve.example.org \
+  -keyout /etc/pve/local/pveproxy-ssl.key -out /etc/pve/local/pveproxy-ssl.pem && systemctl restart pveproxy
+"""
+NODES_CERTIFICATE = "rm -f /etc/pve/local/pveproxy-ssl.*; systemctl restart pveproxy"
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,24 @@ def test_the_runs_key_comes_by_choice_and_goes(attaching: Attaching) -> None:
     assert done.ret == 0, done.output
     log = next((attaching.path / ".nested-pve" / "runs").glob(f"{done.run}/audit.jsonl")).read_text()
     assert "(the run's key)" in log
+    assert done.after == done.before
+
+
+@pytest.mark.thorough
+def test_a_father_with_an_administrators_certificate_is_well_and_its_own_is_not_renewed(
+    attaching: Attaching,
+) -> None:
+    attaching.lab.ask(OWN_CERTIFICATE)
+    try:
+        done = attaching.run("-k", "ensure_pve or setup_repos", *REDO)
+        served = attaching.lab.ask(
+            "openssl s_client -connect 127.0.0.1:8006 </dev/null 2>&1 | grep -c CN.*pve.example.org"
+        )
+    finally:
+        attaching.lab.ask(NODES_CERTIFICATE)
+    assert int(served) > 0
+    assert done.ret == 0, done.output
+    assert "2 passed" in done.output
     assert done.after == done.before
 
 
