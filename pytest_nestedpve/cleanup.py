@@ -149,7 +149,11 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
         audit = settings.run_dir / str(row.run) / "audit.jsonl"
         found = zombies.remains(host, candidate.node, candidate.vmid, task_ids(audit))
         if found is not None:
-            return replace(row, reason=found.reason) if found.ours else row.kept(found.reason, owed=False)
+            return (
+                replace(row, reason=found.reason)
+                if found.ours
+                else row.kept(found.reason, owed=candidate.pooled)
+            )
     try:
         proof = prove(host.api, settings, candidate, str(row.run))
     except NodeUnreachable as e:
@@ -158,7 +162,8 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
     if proof.config is not None and isinstance(proof.config.get("name"), str):
         row = replace(row, name=proof.config["name"])
     if not proof.ok and not proof.gone:
-        return row.kept(f"not proved to be the run's: {proof.reason}", owed=False)
+        # Whoever's it is: with it the run's pool stays, and a session's own teardown calls that left.
+        return row.kept(f"not proved to be the run's: {proof.reason}", owed=candidate.pooled)
     if proof.status not in ("", "stopped") and not settings.force_stop:
         return row.kept("it runs, and force_stop is off")
     return row

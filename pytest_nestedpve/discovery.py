@@ -22,13 +22,14 @@ class Candidate:
     """A VM that may be the run's. `why` says what speaks for it; whether it is, ownership.prove says.
 
     `bare` is the lock of a configuration that says nothing but that lock: a create or a destroy that was
-    killed, or one that still works.
+    killed, or one that still works. `pooled`: it is in the run's pool, which cannot be removed before it.
     """
 
     vmid: int
     node: str
     why: str
     bare: str | None = None
+    pooled: bool = False
 
 
 def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int] = ()) -> list[Candidate]:
@@ -46,7 +47,7 @@ def discover(host: PveHost, settings: Settings, run_id: str, extra: Iterable[int
                 bare = bare_lock(host, node, vmid)
             except NodeUnreachable:
                 bare = None  # it is told when its turn comes, and holds up no other
-            found[vmid] = Candidate(vmid, node, "it is in the run's pool", bare)
+            found[vmid] = Candidate(vmid, node, "it is in the run's pool", bare, pooled=True)
     wanted = set(extra)
     for guest in list_guests(host.api):
         if guest.kind != "qemu" or guest.vmid in found:

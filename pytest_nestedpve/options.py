@@ -129,14 +129,12 @@ KEYS: tuple[Key, ...] = (
     Key(
         "bootstrap",
         "command that setup_repos runs in a synced source, as name:command",
-        values.one_of_kind("a source's name, a colon and a command", r"(?s).+"),
+        values.bootstrap,
     ),
     Key(
         "token_path",
         "where the API token goes in a synced source, as name:file.yaml:path.in.it",
-        values.one_of_kind(
-            "name:file.yaml:path like site:secrets.yaml:api_tokens.{node}", r"[^:\s]+:[^:\s]+:\S+"
-        ),
+        values.token_path,
     ),
     Key(
         "pool_parent",
@@ -173,7 +171,11 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("timeout", "seconds for the whole set-up, which is interrupted then; default: none", values.seconds),
     Key("timeout_scale", "factor for every limit of this plugin; default 1", values.factor),
-    Key("lease", "seconds after which a run that is not renewed counts as dead; default 30m", values.seconds),
+    Key(
+        "lease",
+        "seconds after which a run that is not renewed counts as dead, 10s to 24h; default 30m",
+        values.lease,
+    ),
     Key(
         "keep_expiry",
         "seconds after which a kept environment may go, at most 24h; default 8h",
@@ -182,7 +184,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         "run_dir",
         "directory for the state of runs; default .nested-pve/runs below the rootdir",
-        values.any_path,
+        values.directory_to_make,
     ),
 )
 

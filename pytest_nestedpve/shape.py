@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: The settings that a session fixture `nested_pve_<name>` may decide instead.
 NAMES = ("cores", "memory", "disk", "image", "vm_options", "extra_vars", "playbook_dir")
 _KEYS = {key.name: key for key in KEYS if key.name in NAMES}
-_OPTION = re.compile(r"[a-z][a-z0-9_-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -58,12 +57,14 @@ def _value(key: Key, given: Any, base: Path) -> Any:
         return key.parse(values.Text(str(given), base))
     if key.name not in ("vm_options", "extra_vars"):
         raise ValueError(f"expected a single value, found {given!r}")
-    pattern = _OPTION if key.name == "vm_options" else _VARIABLE
-    for name in given:
-        if not isinstance(name, str) or not pattern.fullmatch(name):
-            raise ValueError(f"expected names that match {pattern.pattern}, found {name!r}")
     if key.name == "vm_options":
-        return {name: str(int(value) if isinstance(value, bool) else value) for name, value in given.items()}
+        return {
+            values.option_name(name): str(int(value) if isinstance(value, bool) else value)
+            for name, value in given.items()
+        }
+    for name in given:
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError(f"expected names that match {_VARIABLE.pattern}, found {name!r}")
     try:
         return dict(json.loads(json.dumps(dict(given))))
     except (TypeError, ValueError) as e:

@@ -20,6 +20,18 @@ ANY_RANGE: tuple[tuple[int, int], ...] = ((VMID_MIN, VMID_MAX),)
 WIDEST_RANGE = 1000
 _LITERAL = re.compile(r"[A-Za-z0-9.-]*")
 _PATTERN = re.compile(r"[A-Za-z0-9.*?\[\]!-]+\Z")
+LEAST_LEASE = 10.0
+"""Seconds."""
+_OURS = "by it a VM is proved to be of a run, which gives it itself"
+_STAYS = "a VM that has it is not destroyed, so it would be left behind"
+_NO_OPTION = "it is no part of a VM's configuration"
+_NOT_CHOSEN = {
+    **dict.fromkeys(("name", "description", "smbios1", "tags", "pool", "vmid"), _OURS),
+    **dict.fromkeys(("protection", "template", "lock"), _STAYS),
+    **dict.fromkeys(
+        ("delete", "revert", "digest", "force", "skiplock", "archive", "unique", "start"), _NO_OPTION
+    ),
+}
 _SAMPLE_RUN = "0123456789ab"
 
 
@@ -267,7 +279,8 @@ def size(what: str, units: dict[str, int], low: int, high: int) -> Parser:
 
 def seconds(text: Text) -> float:
     value = text.value.strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", value)
+    # Digits enough for years; more of them would be no time any more.
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)?", value)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"expected a time above 0 in seconds, or with m or h behind it; found {value!r}")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
@@ -277,6 +290,16 @@ def within_a_day(text: Text) -> float:
     found = seconds(text)
     if found > 24 * 3600:
         raise ValueError(f"expected at most 24h, after which every run is over; found {text.value.strip()!r}")
+    return found
+
+
+def lease(text: Text) -> float:
+    found = within_a_day(text)
+    if found < LEAST_LEASE:
+        raise ValueError(
+            f"expected at least {LEAST_LEASE:g} s, as a live run renews it six times in its length; "
+            f"found {text.value.strip()!r}"
+        )
     return found
 
 
@@ -301,12 +324,49 @@ def options(text: Text) -> dict[str, str]:
     result: dict[str, str] = {}
     for word in words(text.value):
         key, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
+        if not equals:
             raise ValueError(f"expected key=value with an option of qm as key, like kvm=0; found {word!r}")
+        option_name(key)
         if key in result:
             raise ValueError(f"the option {key!r} is given twice")
         result[key] = value
     return result
+
+
+def option_name(name: object) -> str:
+    """The name of an option of a VM that may be chosen. Raises ValueError."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+        raise ValueError(f"expected an option of qm, like kvm; found {name!r}")
+    if why := _NOT_CHOSEN.get(name):
+        raise ValueError(f"the option {name!r} cannot be chosen: {why}")
+    return name
+
+
+def bootstrap(text: Text) -> str:
+    """`name:command`."""
+    name, colon, command = (part.strip() for part in text.value.strip().partition(":"))
+    if not (name and colon and command):
+        raise ValueError(f"expected a source's name, a colon and a command; found {text.value.strip()!r}")
+    return text.value.strip()
+
+
+def token_path(text: Text) -> str:
+    """`name:file.yaml:path.in.it`, the file below the source."""
+    from pytest_nestedpve.yamlpath import YamlPathError, parse_path
+
+    value = text.value.strip()
+    if not re.fullmatch(r"[^:\s]+:[^:\s]+:\S+", value):
+        raise ValueError(
+            f"expected name:file.yaml:path like site:secrets.yaml:api_tokens.{{node}}; found {value!r}"
+        )
+    _, file, path = value.split(":", 2)
+    if file.startswith("/") or ".." in file.split("/"):
+        raise ValueError(f"expected a file below the source's directory; found {file!r}")
+    try:
+        parse_path(path, "node")
+    except YamlPathError as e:
+        raise ValueError(str(e)) from e
+    return value
 
 
 def variables(text: Text) -> dict[str, Any]:
@@ -367,8 +427,13 @@ def files(text: Text) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def any_path(text: Text) -> Path:
-    return absolute(text.value.strip(), text.base)
+def directory_to_make(text: Text) -> Path:
+    """It need not be there, but has to be possible."""
+    path = absolute(text.value.strip(), text.base)
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"expected a directory, or one that can be made: {there} is none")
+    return path
 
 
 def sources(text: Text) -> tuple[Source, ...]:

@@ -181,12 +181,31 @@ def test_one_of_ours_that_somebody_protected_stays_and_what_mends_it_is_said(kil
         model.state["vms"][vmid]["config"]["protection"] = 1
     stranger(killed, 99950, name="nested-pve-old", protection=1)
     result = killed.run(ONLY)
+    assert result.ret == 1, result.output
     assert "2 skipped" in result.output
     assert "known: the VM is protected" in result.output
     assert f"fix:   qm set {vmid} --protection 0" in result.output
     # Nothing of the kind about a VM that nobody knows to be ours.
     assert result.output.count("known: ") == 1
     assert any(line.startswith(f"vm {vmid}") for line in killed.left())
+
+
+@pytest.mark.parametrize(
+    "why", ["nested_pve_vmid_range=98000-98009", "nested_pve_name_pattern=child-pve*", "no marker"]
+)
+def test_a_dead_run_whose_vm_is_not_proved_is_left_and_is_status_1(killed: Project, why: str) -> None:
+    """Other settings than those it was made with, or a VM that somebody rewrote: its pool stays with it."""
+    options = ["-o", why] if "=" in why else []
+    if not options:
+        with killed.host().open() as model:
+            (vmid,) = model.state["vms"]
+            model.state["vms"][vmid]["config"]["description"] = "mine now"
+    before = killed.left()
+    result = killed.run(ONLY, *options)
+    assert result.ret == 1, result.output
+    assert "1 skipped" in result.output
+    assert "not proved to be the run's" in result.output
+    assert killed.left() == before
 
 
 def test_an_interrupted_clean_up_ends_at_once_and_says_how_far_it_came(killed: Project) -> None:
