@@ -22,7 +22,7 @@ def finish(nested: NestedSession) -> None:
     assert runner is not None
     assert environment is not None
     try:
-        with interplay.timer_stopped(nested.config, nested.item):
+        with interplay.timer_stopped(nested.config, nested.item, "over"):
             if nested.membership is not None and not nested.membership.leave():
                 _leave_to_others(nested)
                 return

@@ -32,7 +32,6 @@ class EnvFileHooks:
 
     # For a later user who wants more than the first. Registered before the hooks that do the set-up, so that
     # it is called after them.
-    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         self._write()
 

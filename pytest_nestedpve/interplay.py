@@ -32,18 +32,24 @@ def uncaptured(config: pytest.Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def timer_stopped(config: pytest.Config, item: pytest.Item | None) -> Iterator[None]:
+def timer_stopped(config: pytest.Config, item: pytest.Item | None, stage: str) -> Iterator[None]:
     """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
-    set-up or a teardown off half-way."""
+    set-up or a teardown off half-way.
+
+    `stage` of the test, in which it is set again: "setup", "call", or anything else for not any more. What
+    pytest-timeout leaves on a test does not tell whether the timer still runs.
+    """
     if item is None or not hasattr(config.hook, "pytest_timeout_cancel_timer"):
         yield
         return
-    held = getattr(item, "cancel_timeout", None) is not None
+    module = sys.modules.get("pytest_timeout")
+    limits: Any = module._get_item_settings(item) if module else None
+    limited = limits is not None and bool(limits.timeout) and limits.timeout > 0
+    stages = ("call",) if limited and limits.func_only else ("setup", "call")
+    held = limited and stage in stages and getattr(item, "cancel_timeout", None) is not None
     config.hook.pytest_timeout_cancel_timer(item=item)
     try:
         yield
     finally:
-        module = sys.modules.get("pytest_timeout")
-        limits: Any = module._get_item_settings(item) if module else None
-        if held and limits is not None and limits.timeout and limits.timeout > 0:
+        if held:
             config.hook.pytest_timeout_set_timer(item=item, settings=limits)

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_nestedpve import exits
 from pytest_nestedpve.exits import NO_HOST, NoHostFailure, PhaseFailure
-from pytest_nestedpve.session import KEY, NestedSession, remember
+from pytest_nestedpve.session import KEY, USER, NestedSession, remember
 from pytest_nestedpve.settings import Settings, SettingsError, load
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _end(nested: NestedSession) -> None:
 
 def uses(item: pytest.Item) -> bool:
     """Whether the test uses a fixture of this plugin, directly or through others."""
-    return FIXTURE in getattr(item, "fixturenames", ())
+    return FIXTURE in getattr(item, "fixturenames", ()) or item.stash.get(USER, False)
 
 
 class SessionHooks:
@@ -215,25 +215,30 @@ class SessionHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        self.nested.item = item
+        self.nested.item, self.nested.stage = item, "setup"
         if self.config.option.setuponly:
             return  # nothing is called, so nothing can be said of what came before
         if self.nested.has_steps and hasattr(item, "phase_name"):
             from pytest_nestedpve import dependents
 
             dependents.before(self.nested, item)
-        elif "nested_pve" in getattr(item, "fixturenames", ()) and self.nested.opened:
-            # The fixture has its value already; this test may want more of it than those before.
-            self.nested.ensure_for(item)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        self.nested.stage = "call"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self) -> None:
+        self.nested.stage = "teardown"
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
         try:
             return (yield)
         except BaseException:
             # Its value is shared by tests that want more or less of it; its failure is not.
             if fixturedef.argname == "nested_pve":
-                fixturedef.cached_result = None
+                fixturedef.finish(request)
             raise
 
     @pytest.hookimpl(wrapper=True)
@@ -335,10 +340,19 @@ class SessionHooks:
 
 
 class LastHooks:
-    """What comes after every other plugin's end of session: the guard, and the sweep behind workers."""
+    """What comes after others' part: the rest of the set-up for a test that nobody skipped, and at the end of
+    the session the guard, and the sweep behind workers."""
 
     def __init__(self, nested: NestedSession) -> None:
         self.nested = nested
+
+    # After pytest's own skips (they come first), before the test's fixtures (pytest's hook is an older one).
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.nested.config.option.setuponly or hasattr(item, "phase_name"):
+            return
+        if "nested_pve" in getattr(item, "fixturenames", ()) and self.nested.opened:
+            # The fixture has its value already; this test may want more of it than those before.
+            self.nested.ensure_for(item)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,24 @@ _PASSWORD_FILE = "root_password"
 class NestedPve:
     """The nested PVE, as tests get it from the fixture `nested_pve`."""
 
-    def __init__(self, environment: Environment) -> None:
-        self._env = environment
+    def __init__(self, environment: Environment, demand: Callable[[], None] = lambda: None) -> None:
+        """`demand` is called before each use, and completes what the current test wants."""
+        self._environment = environment
+        self._demand = demand
         self._forwards: dict[int, Forward] = {}
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        facts = self._env.facts.get("provision", {})
-        if self._env.attached:
-            return f"<NestedPve {facts.get('name', '?')} (attached) run {self._env.run.id}>"
-        return f"<NestedPve {facts.get('name', '?')} (VM {facts.get('vmid', '?')}) run {self._env.run.id}>"
+        env = self._environment
+        facts = env.facts.get("provision", {})
+        if env.attached:
+            return f"<NestedPve {facts.get('name', '?')} (attached) run {env.run.id}>"
+        return f"<NestedPve {facts.get('name', '?')} (VM {facts.get('vmid', '?')}) run {env.run.id}>"
+
+    @property
+    def _env(self) -> Environment:
+        self._demand()
+        return self._environment
 
     def _only_if_ours(self, what: str) -> None:
         if self._env.attached:

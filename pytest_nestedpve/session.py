@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pytest_nestedpve.sharing import Membership
 
 KEY = pytest.StashKey["NestedSession"]()
+#: Of a test that uses the environment, also one that asked for it by `request.getfixturevalue`.
+USER = pytest.StashKey[bool]()
 
 #: The file in a run's directory that says which xdist session it belongs to.
 FAMILY = "session"
@@ -81,6 +83,8 @@ class NestedSession:
         self._phases: tuple[Phase, ...] | None = None
         self._offered: NestedPve | None = None
         self.finished = False
+        self.stage = "setup"  # of the current test: setup, call or teardown
+        self.ready_for: pytest.Item | None = None  # the test for which the set-up was completed last
         self._stderr = 2
         self.lock: Any = None
         self.told: dict[str, Any] | None = None  # of the run that xdist's workers share, as a worker
@@ -147,14 +151,14 @@ class NestedSession:
 
     def open(self) -> None:
         """Make the run on this side: directory, keys, audit log. Nothing is made on the host yet."""
-        if self.opened:
-            return
-        if not self.host_is_named():
-            raise NoHostFailure
         if self.finished:
             raise PhaseFailure(
                 PhaseBroken(Broken("teardown", "the environment is torn down already"), wanted="")
             )
+        if self.opened:
+            return
+        if not self.host_is_named():
+            raise NoHostFailure
         self.take_signals()
         try:
             with self.unlimited():  # keys and imports are no part of the test's time, either
@@ -306,10 +310,8 @@ class NestedSession:
         """
         assert self.runner is not None
         by = self.item.nodeid if self.item is not None else ""
-        from pytest_nestedpve import interplay
-
         try:
-            with interplay.timer_stopped(self.config, self.item), self._turn():
+            with self.unlimited(), self._turn():
                 work(self.runner, by)
         except PhaseBroken as error:
             if error.expected or error.__cause__ is None:
@@ -336,6 +338,9 @@ class NestedSession:
             if before is not None:
                 note.append((steps.PROPERTY_DONE_BY, by))
             item.user_properties.extend(note)
+            if name in self.settings.skip:
+                # Neither done nor asked for: a step that passes was one of both.
+                raise pytest.skip.Exception("taken as done, as --nested-skip says", _use_item_location=True)
 
         from pytest_nestedpve import steps
 
@@ -344,6 +349,9 @@ class NestedSession:
 
     def ensure_for(self, item: pytest.Item | None) -> None:
         """Set up as far as the test wants it."""
+        self.ready_for = item
+        if isinstance(item, pytest.Function):
+            item.stash[USER] = True
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
@@ -355,9 +363,14 @@ class NestedSession:
             except PveError as e:
                 raise Failed(f"nested_pve_clean: {e}", pytrace=False) from e
 
+    def demand(self) -> None:
+        """The current test uses the fixture's value: unknown if it asked by `request.getfixturevalue`."""
+        if self.item is not self.ready_for and self.stage != "teardown" and not self.finished:
+            self.ensure_for(self.item)
+
     def give_clean(self, item: pytest.Item) -> None:
         """Have the state after set-up again, unless the current test shares it with one before."""
-        from pytest_nestedpve.interplay import clean_scope, timer_stopped
+        from pytest_nestedpve.interplay import clean_scope
 
         assert self.environment is not None
         if self.membership is not None:
@@ -371,7 +384,7 @@ class NestedSession:
             return
         self.clean_for = key
         try:
-            with timer_stopped(self.config, item):
+            with self.unlimited():
                 self._clean_state().give()
         except PveError as e:
             raise Failed(f"nested_pve_clean: {e}", pytrace=False) from e
@@ -396,14 +409,14 @@ class NestedSession:
         assert self.environment is not None
         self.ensure_for(self.item)
         if self._offered is None:
-            self._offered = NestedPve(self.environment)
+            self._offered = NestedPve(self.environment, self.demand)
         return self._offered
 
     def unlimited(self) -> contextlib.AbstractContextManager[None]:
         """Without pytest-timeout's limit for the current test."""
         from pytest_nestedpve import interplay
 
-        return interplay.timer_stopped(self.config, self.item)
+        return interplay.timer_stopped(self.config, self.item, self.stage)
 
     def failed_need(self, phase_name: str) -> Broken | None:
         """The cause, when a phase that `phase_name` needs has failed."""

@@ -86,8 +86,15 @@ def check(items: Iterable[pytest.Item]) -> None:
     seen: dict[str, tuple[Any, str]] = {}
     for item in items:
         known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        params = getattr(getattr(item, "callspec", None), "params", {})
         for name in (f"nested_pve_{each}" for each in NAMES):
             for definition in (known.get(name) or ())[-1:]:
+                if definition.params is not None or name in params:
+                    raise pytest.UsageError(
+                        f"nested-pve: the fixture {name}: expected one value, as there is one nested PVE for "
+                        f"all tests; found it parametrized ({item.nodeid}). For several shapes run pytest "
+                        f"several times, with -o {name}=…"
+                    )
                 if definition.scope != "session":
                     raise pytest.UsageError(
                         f"nested-pve: the fixture {name}: expected scope='session', as there is one nested "

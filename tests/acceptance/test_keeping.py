@@ -420,7 +420,16 @@ def test_skip_takes_a_phase_as_done_unasked(project: Project) -> None:
     result = project.run("test_steps.py", "--nested-skip", "setup_ssh", "-v")
     assert result.ret == 0, result.output
     assert "setup_ssh" not in project.done()
-    assert result.outcomes()["test_setup_ssh"] == "PASSED"
+    # Neither done nor proved, so no step that passed; what needs it goes on.
+    assert result.outcomes()["test_setup_ssh"] == "SKIPPED"
+    assert "1 skipped" in result.output
+    assert "taken as done, as --nested-skip says" in result.output
+
+
+def test_a_run_of_nothing_but_a_skipped_phase_is_not_green(project: Project) -> None:
+    result = project.run("test_steps.py", "--nested-skip", "setup_ssh", "-k", "setup_ssh")
+    assert result.ret == 1, result.output
+    assert "nothing was verified" in result.output
 
 
 def test_skipping_what_is_no_phase_is_a_usage_error(project: Project) -> None:

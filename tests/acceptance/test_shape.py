@@ -139,6 +139,29 @@ def test_a_fixture_that_is_no_good_is_named_and_nothing_is_made(
     assert shaped.audits() == []
 
 
+@pytest.mark.parametrize("how", ["params", "indirect"])
+def test_a_parametrized_shape_is_refused_before_anything_is_made(shaped: Project, how: str) -> None:
+    mark, params = "", ", params=[2, 4]"
+    if how == "indirect":
+        mark, params = "@pytest.mark.parametrize('nested_pve_cores', [2, 4], indirect=True)\n", ""
+    shaped.write(
+        test_other=f"""
+import pytest
+
+@pytest.fixture(scope="session"{params})
+def nested_pve_cores(request):
+    return request.param
+
+{mark}def test_other(nested_pve):
+    pass
+"""
+    )
+    result = shaped.run("test_other.py")
+    assert result.ret == 4, result.output
+    assert "the fixture nested_pve_cores: expected one value" in result.output
+    assert shaped.done() == []
+
+
 def test_two_shapes_in_one_session_are_refused_before_anything_is_made(shaped: Project) -> None:
     shaped.write(
         test_other="""
