@@ -29,6 +29,7 @@ def finish(nested: NestedSession) -> None:
             if _tests_failed(nested):
                 from pytest_nestedpve import diagnosis
 
+                runner.audit.write("tests", status="failed")
                 diagnosis.after_tests(environment)
             if _keeps(nested):
                 _keep(nested)

@@ -110,6 +110,7 @@ class RunReport:
     was_kept: bool = False
     symptoms: tuple[KnownSymptom, ...] = ()
     artifacts: tuple[Artifacts, ...] = ()
+    tests_failed: bool = False
 
     @property
     def failed(self) -> Step | None:
@@ -128,7 +129,8 @@ class RunReport:
 
     @property
     def verdict(self) -> str:
-        """One word: failed, left, interrupted, kept, up (set up, and not taken down) or passed."""
+        """One word: failed, left, interrupted, kept, up (set up, not taken down), tests (which failed on what
+        was set up) or passed."""
         if self.failed is not None:
             return "failed"
         if self.left:
@@ -137,7 +139,9 @@ class RunReport:
             return "interrupted"
         if self.was_kept:
             return "kept"
-        return "passed" if self.proved_empty else "up"
+        if not self.proved_empty:
+            return "up"
+        return "tests" if self.tests_failed else "passed"
 
 
 def read_audit(path: Path, *, whole: bool = False) -> RunReport:
@@ -209,7 +213,7 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
     remarks: list[str] = []
     symptoms: list[KnownSymptom] = []
     artifacts: list[Artifacts] = []
-    proved_empty = was_kept = False
+    proved_empty = was_kept = tests_failed = False
 
     for entry in entries:
         at = _time(entry.get("ts"))
@@ -245,6 +249,8 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
             if line.outcome == "clean" and phase in ("", "destroy"):
                 proved_empty = True
             was_kept = line.outcome == "kept"
+        elif event == "tests":
+            tests_failed = entry.get("status") == "failed"
         elif event == "remark":
             remarks.append(str(entry.get("cause") or ""))
         elif event == "symptom":
@@ -272,6 +278,7 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         was_kept=was_kept and not left,
         symptoms=tuple(symptoms),
         artifacts=tuple(artifacts),
+        tests_failed=tests_failed,
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VERDICTS = {
     "passed": "passed, and nothing is left",
+    "tests": "set up, tests failed, and nothing is left",
     "failed": "failed",
     "interrupted": "interrupted",
     "left": "something is left",

@@ -210,6 +210,9 @@ def test_a_failed_test_leaves_files_too_and_no_explanation(broken: Project) -> N
     assert (folder / "nested-journal.txt").exists()
     assert "logs and states after tests" in result.output
     assert events(broken, "symptom") == []
+    # The run was set up and went, and the record of it does not say that all was well.
+    assert "set up, tests failed, and nothing is left" in result.output
+    assert "set up, tests failed, and nothing is left" in (run_directory(broken) / "report.html").read_text()
 
 
 def test_a_run_without_failure_collects_nothing(broken: Project) -> None:
