@@ -42,8 +42,8 @@ def promised(seen: Seen, chosen: frozenset[str], missing: Iterable[Finding]) -> 
 
 
 def _elsewhere(image: str | None) -> bool:
-    """Whether the image that was named is a volume of another storage, not a URL or a file."""
-    return image is not None and not re.match(r"https?://|/|" + STORAGE + ":", image)
+    """Whether the image that was named is a volume of another storage or content, not a URL or a file."""
+    return image is not None and not re.match(r"https?://|/|" + STORAGE + ":import/", image)
 
 
 def _storage(seen: Seen) -> dict[str, object] | None:

@@ -103,6 +103,7 @@ def missing(*names: str) -> list[Finding]:
         ({"storage": "fast"}, "iso", {"setup_repos"}, ["storage"], {}),
         ({"image": "tank:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local-lvm:vm-9-disk-0"}, "iso", {"setup_repos"}, ["image"], {}),
+        ({"image": "local:iso/debian-13.img"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
         ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
         ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
