@@ -233,6 +233,8 @@ class SessionHooks:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
+        if fixturedef.argname == FIXTURE and self.nested.item is not None:
+            self.nested.item.stash[USER] = True
         try:
             return (yield)
         except BaseException:

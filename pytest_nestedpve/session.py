@@ -350,8 +350,6 @@ class NestedSession:
     def ensure_for(self, item: pytest.Item | None) -> None:
         """Set up as far as the test wants it."""
         self.ready_for = item
-        if isinstance(item, pytest.Function):
-            item.stash[USER] = True
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
@@ -365,8 +363,10 @@ class NestedSession:
 
     def demand(self) -> None:
         """The current test uses the fixture's value: unknown if it asked by `request.getfixturevalue`."""
-        if self.item is not self.ready_for and self.stage != "teardown" and not self.finished:
-            self.ensure_for(self.item)
+        item = self.item
+        if item is not None and item is not self.ready_for and self.stage != "teardown" and not self.finished:
+            item.stash[USER] = True
+            self.ensure_for(item)
 
     def give_clean(self, item: pytest.Item) -> None:
         """Have the state after set-up again, unless the current test shares it with one before."""
