@@ -160,6 +160,14 @@ class HttpsClient:
         finally:
             _deadline.reset(armed)
 
+    def greet(self, limit: float) -> None:
+        """Connect, check the certificate, end the connection; no token is sent. Raises NoHttps."""
+        armed = _deadline.set(Deadline(limit))
+        try:
+            self._wire().close()
+        finally:
+            _deadline.reset(armed)
+
     def trust_anew(self, trust: Trust) -> None:
         """Check against this from the next connection on."""
         self._trust, self._context = trust, trust.context()

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import entries, mapping, whole
-from pytest_nestedpve.pve.api import Verbs, patiently
-from pytest_nestedpve.pve.errors import NotFound, PveError
-from pytest_nestedpve.pve.https import HttpsClient, NoHttps, ReplyLost, Trust, Unauthorized, read_trust
+from pytest_nestedpve.pve.api import Verbs, call_limit, patiently
+from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError, SshError
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
 from pytest_nestedpve.pve.routes import Grant
+from pytest_nestedpve.pve.transport import PveshApi
 from pytest_nestedpve.timing import Deadline
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ USER = "root@pam"
 SEES = "npve-see-"
 SEE_SECONDS = 600
 ACT_SECONDS = 24 * 3600
+# Until a token that could not be replaced is tried to be replaced again, seconds.
+LATER = 30.0
 _CALL = 30.0
+_BY_PVESH = 60.0
 _RUN_POOL = re.compile(r"(?:.*/)?(npve-[0-9a-f]{12})\Z")
 _OURS = re.compile(r"npve-(?:see|[0-9a-f]{12})-[0-9a-f]{8}\Z")
 
@@ -56,8 +60,12 @@ class Tokens:
         self._see: HttpsClient | None = None
         self._see_name = ""
         self._see_until = Deadline(0)
-        self._renewing = False
+        self._again = Deadline(0)
+        self._fixed = False
+        """While set, the token that sees is not replaced."""
         self._act: dict[str, _Acting] = {}
+        self._made: set[str] = set()
+        """The tokens that this session made, or asked for, and that were not seen to be removed."""
 
     # -- the two identities --------------------------------------------------------------------
 
@@ -66,7 +74,7 @@ class Tokens:
         with self._lock:
             if self._see is None:
                 self._see_by_ssh()
-            elif self._see_until.elapsed() > SEE_SECONDS * 0.8 and not self._renewing:
+            elif self._see_until.elapsed() > SEE_SECONDS * 0.8 and self._again.expired and not self._fixed:
                 self._see_again()
             assert self._see is not None
             return self._see
@@ -110,15 +118,12 @@ class Tokens:
     def close(self) -> None:
         """Remove the tokens of this session with their ACLs, best effort; whatever is left expires."""
         with self._lock:
+            self._fixed = True
             try:
-                if self._see is None:
-                    return
-                names = [acting.name for acting in self._act.values()]
+                # What is sent last goes by the one that is removed last.
+                names = sorted(self._made, key=lambda name: (name == self._see_name, name))
                 if names:
-                    remove_grants(_Direct(self), names)
-                for name in names:
-                    self._remove(name)
-                self._remove(self._see_name)
+                    self._remove_all(names)
             except PveError:
                 pass
             finally:
@@ -127,12 +132,26 @@ class Tokens:
                         client.close()
                 self._see = None
                 self._act.clear()
+                self._made.clear()
+                self._fixed = False
+
+    def _remove_all(self, names: list[str]) -> None:
+        if self._see is not None:
+            try:
+                return remove_with_grants(_Direct(self), names)
+            except (NoHttps, SshError, CommandTimeout, Unauthorized):
+                pass  # as root then: nothing may stay because HTTPS does not work any more
+        with call_limit(_BY_PVESH):
+            return remove_with_grants(PveshApi(self._ssh), names)
 
     # -- making them ---------------------------------------------------------------------------
 
     def _see_by_ssh(self) -> None:
         trust = self._read_trust()
+        # A token is made only where one can be used.
+        HttpsClient(self._ssh.open_channel, trust, "").greet(_CALL)
         name = SEES + secrets.token_hex(4)
+        self._made.add(name)
         # One start of pveum; everything else goes over HTTPS with this token (facts 63).
         script = (
             f"pveum user token add {USER} {name} --privsep 0 --expire $(( $(date +%s) + {SEE_SECONDS} )) "
@@ -141,6 +160,7 @@ class Tokens:
         answer = self._ssh.run(["env", "LC_ALL=C.UTF-8", "sh", "-c", script], timeout=60, secret=True)
         self._tell(f"pveum user token add {USER} {name}", answer.rc, round(answer.ms, 1))
         if not answer.ok:
+            self._made.discard(name)
             raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
         try:
             value = mapping(json.loads(answer.stdout.strip().rpartition("\n")[2])).get("value")
@@ -162,20 +182,21 @@ class Tokens:
             return  # they cannot be used any more
 
     def _see_again(self) -> None:
+        """Have the token that sees make the next one. What stands in the way may pass: until then this one
+        serves for the rest of its life, and when it is refused another is made over SSH.
+        """
         old, old_name = self._see, self._see_name
         name = SEES + secrets.token_hex(4)
-        self._renewing = True  # what is asked meanwhile goes by the old one
+        self._fixed = True  # what is asked meanwhile goes by the old one
         try:
-            try:
-                value = self._new_token(name, SEE_SECONDS, separate=False)
-            except (NoHttps, Unauthorized, ReplyLost):
-                self._see = None
-                self._see_by_ssh()
-                return
+            value = self._new_token(name, SEE_SECONDS, separate=False)
             self._set_see(self._read_trust(), name, value)
             self._remove(old_name)
+        except (NoHttps, Unauthorized, SshError):
+            self._again = Deadline(LATER)
+            return
         finally:
-            self._renewing = False
+            self._fixed = False
         if old is not None:
             old.close()
 
@@ -200,6 +221,7 @@ class Tokens:
         if not now.isdigit():
             raise NoHttps(f"expected epoch seconds from `date` there, found {now[:40]!r}")
         path = f"/access/users/{USER}/token/{name}"
+        self._made.add(name)
         answer = mapping(self.send("POST", path, privsep=separate, expire=int(now) + seconds))
         return answer.get("value")
 
@@ -215,6 +237,8 @@ class Tokens:
             try:
                 return patiently(lambda: client.call(method, path, params, _CALL))
             except Unauthorized:
+                if self._fixed:
+                    raise
                 self.renew(client)
                 return self.seeing().call(method, path, params, _CALL)
         except BaseException as error:
@@ -227,9 +251,10 @@ class Tokens:
 
     def _remove(self, name: str) -> None:
         try:
-            self.send("DELETE", f"/access/users/{USER}/token/{name}")
+            remove_tokens(_Direct(self), [name])
         except PveError:
-            return  # gone already, or it expires by itself
+            return  # at the end, then; if it was another session's, it is the next one's
+        self._made.discard(name)
 
     def _client(self, trust: Trust, name: str, value: Any) -> HttpsClient:
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F-]{36}", value):
@@ -295,3 +320,13 @@ def remove_tokens(api: Api, names: Iterable[str]) -> None:
             api.delete(f"/access/users/{USER}/token/{name}")
         except NotFound:
             continue
+
+
+def remove_with_grants(api: Api, names: Iterable[str]) -> None:
+    """Remove those of these tokens that there are, their ACLs first. Raises PveError."""
+    listed = {str(each.get("tokenid")) for each in entries(api.get(f"/access/users/{USER}/token"))}
+    there = [name for name in names if name in listed]
+    acting = [name for name in there if not name.startswith(SEES)]
+    if acting:
+        remove_grants(api, acting)
+    remove_tokens(api, there)

@@ -53,8 +53,12 @@ class HttpsHost(Answering):
     read_pem: str = ""
     """What root reads on the host."""
     listens: bool = True
+    pveum_says: str = ""
+    """Why pveum fails, if it does."""
     made: int = 0
     pools: set[str] = field(default_factory=set)
+    rights: list[dict[str, str]] = field(default_factory=list)
+    """The access control list."""
     connections: int = 0
     address: tuple[str, int] = ("", 0)
     channels: list[socket.socket] = field(default_factory=list)
@@ -67,11 +71,19 @@ class HttpsHost(Answering):
         self.commands.append(text)
         if "pve-ssl.pem" in text:
             return self._said(self.read_pem, secret)
+        if "pveum user token add" in text and self.pveum_says:
+            return CommandResult("…", 13, b"", self.pveum_says.encode(), 1.0, secret)
         if "pveum user token add" in text:
             name = text.split("root@pam ")[1].split()[0]
             return self._said(json.dumps({"full-tokenid": name, "value": self.new_token(name)}), secret)
         if text.startswith("date"):
             return self._said(f"{int(time.time())}\n", secret)
+        if " pvesh get /access/" in text:
+            listed = [{"tokenid": name} for name in self.tokens] if "/token" in text else self.rights
+            return self._said(json.dumps(listed), secret)
+        if " pvesh delete /access/" in text:
+            del self.tokens[text.split("/token/")[1].split()[0]]
+            return self._said("", secret)
         if " pvesh " in text:
             return self._said('{"by":"pvesh"}\n', secret)
         raise AssertionError(f"the host knows no command {text}")
@@ -175,6 +187,8 @@ def https_host(folder: Path) -> Iterator[HttpsHost]:
                 return self.data(None)
             if self.command == "GET" and path.endswith("/token"):
                 return self.data([{"tokenid": token, "expire": 0} for token in host.tokens])
+            if self.command == "GET" and path == "/access/acl":
+                return self.data(host.rights)
             if self.command == "GET" and path == "/pools":
                 wanted = params.get("poolid", [""])[0]
                 return self.data([{"poolid": wanted, "members": []}] if wanted in host.pools else [])

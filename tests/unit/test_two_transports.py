@@ -133,7 +133,7 @@ def test_reads_go_over_https_and_start_no_command(host: HttpsHost, api: HostApi)
         assert api.get("/version") == {"by": "https"}
     assert host.pvesh() == []
     assert sum("pveum" in command for command in host.commands) == 1
-    assert host.connections == 1
+    assert host.connections == 2  # the first one before there was a token
     assert api.transport.startswith("HTTPS")
 
 
@@ -300,6 +300,7 @@ def test_another_certificate_than_root_reads_gets_no_token(host: HttpsHost, api:
     host.serve_with(certificate())
     assert api.get("/version") == {"by": "pvesh"}
     assert host.asked == []
+    assert host.made == 0
     assert "not the one that root reads" in api.transport
 
 
@@ -320,6 +321,7 @@ def test_a_certificate_that_cannot_be_checked_means_pvesh(
     assert api.get("/version") == {"by": "pvesh"}
     assert words in api.transport
     assert host.asked == []
+    assert host.made == 0
 
 
 def test_a_certificate_of_an_administrator_with_a_wildcard_is_checked_too(tmp_path: Path) -> None:
@@ -336,6 +338,7 @@ def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
     host.listens = False
     assert api.get("/version") == {"by": "pvesh"}
     assert "port 8006" in api.transport
+    assert host.made == 0
     host.listens = True
     assert api.get("/version") == {"by": "pvesh"}  # not asked again at once
     later = time.monotonic() + 6
@@ -502,19 +505,60 @@ def test_calls_that_make_tokens_are_told_with_their_time_and_not_counted_twice(
 def test_a_session_takes_its_tokens_and_their_rights_with_it(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/config", scsi0="local:1")
     acting = next(name for name in host.tokens if name.startswith(POOL))
-    lines = [
-        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{acting}", "roleid": "PVEVMAdmin"},
-        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{acting}", "roleid": "PVEPoolAdmin"},
-        {"path": "/storage/local", "ugid": "root@pam!somebodys", "roleid": "PVEDatastoreUser"},
-    ]
-    host.answers.append(
-        lambda handler: handler.command == "GET" and handler.path.endswith("/acl") and not handler.data(lines)
-    )
+    host.rights = rights_of(acting)
     api.close()
     assert host.tokens == {}
+    assert_rights_first(host)
+
+
+def rights_of(token: str) -> list[dict[str, str]]:
+    return [
+        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{token}", "roleid": "PVEVMAdmin"},
+        {"path": f"/pool/{POOL}", "ugid": f"root@pam!{token}", "roleid": "PVEPoolAdmin"},
+        {"path": "/storage/local", "ugid": "root@pam!somebodys", "roleid": "PVEDatastoreUser"},
+    ]
+
+
+def assert_rights_first(host: HttpsHost) -> None:
     ends = [each for each in host.asked if "delete" in each.params or each.method == "DELETE"]
     assert next((each.method, each.path.rpartition("/")[2]) for each in ends) == ("PUT", "acl")
     assert [each.params["roles"] for each in ends if each.method == "PUT"] == [["PVEPoolAdmin,PVEVMAdmin"]]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_tokens_go_as_root_when_https_does_not_work_any_more(
+    host: HttpsHost, api: HostApi, lost: bool
+) -> None:
+    api.post(f"{VM}/status/start")
+    host.tokens["terraform"] = "of somebody"
+    host.rights = rights_of(next(name for name in host.tokens if name.startswith(POOL)))
+    if lost:
+        host.answers.append(said(599, "Too many redirections", b"", only="/token/", times=9))
+    else:
+        host.listens = False
+        api.line.tokens.seeing().close()
+    api.close()
+    assert list(host.tokens) == ["terraform"]
+    assert lost or [each.split()[:2] for each in host.pvesh() if "/acl" in each] == [
+        ["get", "/access/acl"],
+        ["set", "/access/acl"],
+    ]
+
+
+def test_a_token_whose_making_was_never_answered_goes_too(host: HttpsHost, api: HostApi) -> None:
+    def lost(handler: Any) -> bool:
+        if handler.command != "POST" or "/token/" not in handler.path:
+            return False
+        host.new_token(handler.path.rpartition("/")[2])
+        handler.say(599, "Too many redirections", b"")
+        return True
+
+    host.answers.append(lost)
+    with pytest.raises(ReplyLost):
+        api.line.tokens.acting(POOL, [])
+    assert len(host.tokens) == 2
+    api.close()
+    assert host.tokens == {}
 
 
 def test_only_the_runs_own_tokens_and_rights_are_taken() -> None:
