@@ -182,8 +182,8 @@ class Tokens:
             return  # they cannot be used any more
 
     def _see_again(self) -> None:
-        """Have the token that sees make the next one. What stands in the way may pass: until then this one
-        serves for the rest of its life, and when it is refused another is made over SSH.
+        """Have the token that sees make the next one. What stands in the way (no quorum, a lock, no HTTPS)
+        may pass: until then this one serves for the rest of its life. Raises as `_see_by_ssh` after that.
         """
         old, old_name = self._see, self._see_name
         name = SEES + secrets.token_hex(4)
@@ -192,7 +192,9 @@ class Tokens:
             value = self._new_token(name, SEE_SECONDS, separate=False)
             self._set_see(self._read_trust(), name, value)
             self._remove(old_name)
-        except (NoHttps, Unauthorized, SshError):
+        except Unauthorized:
+            self._see_by_ssh()
+        except PveError:
             self._again = Deadline(LATER)
             return
         finally:

@@ -32,6 +32,9 @@ from pytest_nestedpve.pve.tokens import remove_grants, run_tokens
 
 POOL = "npve-a1b2c3d4e5f6"
 VM = "/nodes/father/qemu/99901"
+# By a cluster member without quorum [noquorum-011], and where another holds the lock.
+NO_QUORUM = "generating token failed: cfs-lock 'file-user_cfg' error: no quorum!"
+LOCKED = "generating token failed: cfs-lock 'file-user_cfg' error: got lock request timeout"
 GONE = "Configuration file 'nodes/father/qemu-server/99901.conf' does not exist"
 
 
@@ -264,6 +267,28 @@ def test_a_session_that_outlasts_its_token_makes_the_next_one_with_it_and_remove
     assert old not in host.tokens
     assert sum("pveum" in command for command in host.commands) == 1
     assert host.pvesh() == []
+
+
+@pytest.mark.parametrize("why", [NO_QUORUM, LOCKED])
+def test_a_token_that_cannot_be_replaced_serves_until_it_expires_and_then_pvesh(
+    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    api.get("/version")
+    monkeypatch.setattr(tokens, "SEE_SECONDS", 0)
+    monkeypatch.setattr("pytest_nestedpve.pve.api.LOCK_LIMIT", 0)
+    host.pveum_says = why
+
+    def refuses(handler: Any) -> bool:
+        made = handler.command == "POST" and "/token/" in handler.path
+        return made and not handler.say(500, why, b"")
+
+    host.answers.append(refuses)
+    assert [api.get("/version") for _ in range(3)] == [{"by": "https"}] * 3
+    assert [each.method for each in host.asked].count("POST") == 1  # not with each call: PVE tries for 10 s
+    assert sum("pveum" in command for command in host.commands) == 1
+    host.tokens.clear()
+    assert api.get("/version") == {"by": "pvesh"}
+    assert why in api.transport
 
 
 def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
