@@ -104,7 +104,7 @@ class Tokens:
                     if not entries(self.send("GET", "/pools", poolid=pool), call="get /pools"):
                         raise NotFound(f"pool '{pool}' does not exist", call="get /pools")
                     del self._act[pool]
-                    self._remove(acting.name)
+                    self._remove(acting.name)  # with its ACLs: lines without a token are complained of
 
     def distrust(self) -> None:
         """The certificate was not the expected one: it is read anew, for all clients. Raises NoHttps."""
@@ -253,7 +253,7 @@ class Tokens:
 
     def _remove(self, name: str) -> None:
         try:
-            remove_tokens(_Direct(self), [name])
+            remove_with_grants(_Direct(self), [name])
         except PveError:
             return  # at the end, then; if it was another session's, it is the next one's
         self._made.discard(name)

@@ -304,6 +304,16 @@ def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
     assert host.pvesh() == []
 
 
+def test_the_rights_of_a_token_that_is_replaced_go_before_it(host: HttpsHost, api: HostApi) -> None:
+    api.post(f"{VM}/status/start")
+    refused = next(name for name in host.tokens if name.startswith(POOL))
+    host.rights = rights_of(refused)
+    host.answers.append(said(401, "Authentication failed!", b"", only="/status/stop"))
+    assert api.post(f"{VM}/status/stop") == {"by": "https"}
+    assert refused not in host.tokens
+    assert_rights_first(host)
+
+
 def test_a_token_that_is_refused_twice_is_an_error_and_not_a_loop(host: HttpsHost, api: HostApi) -> None:
     host.answers.append(said(401, "Authentication failed!", b"", only="/version", times=9))
     with pytest.raises(Unauthorized, match="401 Authentication failed!"):
