@@ -207,7 +207,8 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
     (
         Interrupted,
         r"\A(?:unexpected status|received interrupt|interrupted by signal|broken pipe|"
-        r"unable to read tail \(got \d+ bytes\))\.?\s*\Z",
+        r"unable to read tail \(got \d+ bytes\))\.?\s*\Z|"
+        r"command '[^\n]*' failed: (?:received interrupt|interrupted by signal)\.?\s*\Z",
     ),
     (NotFound, r"^403 Permission check failed \(pool '[^']*' does not exist\)"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         ("env: \u201epvesh\u201c: Datei oder Verzeichnis nicht gefunden", errors.NoPve),
     ):
         assert type(classify(words)) is kind, words
+
+
+def test_an_import_that_somebody_stopped_is_one_that_may_be_there_by_halves() -> None:
+    exitstatus = json.loads(EVERY["ownG-015"]["stdout"])["exitstatus"]
+    for words in (exitstatus, f"TASK ERROR: unable to create VM 501 - {exitstatus}", f"{exitstatus}."):
+        assert type(classify(words)) is errors.Interrupted, words
+    said = "command 'x' failed: received interrupt"
+    assert type(classify(f"{said}\nstorage 'nas' is not online")) is errors.Unsupported
 
 
 ELSEWHERE: dict[str, Callable[[str], str]] = {

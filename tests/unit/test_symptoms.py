@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from recorded import EVERY
 
 from pytest_nestedpve import symptoms
 from pytest_nestedpve.options import KEYS
@@ -43,6 +44,22 @@ def test_a_symptom_is_recognised_in_its_own_words_and_named_first(symptom: Sympt
         # Every placeholder of the pattern is filled in, or shown as what it is.
         assert "{" not in found[0].explanation + found[0].fix.replace("{print", "")
     assert names(recognise(everywhere(symptom.example), phase))[:1] == [symptom.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("task-interrupted", "TASK ERROR: received interrupt"),
+        ("task-interrupted", "task UPID:father:1:2:3:qmshutdown:103:root@pam: ended: broken pipe "),
+        ("task-interrupted", "interrupted by signal"),
+        ("task-interrupted", json.loads(EVERY["ownG-015"]["stdout"])["exitstatus"]),
+        ("worker-killed", "TASK ERROR: unexpected status"),
+        ("worker-killed", "unable to read tail (got 0 bytes)"),
+    ],
+)
+def test_a_symptom_is_recognised_in_its_other_words(name: str, words: str) -> None:
+    """Those of the same kind of failure, as the client types them."""
+    assert names(recognise([Text("error", "here", words)]))[:1] == [name]
 
 
 def _recorded(name: str) -> list[dict[str, str]]:

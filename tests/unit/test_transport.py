@@ -138,7 +138,9 @@ def test_a_recorded_exit_status_other_than_0_raises(name: str) -> None:
     [
         name
         for name, record in RECORDED.items()
-        if record["cmd"].startswith(("pvesh create", "pvesh delete")) and "UPID:" in record["stdout"]
+        if record["cmd"].startswith(("pvesh create", "pvesh delete"))
+        and record["rc"] == 0
+        and "UPID:" in record["stdout"]
     ],
 )
 def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> None:
