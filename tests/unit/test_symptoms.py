@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recorded import EVERY
+from recorded import EVERY, HTTPS
 
 from pytest_nestedpve import symptoms
 from pytest_nestedpve.options import KEYS
@@ -46,6 +46,12 @@ def test_a_symptom_is_recognised_in_its_own_words_and_named_first(symptom: Sympt
     assert names(recognise(everywhere(symptom.example), phase))[:1] == [symptom.name]
 
 
+def root_only(name: str) -> str:
+    """What port 8006 said of the parameters, as it is told."""
+    said = json.loads(HTTPS[name]["stdout"].split("\r\n\r\n", 1)[1])["errors"]
+    return "\n".join(f"{parameter}: {why}" for parameter, why in said.items())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -53,6 +59,19 @@ def test_a_symptom_is_recognised_in_its_own_words_and_named_first(symptom: Sympt
         ("task-interrupted", "task UPID:father:1:2:3:qmshutdown:103:root@pam: ended: broken pipe "),
         ("task-interrupted", "interrupted by signal"),
         ("task-interrupted", json.loads(EVERY["ownG-015"]["stdout"])["exitstatus"]),
+        ("no-quorum", EVERY["cluster-121"]["stderr"]),
+        ("no-quorum", EVERY["noquorum-011"]["stderr"]),
+        ("no-quorum", "close (rename) atomic file '/etc/pve/user.cfg' failed: Permission denied"),
+        ("root-only-option", "400 Parameter verification failed.\n" + root_only("ownE-065")),
+        ("lock-timeout", EVERY["tasks-025"]["stderr"]),
+        ("other-lock-timeout", "can't lock file '/var/lock/pve-manager/pve-storage-local' - got timeout"),
+        ("other-lock-timeout", "error during cfs-locked 'storage-nas' operation: got lock request timeout"),
+        ("other-lock-timeout", "error with cfs lock 'storage-nas': got lock request timeout"),
+        ("disk-full", "  Insufficient free space: 100 extents needed, but only 5 available"),
+        ("disk-full", "zfs error: cannot create 'tank/vm-9-disk-0': out of space"),
+        ("download-missing", "invalid server response: '403 Forbidden'"),
+        ("download-dns", "download failed: wget: unable to resolve host address ‘nosuch.invalid’"),
+        ("host-key-changed", "Host key verification failed."),
         ("worker-killed", "TASK ERROR: unexpected status"),
         ("worker-killed", "unable to read tail (got 0 bytes)"),
     ],
@@ -60,6 +79,17 @@ def test_a_symptom_is_recognised_in_its_own_words_and_named_first(symptom: Sympt
 def test_a_symptom_is_recognised_in_its_other_words(name: str, words: str) -> None:
     """Those of the same kind of failure, as the client types them."""
     assert names(recognise([Text("error", "here", words)]))[:1] == [name]
+
+
+def test_a_key_that_one_node_misses_of_another_is_not_this_machines_known_hosts() -> None:
+    from_node = "father2 is not reached: no login from node to node, as PVE itself makes them, at father2 "
+    for words in (
+        "proxy handler failed: Host key verification failed.",
+        f"{from_node}(10.0.0.2): Host key verification failed. / lost; `pvecm updatecerts` on both mends it",
+    ):
+        (found,) = recognise([Text("error", "here", words)])
+        assert found.symptom.name == "node-host-key"
+        assert "pvecm updatecerts" in found.fix
 
 
 def _recorded(name: str) -> list[dict[str, str]]:
@@ -173,7 +203,16 @@ def test_what_gets_into_a_command_is_one_plain_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "\x00\x1b[31m", "é" * 10, "a" * 5_000_000, "\n" * 1_000_000, "bridge '" * 100_000]
+    "words",
+    [
+        "",
+        "\x00\x1b[31m",
+        "é" * 10,
+        "a" * 5_000_000,
+        "\n" * 1_000_000,
+        "bridge '" * 100_000,
+        "cfs-lock '/etc/pve/x' " * 15_000,
+    ],
 )
 def test_no_text_can_break_the_look(words: str) -> None:
     assert recognise(everywhere(words), "provision") == ()
