@@ -166,6 +166,21 @@ def test_an_image_in_content_iso_is_told(environment: Make) -> None:
     only(environment(image="local:iso/debian.img"), "content import or images only")
 
 
+@pytest.mark.parametrize("image", ["local:iso/debian.img", "second:9/vm-9-disk-0.qcow2"])
+def test_an_image_is_fetched_to_where_pve_takes_it(environment: Make, host: MemoryHost, image: str) -> None:
+    with host.open() as model:
+        model.state["storages"]["second"] = {"type": "dir", "content": "images,rootdir"}
+    found = only(environment(image=image), "storage/local/download-url --content import")
+    assert "pvesm set" not in found
+    with host.open() as model:
+        # As installed: a download is refused [ownL-035].
+        model.state["storages"]["local"]["content"] = "iso,vztmpl,backup"
+    found = next(each for each in findings(environment(image=image)) if each.startswith("image:"))
+    given = found.index("pvesm set local --content backup,import,iso,snippets,vztmpl")
+    assert given < found.index("storage/local/download-url")
+    assert "second/download-url" not in found
+
+
 def test_an_image_on_an_unknown_storage_is_told(environment: Make) -> None:
     only(environment(image="tank:import/x.qcow2"), "'tank'", "local")
 

@@ -30,6 +30,19 @@ def fetch(node: str, storage: str) -> str:
     )  # fmt: skip
 
 
+def _fetched(seen: Seen, wanted: str = "") -> tuple[str, ...]:
+    """The commands after which it is there: on the storage `wanted`, if that takes what is to be imported."""
+    able = _able(seen)
+    if not able:
+        # PVE refuses it on a storage that lacks the content.
+        return mending.content(seen, "import"), fetch(seen.host.node, mending.home(seen))
+    return (fetch(seen.host.node, wanted if wanted in able else able[0]),)
+
+
+def _able(seen: Seen) -> list[str]:
+    return [str(each["storage"]) for each in seen.storages if usable(each) and "import" in contents(each)]
+
+
 def image(seen: Seen) -> Iterator[Finding]:
     """An image among the import volumes of the host, or the one that was named."""
     if seen.settings.template or not seen.boots:
@@ -38,13 +51,12 @@ def image(seen: Seen) -> Iterator[Finding]:
         wanted = imagefile.read(seen.settings.image)
         yield from _named_image(seen) if wanted.kind == "volume" else _brought_image(seen, wanted)
         return
-    node, storages = seen.host.node, seen.storages
-    importing = [str(each["storage"]) for each in storages if usable(each) and "import" in contents(each)]
+    importing = _able(seen)
     if not importing:
         yield Finding(
             "image", "a storage with content import, and a Debian cloud image in it", "no such storage",
             "Give one that content, and fetch an image.",
-            fix=(mending.content(seen, "import"), fetch(node, mending.home(seen))),
+            fix=_fetched(seen),
         )  # fmt: skip
         return
     volumes = [volid for storage in importing for volid in _imports(seen, storage)]
@@ -57,7 +69,7 @@ def image(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "image", f"a Debian cloud image among the import volumes of {', '.join(importing)}",
             ", ".join(sorted(volumes)) or "none", "Name one in nested_pve_image, or fetch one.",
-            fix=(fetch(node, importing[0]),),
+            fix=_fetched(seen),
         )  # fmt: skip
         return
     yield fine("image", str(seen.choices.image))
@@ -65,8 +77,7 @@ def image(seen: Seen) -> Iterator[Finding]:
 
 def _brought_image(seen: Seen, wanted: imagefile.Image) -> Iterator[Finding]:
     """One that the run brings: where it will be. Nothing is fetched before the VM is made."""
-    storages, origin = seen.storages, seen.settings.origin("image")
-    able = [str(each["storage"]) for each in storages if usable(each) and "import" in contents(each)]
+    origin, able = seen.settings.origin("image"), _able(seen)
     if not able:
         yield Finding(
             "image", f"a storage with content import, for {wanted.text} ({origin})", "no such storage",
@@ -103,7 +114,7 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "image", f"a volume with content import, like {storage}:import/debian-13.qcow2 ({origin})", name,
             "PVE imports disks from content import or images only: put the file into that.",
-            fix=(fetch(node, storage),),
+            fix=_fetched(seen, storage),
         )  # fmt: skip
         return
     if kind not in contents(there):
@@ -116,7 +127,7 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
     if name not in volumes:
         yield Finding(
             "image", f"{name} ({origin})", ", ".join(sorted(volumes)) or f"no {kind} volume on {storage}",
-            "Set nested_pve_image to one of these, or fetch one.", fix=(fetch(node, storage),),
+            "Set nested_pve_image to one of these, or fetch one.", fix=_fetched(seen, storage),
         )  # fmt: skip
         return
     seen.choose(origin, image=name)
@@ -124,8 +135,7 @@ def _named_image(seen: Seen) -> Iterator[Finding]:
 
 
 def _lists(seen: Seen) -> tuple[str, ...]:
-    able = [str(each["storage"]) for each in seen.storages if usable(each) and "import" in contents(each)]
-    return tuple(shlex.join(["pvesm", "list", name, "--content", "import"]) for name in able[:3])
+    return tuple(shlex.join(["pvesm", "list", name, "--content", "import"]) for name in _able(seen)[:3])
 
 
 def _imports(seen: Seen, storage: str, kind: str = "import") -> list[str]:
