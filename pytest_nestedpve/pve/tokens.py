@@ -43,6 +43,19 @@ _READ_TRUST = (
 )
 
 
+def trust_of(ssh: SshLike) -> Trust:
+    """What the certificate of that host's API is checked against, read by root. Raises NoHttps."""
+    answer = ssh.run(_READ_TRUST, timeout=30)
+    if not answer.ok:
+        raise NoHttps(f"its certificate cannot be read: {' '.join(answer.stderr.split())[:200]}")
+    return read_trust(answer.stdout)
+
+
+def greet(ssh: SshLike, trust: Trust) -> None:
+    """Connect to that host's API and end the connection: neither a token nor a request. Raises NoHttps."""
+    HttpsClient(ssh.open_channel, trust, "").greet(_CALL)
+
+
 class Tokens:
     """The tokens that one session holds on one host, and the clients that use them. Thread-safe.
 
@@ -149,7 +162,7 @@ class Tokens:
     def _see_by_ssh(self) -> None:
         trust = self._read_trust()
         # A token is made only where one can be used.
-        HttpsClient(self._ssh.open_channel, trust, "").greet(_CALL)
+        greet(self._ssh, trust)
         name = SEES + secrets.token_hex(4)
         self._made.add(name)
         # One start of pveum; everything else goes over HTTPS with this token (facts 63).
@@ -266,10 +279,7 @@ class Tokens:
 
     def _read_trust(self) -> Trust:
         if self._trust is None:
-            answer = self._ssh.run(_READ_TRUST, timeout=30)
-            if not answer.ok:
-                raise NoHttps(f"its certificate cannot be read: {' '.join(answer.stderr.split())[:200]}")
-            self._trust = read_trust(answer.stdout)
+            self._trust = trust_of(self._ssh)
         return self._trust
 
 

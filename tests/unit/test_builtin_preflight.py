@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from https_host import certificate, https_host
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
@@ -434,14 +435,41 @@ def test_the_doctor_makes_no_token_on_a_host_that_has_https(host: MemoryHost) ->
     assert not any("pveum" in line or "token" in line for line in sent)
 
 
-def test_a_port_that_does_not_answer_is_a_warning_and_pvesh_is_what_would_be_used(
-    environment: Make, host: MemoryHost
-) -> None:
-    from pytest_nestedpve.builtin.checks.look import FOR_PEOPLE, look
-    from pytest_nestedpve.builtin.checks.seen import Seen
+NEW_CERTIFICATE = "pvecm updatecerts --force"
 
-    seen = Seen(host.connect(), environment().settings, by_https=True)
-    found = look(seen, checks=[Check(each.name, each.do) for each in FOR_PEOPLE])
-    assert found.findings[0].level == "warning"
-    assert found.findings[0].fix[0] == "systemctl restart pveproxy"
-    assert seen.choices.transport == "pvesh over SSH"
+
+@pytest.mark.parametrize(
+    ("case", "words", "first"),
+    [
+        ("closed", "port 8006", "systemctl restart pveproxy"),
+        ("expired", "expired", NEW_CERTIFICATE),
+        ("nameless", "no subject alternative name", NEW_CERTIFICATE),
+        ("another", "not the one that root reads", NEW_CERTIFICATE),
+        ("as it should be", "answers", None),
+    ],
+)
+def test_where_https_cannot_be_used_a_warning_says_why_and_no_token_is_made(
+    tmp_path: Path, case: str, words: str, first: str | None
+) -> None:
+    from pytest_nestedpve.builtin.checks.seen import Seen
+    from pytest_nestedpve.builtin.checks.ways import transport
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.pve.hostapi import HostApi
+    from pytest_nestedpve.settings import Settings
+
+    with https_host(tmp_path) as served:
+        served.listens = case != "closed"
+        if case in ("expired", "nameless"):
+            pem = certificate(days=-1) if case == "expired" else certificate(names=())
+            served.serve_with(pem)
+            served.read_pem = pem[0]
+        if case == "another":
+            served.serve_with(certificate())
+        seen = Seen(PveHost("father", served, HostApi(served)), Settings(), by_https=True)
+        (found,) = transport(seen)
+        assert served.asked == []
+        assert served.made == 0
+    assert found.level == ("warning" if first else "ok")
+    assert words in found.found
+    assert str(seen.choices.transport).startswith("pvesh" if first else "HTTPS")
+    assert found.fix[:1] == ((first,) if first else ())

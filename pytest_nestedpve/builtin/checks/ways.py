@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING
 from pytest_nestedpve.builtin.checks.finding import WARNING, Finding, fine
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.https import PORT, NotTaken
+from pytest_nestedpve.pve.tokens import greet, trust_of
 
 if TYPE_CHECKING:
     from pytest_nestedpve.builtin.checks.seen import Seen
 
-PORT = 8006
 _SSHD = "/etc/ssh/sshd_config.d/10-nested-pve.conf"
 
 
@@ -61,21 +61,25 @@ def quorum(seen: Seen) -> Iterator[Finding]:
 
 
 def transport(seen: Seen) -> Iterator[Finding]:
-    """Whether port 8006 answers: calls then go over HTTPS, by tokens that PVE holds to the run's pool."""
+    """Whether port 8006 answers, with a certificate that can be checked: calls then go over HTTPS, by tokens
+    that PVE holds to the run's pool.
+    """
     if not seen.by_https:
         seen.choose(
             "what this host was given with", transport=str(getattr(seen.host.api, "transport", "API"))
         )
         return
+    # Runs ask the node that the login ends on, for all of the cluster.
+    ssh, mends = seen.host.entry.ssh, ("systemctl restart pveproxy", "systemctl status pveproxy")
     try:
-        with contextlib.closing(seen.host.ssh.open_channel("127.0.0.1", PORT)):
-            pass
-    except (PveError, OSError) as e:
-        seen.choose(f"port {PORT} does not answer", transport="pvesh over SSH")
+        greet(ssh, trust_of(ssh))
+    except PveError as e:
+        seen.choose(f"port {PORT} cannot be used", transport="pvesh over SSH")
         yield Finding(
-            "transport", f"the API on port {PORT} of the host, through SSH", " ".join(str(e).split())[:200],
+            "transport", f"the API on port {PORT} of the host, through SSH, with a certificate that holds",
+            " ".join(str(e).split())[:200],
             "Without it root's pvesh does everything: slower, and PVE does not hold the run to its pool.",
-            fix=("systemctl restart pveproxy", "systemctl status pveproxy"), level=WARNING,
+            fix=mends if isinstance(e, NotTaken) else ("pvecm updatecerts --force", *mends), level=WARNING,
         )  # fmt: skip
         return
     seen.choose(f"port {PORT} answers", transport="HTTPS through SSH, with tokens of the run")
