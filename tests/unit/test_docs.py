@@ -19,6 +19,7 @@ import pytest
 from pytest_nestedpve import builtin, hooks, options
 from pytest_nestedpve.nested import NestedPve
 from pytest_nestedpve.options import KEYS
+from pytest_nestedpve.pve.routes import grants
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -203,3 +204,14 @@ def test_every_hook_is_documented_with_its_arguments_and_no_other() -> None:
         if name.startswith("pytest_nestedpve_")
     }
     assert {name: arguments.split(", ") for name, arguments in told} == known
+
+
+def test_what_a_run_makes_on_a_host_and_what_its_token_may_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "real-hosts.md").read_text(encoding="utf-8")
+    table = page.partition("## What a run makes")[2].partition("## ")[0]
+    clone = "/nodes/father/qemu/9000/clone", {"pool": "npve-x", "storage": "fast", "net0": "virtio,bridge=b"}
+    for path in ("/pool/npve-x", *(each.path for each in grants(*clone))):
+        assert f"/{path.split('/')[1]}/" in table, path
+    # Written by root beside the API: imagefile, vendor, and what passes one node on to another.
+    for written in ("`import/", "`import` and `snippets`", "`npve-RUN-….yaml`", "`/var/tmp/.nestedpve-…`"):
+        assert written in table
