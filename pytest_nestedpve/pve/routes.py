@@ -13,7 +13,8 @@ class Identity(Enum):
     """Who makes a call."""
 
     SEE = "see"
-    """A token that sees everything, with minutes to live. Never sent what could hit a guest or a volume."""
+    """A token that sees everything, with minutes to live. Never sent what could hit a guest or a volume that
+    is there, except on a nested PVE, whose everything is the tests' own (`free`)."""
     ACT = "act"
     """The token of one pool: PVE itself refuses it every other guest."""
     ROOT = "root"
@@ -32,7 +33,7 @@ _GUEST = re.compile(r"/nodes/[^/]+/(?:qemu|lxc)(?:/(?P<vmid>\d+)(?P<rest>/.*)?)?
 # Refused to every token, whatever its rights (facts 44, 48).
 _ROOT_KEYS = re.compile(r"(?:args|skiplock|startup|hookscript|lock|hostpci\d+|usb\d+|parallel\d+)\Z")
 _ROOT_CALLS = ("/monitor", "/sendkey")
-# What the token that sees may change: pools, access control, and a download.
+# What the token that sees may change: pools, access control, and a download, which makes a new volume.
 _SEE_WRITES = re.compile(r"/pools\Z|/access/|/nodes/[^/]+/storage/[^/]+/download-url\Z")
 _VOLUME = re.compile(r"(?:^|[=,])(?P<storage>[A-Za-z][A-Za-z0-9._-]*[A-Za-z0-9]):(?=\S)")
 _DISKS = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z|cicustom\Z|vmstatestorage\Z")

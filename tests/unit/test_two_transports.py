@@ -106,6 +106,22 @@ def test_what_changes_a_guest_goes_by_the_pools_token_and_by_nothing_else(
     assert identity(method, path, params, pool=pool) is expected
 
 
+def test_the_page_names_all_that_the_token_that_sees_may_change() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transports.md").read_text(encoding="utf-8")
+    paragraph = next(line for line in page.splitlines() if line.startswith("- **One that sees.**"))
+    outer, _, nested = paragraph.partition("A nested PVE")
+    for name, path in (
+        ("pools", "/pools"),
+        ("tokens", "/access/users/root@pam/token/x"),
+        ("access rights", "/access/acl"),
+        ("download", "/nodes/father/storage/local/download-url"),
+        ("everything", VM),
+    ):
+        free = name == "everything"
+        assert identity("post", path, {}, pool=None, free=free) is Identity.SEE
+        assert name in (nested if free else outer)
+
+
 def test_a_pools_token_is_granted_the_storages_and_bridges_that_a_call_names_and_no_guest() -> None:
     params = {
         "scsi0": "fast:0,import-from=local:import/debian.qcow2,format=qcow2",
