@@ -51,9 +51,9 @@ class Line:
         self.why_not = ""
         """Why HTTPS was not used the last time; empty as long as it was."""
 
-    def _tell(self, cmd: str, rc: int, ms: float) -> None:
+    def _tell(self, transport: str, cmd: str, rc: int, ms: float) -> None:
         if self.tell is not None:
-            self.tell("ssh" if cmd.startswith("pveum ") else "https:see", cmd, rc, ms)
+            self.tell(transport, cmd, rc, ms)
 
     def _hide(self, secret: str) -> None:
         if self.hide is not None:

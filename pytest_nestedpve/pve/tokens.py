@@ -59,11 +59,11 @@ def greet(ssh: SshLike, trust: Trust) -> None:
 class Tokens:
     """The tokens that one session holds on one host, and the clients that use them. Thread-safe.
 
-    `tell(cmd, rc, ms)` hears of each call that is made here; `hide(secret)` of each token's value.
+    `tell(transport, cmd, rc, ms)` hears of each call that is made here; `hide(secret)` of each token's value.
     """
 
     def __init__(
-        self, ssh: SshLike, *, tell: Callable[[str, int, float], None], hide: Callable[[str], None]
+        self, ssh: SshLike, *, tell: Callable[[str, str, int, float], None], hide: Callable[[str], None]
     ) -> None:
         self._ssh = ssh
         self._tell = tell
@@ -151,11 +151,10 @@ class Tokens:
     def _remove_all(self, names: list[str]) -> None:
         if self._see is not None:
             try:
-                return remove_with_grants(_Direct(self), names)
+                return remove_with_grants(_Direct(self.send), names)
             except (NoHttps, SshError, CommandTimeout, Unauthorized):
                 pass  # as root then: nothing may stay because HTTPS does not work any more
-        with call_limit(_BY_PVESH):
-            return remove_with_grants(PveshApi(self._ssh), names)
+        return remove_with_grants(_Direct(self._send_as_root), names)
 
     # -- making them ---------------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ class Tokens:
             "--output-format json"
         )
         answer = self._ssh.run(["env", "LC_ALL=C.UTF-8", "sh", "-c", script], timeout=60, secret=True)
-        self._tell(f"pveum user token add {USER} {name}", answer.rc, round(answer.ms, 1))
+        self._tell("ssh", f"pveum user token add {USER} {name}", answer.rc, round(answer.ms, 1))
         if not answer.ok:
             self._made.discard(name)
             raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
@@ -246,9 +245,9 @@ class Tokens:
 
     def send(self, method: str, path: str, /, **params: Any) -> Any:
         """A call by the token that sees: tokens and ACLs only. Raises what `HttpsClient.call` does."""
-        rc = 0
-        client, began = self.seeing(), time.monotonic()
-        try:
+        client = self.seeing()
+
+        def call() -> Any:
             try:
                 return patiently(lambda: client.call(method, path, params, _CALL))
             except Unauthorized:
@@ -256,17 +255,33 @@ class Tokens:
                     raise
                 self.renew(client)
                 return self.seeing().call(method, path, params, _CALL)
+
+        return self._telling("https:see", method, path, params, call)
+
+    def _send_as_root(self, method: str, path: str, /, **params: Any) -> Any:
+        def call() -> Any:
+            with call_limit(_BY_PVESH):
+                return getattr(PveshApi(self._ssh), method.lower())(path, **params)
+
+        return self._telling("pvesh", method, path, params, call)
+
+    def _telling(
+        self, transport: str, method: str, path: str, params: dict[str, Any], call: Callable[[], Any]
+    ) -> Any:
+        rc, began = 0, time.monotonic()
+        try:
+            return call()
         except BaseException as error:
             rc = int(getattr(error, "rc", None) or 255)
             raise
         finally:
             detail = (params["path"], params["roles"]) if "roles" in params else ()
             ms = round((time.monotonic() - began) * 1000, 1)
-            self._tell(" ".join([method.lower(), path, *detail]), rc, ms)
+            self._tell(transport, " ".join([method.lower(), path, *detail]), rc, ms)
 
     def _remove(self, name: str) -> None:
         try:
-            remove_with_grants(_Direct(self), [name])
+            remove_with_grants(_Direct(self.send), [name])
         except PveError:
             return  # at the end, then; if it was another session's, it is the next one's
         self._made.discard(name)
@@ -293,13 +308,13 @@ class _Acting:
 
 
 class _Direct(Verbs):
-    """The token that sees, as the Api that the functions below want."""
+    """What sends calls of its own, as the Api that the functions below want."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, send: Callable[..., Any]) -> None:
+        self._send = send
 
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
-        return self._tokens.send(verb.upper(), path, **params)
+        return self._send(verb.upper(), path, **params)
 
 
 # -- what a run leaves behind ----------------------------------------------------------------------

@@ -580,6 +580,8 @@ def assert_rights_first(host: HttpsHost) -> None:
 def test_tokens_go_as_root_when_https_does_not_work_any_more(
     host: HttpsHost, api: HostApi, lost: bool
 ) -> None:
+    told: list[tuple[str, str, int, float]] = []
+    api.listen(lambda *call: told.append(call), lambda _: None)
     api.post(f"{VM}/status/start")
     host.tokens["terraform"] = "of somebody"
     host.rights = rights_of(next(name for name in host.tokens if name.startswith(POOL)))
@@ -590,6 +592,7 @@ def test_tokens_go_as_root_when_https_does_not_work_any_more(
         api.line.tokens.seeing().close()
     api.close()
     assert list(host.tokens) == ["terraform"]
+    assert {cmd.split()[0] for transport, cmd, *_ in told if transport == "pvesh"} >= {"get", "delete"}
     assert lost or [each.split()[:2] for each in host.pvesh() if "/acl" in each] == [
         ["get", "/access/acl"],
         ["set", "/access/acl"],
