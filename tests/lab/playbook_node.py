@@ -213,7 +213,13 @@ class Node:
         host["ansible_ssh_common_args"] = f"-F {shlex.quote(str(self.ssh_config))}"
         inventory.write_text(json.dumps({"all": {"hosts": {self.name: host}}}))
         program = Path(sys.executable).with_name("ansible-playbook")
-        environment = {"ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8", "ANSIBLE_HOME": str(self.dir / "ansible")}
+        environment = {
+            "ANSIBLE_NOCOLOR": "1",
+            "LC_ALL": "C.UTF-8",
+            "ANSIBLE_HOME": str(self.dir / "ansible"),
+            # Elsewhere connections are shared by name: with a node of that name in another lab.
+            "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.dir / "cp"),
+        }
         try:
             done = subprocess.run(
                 [program, "-i", inventory, "-e", f"@{given}", *arguments, PLAYBOOKS / playbook],
