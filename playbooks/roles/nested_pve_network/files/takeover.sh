@@ -83,4 +83,8 @@ while [ -z "$(address)" ]; do
 done
 # the neighbours learn at once where the address is now
 command -v arping >/dev/null && arping -c 1 -A -I "$bridge" "$(address | cut -d/ -f1)" >/dev/null 2>&1
+# A later takeover that fails puts back what it has found itself, not what was there before this one.
+replaced=$state/replaced.$(date +%s)
+mkdir -p "$replaced"
+for file in $state/netplan $state/*.before; do mv "$file" "$replaced/" 2>/dev/null; done
 echo "ok $(address)" > $result
