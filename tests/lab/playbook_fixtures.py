@@ -59,6 +59,7 @@ class Fresh:
     before: str
     no_card: Played
     no_address: Played
+    no_gateway: Played
     after: str
 
 
@@ -77,6 +78,9 @@ def fresh(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Fr
         no_card=node.play("nested-pve-network.yml", nested_pve_nic="eth7"),
         no_address=node.play(
             "nested-pve-network.yml", nested_pve_network_mode="static", nested_pve_address="auto"
+        ),
+        no_gateway=node.play(
+            "nested-pve-network.yml", nested_pve_network_mode="static", nested_pve_address="203.0.113.9/24"
         ),
         after=node.sh(LOOK),
     )
@@ -214,10 +218,10 @@ def changed(installed: Installed) -> Changed:
     )
     # None that father's DHCP server gives away: it may be the other node's.
     wanted = f"{net}.251"
+    # The gateway in use stays.
     static = {
         "nested_pve_network_mode": "static",
         "nested_pve_address": f"{wanted}/24",
-        "nested_pve_gateway": f"{net}.1",
         "pve_repository_url": node.variables["pve_repository_url"],
     }
     cut = node.play("nested-pve-network.yml", **static, nested_pve_network_reconnect_timeout=2)

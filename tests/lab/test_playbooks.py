@@ -36,6 +36,12 @@ def test_a_static_mode_without_an_address_fails_before_anything_is_changed(fresh
     assert fresh.no_address.changed == 0
 
 
+def test_an_address_that_does_not_reach_the_gateway_fails_before_anything_is_changed(fresh: Fresh) -> None:
+    assert fresh.no_gateway.rc != 0
+    assert "found it outside: set nested_pve_gateway; nothing was changed" in fresh.no_gateway.output
+    assert fresh.no_gateway.changed == 0
+
+
 # -- pve-install.yml
 
 

@@ -1,13 +1,15 @@
-"""takeover.sh on a directory that stands for a node's files, with commands that do nothing but answer."""
+"""probe.py and takeover.sh: a directory stands for a node's files, and commands do nothing but answer."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "playbooks/roles/nested_pve_network/files/takeover.sh"
+FILES = Path(__file__).parents[2] / "playbooks/roles/nested_pve_network/files"
 STUB = "../run/systemd/resolve/stub-resolv.conf"
 #: A unit is active if its file is there. The bridge gets its address if `leased` is there.
 SYSTEMCTL = """\
@@ -31,7 +33,7 @@ class Node:
         for name in ("etc/netplan", "etc/network", "etc/cloud/cloud.cfg.d", "active", "bin"):
             (root / name).mkdir(parents=True)
         self.state.mkdir(parents=True)
-        text = SCRIPT.read_text()
+        text = (FILES / "takeover.sh").read_text()
         for place in ("/etc/", "/run/", "/var/lib/"):
             text = text.replace(place, f"{root}{place}")
         (root / "takeover.sh").write_text(text)
@@ -98,3 +100,43 @@ def test_a_takeover_that_was_cut_off_is_put_back_by_the_next_one_that_fails(node
     (node.root / "etc/netplan").mkdir()
     node.take_over("the bridge\n", leased=False)
     assert node.seen()["etc/netplan/50-cloud-init.yaml"] == "by cloud-init\n"
+
+
+@pytest.mark.parametrize(("arguments", "servers"), [((), "192.0.2.53"), (("names",), "192.0.2.1")])
+def test_named_servers_replace_those_of_a_plain_file_and_servers_in_use_do_not(
+    node: Node, arguments: tuple[str, ...], servers: str
+) -> None:
+    (node.root / "active/systemd-resolved.service").unlink()
+    file = node.root / "etc/resolv.conf"
+    file.unlink()
+    file.write_text("nameserver 192.0.2.53\n")
+    assert node.take_over("the bridge\n", leased=False, arguments=arguments).startswith("failed")
+    assert file.read_text() == "nameserver 192.0.2.53\n"
+    assert node.take_over("the bridge\n", leased=True, arguments=arguments).startswith("ok")
+    assert file.read_text() == f"nameserver {servers}\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "gateway", "stays"),
+    [
+        ("eth0", "192.0.2.9/24", "192.0.2.1", True),
+        ("eth0", "198.51.100.9/24", "192.0.2.1", False),
+        ("eth0", "auto", "192.0.2.1", False),
+        ("eth1", "198.51.100.9/24", "", True),
+    ],
+    ids=["in the new network", "outside of it", "no address", "by another card"],
+)
+def test_the_gateway_of_the_card_is_told_and_whether_the_new_address_reaches_it(
+    tmp_path: Path, device: str, wanted: str, gateway: str, stays: bool
+) -> None:
+    links = [{"ifname": name, "address": f"52:54:00:00:00:0{name[-1]}"} for name in ("eth0", "eth1")]
+    route = [{"dst": "default", "gateway": "192.0.2.1", "dev": device}]
+    says = f"case \"$*\" in *link*) echo '{json.dumps(links)}' ;; *route*) echo '{json.dumps(route)}' ;; esac"
+    (tmp_path / "ip").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "ip").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, FILES / "probe.py", "vmbr0", "eth0", "", wanted],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert (told["gateway"], told["gateway_stays"]) == (gateway, stays)

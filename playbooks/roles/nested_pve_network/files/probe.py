@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """Tell as JSON which card is meant, what the bridge has, and what resolves names. Changes nothing."""
 
+import ipaddress
 import json
 import os
 import subprocess
@@ -33,6 +34,13 @@ def name_servers():
     return found
 
 
+def reaches(address, gateway):
+    try:
+        return ipaddress.ip_address(gateway) in ipaddress.ip_interface(address).network
+    except ValueError:
+        return False
+
+
 def choose(links, nic, mac, bridge):
     """The card's name, or an empty text: an explicit name, a MAC, the default route, in this order."""
     if nic:
@@ -63,7 +71,13 @@ def main():
     card = choose(links, nic, mac, bridge)
     on_bridge = addresses(bridge) if bridge in links else []
     here = on_bridge or (addresses(card) if card else [])
-    gateways = [route["gateway"] for route in ip("-4", "route", "show", "default") if "gateway" in route]
+    # A default route by another card stays as it is.
+    gateways = [
+        route["gateway"]
+        for route in ip("-4", "route", "show", "default")
+        if "gateway" in route and route.get("dev") in (card, bridge)
+    ]
+    gateway = gateways[0] if gateways else ""
     enslaved = bool(card) and links[card].get("master") == bridge
     json.dump(
         {
@@ -71,7 +85,8 @@ def main():
             "nics": sorted(links),
             "mac": links[card].get("address", "") if card else "",
             "address": here[0] if here else "",
-            "gateway": gateways[0] if gateways else "",
+            "gateway": gateway,
+            "gateway_stays": not gateway or reaches(wanted, gateway),
             "dns": name_servers(),
             # A bridge with the address that is wanted is left alone, whoever made it.
             "done": enslaved and bool(on_bridge) and (not wanted or wanted in on_bridge),

@@ -1,9 +1,10 @@
 #!/bin/sh
-# takeover.sh NIC BRIDGE SECONDS: from netplan and systemd-networkd to ifupdown2, in one go, without a terminal.
-# Runs as a transient unit, because the SSH session it was asked for in may not survive it.
+# takeover.sh NIC BRIDGE SECONDS [names]: from netplan and systemd-networkd to ifupdown2, in one go, without a
+# terminal. Runs as a transient unit, because the SSH session it was asked for in may not survive it. With `names`
+# the servers of its own resolv.conf replace those that are there, whatever made them.
 # Its last act is a line in RESULT: "ok ADDRESS", or "failed REASON" after the old set-up is back.
 set -u
-nic=$1 bridge=$2 limit=$3
+nic=$1 bridge=$2 limit=$3 names=${4:-}
 state=/var/lib/nested-pve/network
 result=$state/result
 mkdir -p $state/netplan
@@ -54,7 +55,7 @@ systemctl disable --now systemd-networkd.socket systemd-networkd.service systemd
 if systemctl cat NetworkManager.service >/dev/null 2>&1; then systemctl disable --now NetworkManager.service; fi
 
 # 2. names: resolved knows servers by link, and the link goes; so a plain file, and whoever gets a lease writes it
-if [ -L /etc/resolv.conf ] || [ -n "$resolved" ]; then
+if [ -L /etc/resolv.conf ] || [ -n "$resolved$names" ]; then
     cp -P /etc/resolv.conf $state/resolv.conf.before
     rm -f /etc/resolv.conf
     cp $state/resolv.conf /etc/resolv.conf
