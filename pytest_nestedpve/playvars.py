@@ -70,8 +70,13 @@ def ssh(settings: Settings, facts: Facts, run: Run) -> dict[str, Any]:
 
 
 def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
-    """Every configured source as a tar below the run's directory. Raises SourceError, CommandTimeout."""
-    return tuple(sources.pack(source, run.dir / "sources") for source in settings.sources)
+    """Every configured source as a tar below the run's directory. Raises SourceError, CommandTimeout.
+
+    Secrets go by themselves, with their own mode and not to the leaf: no source has them.
+    """
+    return tuple(
+        sources.pack(source, run.dir / "sources", without=settings.secrets) for source in settings.sources
+    )
 
 
 def repos(

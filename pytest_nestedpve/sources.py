@@ -46,8 +46,8 @@ class Packed:
     origin: str  # for people: the path, or the URL without password, and the commit
 
 
-def pack(source: Source, target: Path, *, timeout: float = 300.0) -> Packed:
-    """Write the tar of `source` into the directory `target`, mode 0600.
+def pack(source: Source, target: Path, *, without: Iterable[Path] = (), timeout: float = 300.0) -> Packed:
+    """Write the tar of `source` into the directory `target`, mode 0600, but for the files in `without`.
 
     Modes: 0755 for what the owner may execute, else 0644; symbolic links stay links (one that leaves the
     source is refused). `timeout` in seconds bounds each git command. Raises SourceError, CommandTimeout.
@@ -64,7 +64,12 @@ def pack(source: Source, target: Path, *, timeout: float = 300.0) -> Packed:
     if not root.is_dir():
         raise SourceError(f"source {source.name}: expected a directory at {root}, found none")
     files = _listed(root, timeout) if in_work_tree(root, timeout) else _walked(root)
-    return _write(source.name, root, files, target, str(root))
+    # A link is known by its own place and by the file that it leads to: both would give the content away.
+    left_out = {found for path in without for found in (path.parent.resolve() / path.name, path.resolve())}
+    real = root.resolve()
+    return _write(
+        source.name, root, [each for each in files if real / each not in left_out], target, str(root)
+    )
 
 
 def in_work_tree(root: Path, timeout: float = 30.0) -> bool:

@@ -266,6 +266,7 @@ def served(keyed: Keyed, tmp_path_factory: pytest.TempPathFactory) -> Served:
     node.sh("pveum user token remove root@pam nested-pve; rm /root/allowed")
     node.sh(f"mkdir {SITE}/made; touch {SITE}/made/here; echo changed by hand >> {SITE}/README")
     between = look(node)
+    node.sh(f"chmod 644 {SITE}/secrets.yaml")
     (site.root / "old/deep/stale.yaml").unlink()
     site.write("new/fresh.yaml", "comes\n")
     variables["nested_pve_source_archives"] = site.archive(packed)

@@ -7,9 +7,14 @@ import stat
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from pytest_nestedpve import playvars
+from pytest_nestedpve.run import Run
+from pytest_nestedpve.settings import Settings
 from pytest_nestedpve.sources import Packed, SourceError, pack
 from pytest_nestedpve.values import Source
 
@@ -105,6 +110,30 @@ def test_a_broken_repository_is_refused_rather_than_packed_whole(tmp_path: Path)
     write(root, ".git", "gitdir: /nonexistent\n")
     with pytest.raises(SourceError, match=r"does not take it for a working tree"):
         pack(Source("site", str(root)), tmp_path / "out")
+
+
+def test_what_is_left_out_is_in_no_archive_though_it_lies_in_the_source(repo: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    write(plain, "site.yml")
+    for root, others in ((repo, (".gitignore", "tracked.txt")), (plain, ("site.yml",))):
+        write(root, "in/real.yml", "hunter2\n")
+        write(root, "token", "hunter2\n")
+        (root / "secrets.yml").symlink_to("in/real.yml")
+        (tmp_path / "way").unlink(missing_ok=True)
+        (tmp_path / "way").symlink_to(root)
+        without = [root / "secrets.yml", tmp_path / "way/token"]
+        assert pack(Source("site", str(root)), tmp_path / "out", without=without).files == others
+
+
+def test_a_secret_inside_of_a_source_goes_by_itself_and_not_to_the_leaf(tmp_path: Path) -> None:
+    secret = write(tmp_path, "plain/secrets.yml")
+    write(tmp_path, "plain/site.yml")
+    settings = Settings(sources=(Source("site", str(secret.parent)),), secrets=(secret,))
+    packed = playvars.pack_sources(settings, cast(Run, SimpleNamespace(dir=tmp_path / "run")))
+    assert [each.files for each in packed] == [("site.yml",)]
+    assert playvars.leaf(settings, packed)["nested_pve_secret_files"] == []
+    (there,) = playvars.source_variables(settings, packed)["nested_pve_secret_files"]
+    assert there == {"src": str(secret), "dest": "/opt/sources/site/secrets.yml"}
 
 
 def test_modes_say_only_whether_a_file_is_a_program(repo: Path, tmp_path: Path) -> None:
