@@ -1,8 +1,9 @@
 #!/usr/bin/python3
 """unpack.py ARCHIVE DIRECTORY STATE DIGEST: make DIRECTORY hold what ARCHIVE holds.
 
-Files of the last archive that are not in this one go; files that came from elsewhere stay. STATE is the
-path, without ending, of the list of files and the digest that tells the next run that nothing is to do.
+Files of the last archive that are not in this one go, before this one's come: what was a link or a file may be
+a directory now. Files that came from elsewhere stay. STATE is the path, without ending, of the list of files and
+the digest that tells the next run that nothing is to do.
 """
 
 import os
@@ -18,7 +19,34 @@ def inside(name):
     return clean
 
 
-def write(tar, member, target):
+def in_the_way(directory, name):
+    """The link or file that stands where `name` needs a directory, or None."""
+    at = directory
+    for part in name.split("/")[:-1]:
+        at = os.path.join(at, part)
+        if os.path.islink(at) or (os.path.exists(at) and not os.path.isdir(at)):
+            return at
+    return None
+
+
+def remove(directory, name):
+    path = os.path.join(directory, name)
+    # What lies behind a link, or is a directory now, came from elsewhere.
+    if in_the_way(directory, name) or (os.path.isdir(path) and not os.path.islink(path)):
+        return
+    if os.path.lexists(path):
+        os.unlink(path)
+    while (path := os.path.dirname(path)) != directory:
+        try:
+            os.rmdir(path)
+        except OSError:
+            return
+
+
+def write(tar, member, directory, name):
+    target = os.path.join(directory, name)
+    if found := in_the_way(directory, name):
+        raise SystemExit(f"expected a directory or nothing at {found}, found a link or a file: remove it")
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.isdir(target) and not os.path.islink(target):
         raise SystemExit(f"expected a file or nothing at {target}, found a directory: remove it")
@@ -41,6 +69,11 @@ def write(tar, member, target):
         raise
 
 
+def note(path, text):
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
 def main():
     archive, directory, state, digest = sys.argv[1:5]
     try:
@@ -49,26 +82,17 @@ def main():
     except OSError:
         before = set()
     os.makedirs(directory, exist_ok=True)
-    names = set()
     with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isreg() or member.issym():
-                name = inside(member.name)
-                names.add(name)
-                write(tar, member, os.path.join(directory, name))
-    for name in sorted(before - names, reverse=True):
-        path = os.path.join(directory, inside(name))
-        if os.path.lexists(path):
-            os.unlink(path)
-        above = os.path.dirname(path)
-        while above != directory and not os.listdir(above):
-            os.rmdir(above)
-            above = os.path.dirname(above)
-    with open(state + ".files", "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write("\0".join(sorted(names)))
-    # Last: a run that was cut off is done again.
-    with open(state + ".digest", "w", encoding="ascii") as file:
-        file.write(digest)
+        members = {inside(each.name): each for each in tar if each.isreg() or each.issym()}
+        # A run that is cut off is done again, whichever archive comes next, and knows what this one wrote.
+        note(state + ".digest", "")
+        note(state + ".files", "\0".join(sorted(before | set(members))))
+        for name in sorted(before - set(members), reverse=True):
+            remove(directory, inside(name))
+        for name, member in members.items():
+            write(tar, member, directory, name)
+    note(state + ".files", "\0".join(sorted(members)))
+    note(state + ".digest", digest)
 
 
 main()
