@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,29 @@ def check(settings: Settings, config: pytest.Config) -> None:
                 f"{settings.origin(key)}: expected the name of a source ({listed}) before the colon; "
                 f"found {source!r}"
             )
+    if settings.secrets:
+        _check_secrets(settings)
+
+
+def _check_secrets(settings: Settings) -> None:
+    """Each has a place of its own on the nested PVE."""
+    from pytest_nestedpve.playvars import secret_destination
+
+    taken = {
+        os.path.join(settings.sources_dest, name): what
+        for name, what in [
+            *((source.name, f"the source {source.name}") for source in settings.sources),
+            (".nested-pve", "the record of what was copied"),
+        ]
+    }
+    for path in dict.fromkeys(settings.secrets):
+        destination = secret_destination(path, settings)
+        if destination in taken:
+            raise SettingsError(
+                f"{settings.origin('secrets')}: expected a place for each file; found {path} and "
+                f"{taken[destination]}, both for {destination}: give the file another name"
+            )
+        taken[destination] = str(path)
 
 
 def _check_attach(settings: Settings, config: pytest.Config) -> None:

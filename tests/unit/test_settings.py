@@ -53,6 +53,24 @@ def test_pve_host_on_the_command_line_beats_the_environment(pytester: pytest.Pyt
     assert found.origin("host") == "--pve-host"
 
 
+@pytest.mark.parametrize(
+    ("names", "also"),
+    [("a/token b/token", "a/token"), ("a/site", "the source site"), ("a/.nested-pve", "the record")],
+)
+def test_two_things_for_one_place_on_the_nested_pve_are_refused(
+    pytester: pytest.Pytester, names: str, also: str
+) -> None:
+    for name in ("a/token", "b/token", "a/site", "a/.nested-pve", "project/token"):
+        path = pytester.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    ini = "nested_pve_sources = site=project\nnested_pve_secrets = "
+    # the same one twice, and one that has its place in its source
+    assert settings(pytester, ini=f"{ini}a/token a/token project/token").secrets
+    with pytest.raises(SettingsError, match=f"nested_pve_secrets in .*{also}.*, both for /opt/sources/"):
+        settings(pytester, ini=ini + names)
+
+
 def test_an_empty_value_counts_as_not_set(pytester: pytest.Pytester) -> None:
     found = settings(pytester, ini="nested_pve_host = father", env={"NESTED_PVE_HOST": ""})
     assert found.host == "father"
