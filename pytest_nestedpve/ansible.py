@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_nestedpve import ansible_config
 from pytest_nestedpve.ansible_config import GUARDS, AnsibleConfig
 from pytest_nestedpve.inventory import Inventory, InventoryHost, nested_inventory
+from pytest_nestedpve.masking import MASK, PASSWORD_IN_ADDRESS
 from pytest_nestedpve.pve.errors import CommandTimeout, PveError
 from pytest_nestedpve.timing import Deadline
 
@@ -202,6 +203,7 @@ def run_playbook(
         "artifacts": str(artifacts),
         "ident": ident,
         "secrets": [secret for secret in args.secrets if secret],
+        "password_in_address": PASSWORD_IN_ADDRESS.pattern,
         "arguments": list(args.arguments),
     }
     with tempfile.TemporaryFile() as noise:
@@ -420,7 +422,8 @@ def _reason(answer: Mapping[str, Any]) -> str:
         if isinstance(each, dict) and each.get("failed"):
             parts.append(_reason(each))
     seen = list(dict.fromkeys(part for part in parts if part))
-    return "\n".join(seen)[:_TEXT_LIMIT] or "no reason given"
+    text = PASSWORD_IN_ADDRESS.sub(rf"\g<1>{MASK}\g<2>", "\n".join(seen))
+    return text[:_TEXT_LIMIT] or "no reason given"
 
 
 def _failure_text(result: PlaybookResult, said: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import shlex
 import shutil
@@ -70,8 +71,12 @@ def kill_descendants() -> None:
         select.select([], [], [], 0.02)
 
 
-def mask_artifacts(directory: Path, secrets: list[str]) -> None:
-    """Replace `secrets` in every file below `directory`, and close files and directories to others."""
+def mask_artifacts(directory: Path, secrets: list[str], password_in_address: str) -> None:
+    """Replace secrets in every file below `directory`, and close files and directories to others.
+
+    `password_in_address` is a pattern: addresses come with settings, variables and what commands say.
+    """
+    in_address = re.compile(password_in_address.encode())
     # As JSON holds them too: a line break in a key is \n there.
     texts = {form for secret in secrets if secret for form in (secret, json.dumps(secret)[1:-1])}
     needles = sorted((text.encode() for text in texts), key=len, reverse=True)
@@ -86,6 +91,7 @@ def mask_artifacts(directory: Path, secrets: list[str]) -> None:
             after = before
             for needle in needles:
                 after = after.replace(needle, MASK.encode())
+            after = in_address.sub(rb"\g<1>%s\g<2>" % MASK.encode(), after)
             if after != before:
                 path.write_bytes(after)
 
@@ -208,7 +214,7 @@ def main() -> NoReturn:
     def finish(rc: int) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         kill_descendants()
-        mask_artifacts(Path(job["artifacts"]), job["secrets"])
+        mask_artifacts(Path(job["artifacts"]), job["secrets"], job["password_in_address"])
         shutil.rmtree(private, ignore_errors=True)
         os._exit(rc)
 

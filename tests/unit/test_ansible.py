@@ -205,6 +205,28 @@ def test_a_secret_is_in_no_file_no_command_line_and_no_message(
     assert [path for path in files if SECRET in path.read_text(errors="replace")] == []
 
 
+def test_a_password_in_an_address_is_in_no_file_and_no_message(run_dir: Path, tmp_path: Path) -> None:
+    path = playbook(
+        tmp_path,
+        """
+        - name: Show it
+          ansible.builtin.debug: {msg: "URIs: {{ mirror }}, and for {{ name }}"}
+        - name: Fail with it
+          ansible.builtin.fail: {msg: "no answer from {{ mirror }}/dists"}
+        """,
+    )
+    mirror = f"http://user:p@{SECRET}@mirror.test/debian"
+    with pytest.raises(PlaybookFailed) as caught:
+        run_playbook(
+            AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=60,
+            variables={"mirror": mirror, "name": "one@mirror.test"},
+        )  # fmt: skip
+    assert "http://user:********@mirror.test/debian/dists" in str(caught.value)
+    texts = [path.read_text(errors="replace") for path in run_dir.rglob("*") if path.is_file()]
+    assert not any(SECRET in text for text in texts)
+    assert any("http://user:********@mirror.test/debian, and for one@mirror.test" in text for text in texts)
+
+
 def test_artifacts_are_for_their_owner_alone(run_dir: Path, tmp_path: Path) -> None:
     path = playbook(tmp_path, "- name: Nothing\n  ansible.builtin.meta: noop\n")
     run_playbook(AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=60)

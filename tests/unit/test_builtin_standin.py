@@ -123,8 +123,10 @@ def do(env: Environment, *names: str) -> None:
             env.facts[phase.name] = dict(phase.do(env) or {})
 
 
-def test_a_vm_is_made_started_proved_and_torn_down(env: Environment) -> None:
+def test_a_vm_is_made_started_proved_and_torn_down(env: Environment, node: Node) -> None:
     do(env, "preflight", "provision", "start_vm")
+    (snippet,) = node.file("/var/lib/vz/snippets").iterdir()
+    assert snippet.stat().st_mode & 0o777 == 0o600, "an address in it may hold a password"
     facts = env.facts["provision"]
     assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
     assert guest.probe_provision(env, guest.NESTED) is not None
