@@ -15,6 +15,7 @@ was() { systemctl is-active --quiet "$1" && echo "$1"; }
 networkd=$(was systemd-networkd.service)
 resolved=$(was systemd-resolved.service)
 networking=$(was networking.service)
+manager=$(was NetworkManager.service)
 
 restore() {
     echo "putting the old set-up back: $1"
@@ -42,6 +43,7 @@ restore() {
         command -v netplan >/dev/null && netplan generate
         systemctl restart systemd-networkd.service
     fi
+    [ -n "$manager" ] && systemctl enable --now NetworkManager.service
     echo "failed $1" > $result
     exit 1
 }
