@@ -63,8 +63,8 @@ def storage_path(host: PveHost, storage: str) -> str:
 def write_snippet(host: PveHost, storage: str, run_id: str, text: str) -> str:
     """Write the run's vendor-data on the host and return its volume id. Raises PveError.
 
-    Root writes the file itself: the API can neither upload nor download snippets. Root's `qm start` reads it, and
-    nobody else has to: the addresses in it may hold passwords.
+    Root writes the file itself: the API can neither upload nor download snippets. Root's `qm start` reads it,
+    and nobody else has to: the addresses in it may hold passwords.
     """
     name = snippet_name(run_id)
     directory = posixpath.join(storage_path(host, storage), "snippets")
