@@ -288,7 +288,7 @@ class PhaseRunner:
         if phase.name != "preflight":
             self.acted = True
         if phase.probe is not None:
-            self.record.forget([phase.name])
+            self.record.doubt([phase.name])
             self.record.begun = phase.name
             self.acting(phase)
         done = dict(phase.do(self.environment) or {})

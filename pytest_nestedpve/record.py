@@ -21,8 +21,8 @@ class RecordError(PveError):
 
 @dataclass
 class PhaseRecord:
-    """`digests`: per phase that is done, a hash of what it depended on. `begun`: a phase whose action began
-    and did not end well; what it left behind is not known."""
+    """`digests`: per phase that is done, a hash of what it depended on; empty for one in `doubt`. `begun`: a
+    phase whose action began and did not end well; what it left behind is not known."""
 
     digests: dict[str, str] = field(default_factory=dict)
     begun: str | None = None
@@ -30,10 +30,11 @@ class PhaseRecord:
     def to_text(self) -> str:
         return json.dumps({"v": 1, "begun": self.begun, "digests": self.digests}, indent=1) + "\n"
 
-    def forget(self, names: Iterable[str]) -> None:
-        """These phases are not done any more."""
+    def doubt(self, names: Iterable[str]) -> None:
+        """These phases are to be done: what a probe finds of one may be what an earlier playbook left."""
         for name in names:
-            self.digests.pop(name, None)
+            self.digests.pop(name, None)  # in the order in which they were done last
+            self.digests[name] = ""
 
 
 def parse(text: str) -> PhaseRecord:

@@ -28,15 +28,16 @@ def _undo(env: Environment) -> None:
     if begun is None or "provision" not in env.facts:
         return
     there = snapshots.taken(env)
-    done = list(env.record.digests)
+    names = list(env.record.digests)  # in the order in which they were done
+    done = [name for name in names if env.record.digests[name]]
     good = next((name for name in reversed(done) if snapshots.name_of(name) in there), None)
     if good is None:
         env.remark(f"{begun} broke half-way last time; without a snapshot it is done again on what it left")
         return
     snapshots.back(env, snapshots.name_of(good))
-    later = done[done.index(good) + 1 :]
-    env.record.forget(later)
-    for name in (*later, begun):
+    undone = names[names.index(good) + 1 :]
+    env.record.doubt(undone)
+    for name in (*undone, begun):
         env.facts.pop(name, None)
     env.record.begun = None
     env.remark(f"{begun} broke half-way last time: went back to the snapshot after {good}")

@@ -148,7 +148,7 @@ def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
 def came_with_template(env: Environment, phase: str) -> bool:
     """Whether the VM is a clone in which that phase has not been done by this run, nor is asked for anew."""
     template = env.facts.get("preflight", {}).get("template")
-    return template is not None and phase not in env.record.digests and not env.settings.redo
+    return template is not None and not env.record.digests.get(phase) and not env.settings.redo
 
 
 def probe_network(env: Environment) -> dict[str, Any] | None:

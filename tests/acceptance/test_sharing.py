@@ -95,6 +95,18 @@ def test_a_worker_that_dies_takes_nothing_with_it(project: Project) -> None:
     assert project.left() == []
 
 
+def test_a_phase_in_which_a_worker_died_is_done_by_the_other(project: Project) -> None:
+    conftest = (project.path / "conftest.py").read_text()
+    dies = '            raise PveError(phase.name + " went wrong on purpose")\n'
+    assert dies in conftest
+    dying = "            (HERE / 'died').exists() or ((HERE / 'died').touch(), os._exit(9))\n"
+    project.write(conftest=conftest.replace(dies, dying))
+    result = project.run(*SHARE, "test_users.py", FAIL="setup_ssh")
+    assert result.ret == 1, result.output
+    assert "crashed" in result.output
+    assert project.done().count("setup_ssh") == 2, project.done()
+
+
 def test_a_shared_environment_can_be_kept_and_gone_on_with(project: Project) -> None:
     result = project.run(*SHARE, "--nested-keep", "test_users.py")
     assert result.ret == 0, result.output
