@@ -1,0 +1,100 @@
+"""The clean state of a test: what set-up made, nothing that tests did, whatever happened on the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import Project, make_project
+from acceptance.test_keeping import CONFTEST
+
+pytestmark = pytest.mark.thorough
+
+# There is no guest to look into: what it has of phases and tests stands in its VM's configuration, which the
+# snapshots of the in-memory host hold.
+INSIDE = """
+import pytest
+from pytest_nestedpve.builtin import clean
+
+def config(environment):
+    return environment.outer.api.get(address(environment))
+
+def look(state):
+    return {key: config(state._env).get(key, "") for key in ("searchdomain", "nameserver")}
+
+def back(environment, name, really=clean.snapshots.back):
+    if (HERE / "refuse").exists():
+        (HERE / "refuse").unlink()
+        raise PveError("the rollback went wrong on purpose")
+    really(environment, name)
+
+clean.CleanState._fingerprint = look
+clean.CleanState._come_back = lambda state, deadline: None
+clean.snapshots.back = back
+
+class Guest:
+    def __init__(self, environment):
+        self.environment = environment
+
+    def phases(self):
+        return config(self.environment).get("searchdomain", "").split()
+
+    def of_tests(self):
+        return config(self.environment).get("nameserver", "").split()
+
+    def leave(self, name):
+        names = " ".join([*self.of_tests(), name])
+        self.environment.outer.api.put(address(self.environment), nameserver=names)
+
+@pytest.fixture
+def inside_it(nested_pve_run):
+    return Guest(nested_pve_run.environment)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = make_project(tmp_path / "project")
+    (made.path / "test_users.py").unlink()
+    made.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])) + INSIDE)
+    yield made
+    assert made.left() == []
+
+
+def test_a_rerun_has_the_clean_state_again(project: Project) -> None:
+    project.plugins = ("pytest_rerunfailures",)
+    project.write(
+        test_flaky="attempts = []\n"
+        "def test_flaky(nested_pve_clean, inside_it):\n"
+        "    assert inside_it.of_tests() == []\n"
+        "    inside_it.leave('bob')\n"
+        "    attempts.append(1)\n"
+        "    assert len(attempts) == 3\n"
+    )
+    result = project.run("--reruns=2", "test_flaky.py")
+    assert result.ret == 0, result.output
+    assert "1 passed, 2 rerun" in result.output
+
+
+def test_after_a_rollback_that_failed_the_next_test_has_no_less(project: Project) -> None:
+    project.write(
+        test_one="from pathlib import Path\n"
+        "def test_leaves_much(nested_pve_clean, inside_it):\n"
+        "    inside_it.leave('bob')\n"
+        "    Path('refuse').touch()\n",
+        test_two="import pytest\n"
+        "pytestmark = pytest.mark.nested_pve_clean(scope='module')\n"
+        "def test_first(nested_pve_clean):\n"
+        "    pass\n"
+        "def test_second(nested_pve_clean, inside_it):\n"
+        "    assert inside_it.of_tests() == []\n"
+        "    inside_it.leave('eve')\n"
+        "def test_third(nested_pve_clean, inside_it):\n"
+        "    assert inside_it.of_tests() == ['eve']\n",
+    )
+    result = project.run("-v", "test_one.py", "test_two.py")
+    assert "nested_pve_clean: the rollback went wrong on purpose" in result.output
+    assert result.outcomes() == {
+        "test_leaves_much": "PASSED", "test_first": "ERROR", "test_second": "PASSED", "test_third": "PASSED",
+    }  # fmt: skip
