@@ -353,8 +353,8 @@ class NestedSession:
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
-        own = self.membership is None
-        if self.wants_clean and own and self.clean is None and name == self.target(None):
+        complete = self.runner is not None and not self.runner.open()
+        if self.wants_clean and complete and self.membership is None and self.clean is None:
             # Now, before any test has it.
             try:
                 self._clean_state()
@@ -379,6 +379,7 @@ class NestedSession:
                 "rollback would take from under the others; expected the scope worker",
                 pytrace=False,
             )
+        self.ensure_for(None)  # completely, whatever else the test says: what is not in it a rollback undoes
         key = clean_scope(item)
         # A test that has one by itself is given it each time: it may be a rerun.
         if key == self.clean_for and key != item.nodeid:
@@ -483,9 +484,9 @@ class NestedSession:
 
 
 def wanted(item: pytest.Item | None) -> str | None:
-    """How far a test wants the nested PVE set up, by its marker; None for completely."""
+    """How far a test wants it set up, by its marker; None for completely, as a clean state always is."""
     mark = item.get_closest_marker("nested_pve") if item is not None else None
-    if mark is None:
+    if mark is None or "nested_pve_clean" in getattr(item, "fixturenames", ()):
         return None
     upto = mark.kwargs.get("upto", mark.args[0] if mark.args else None)
     return str(upto) if upto is not None else None

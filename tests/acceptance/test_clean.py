@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project, make_project
-from acceptance.test_keeping import CONFTEST
+from acceptance.test_keeping import CONFTEST, SETUP
 
 pytestmark = pytest.mark.thorough
 
@@ -98,3 +98,43 @@ def test_after_a_rollback_that_failed_the_next_test_has_no_less(project: Project
     assert result.outcomes() == {
         "test_leaves_much": "PASSED", "test_first": "ERROR", "test_second": "PASSED", "test_third": "PASSED",
     }  # fmt: skip
+
+
+def test_a_clean_state_is_the_complete_set_up_whatever_the_first_test_wants(project: Project) -> None:
+    project.write(
+        test_some="import pytest\n"
+        "@pytest.mark.nested_pve(upto='setup_network')\n"
+        "def test_first(nested_pve_clean, inside_it):\n"
+        "    inside_it.leave('bob')\n"
+        "def test_then(nested_pve_clean, inside_it):\n"
+        f"    assert inside_it.phases() == {SETUP}\n"
+        "    assert inside_it.of_tests() == []\n"
+        "    inside_it.leave('eve')\n"
+        "def test_last(nested_pve_clean, inside_it):\n"
+        f"    assert inside_it.phases() == {SETUP}\n",
+        test_asks="import pytest\n"
+        "@pytest.mark.nested_pve(upto='setup_network')\n"
+        "def test_dynamically(request, inside_it):\n"
+        "    request.getfixturevalue('nested_pve_clean')\n"
+        "    inside_it.leave('bob')\n"
+        "def test_then(nested_pve_clean, inside_it):\n"
+        f"    assert inside_it.phases() == {SETUP}\n"
+        "    assert inside_it.of_tests() == []\n",
+    )
+    for file in ("test_some.py", "test_asks.py"):
+        result = project.run(file)
+        assert result.ret == 0, result.output
+
+
+def test_a_set_up_that_is_complete_is_remembered_before_a_test_that_wants_less(project: Project) -> None:
+    project.write(
+        test_all="import pytest\n"
+        "from pytest_nestedpve import steps\n"
+        "@pytest.mark.nested_pve(upto='wait_ip')\n"
+        "def test_wants_less(nested_pve, inside_it):\n"
+        "    inside_it.leave('bob')\n"
+        "def test_clean(nested_pve_clean, inside_it):\n"
+        "    assert inside_it.of_tests() == []\n"
+    )
+    result = project.run("test_all.py")
+    assert result.ret == 0, result.output
