@@ -275,7 +275,7 @@ class NestedSession:
         if self.settings.keep != "no":
             from pytest_nestedpve.builtin.snapshots import SnapshotKeeper
 
-            runner.listeners.append(SnapshotKeeper(self.environment))
+            runner.listeners.append(SnapshotKeeper(self.environment, lambda: not runner.open()))
         usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
         self.watcher = ProgressListener(self.config, usual)
         runner.listeners.append(self.watcher)

@@ -13,7 +13,6 @@ from pytest_nestedpve.timing import Deadline, wait_until
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
 
-SNAPSHOT = "npve_clean"
 BACK = 600.0
 """Seconds, nominal, for the way back: the rollback, the boot, the services, the leaf."""
 _SCRIPT = Path(__file__).with_name("fingerprint.py")
@@ -40,12 +39,13 @@ class CleanState:
         """Take now for the clean state; `fresh`: something was set up in this session. Raises PveError.
 
         Of a kept environment in which all was proved, an earlier session's snapshot is the clean state: what
-        its tests did is not set-up.
+        its tests did is not set-up. Of one that is to be kept it was taken when the set-up was complete.
         """
         env = self._env
         self._leaf = "leaf_wait_ip" in env.facts
-        there = SNAPSHOT in snapshots.taken(env)
-        self._able = (there and not fresh) or snapshots.take(env, SNAPSHOT, "after set-up, before any test")
+        there = snapshots.CLEAN in snapshots.taken(env)
+        holds = there and (not fresh or env.settings.keep != "no")
+        self._able = holds or snapshots.take(env, snapshots.CLEAN, snapshots.AFTER_SETUP)
         self._wanted = None if there and not fresh else self._fingerprint()
         env.leaf_used = False
 
@@ -71,7 +71,7 @@ class CleanState:
             )
         env.progress("going back to the state after set-up: " + ", ".join(changed))
         deadline = Deadline(BACK)
-        snapshots.back(env, SNAPSHOT)
+        snapshots.back(env, snapshots.CLEAN)
         self._come_back(deadline)
         self._wanted = self._fingerprint()
         env.leaf_used = False

@@ -6,7 +6,7 @@ it, touches neither pool nor description, and restores name, tags and memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.builtin.guest import NESTED, made_of, starting, task
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
 
 PREFIX = "npve_"
+CLEAN, AFTER_SETUP = "npve_clean", "after set-up, before any test"
 LIMIT = 600.0
 _CANNOT = "snapshot feature is not available"
 # ZFS, and qcow2 as a chain of volumes, go back to the newest snapshot only.
@@ -96,10 +97,14 @@ def _roll_back(env: Environment, name: str) -> None:
 
 
 class SnapshotKeeper:
-    """After each phase that was done and left the VM running, a snapshot: for an environment that is kept."""
+    """After each phase that was done and left the VM running, a snapshot: for an environment that is kept.
 
-    def __init__(self, env: Environment) -> None:
-        self._env = env
+    Once all are done (`complete`), that of the clean state too, as a later session's tests may want it: it
+    would find what those of this one left. What it holds is not all of the set-up when a phase is done again.
+    """
+
+    def __init__(self, env: Environment, complete: Callable[[], bool]) -> None:
+        self._env, self._complete = env, complete
         self._able = True
 
     def phase_started(self, phase: Any) -> None:
@@ -111,16 +116,27 @@ class SnapshotKeeper:
         del seconds, facts, cause
         env = self._env
         # Without a probe a phase always runs: there is nothing to come back to.
-        if status != "done" or phase.probe is None or not self._able or "wait_ip" not in env.facts:
+        done = status == "done" and phase.probe is not None
+        if not self._able or "wait_ip" not in env.facts or not (done or self._complete()):
             return
         try:
-            self._able = take(env, name_of(phase.name), f"after {phase.name}")
-            if not self._able:
+            for name, description in self._due(phase.name, done):
+                self._able = self._able and take(env, name, description)
+                env.audit.write("snapshot", phase=phase.name, status="taken" if self._able else "skipped")
+            if done and not self._able:
                 env.remark("the storage of the nested VM has no snapshots: none is taken")
         except Exception as e:
             env.audit.write("snapshot", phase=phase.name, status="failed", cause=f"{type(e).__name__}: {e}")
-        else:
-            env.audit.write("snapshot", phase=phase.name, status="taken" if self._able else "skipped")
+
+    def _due(self, phase: str, done: bool) -> Iterator[tuple[str, str]]:
+        """What is to be taken after a phase: names and descriptions."""
+        there = taken(self._env) if self._env.resumed or self._complete() else []
+        if done:
+            if CLEAN in there:
+                drop(self._env, CLEAN)
+            yield name_of(phase), f"after {phase}"
+        if self._complete() and (done or CLEAN not in there):
+            yield CLEAN, AFTER_SETUP
 
     def progress(self, text: str) -> None:
         pass

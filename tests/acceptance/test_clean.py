@@ -138,3 +138,38 @@ def test_a_set_up_that_is_complete_is_remembered_before_a_test_that_wants_less(p
     )
     result = project.run("test_all.py")
     assert result.ret == 0, result.output
+
+
+MESS = "def test_mess(nested_pve, inside_it):\n    inside_it.leave('bob')\n"
+
+
+def test_what_a_session_left_is_no_clean_state_of_the_next_one(project: Project) -> None:
+    """Though no test of the first one asked for any."""
+    project.write(
+        test_mess=MESS,
+        test_clean="def test_clean(nested_pve_clean, inside_it):\n"
+        f"    assert inside_it.phases() == {SETUP}\n"
+        "    assert inside_it.of_tests() == []\n"
+        "    inside_it.leave('eve')\n",
+    )
+    assert project.run("--nested-keep", "test_mess.py").ret == 0
+    for option in (["--nested-keep"], ["--nested-keep"], []):
+        result = project.run(*option, "test_clean.py")
+        assert result.ret == 0, result.output
+
+
+def test_a_phase_that_is_done_again_is_part_of_the_clean_state(project: Project) -> None:
+    (project.path / "playbooks").mkdir()
+    project.write(
+        test_mess=MESS,
+        test_clean="def test_clean(nested_pve_clean, inside_it):\n"
+        "    assert inside_it.phases().count('setup_repos') == 2\n"
+        "    assert 'eve' not in inside_it.of_tests()\n"
+        "    inside_it.leave('eve')\n",
+    )
+    assert project.run("--nested-keep", "test_mess.py").ret == 0
+    (project.path / "playbooks" / "setup_repos").write_text("edited")
+    assert project.run("--nested-keep", "test_steps.py", "-k", "setup_repos").ret == 0
+    for option in (["--nested-keep"], ["--nested-keep"], []):
+        result = project.run(*option, "test_clean.py")
+        assert result.ret == 0, result.output
