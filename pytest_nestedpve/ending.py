@@ -129,7 +129,7 @@ def _keep(nested: NestedSession) -> None:
 
     env = nested.environment
     assert env is not None
-    before = next((each.expires for each in keeping.all_kept() if each.run == env.run.id), None)
+    before = keeping.kept_until(env.run.id)
     if env.resumed and not env.has_lease and before is not None:
         expires = before  # its lease never was this session's
     else:

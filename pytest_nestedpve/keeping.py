@@ -45,6 +45,8 @@ _FILES = (
     "root_password",
 )  # fmt: skip
 _RECORD = "kept.json"
+ADOPTED = "adopted"
+"""The file in a run's directory that tells xdist's controller that a worker went on with a kept run."""
 _STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
 
 
@@ -133,6 +135,11 @@ def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
             yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
         else:
             yield kept, ""
+
+
+def kept_until(run_id: str) -> int | None:
+    """The end of a run by its record; None when it has none."""
+    return next((kept.expires for kept in all_kept() if kept.run == run_id), None)
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,7 @@ def adopt(env: Environment) -> bool:
         run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
     )
     patiently(lambda: host.api.put("/pools", poolid=name, comment=ours.to_text()))
+    run.directory.write(ADOPTED, "")
     return True
 
 

@@ -77,12 +77,17 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         rootdir=nested.config.rootpath,
     )
     try:
-        environment.settings = nested.settings.with_profile(_profile(environment.outer))
         environment.facts = RunDirectory(path).load_state()
-        if shared is not None and "provision" in environment.facts and wants_kept(nested, False):
-            lease = keeping.keep(environment)
-            nested.kept_until, nested.kept_dir = lease.expires, path
-            audit.write("teardown", status="kept", expires=lease.expires)
+        keeps = shared is not None and "provision" in environment.facts and wants_kept(nested, False)
+        # One that no worker went on with is as it was left.
+        untouched = keeps and not (path / keeping.ADOPTED).exists()
+        expires = keeping.kept_until(path.name) if untouched else None
+        if expires is None:
+            environment.settings = nested.settings.with_profile(_profile(environment.outer))
+        if keeps:
+            expires = keeping.keep(environment).expires if expires is None else expires
+            nested.kept_until, nested.kept_dir = expires, path
+            audit.write("teardown", status="kept", expires=expires)
             lines: list[str] = []
         else:
             keeping.forget(path.name)

@@ -51,7 +51,7 @@ def share(nested: NestedSession) -> dict[str, Any]:
         audit.close()
         if taken.kept is not None:
             keeping.restore(taken.kept, run.directory)
-        for name in (BROKEN, FINISHED):
+        for name in (BROKEN, FINISHED, keeping.ADOPTED):
             (run.dir / name).unlink(missing_ok=True)
         nested.shared = run
     return {"run": nested.shared.id, "session": nested.shared.session}

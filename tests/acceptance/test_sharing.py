@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project, make_project
-from acceptance.test_keeping import CONFTEST
+from acceptance.test_keeping import CONFTEST, pool_comment
 from lab.on_lab import mentioning
 from memory_phases import PHASES
 
@@ -116,6 +116,23 @@ def test_a_shared_environment_can_be_kept_and_gone_on_with(project: Project) -> 
     assert result.ret == 0, result.output
     assert set(project.done()) == {"preflight", "verify_ssh_chain"}
     assert project.left() == []
+
+
+def test_a_kept_environment_outlives_workers_whose_preflight_failed(project: Project) -> None:
+    assert project.run(*SHARE, "--nested-keep", "test_users.py").ret == 0
+    before = project.left(), pool_comment(project)
+    (project.path / "full").touch()
+    result = project.run(*SHARE, "--nested-keep", "test_users.py")
+    assert "found 1" in result.output
+    assert "is kept until" in result.output
+    assert "left something behind" not in result.output
+    assert result.ret == 4, result.output
+    assert (project.left(), pool_comment(project)) == before
+    (project.path / "full").unlink()
+    result = project.run(*SHARE, "--nested-keep", "test_users.py")
+    assert result.ret == 0, result.output
+    assert pool_comment(project)["session"] != before[1]["session"]
+    assert project.run(*SHARE, "test_users.py").ret == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
