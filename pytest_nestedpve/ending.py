@@ -129,9 +129,9 @@ def _keep(nested: NestedSession) -> None:
 
     env = nested.environment
     assert env is not None
-    before = keeping.kept_until(env.run.id)
+    before = keeping.recorded(env.run.id)
     if env.resumed and not env.has_lease and before is not None:
-        expires = before  # its lease never was this session's
+        expires = before.expires  # its lease never was this session's
     else:
         expires = keeping.keep(env).expires
     nested.kept_until, nested.kept_dir = expires, env.run.dir

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ _FILES = (
     "key", "key.pub", "known_hosts", "state.json", record.FILE, "api_token", "pve-root-ca.pem",
     "root_password",
 )  # fmt: skip
-_RECORD = "kept.json"
+_RECORD, _SHAPE = "kept.json", "shape.json"
 ADOPTED = "adopted"
 """The file in a run's directory that tells xdist's controller that a worker went on with a kept run."""
 _STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
@@ -54,7 +54,8 @@ _STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run ma
 class Kept:
     """An environment that was kept. Times: epoch seconds of this client's clock.
 
-    `shape` holds the settings that made the VM, as texts; `rootdir` the project that may go on with it.
+    `shape` holds the settings that made the VM, as texts, `fixtures` those of them that a fixture decided;
+    `rootdir` the project that may go on with it.
     """
 
     run: str
@@ -65,15 +66,37 @@ class Kept:
     created: int
     expires: int
     shape: Mapping[str, str]
+    fixtures: Sequence[str] = ()
 
-    def differs(self, settings: Settings) -> list[str]:
-        """The settings that are other ones now, in words."""
+    def differs(self, settings: Settings, *, early: bool = False) -> list[str]:
+        """The settings that are other ones now, in words; `early`: before fixtures say what they do."""
         now = shape(settings)
         return [
             f"{name}: {self.shape.get(name, 'unknown')}, now {now[name]}"
             for name in SHAPE
-            if self.shape.get(name) != now[name]
+            if self.shape.get(name) != now[name] and not (early and name in self.fixtures)
         ]
+
+
+def _shaped(settings: Settings) -> dict[str, Any]:
+    by_fixture = [name for name in SHAPE if settings.origin(name).startswith("the fixture ")]
+    return {"shape": shape(settings), "fixtures": by_fixture}
+
+
+def joined(directory: RunDirectory, settings: Settings) -> None:
+    """As one of xdist's workers, which alone know what fixtures say: tell the controller, who stores it.
+
+    Raises PveError when the run is a kept one of another shape.
+    """
+    run_id = directory.path.name
+    kept = recorded(run_id)
+    if kept is not None and (differs := kept.differs(settings)):
+        raise PveError(
+            f"the kept run {run_id} was made with other settings ({'; '.join(differs)}), and workers that "
+            "share one environment (nested_pve_scope = run) cannot make another beside it; destroy it first: "
+            f"--nested-destroy-only --nested-run {run_id}"
+        )
+    directory.write(_SHAPE, json.dumps(_shaped(settings)))
 
 
 def shape(settings: Settings) -> dict[str, str]:
@@ -111,15 +134,18 @@ def _read(path: Path) -> Kept | None:
         return None
     try:
         data = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        kept = Kept(**{name: data[name] for name in Kept.__dataclass_fields__})
+        kept = Kept(**{name: data[name] for name in Kept.__dataclass_fields__ if name in data})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     sound = kept.run == path.name and isinstance(kept.expires, int) and isinstance(kept.shape, dict)
     return kept if sound else None
 
 
-def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
-    """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can)."""
+def candidates(settings: Settings, rootdir: Path, *, early: bool) -> Iterator[tuple[Kept, str]]:
+    """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can).
+
+    `early`: before the project's fixtures say what they do.
+    """
     if settings.make_template:
         return  # of a VM that nobody has used
     if settings.attach is not None:
@@ -131,15 +157,15 @@ def candidates(settings: Settings, rootdir: Path) -> Iterator[tuple[Kept, str]]:
             continue
         if kept.expires <= time.time():
             yield kept, "its time is over"
-        elif differs := kept.differs(settings):
+        elif differs := kept.differs(settings, early=early):
             yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
         else:
             yield kept, ""
 
 
-def kept_until(run_id: str) -> int | None:
-    """The end of a run by its record; None when it has none."""
-    return next((kept.expires for kept in all_kept() if kept.run == run_id), None)
+def recorded(run_id: str) -> Kept | None:
+    """The record of a run; None when it has none."""
+    return next((kept for kept in all_kept() if kept.run == run_id), None)
 
 
 @dataclass(frozen=True)
@@ -153,16 +179,16 @@ class Taken:
 
 def resumable(settings: Settings, rootdir: Path) -> Kept | None:
     """The kept run that a session would go on with, by what the client knows."""
-    return next((kept for kept, against in candidates(settings, rootdir) if not against), None)
+    return next((kept for kept, against in candidates(settings, rootdir, early=True) if not against), None)
 
 
-def take_lock(settings: Settings, rootdir: Path, run_id: str) -> Taken:
+def take_lock(settings: Settings, rootdir: Path, run_id: str, *, early: bool = False) -> Taken:
     """Hold the lock of a kept run that can be gone on with, or that of the new run `run_id`.
 
-    Raises RunDirectoryError.
+    `early`: before the project's fixtures say what they do. Raises RunDirectoryError.
     """
     remarks: list[str] = []
-    for kept, against in candidates(settings, rootdir):
+    for kept, against in candidates(settings, rootdir, early=early):
         lock = SessionLock(kept.run)
         try:
             lock.acquire()
@@ -186,10 +212,11 @@ def store(env: Environment, expires: int) -> None:
     target.chmod(0o700)
     for name in _FILES:
         _copy(run.dir / name, target / name)
+    told = run.dir / _SHAPE
+    shaped = json.loads(told.read_text(encoding="utf-8")) if told.exists() else _shaped(settings)
     kept = Kept(
-        run.id, str(settings.host), str(env.rootdir), run.client, run.owner, run.created, expires,
-        shape(settings),
-    )  # fmt: skip
+        run.id, str(settings.host), str(env.rootdir), run.client, run.owner, run.created, expires, **shaped
+    )
     temporary = target / f".{_RECORD}"
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(asdict(kept), file, indent=1)

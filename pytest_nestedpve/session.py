@@ -182,7 +182,7 @@ class NestedSession:
             self.remarks += taken.remarks
         run = Run.create(self.settings, self.config.rootpath, run_id=self.run_id)
         if self.told is not None:
-            run = joined(run, self.told)
+            run = joined(run, self.told, self.settings)
         runs.prune(run.dir.parent, own=run.id)
         if self.family is not None:
             run.directory.write(FAMILY, self.family)

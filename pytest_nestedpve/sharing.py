@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve import record
+from pytest_nestedpve import keeping, record
 from pytest_nestedpve.phases import Broken
 from pytest_nestedpve.run import Run, SessionLock
 from pytest_nestedpve.timing import Deadline, wait_until
@@ -23,14 +23,16 @@ from pytest_nestedpve.timing import Deadline, wait_until
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
     from pytest_nestedpve.phases import PhaseRunner
+    from pytest_nestedpve.settings import Settings
 
 BROKEN = "broken.json"
 """The file in a run's directory that tells the other workers what failed."""
 _TURN, _MEMBERS = "turn.lock", "members.lock"
 
 
-def joined(run: Run, told: dict[str, Any]) -> Run:
-    """The run as a worker has it: with the session that the lease names."""
+def joined(run: Run, told: dict[str, Any], settings: Settings) -> Run:
+    """The run as a worker has it: with the session that the lease names. Raises PveError."""
+    keeping.joined(run.directory, settings)
     return replace(run, session=str(told["session"]))
 
 

@@ -81,11 +81,11 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         keeps = shared is not None and "provision" in environment.facts and wants_kept(nested, False)
         # One that no worker went on with is as it was left.
         untouched = keeps and not (path / keeping.ADOPTED).exists()
-        expires = keeping.kept_until(path.name) if untouched else None
-        if expires is None:
+        before = keeping.recorded(path.name) if untouched else None
+        if before is None:
             environment.settings = nested.settings.with_profile(_profile(environment.outer))
         if keeps:
-            expires = keeping.keep(environment).expires if expires is None else expires
+            expires = before.expires if before is not None else keeping.keep(environment).expires
             nested.kept_until, nested.kept_dir = expires, path
             audit.write("teardown", status="kept", expires=expires)
             lines: list[str] = []

@@ -42,7 +42,7 @@ def share(nested: NestedSession) -> dict[str, Any]:
     from pytest_nestedpve.sharing import BROKEN
 
     if nested.shared is None:
-        taken = keeping.take_lock(nested.settings, nested.config.rootpath, nested.run_id)
+        taken = keeping.take_lock(nested.settings, nested.config.rootpath, nested.run_id, early=True)
         nested.lock, nested.remarks = taken.lock, [*nested.remarks, *taken.remarks]
         nested.run_id = taken.kept.run if taken.kept is not None else nested.run_id
         run = Run.create(nested.settings, nested.config.rootpath, run_id=nested.run_id)

@@ -135,6 +135,25 @@ def test_a_kept_environment_outlives_workers_whose_preflight_failed(project: Pro
     assert project.run(*SHARE, "test_users.py").ret == 0
 
 
+def test_a_shared_environment_is_kept_with_the_shape_that_fixtures_gave_it(project: Project) -> None:
+    conftest = (project.path / "conftest.py").read_text()
+    fixture = "def nested_pve_cores():\n    return int(os.environ['CORES'])\n"
+    project.write(conftest=f"{conftest}\nimport pytest\n\n@pytest.fixture(scope='session')\n{fixture}")
+    keep = ("--nested-keep", "test_users.py")
+    for arguments in ((*SHARE, *keep), keep, (*SHARE, *keep)):
+        result = project.run(*arguments, CORES="4")
+        assert result.ret == 0, result.output
+        assert "other settings" not in result.output
+    assert len(project.audits()) == 1
+    before = project.left(), pool_comment(project)
+    result = project.run(*SHARE, "test_users.py", CORES="8")
+    assert result.ret == 1, result.output
+    assert "was made with other settings (cores: 4, now 8), and workers that share one" in result.output
+    assert (project.left(), pool_comment(project)) == before
+    assert project.run(*SHARE, "test_users.py", CORES="4").ret == 0
+    assert len(project.audits()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: signal.Signals) -> None:
     project.write(
