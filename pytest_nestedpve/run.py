@@ -145,6 +145,14 @@ class SessionLock:
 
     def acquire(self) -> None:
         """Raises RunDirectoryError when another session holds it."""
+        while self._fd is None:
+            fd = self._locked()
+            if _is_at(fd, self.path):
+                self._fd = fd
+            else:
+                os.close(fd)  # who held it has removed the file: another session may have made a new one
+
+    def _locked(self) -> int:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -155,7 +163,7 @@ class SessionLock:
         except OSError as e:
             os.close(fd)
             raise RunDirectoryError(f"another session works on this run: {self.path} is locked") from e
-        self._fd = fd
+        return fd
 
     def release(self, *, remove: bool = True) -> None:
         """Give it up. `remove=False` keeps the file: something is left, and a later session may ask whose."""
@@ -181,12 +189,22 @@ class SessionLock:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(fd, path):
+                return SessionLock.alive(run_id)
         except BlockingIOError:
             return True
         except OSError:
             return None
         finally:
             os.close(fd)
+        return False
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is the one at that path."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
         return False
 
 

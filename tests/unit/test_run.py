@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import stat
@@ -141,6 +142,30 @@ def test_a_lock_tells_alive_dead_and_unknown(run: Run) -> None:
         SessionLock(run.id).acquire()
     lock.release(remove=False)
     assert SessionLock.alive(run.id) is False
+
+
+def test_a_lock_whose_file_is_removed_meanwhile_is_held_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is opened, its holder removes it, another session makes it anew, and the old one is free."""
+    first, second = SessionLock(run.id), SessionLock(run.id)
+    real = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        first.release()
+        second.acquire()
+        real(fd, how)
+
+    first.acquire()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunDirectoryError, match="another session"):
+        SessionLock(run.id).acquire()
+    first, second = second, SessionLock(run.id)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert SessionLock.alive(run.id) is True
+    second.release()
+    assert SessionLock.alive(run.id) is None
 
 
 def test_a_killed_process_frees_its_lock(run: Run) -> None:
