@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING
+
+from pytest_nestedpve.masking import MASK, Masker
 
 if TYPE_CHECKING:
     from pytest_nestedpve.settings import Settings
 
 
+_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # a token may stand there alone
+
+
 def again(settings: Settings) -> str:
-    """pytest with the same host."""
+    """pytest with the same host, and with what was typed as `-o nested_pve_…`."""
     return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach")
 
 
@@ -22,4 +28,14 @@ def finishing(settings: Settings, run_id: str | None) -> str:
 
 
 def _pytest(settings: Settings, option: str) -> str:
-    return shlex.join(["pytest", *([] if settings.host is None else [option, settings.host])])
+    words = ["pytest", *([] if settings.host is None else [option, settings.host])]
+    for name, value in settings.typed.items():
+        words += ["-o", f"{name}={_shown(name, value)}"]
+    return shlex.join(words)
+
+
+def _shown(name: str, value: str) -> str:
+    """The value, to be printed: variables of playbooks may be secrets whatever they are called."""
+    if name == "nested_pve_extra_vars":
+        return MASK
+    return Masker().mask(_USERINFO.sub(rf"\g<1>{MASK}@", value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve import keeping
 from pytest_nestedpve.phases import needed_before
 
 if TYPE_CHECKING:
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
     from pytest_nestedpve.session import NestedSession
 
 
+DONE, SKIPPED, CHOSEN = "done, if unchanged", "taken as done", "to do"
+
+
 def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
     """One row per phase that the chosen tests need, in order: phase, title, what, seconds."""
     from pytest_nestedpve.session import wanted
     from pytest_nestedpve.usual import usual_times
 
+    kept = keeping.resumable(nested.settings, nested.config.rootpath)
+    done = keeping.done_in(kept) if kept is not None else frozenset()
     usual = usual_times(nested.config.rootpath / nested.settings.run_dir, nested.settings.host or "")
     asked: dict[str, str] = {}
     for item in chosen:
@@ -28,12 +34,12 @@ def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any
             continue
         for need in needed_before(nested.phases, last):
             asked.setdefault(need, "to do, needed first")
-        asked[last] = "to do" if own is not None else asked.get(last, "to do, needed first")
+        asked[last] = CHOSEN if own is not None else asked.get(last, "to do, needed first")
     return [
         {
             "phase": phase.name,
             "title": phase.title,
-            "what": _attached(nested, phase.name, asked[phase.name]),
+            "what": _what(nested, phase.name, asked[phase.name], done),
             "seconds": usual.get(phase.name, phase.usual),
         }
         for phase in nested.phases
@@ -41,9 +47,13 @@ def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any
     ]
 
 
-def _attached(nested: NestedSession, name: str, what: str) -> str:
-    """What becomes of a phase where the nested PVE is one that exists."""
+def _what(nested: NestedSession, name: str, what: str, done: frozenset[str]) -> str:
+    """What becomes of a phase: skipped, done in a kept run, or of a nested PVE that exists."""
     attachment = nested.attachment()
+    if name in nested.settings.skip:
+        return SKIPPED
+    if name in done and not (nested.settings.redo and what == CHOSEN):
+        return DONE
     if attachment is None:
         return what
     if attachment.takes(name):
@@ -69,13 +79,19 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
     if not found:
         reporter.write_line("no test that was chosen needs a nested PVE: nothing would be made")
         return
-    reporter.write_line(f"on {nested.settings.host or 'a host that is not named yet'}, in this order:")
+    kept = keeping.resumable(nested.settings, nested.config.rootpath)
+    going_on = f", going on with the kept run {kept.run}" if kept is not None else ""
+    host = nested.settings.host or "a host that is not named yet"
+    reporter.write_line(f"on {host}{going_on}, in this order:")
     for row in found:
         usual = "" if row["seconds"] is None else f"about {duration(row['seconds'])}"
         reporter.write_line(f"  {row['phase']:<18} {row['what']:<22} {usual:<18} {row['title']}".rstrip())
-    known = [row["seconds"] for row in found if row["seconds"] is not None]
-    if len(known) == len(found):
-        expected = f"expected, by earlier runs: about {duration(sum(known))} and the teardown"
+    todo = [row["seconds"] for row in found if row["what"] not in (DONE, SKIPPED)]
+    known = [seconds for seconds in todo if seconds is not None]
+    keep = nested.settings.keep
+    if len(known) == len(todo):
+        teardown = " and the teardown" if keep != "always" else ""
+        expected = f"expected, by earlier runs: about {duration(sum(known))}{teardown}"
     else:
         expected = "no earlier run here did all of this, so how long it takes is not known"
     if nested.settings.make_template:
@@ -83,4 +99,6 @@ def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
     if nested.settings.exec_command is not None:
         reporter.write_line(f"then this runs: {nested.settings.exec_command}")
     what = "what was made inside" if nested.settings.attach is not None else "everything"
-    reporter.write_line(f"then {what} is destroyed; {expected}")
+    end = f"{what} is kept" if keep == "always" else f"{what} is destroyed"
+    end += ", unless something failed" if keep == "on-failure" else ""
+    reporter.write_line(f"then {end}; {expected}")

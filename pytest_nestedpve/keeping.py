@@ -168,6 +168,15 @@ def recorded(run_id: str) -> Kept | None:
     return next((kept for kept in all_kept() if kept.run == run_id), None)
 
 
+def done_in(kept: Kept) -> frozenset[str]:
+    """The phases that are done in a kept run, by its record, unless what they depend on has changed."""
+    try:
+        said = record.parse((_home() / kept.run / record.FILE).read_text(encoding="utf-8"))
+    except (OSError, PveError):
+        return frozenset()
+    return frozenset(name for name, digest in said.digests.items() if digest)
+
+
 @dataclass(frozen=True)
 class Taken:
     """A run whose lock is held: a new one, or `kept` to go on with. `remarks`: about other kept ones."""

@@ -27,7 +27,8 @@ class SettingsError(Exception):
 class Settings:
     """Everything a session was told. Sizes: memory MiB, disk GiB; times: seconds.
 
-    `origins` says for each key (ini name without nested_pve_) where its value came from.
+    `origins` says for each key (ini name without nested_pve_) where its value came from; `typed` is what
+    `-o` said of keys other than the host, by ini name, as it was typed.
     """
 
     host: str | None = None
@@ -84,6 +85,7 @@ class Settings:
     env_file: Path | None = None
 
     origins: Mapping[str, str] = field(default_factory=dict)
+    typed: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def name_prefix(self) -> str:
@@ -151,7 +153,8 @@ def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Set
         origins["host"] = "--nested-attach"
     known = {each.name for each in fields(Settings)}
     assert set(chosen) <= known, sorted(set(chosen) - known)
-    return Settings(**chosen, origins=origins)
+    said = {key.ini: typed[key.ini] for key in KEYS if key.ini in typed and key.name != "host"}
+    return Settings(**chosen, origins=origins, typed=said)
 
 
 def overrides(config: pytest.Config) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -153,6 +154,35 @@ def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> Non
     lease = pool_comment(project)
     assert lease["state"] == "kept"
     assert project.left() != []
+    end(project)
+
+
+def test_the_command_that_is_printed_to_go_on_does_go_on(project: Project) -> None:
+    typed = ("-o", "nested_pve_cores=4", "-o", "nested_pve_vm_options=kvm=0 cpu=max")
+    output = keep(project, "test_steps.py", *typed)
+    again(project)
+    (line,) = [line for line in output.splitlines() if "go on: " in line]
+    _, *arguments = shlex.split(line.partition("go on: ")[2])
+    result = project.run(*arguments)
+    assert result.ret == 0, result.output
+    assert "other settings" not in result.output
+    assert again(project) == ["preflight", "verify_ssh_chain"]
+    end(project)
+
+
+def test_a_dry_run_says_what_is_done_in_the_kept_run_and_what_becomes_of_it(project: Project) -> None:
+    keep(project, "test_steps.py", FAIL="setup_repos")
+    args = ("--nested-dry-run", "-k", "leaf_start", "--nested-skip=setup_ssh", "--nested-json", "plan.json")
+    result = project.run("--nested-keep", *args)
+    assert result.ret == 0, result.output
+    plan = {row["phase"]: row["what"] for row in json.loads((project.path / "plan.json").read_text())}
+    assert plan.pop("setup_ssh") == "taken as done"
+    assert [name for name, what in plan.items() if what == "done, if unchanged"] == list(PHASES[1:6])
+    assert [name for name, what in plan.items() if what.startswith("to do")] == ["preflight", *PHASES[7:11]]
+    assert "going on with the kept run" in result.output
+    assert "then everything is kept" in result.output
+    assert "then everything is destroyed; " in project.run(*args).output
+    assert "destroyed, unless something failed; " in project.run("--nested-keep=on-failure", *args).output
     end(project)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve import options, together, values
+from pytest_nestedpve import commands, options, together, values
 from pytest_nestedpve.settings import PROFILE_KEYS, Settings, SettingsError, load
 
 
@@ -230,6 +230,27 @@ def test_a_password_in_an_address_is_not_repeated(pytester: pytest.Pytester) -> 
     with pytest.raises(SettingsError) as caught:
         settings(pytester, env={"NESTED_PVE_HTTP_PROXY": "socks://alice:hunter2@proxy"})
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest.Pytester) -> None:
+    typed = {
+        "vmid_range": "200-210",
+        "http_proxy": "http://alice:hunter2@proxy:3128",
+        "mirror": "https://hunter2@mirror/debian",
+        "sources": "mine=https://alice:hunter2@git.example/mine@main",
+        "extra_vars": "key=hunter2",
+        "vm_options": "kvm=0,cipassword=hunter2",
+    }
+    args = [word for name, value in typed.items() for word in ("-o", f"nested_pve_{name}={value}")]
+    found = settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
+    said = commands.finishing(found, None)
+    assert commands.again(found) == said.removesuffix(" --nested-destroy-only")
+    assert "hunter2" not in said
+    assert said.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
+    for name in typed:
+        assert f"nested_pve_{name}=" in said
+    assert "kvm=0" in said
+    assert "log_level" not in said
 
 
 @pytest.mark.parametrize(
