@@ -180,6 +180,9 @@ def test_a_kept_environment_and_its_lab_outlive_their_session(story: Story) -> N
     assert "is kept until" in story.first.output
     assert story.outlives
     assert story.by_hand.startswith("pve-manager/")
+    taken = [line for line in story.first.audit if line["event"] == "snapshot"]
+    assert {line["status"] for line in taken} == {"taken"}
+    assert taken[-1]["phase"] == "verify_ssh_chain"  # the clean state, though no test wants it yet
 
 
 def test_with_nothing_changed_all_is_proved_by_probes(story: Story) -> None:
