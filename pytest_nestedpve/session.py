@@ -349,7 +349,7 @@ class NestedSession:
 
     def ensure_for(self, item: pytest.Item | None) -> None:
         """Set up as far as the test wants it."""
-        self.ready_for = item
+        self.ready_for = item or self.item
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
