@@ -139,10 +139,8 @@ def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | No
     """An option by its name, by another case, or by a beginning that only it has."""
     if name in known:
         return name, known[name]
-    if match := re.fullmatch(r"(.*?)(\d+)", name):
-        pattern = match[1] + "[n]"
-        if pattern in known:
-            return name, known[pattern]
+    if (family := schema.family(name)) and family in known:
+        return name, known[family]
     for test in (str.__eq__, str.startswith):
         fitting = [other for other in known if "[n]" not in other and test(other.lower(), name.lower())]
         if len(fitting) == 1:
