@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cluster_fs, format, paths, schema, store, tasks, tree
 from .access import ROOT
-from .errors import BadParameters, PveFailure
+from .errors import BadParameters, PveFailure, Unsupported
 
 BOOLEAN = {"type": "boolean", "optional": 1}
 TEXT = {"type": "string", "optional": 1}
@@ -41,7 +41,8 @@ class Usage(PveFailure):
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: an API method with arguments in fixed places, some values fixed, and a printer."""
+    """A sub-command: an API method with arguments in fixed places, some values fixed, and a printer; or
+    what has no method: a `body` whose parameters are all in `extra`."""
 
     verb: str
     path: str
@@ -52,23 +53,29 @@ class Command:
     formats: bool = False
     mirror: bool = True  # the exit code is the task's
     rest: str | None = None  # takes all further words under this name
+    rc: int | None = None  # of a bad parameter, where it is not the program's
+    body: Callable[[dict[str, Any]], int] | None = None
+    section: int = 0  # of the overview: the program's own commands stand apart
 
 
 def options_of(command: Command) -> dict[str, Mapping[str, Any]]:
+    """What may be given as an option. Arguments too: what stands in their place wins [config-008]."""
     method = schema.method(command.verb, command.path)
     own: dict[str, Mapping[str, Any]] = dict(method.parameters) if method else {}
     own |= dict(command.extra or {})
     if command.formats:
         own |= FORMAT_OPTIONS
-    taken = {*command.args, *(command.fixed or {}), "node", *([command.rest] if command.rest else [])}
+    taken = {*(command.fixed or {}), "node", *([command.rest] if command.rest else [])}
     return {name: definition for name, definition in own.items() if name not in taken}
 
 
 def usage(name: str, command: Command) -> str:
-    words = [name, *(f"<{argument}>" for argument in command.args)]
+    known = options_of(command)
+    words = [name]
+    words += [f"[<{arg}>]" if known.get(arg, {}).get("optional") else f"<{arg}>" for arg in command.args]
     if command.rest:
         words.append("[<extra-args>]")
-    known = options_of(command)
+    known = {option: definition for option, definition in known.items() if option not in command.args}
     for option in sorted(known):
         if not known[option].get("optional") and "[n]" not in option:
             words.append(f"--{option} <{known[option].get('type', 'string')}>")
@@ -80,6 +87,14 @@ def usage(name: str, command: Command) -> str:
     if command.formats:
         words.append("[FORMAT_OPTIONS]")
     return " ".join(words) + "\n"
+
+
+def _needed(command: Command) -> int:
+    """How many arguments there must be: those before the last ones that are optional."""
+    known, count = options_of(command), len(command.args)
+    while count and known.get(command.args[count - 1], {}).get("optional"):
+        count -= 1
+    return count
 
 
 def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
             values[full] = value
     if unknown:
         raise Usage("".join(unknown) + f"400 unable to parse option\n{line}", rc=2)
-    if len(words) < len(command.args):
+    if len(words) < _needed(command):
         raise Usage(f"400 not enough arguments\n{line}", rc=2)
     values |= dict(zip(command.args, words, strict=False))
     left = words[len(command.args) :]
@@ -183,10 +198,13 @@ def outcome(started: tasks.Started) -> int:
 def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int:
     """A sub-command, from its words to its exit code."""
     line = usage(name, command)
+    rc = rc if command.rc is None else command.rc
     try:
         values = parse(argv, command, line)
         style = style_of(values) if command.formats else format.Style(unicode=format.unicode_locale())
         values |= dict(command.fixed or {})
+        if command.body is not None:
+            return command.body(_checked(command, values, rc) | {"output-format": style.output})
         own = {key: values.pop(key) for key in list(values) if key in (command.extra or {})}
         address = command.path
         if "{node}" in address:
@@ -207,6 +225,13 @@ def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int
         method = schema.method(command.verb, command.path)
         sys.stdout.write(format.render(found, style, method.returns if method else None))
     return 0
+
+
+def _checked(command: Command, values: dict[str, Any], rc: int) -> dict[str, Any]:
+    known = {name: dict(definition) for name, definition in options_of(command).items()}
+    if command.rest:
+        known[command.rest] = {"type": "array", "optional": 1}
+    return schema.check(schema.Method("", "", known, None, {}), values, rc=rc)
 
 
 def _call(command: Command, address: str, values: dict[str, Any], rc: int) -> Any:
@@ -258,22 +283,20 @@ def _warn_of_stale_tokens() -> None:
 
 def dispatch(
     program: str,
-    commands: Mapping[str, Command | Callable[[list[str]], int]],
+    commands: Mapping[str, Command],
     argv: list[str],
     *,
     rc: int = 2,
+    aliases: Mapping[str, str] | None = None,
 ) -> int:
     """Find the sub-command (of one, two or three words) and run it."""
     if argv and argv[0] == "help":
-        sys.stdout.write(overview(program, commands))
-        return 0
+        raise Unsupported(f"{program} help")
     for count in (3, 2, 1):
         name = " ".join(argv[:count])
+        name = (aliases or {}).get(name, name)
         if len(argv) >= count and name in commands:
-            found = commands[name]
-            if isinstance(found, Command):
-                return run(found, f"{program} {name}", argv[count:], rc=rc)
-            return found(argv[count:])
+            return run(commands[name], f"{program} {name}", argv[count:], rc=rc)
     said = (
         "no command specified"
         if not argv
@@ -283,24 +306,15 @@ def dispatch(
     return 255
 
 
-def _asked(commands: Mapping[str, Any], argv: list[str]) -> list[str]:
+def _asked(commands: Mapping[str, Command], argv: list[str]) -> list[str]:
     groups = {name.split()[0] for name in commands if " " in name}
     return argv[:2] if argv[0] in groups else argv[:1]
 
 
-def overview(program: str, commands: Mapping[str, Any]) -> str:
-    lines: list[str] = []
+def overview(program: str, commands: Mapping[str, Command]) -> str:
+    text, group = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n", None
     for name, command in commands.items():
-        text = (
-            usage(f"{program} {name}", command).rstrip("\n")
-            if isinstance(command, Command)
-            else f"{program} {name}"
-        )
-        lines.append(("USAGE: " if not lines else "       ") + text)
-    head = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n"
-    text, group = "", None
-    for name, line in zip(commands, lines, strict=True):
-        first = name.split()[0] if " " in name else ""
-        text += ("\n" if first != group else "") + "       " + line[7:] + "\n"
-        group = first
-    return head + text
+        own = name.split()[0] if " " in name else command.section
+        text += ("\n" if own != group else "") + "       " + usage(f"{program} {name}", command)
+        group = own
+    return f"{text}\n       {program} help [<extra-args>] [OPTIONS]\n"

@@ -59,7 +59,7 @@ def _main(argv: list[str]) -> int:
         return 0
     if word == "delnode" and rest:
         raise PveFailure(f"Node/IP: {rest[0]} is not a known host of the cluster.", rc=2)
-    if word in ("add", "addnode", "create", "keygen", "mtunnel", "qdevice"):
+    if word in ("add", "addnode", "create", "keygen", "mtunnel", "qdevice", "help"):
         raise Unsupported(f"pvecm {word}")
     sys.stderr.write(f"ERROR: unknown command 'pvecm {word}'\n" + USAGE)
     return 255

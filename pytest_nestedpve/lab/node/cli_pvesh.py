@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import Any
 
 from . import access, cli, format, forward, schema, tasks, tree
-from .errors import BadParameters, PveFailure
+from .errors import BadParameters, PveFailure, Unsupported
 
 VERBS = {"get": "GET", "create": "POST", "set": "PUT", "delete": "DELETE"}
 USAGE = """ERROR: {}
@@ -31,10 +33,10 @@ def _main(argv: list[str]) -> int:
         sys.stderr.write(USAGE.format("no command specified"))
         return 255
     word, rest = argv[0], argv[1:]
-    if word == "ls":
-        return _ls(rest)
-    if word == "usage":
-        return _usage(rest)
+    if word in OWN:
+        return cli.run(OWN[word], f"pvesh {word}", rest)
+    if word == "help":
+        return _help(rest)
     if word not in VERBS:
         sys.stderr.write(USAGE.format(f"unknown command 'pvesh {word}'"))
         return 255
@@ -72,7 +74,9 @@ def _call(word: str, argv: list[str]) -> int:
         if member is not None:
             result = forward.by_ssh(member, word, address, values)
         else:
-            result = tree.call(verb, address, values, access.ROOT)
+            # As recorded: 2 below qemu and cluster, 255 for network, storages, downloads, tickets.
+            rc = 2 if re.match(r"/(nodes/[^/]+/qemu|cluster)(/|$)", address) else 255
+            result = tree.call(verb, address, values, access.ROOT, rc=rc)
     except BadParameters as e:
         sys.stdout.flush()
         sys.stderr.write(e.for_cli() + line)
@@ -84,10 +88,37 @@ def _call(word: str, argv: list[str]) -> int:
     return 0
 
 
-def _ls(argv: list[str]) -> int:
-    if not argv:
-        raise cli.Usage(f"400 not enough arguments\n{_line('ls')}", rc=2)
-    address = "/" + argv[0].strip("/")
+def _help(argv: list[str]) -> int:
+    """The short form is the overview; without a command each is described [basic-092]."""
+    if argv:
+        raise Unsupported("pvesh help of a command")
+    described = {word: f"Call API {verb} on <api_path>." for word, verb in VERBS.items()}
+    described |= {"ls": "List child objects on <api_path>."}
+    where = "  <api_path> <string>\n\t     API path.\n"
+    verbose = "  --verbose  <boolean>\n\t     Verbose output format.\n"
+    blocks = {
+        word: f"USAGE: {_line(word)}\n  {text}\n\n{where}\n"
+        "  --noproxy  <boolean>\n\t     Disable automatic proxying.\n"
+        for word, text in described.items()
+    }
+    blocks["help"] = (
+        "USAGE: pvesh help [<extra-args>] [OPTIONS]\n\n  Get help about specified command.\n\n"
+        f"  <extra-args> <array>\n\t     Shows help for a specific command\n\n{verbose}"
+    )
+    blocks["usage"] = (
+        f"USAGE: {cli.usage('pvesh usage', OWN['usage'])}\n"
+        f"  print API usage information for <api_path>.\n\n{where}\n"
+        "  --command  <create | delete | get | set>\n\t     API command.\n\n"
+        f"  --returns  <boolean>\n\t     Including schema for returned data.\n\n{verbose}"
+    )
+    sys.stdout.write("\n".join(blocks[word] for word in sorted(blocks)) + "\n\n")
+    return 0
+
+
+def _ls(values: dict[str, Any]) -> int:
+    if values["output-format"] != "text":
+        raise Unsupported(f"pvesh ls as {values['output-format']}")
+    address = "/" + values["api_path"].strip("/")
     found = schema.resolve(address)
     names = schema.children("/" if address == "/" else _template(address, found))
     if not names and found is None:
@@ -136,14 +167,14 @@ def _capabilities(path: str) -> str:
     )
 
 
-def _usage(argv: list[str]) -> int:
-    if not argv:
-        raise cli.Usage("400 not enough arguments\npvesh usage <api_path> [OPTIONS]\n", rc=2)
-    address = "/" + argv[0].strip("/")
+def _usage(values: dict[str, Any]) -> int:
+    address = "/" + values["api_path"].strip("/")
     found = schema.resolve(address)
     if found is None:
         raise PveFailure(f"no such resource '{address}'", rc=2)
-    wanted = argv[argv.index("--command") + 1] if "--command" in argv[:-1] else None
+    if "1" in (values.get("verbose"), values.get("returns")):
+        raise Unsupported("pvesh usage in full")
+    wanted = values.get("command")
     for word, verb in VERBS.items():
         method = schema.method(verb, found[0])
         if method is None or wanted not in (None, word):
@@ -158,6 +189,21 @@ def _usage(argv: list[str]) -> int:
         print(f"USAGE: pvesh {word} {address}{middle}{' [OPTIONS]' if optional else ''}")
     return 0
 
+
+_PATH = {"type": "string"}
+_ASK = {"type": "string", "optional": 1, "enum": sorted(VERBS)}
+OWN = {
+    "ls": cli.Command(
+        "", "", ("api_path",), extra={"api_path": _PATH, "noproxy": cli.BOOLEAN}, formats=True, body=_ls
+    ),
+    "usage": cli.Command(
+        "",
+        "",
+        ("api_path",),
+        extra={"api_path": _PATH, "command": _ASK, "returns": cli.BOOLEAN, "verbose": cli.BOOLEAN},
+        body=_usage,
+    ),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from . import access, checks, cli, paths, tree, volumes
+from . import access, cli, paths, tree, volumes
 from .cli import TEXT, Command
 from .errors import Unsupported
 
@@ -44,28 +44,11 @@ def _list(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
         )
 
 
-def _alloc(argv: list[str]) -> int:
-    command = Command("", "", args=("storage", "vmid", "filename", "size"), extra={"format": TEXT})
-    values = cli.parse(argv, command, "pvesm alloc <storage> <vmid> <filename> <size> [OPTIONS]\n")
-    if checks.size(values["size"]) is None:
-        words = "value does not match the regex pattern"
-        sys.stderr.write(
-            f"400 Parameter verification failed.\nsize: {words}\n"
-            "pvesm alloc <storage> <vmid> <filename> <size> [OPTIONS]\n"
-        )
-        return 2
-    call: dict[str, Any] = {
-        key: values[key] for key in ("vmid", "filename", "size", "format") if key in values
-    }
-    volid = tree.call("POST", f"/nodes/{paths.node()}/storage/{values['storage']}/content", call, access.ROOT)
+def _allocated(volid: str, values: dict[str, Any]) -> None:
     print(f"successfully created '{volid}'")
-    return 0
 
 
-def _free(argv: list[str]) -> int:
-    values = cli.parse(
-        argv, Command("", "", args=("volume",), extra={"storage": TEXT}), "pvesm free <volume> [OPTIONS]\n"
-    )
+def _free(values: dict[str, Any]) -> int:
     volid = values["volume"] if ":" in values["volume"] else f"{values.get('storage')}:{values['volume']}"
     name = volumes.split(volid)[0]
     volumes.storage(name)
@@ -73,29 +56,37 @@ def _free(argv: list[str]) -> int:
     return cli.outcome(tree.call("DELETE", path, {}, access.ROOT))
 
 
-def _path(argv: list[str]) -> int:
-    values = cli.parse(argv, Command("", "", args=("volume",)), "pvesm path <volume>\n")
+def _path(values: dict[str, Any]) -> int:
     volumes.storage(volumes.split(values["volume"])[0])
     print(volumes.shown(values["volume"]))
     return 0
 
 
-def _scan(argv: list[str]) -> int:
-    raise Unsupported("pvesm scan")
+def _refused(name: str) -> Command:
+    def body(values: dict[str, Any]) -> int:
+        raise Unsupported(f"pvesm {name}")
+
+    return Command("", "", rest="extra-args", body=body)
 
 
-COMMANDS: dict[str, Any] = {
-    "add": Command("POST", "/storage", ("type", "storage"), show=lambda found, values: None),
-    "set": Command("PUT", "/storage/{storage}", ("storage",), show=lambda found, values: None),
+_VOLUME = {"volume": {"type": "string"}}
+COMMANDS: dict[str, Command] = {
+    "add": Command("POST", "/storage", ("type", "storage"), show=lambda found, values: None, rc=255),
+    "set": Command("PUT", "/storage/{storage}", ("storage",), show=lambda found, values: None, rc=255),
     "remove": Command("DELETE", "/storage/{storage}", ("storage",)),
     "status": Command("GET", "/nodes/{node}/storage", show=_status),
     "list": Command("GET", "/nodes/{node}/storage/{storage}/content", ("storage",), show=_list),
-    "alloc": _alloc,
-    "free": _free,
-    "path": _path,
-    "scan": _scan,
-    "export": _scan,
-    "import": _scan,
+    "alloc": Command(
+        "POST",
+        "/nodes/{node}/storage/{storage}/content",
+        ("storage", "vmid", "filename", "size"),
+        show=_allocated,
+    ),
+    "free": Command("", "", ("volume",), extra={**_VOLUME, "storage": TEXT}, body=_free),
+    "path": Command("", "", ("volume",), extra=_VOLUME, body=_path),
+    "scan": _refused("scan"),
+    "export": _refused("export"),
+    "import": _refused("import"),
 }
 
 if __name__ == "__main__":

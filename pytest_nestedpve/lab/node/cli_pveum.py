@@ -12,7 +12,7 @@ USER, TOKEN = "/access/users/{userid}", "/access/users/{userid}/token/{tokenid}"
 
 
 def main() -> int:
-    return cli.door(lambda argv: cli.dispatch("pveum", COMMANDS, argv, rc=255))
+    return cli.door(lambda argv: cli.dispatch("pveum", COMMANDS, argv, rc=255, aliases=ALIASES))
 
 
 def _permissions(found: dict[str, dict[str, int]], values: dict[str, Any]) -> None:
@@ -33,11 +33,7 @@ _OUTPUT = {"output-format": cli.FORMAT_OPTIONS["output-format"]}
 _ACL = Command("PUT", "/access/acl", ("path",), fixed={"delete": "0"})
 
 
-def _token_permissions(argv: list[str]) -> int:
-    command = Command("", "", args=("userid", "tokenid"), extra={"path": cli.TEXT, **_OUTPUT})
-    values = cli.parse(
-        argv, command, "pveum user token permissions <userid> <tokenid> [OPTIONS] [FORMAT_OPTIONS]\n"
-    )
+def _token_permissions(values: dict[str, Any]) -> int:
     from . import access, tree
 
     call = {"userid": f"{values['userid']}!{values['tokenid']}"}
@@ -47,7 +43,8 @@ def _token_permissions(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Any] = {
+_USER = {"userid": {"type": "string"}, "tokenid": {"type": "string", "pattern": r"[A-Za-z][A-Za-z0-9.\-_]+"}}
+COMMANDS: dict[str, Command] = {
     "acl delete": Command("PUT", "/access/acl", ("path",), fixed={"delete": "1"}),
     "acl list": Command("GET", "/access/acl", formats=True),
     "acl modify": _ACL,
@@ -65,7 +62,14 @@ COMMANDS: dict[str, Any] = {
     "user token delete": Command("DELETE", TOKEN, ("userid", "tokenid"), formats=True),
     "user token list": Command("GET", USER + "/token", ("userid",), formats=True),
     "user token modify": Command("PUT", TOKEN, ("userid", "tokenid"), formats=True),
-    "user token permissions": _token_permissions,
+    "user token permissions": Command(
+        "",
+        "",
+        ("userid", "tokenid"),
+        extra={**_USER, "path": cli.TEXT},
+        formats=True,
+        body=_token_permissions,
+    ),
     "user token remove": Command("DELETE", TOKEN, ("userid", "tokenid"), formats=True),
     "user add": Command("POST", "/access/users", ("userid",)),
     "user delete": Command("DELETE", USER, ("userid",)),
@@ -73,17 +77,16 @@ COMMANDS: dict[str, Any] = {
     "user modify": Command("PUT", USER, ("userid",)),
     "user permissions": Command("GET", "/access/permissions", ("userid",), show=_permissions, extra=_OUTPUT),
 }
-for _old, _new in (
-    ("aclmod", "acl modify"),
-    ("acldel", "acl delete"),
-    ("useradd", "user add"),
-    ("usermod", "user modify"),
-    ("userdel", "user delete"),
-    ("roleadd", "role add"),
-    ("rolemod", "role modify"),
-    ("roledel", "role delete"),
-):
-    COMMANDS[_old] = COMMANDS[_new]
+ALIASES = {
+    "aclmod": "acl modify",
+    "acldel": "acl delete",
+    "useradd": "user add",
+    "usermod": "user modify",
+    "userdel": "user delete",
+    "roleadd": "role add",
+    "rolemod": "role modify",
+    "roledel": "role delete",
+}
 
 if __name__ == "__main__":
     sys.exit(main())

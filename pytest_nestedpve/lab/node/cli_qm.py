@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -13,12 +15,19 @@ from . import access, cli, disks, format, guests, locks, options, paths, tree, v
 from .cli import BOOLEAN, TEXT, Command
 from .errors import PveFailure, Unsupported
 
+Definition = Mapping[str, Any]
 VM = "/nodes/{node}/qemu/{vmid}"
 ONE = ("vmid",)
+VMID: Definition = {"type": "integer", "format": "pve-vmid", "minimum": 100, "maximum": 999999999}
+NEEDED: Definition = {"type": "string"}
+NEEDED_BOOLEAN: Definition = {"type": "boolean"}
+STORAGE: Definition = {"type": "string", "format": "pve-storage-id"}
+IMAGE: Definition = {"type": "string", "optional": 1, "enum": ["raw", "qcow2", "vmdk"]}
+COUNT: Definition = {"type": "integer", "optional": 1, "minimum": 0}
 
 
 def main() -> int:
-    return cli.door(lambda argv: cli.dispatch("qm", COMMANDS, _keys(argv)))
+    return cli.door(lambda argv: cli.dispatch("qm", COMMANDS, _keys(argv), aliases=ALIASES))
 
 
 def _keys(argv: list[str]) -> list[str]:
@@ -128,17 +137,14 @@ def _text(found: str, values: dict[str, Any]) -> None:
     print(found)
 
 
-def _guest_exec(argv: list[str]) -> int:
-    own = {"timeout": {"type": "integer", "optional": 1}, "synchronous": BOOLEAN, "pass-stdin": BOOLEAN}
-    command = Command("POST", VM + "/agent/exec", args=ONE, extra=own, rest="command")
-    line = "qm guest exec <vmid> [<extra-args>] [OPTIONS]\n"
-    values = cli.parse(argv, command, line)
+def _guest_exec(values: dict[str, Any]) -> int:
     vmid = str(values["vmid"])
     call: dict[str, Any] = {"command": values.get("command", [])}
     if str(values.get("pass-stdin", "0")) == "1":
         call["input-data"] = sys.stdin.read()
     node = paths.node()
     if not call["command"]:
+        line = cli.usage("qm guest exec", COMMANDS["guest exec"])
         raise cli.Usage(f"400 not enough arguments\n{line}", rc=2)
     started = tree.call("POST", f"/nodes/{node}/qemu/{vmid}/agent/exec", call, access.ROOT)
     if str(values.get("synchronous", "1")) == "1":
@@ -158,10 +164,7 @@ def _guest_exec(argv: list[str]) -> int:
     return 0
 
 
-def _import(argv: list[str]) -> int:
-    own = {"format": TEXT, "target-disk": TEXT}
-    command = Command("", "", args=("vmid", "source", "storage"), extra=own)
-    values = cli.parse(argv, command, "qm disk import <vmid> <source> <storage> [OPTIONS]\n")
+def _import(values: dict[str, Any]) -> int:
     vmid, source, storage = int(values["vmid"]), values["source"], values["storage"]
     guest = guests.load(vmid)
     volume = ":" in source and not source.startswith("/")
@@ -197,11 +200,14 @@ def _import(argv: list[str]) -> int:
     return cli.outcome(tree.task(access.ROOT, "qmimport", vmid, work))
 
 
-def _rescan(argv: list[str]) -> int:
+def _rescan(values: dict[str, Any]) -> int:
+    if values.get("dryrun") == "1":
+        raise Unsupported("--dryrun")
+    chosen = [guests.load(values["vmid"])] if "vmid" in values else guests.every()
     print("rescan volumes...")
     from .handlers.config import add_unused
 
-    for guest in guests.every():
+    for guest in chosen:
         with locks.guest(guest.vmid):
             known = options.volids(guest.conf)
             for name in volumes.storages():
@@ -222,8 +228,7 @@ def _rescan(argv: list[str]) -> int:
     return 0
 
 
-def _unlock(argv: list[str]) -> int:
-    values = cli.parse(argv, Command("", "", args=ONE), "qm unlock <vmid>\n")
+def _unlock(values: dict[str, Any]) -> int:
     with locks.guest(int(values["vmid"])):
         guest = guests.load(values["vmid"])
         if guest.conf.pop("lock", None) is not None:
@@ -231,9 +236,7 @@ def _unlock(argv: list[str]) -> int:
     return 0
 
 
-def _wait(argv: list[str]) -> int:
-    command = Command("", "", args=ONE, extra={"timeout": {"type": "integer", "optional": 1}})
-    values = cli.parse(argv, command, "qm wait <vmid> [OPTIONS]\n")
+def _wait(values: dict[str, Any]) -> int:
     vmid = int(values["vmid"])
     guests.find(vmid, rc=2)
     end = time.monotonic() + float(values.get("timeout", 1e9))
@@ -244,17 +247,27 @@ def _wait(argv: list[str]) -> int:
     return 0
 
 
-def _refused(name: str, *arguments: str) -> Any:
-    def body(argv: list[str]) -> int:
-        if argv and argv[0].isdigit():
-            guests.load(argv[0])
+def _refused(
+    name: str, args: tuple[str, ...], *, verb: str = "", path: str = "", **own: Definition
+) -> Command:
+    """What the lab has not: its parameters are judged first, and whether there is such a VM."""
+
+    def body(values: dict[str, Any]) -> int:
+        if "vmid" in values and name != "import":
+            guests.load(values["vmid"])
         raise Unsupported(f"qm {name}")
 
-    return body
+    return replace(_own(body, args, **own), verb=verb, path=path, section=0 if name == "sendkey" else 1)
 
 
-def _monitor(argv: list[str]) -> int:
-    values = cli.parse(argv, Command("", "", args=ONE), "qm monitor <vmid>\n")
+def _own(body: Callable[[dict[str, Any]], int], args: tuple[str, ...] = ONE, **own: Definition) -> Command:
+    """A command that is no method of the API; in the names of its options `_` stands for `-`."""
+    known = {arg: VMID if arg == "vmid" else NEEDED for arg in args}
+    known |= {name.replace("_", "-"): definition for name, definition in own.items()}
+    return Command("", "", args, extra=known, body=body, section=1)
+
+
+def _monitor(values: dict[str, Any]) -> int:
     vmid = values["vmid"]
     guests.load(vmid)
     print(f"Entering QEMU Monitor for VM {vmid} - type 'help' for help", flush=True)
@@ -274,12 +287,7 @@ def _monitor(argv: list[str]) -> int:
     return 0
 
 
-def _passwd(argv: list[str]) -> int:
-    values = cli.parse(
-        argv,
-        Command("", "", args=("vmid", "username"), extra={"crypted": BOOLEAN}),
-        "qm guest passwd <vmid> <username> [OPTIONS]\n",
-    )
+def _passwd(values: dict[str, Any]) -> int:
     words = sys.stdin.read().splitlines()
     call = {
         "username": values["username"],
@@ -291,23 +299,26 @@ def _passwd(argv: list[str]) -> int:
     return 0
 
 
-def _cleanup(argv: list[str]) -> int:
+def _cleanup(values: dict[str, Any]) -> int:
     return 0  # called by qmeventd, which the lab does without
 
 
-COMMANDS: dict[str, Any] = {
+_DISK = ("vmid", "source", "storage")
+COMMANDS: dict[str, Command] = {
     "cloudinit dump": Command("GET", VM + "/cloudinit/dump", ("vmid", "type"), show=_text),
     "cloudinit pending": Command("GET", VM + "/cloudinit", ONE, show=_pending),
     "cloudinit update": Command("PUT", VM + "/cloudinit", ONE),
     "disk move": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
     "disk resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
     "disk unlink": Command("PUT", VM + "/unlink", ONE),
-    "disk import": _import,
-    "disk rescan": _rescan,
+    "disk import": _own(_import, _DISK, storage=STORAGE, format=IMAGE, target_disk=TEXT),
+    "disk rescan": _own(_rescan, (), dryrun=BOOLEAN, vmid={**VMID, "optional": 1}),
     "guest cmd": Command("POST", VM + "/agent", ("vmid", "command"), show=_agent),
     "guest exec-status": Command("GET", VM + "/agent/exec-status", ("vmid", "pid"), show=_json),
-    "guest passwd": _passwd,
-    "guest exec": _guest_exec,
+    "guest passwd": _own(_passwd, ("vmid", "username"), crypted=BOOLEAN),
+    "guest exec": replace(
+        _own(_guest_exec, timeout=COUNT, synchronous=BOOLEAN, pass_stdin=BOOLEAN), rest="command"
+    ),
     "clone": Command("POST", VM + "/clone", ("vmid", "newid")),
     "config": Command("GET", VM + "/config", ONE, show=_config),
     "create": Command("POST", "/nodes/{node}/qemu", ONE),
@@ -321,32 +332,52 @@ COMMANDS: dict[str, Any] = {
     "reset": Command("POST", VM + "/status/reset", ONE),
     "resume": Command("POST", VM + "/status/resume", ONE),
     "rollback": Command("POST", VM + "/snapshot/{snapname}/rollback", ("vmid", "snapname")),
-    "set": Command("PUT", VM + "/config", ONE),
+    "sendkey": _refused("sendkey", ("vmid", "key"), verb="PUT", path=VM + "/sendkey"),
+    "set": Command("PUT", VM + "/config", ONE, rc=255),
     "shutdown": Command("POST", VM + "/status/shutdown", ONE),
     "snapshot": Command("POST", VM + "/snapshot", ("vmid", "snapname")),
     "start": Command("POST", VM + "/status/start", ONE),
-    "status": Command("GET", VM + "/status/current", ONE, show=_status, extra={"verbose": BOOLEAN}),
     "stop": Command("POST", VM + "/status/stop", ONE),
     "suspend": Command("POST", VM + "/status/suspend", ONE),
     "template": Command("POST", VM + "/template", ONE, mirror=False),
-    "unlock": _unlock,
-    "wait": _wait,
-    "cleanup": _cleanup,
-    "agent": Command("POST", VM + "/agent", ("vmid", "command"), show=_agent),
-    "importdisk": _import,
-    "rescan": _rescan,
-    "move_disk": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
-    "move-disk": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
-    "resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
-    "unlink": Command("PUT", VM + "/unlink", ONE),
-    "monitor": _monitor,
-    "terminal": _refused("terminal"),
-    "sendkey": _refused("sendkey"),
-    "showcmd": _refused("showcmd"),
-    "importovf": _refused("importovf"),
-    "import": _refused("import"),
-    "vncproxy": _refused("vncproxy"),
-    "remote-migrate": _refused("remote-migrate"),
+    "cleanup": _own(
+        _cleanup,
+        ("vmid", "clean-shutdown", "guest-requested"),
+        clean_shutdown=NEEDED_BOOLEAN,
+        guest_requested=NEEDED_BOOLEAN,
+    ),
+    "enroll-efi-keys": _refused("enroll-efi-keys", ONE),
+    "import": _refused("import", ("vmid", "source"), verb="POST", path="/nodes/{node}/qemu", storage=STORAGE),
+    "importovf": _refused(
+        "importovf", ("vmid", "manifest", "storage"), storage=STORAGE, dryrun=BOOLEAN, format=IMAGE
+    ),
+    "monitor": _own(_monitor),
+    "mtunnel": _refused("mtunnel", ()),
+    "nbdstop": _refused("nbdstop", ONE),
+    "remote-migrate": _refused(
+        "remote-migrate",
+        ("vmid", "target-vmid", "target-endpoint"),
+        verb="POST",
+        path=VM + "/remote_migrate",
+        target_vmid={**VMID, "optional": 1},
+    ),
+    "showcmd": _refused("showcmd", ONE, pretty=BOOLEAN, snapshot=TEXT),
+    "status": Command(
+        "GET", VM + "/status/current", ONE, show=_status, extra={"verbose": BOOLEAN}, section=1
+    ),
+    "terminal": _refused("terminal", ONE, escape=TEXT, iface=TEXT),
+    "unlock": _own(_unlock),
+    "vncproxy": _refused("vncproxy", ONE),
+    "wait": _own(_wait, timeout={**COUNT, "minimum": 1}),
+}
+ALIASES = {
+    "agent": "guest cmd",
+    "importdisk": "disk import",
+    "rescan": "disk rescan",
+    "move_disk": "disk move",
+    "move-disk": "disk move",
+    "resize": "disk resize",
+    "unlink": "disk unlink",
 }
 
 if __name__ == "__main__":
