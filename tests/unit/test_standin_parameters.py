@@ -91,3 +91,91 @@ def test_help_in_full_is_not_made_up(vm: Node) -> None:
         answer = vm.run(*words)
         assert answer.rc == 255
         assert answer.stderr.endswith(": not supported by the lab\n")
+
+
+FORMAT = "invalid format - format error\n"
+NOT_IN = "does not have a value in the enumeration"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("boot", "bogus", f"{FORMAT}boot.legacy: value does not match the regex pattern\n"),
+        (
+            "boot",
+            "order=scsi0;scsi31",
+            f"{FORMAT}boot.order: invalid format - invalid boot device 'scsi31'\n\n",
+        ),
+        (
+            "cpu",
+            "bogus",
+            "invalid format - Built-in cputype 'bogus' is not defined (missing 'custom-' prefix?)\n",
+        ),
+        ("cpu", "custom-mine", "invalid format - Custom cputype 'mine' not found\n"),
+        ("cpu", "host,flags=bogus", f"{FORMAT}cpu.flags: value does not match the regex pattern\n"),
+        ("nameserver", "1.1.1.1 a_b", "invalid format - value does not look like a valid address: a_b\n"),
+        ("hotplug", "network,bogus", "invalid format - invalid hotplug feature 'bogus'\n"),
+        ("watchdog", "model=bogus", f"{FORMAT}watchdog.model: value 'bogus' {NOT_IN} 'i6300esb, ib700'\n"),
+        (
+            "rng0",
+            "source=/etc/passwd",
+            f"{FORMAT}rng0.source: value '/etc/passwd' {NOT_IN} '/dev/urandom, /dev/random, /dev/hwrng'\n",
+        ),
+        ("affinity", "zz", "invalid format - unable to parse cpuset option\n"),
+        ("memory", "", f"{FORMAT}memory.current: property is missing and it is not optional\n"),
+        (
+            "agent",
+            "1,type=isa,type=isa",
+            "invalid format - duplicate key in comma-separated list property: type\n",
+        ),
+    ],
+)
+def test_a_value_is_judged_by_the_format_that_the_table_only_names(
+    vm: Node, option: str, value: str, words: str
+) -> None:
+    answer = vm.run("qm", "set", "100", f"--{option}", value)
+    assert (answer.rc, answer.stderr) == (255, f"{BAD}{option}: {words}\n{SET}")
+    assert f"{option}: {value}" not in vm.ok("qm", "config", "100")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("hostpci0", "bogus"), ("cdrom", "bogus"), ("cpu", "host,flags=+bogus")]
+)
+def test_a_format_that_the_lab_does_not_know_takes_nothing(vm: Node, option: str, value: str) -> None:
+    answer = vm.run("qm", "set", "100", f"--{option}", value)
+    assert answer.rc == 255
+    assert answer.stderr.endswith(": not supported by the lab\n")
+    assert option not in vm.ok("qm", "config", "100")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("boot", "order=scsi0;ide2;net0"),
+        ("boot", "cdn"),
+        ("cpu", "host"),  # [extra-010]
+        ("cpu", "x86-64-v2-AES,flags=+aes;-pcid,hidden=1"),
+        ("nameserver", "1.1.1.1"),  # [config-013]
+        ("nameserver", "1.1.1.1 fd00::1,dns.example.test"),
+        ("hotplug", "0"),
+        ("hotplug", "network,disk,usb,cloudinit"),
+        ("watchdog", "i6300esb,action=reset"),
+        ("rng0", "/dev/urandom,max_bytes=1024,period=1000"),
+        ("affinity", "0,5,8-11"),
+    ],
+)
+def test_a_value_in_its_format_is_taken(vm: Node, option: str, value: str) -> None:
+    assert vm.run("qm", "set", "100", f"--{option}", value).rc == 0
+    assert f"{option}: {value}\n" in vm.ok("qm", "config", "100")
+
+
+def test_other_formats_are_judged_too(node: Node) -> None:
+    answer = node.run("pvesh", "get", "/nodes/father/tasks", "--statusfilter", "bogus")
+    assert answer.stderr.startswith(f"{BAD}statusfilter: invalid format - invalid status 'bogus'\n")
+    assert node.run("pvesh", "get", "/nodes/father/tasks", "--statusfilter", "ok,error").rc == 0
+    schedule = ("pvesh", "create", "/cluster/backup", "--storage", "local", "--vmid", "100", "--schedule")
+    assert node.run(*schedule, "daily").rc == 0  # [ownA-269]
+    assert node.run(*schedule, "sat 02:30").rc == 0
+    assert node.run(*schedule, "now and then").stderr.endswith(": not supported by the lab\n")
+    assert node.run("pvesm", "set", "local", "--prune-backups", "keep-last=3,keep-daily=7").rc == 0
+    assert "prune-backups.keep" in node.run("pvesm", "set", "local", "--prune-backups", "keep=3").stderr

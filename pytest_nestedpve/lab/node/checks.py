@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from .errors import Unsupported
+
 Definition = Mapping[str, Any]
+DUPLICATE = "duplicate key in comma-separated list property: "
 BOOLEANS = {"1": "1", "on": "1", "yes": "1", "true": "1", "0": "0", "off": "0", "no": "0", "false": "0"}
 DNS = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?)(\.[a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?)*")
 CONFIG_ID = re.compile(r"[a-z][a-z0-9_-]+", re.IGNORECASE)
@@ -46,7 +49,68 @@ STARTUP = {
     "up": {"type": "integer", "optional": 1, "minimum": 0},
     "down": {"type": "integer", "optional": 1, "minimum": 0},
 }
+_COUNT = {"type": "integer", "optional": 1, "minimum": 0}
+PRUNE: dict[str, Any] = {"keep-all": {"type": "boolean", "optional": 1}}
+PRUNE |= {f"keep-{each}": _COUNT for each in ("last", "hourly", "daily", "weekly", "monthly", "yearly")}
+BOOT = {
+    "legacy": {"type": "string", "optional": 1, "default_key": 1, "pattern": "[acdn]{1,4}"},
+    "order": {"type": "string", "optional": 1, "format": "pve-qm-bootdev-list"},
+}
+# The forms and enumerations of these are in the help of `qm create` [basic-101].
+RNG = {
+    "source": {
+        "type": "string",
+        "default_key": 1,
+        "enum": ["/dev/urandom", "/dev/random", "/dev/hwrng"],
+    },
+    "max_bytes": {"type": "integer", "optional": 1},
+    "period": {"type": "integer", "optional": 1},
+}
+WATCHDOG = {
+    "model": {"type": "string", "optional": 1, "default_key": 1, "enum": ["i6300esb", "ib700"]},
+    "action": {
+        "type": "string",
+        "optional": 1,
+        "enum": ["reset", "shutdown", "poweroff", "pause", "debug", "none"],
+    },
+}
+CPU: dict[str, Any] = {
+    "cputype": {"type": "string", "optional": 1, "default_key": 1},
+    "flags": {"type": "string", "optional": 1, "pattern": r"[+-][\w\-.]+(;[+-][\w\-.]+)*"},
+    "guest-phys-bits": {"type": "integer", "optional": 1, "minimum": 32, "maximum": 64},
+    "hidden": {"type": "boolean", "optional": 1},
+    "hv-vendor-id": {"type": "string", "optional": 1, "pattern": "[a-zA-Z0-9]{1,12}"},
+    "level": {"type": "integer", "optional": 1, "minimum": 0, "maximum": 4294967295},
+    "phys-bits": {"type": "string", "optional": 1, "pattern": "[89]|[1-5][0-9]|6[0-4]|host"},
+    "reported-model": {"type": "string", "optional": 1},
+}
+# As `/nodes/N/capabilities/qemu/cpu` lists them [basic-041].
+CPU_MODELS = """
+    486 athlon Broadwell Broadwell-IBRS Broadwell-noTSX Broadwell-noTSX-IBRS Cascadelake-Server
+    Cascadelake-Server-noTSX Cascadelake-Server-v2 Cascadelake-Server-v4 Cascadelake-Server-v5
+    ClearwaterForest Conroe Cooperlake Cooperlake-v2 core2duo coreduo EPYC EPYC-Genoa EPYC-Genoa-v2
+    EPYC-IBPB EPYC-Milan EPYC-Milan-v2 EPYC-Milan-v3 EPYC-Rome EPYC-Rome-v2 EPYC-Rome-v3 EPYC-Rome-v4
+    EPYC-Rome-v5 EPYC-Turin EPYC-v3 EPYC-v4 EPYC-v5 GraniteRapids GraniteRapids-v2 GraniteRapids-v3
+    Haswell Haswell-IBRS Haswell-noTSX Haswell-noTSX-IBRS host Icelake-Client Icelake-Client-noTSX
+    Icelake-Server Icelake-Server-noTSX Icelake-Server-v3 Icelake-Server-v4 Icelake-Server-v5
+    Icelake-Server-v6 Icelake-Server-v7 IvyBridge IvyBridge-IBRS KnightsMill kvm32 kvm64 max Nehalem
+    Nehalem-IBRS Opteron_G1 Opteron_G2 Opteron_G3 Opteron_G4 Opteron_G5 Penryn pentium pentium2 pentium3
+    phenom qemu32 qemu64 SandyBridge SandyBridge-IBRS SapphireRapids SapphireRapids-v2 SapphireRapids-v3
+    SapphireRapids-v4 SierraForest SierraForest-v2 SierraForest-v3 Skylake-Client Skylake-Client-IBRS
+    Skylake-Client-noTSX-IBRS Skylake-Client-v4 Skylake-Server Skylake-Server-IBRS
+    Skylake-Server-noTSX-IBRS Skylake-Server-v4 Skylake-Server-v5 Westmere Westmere-IBRS x86-64-v2
+    x86-64-v2-AES x86-64-v3 x86-64-v4
+"""
+CPU_FLAGS = """
+    nested-virt md-clear pcid spec-ctrl ssbd ibpb virt-ssbd amd-ssbd amd-no-ssb pdpe1gb hv-tlbflush
+    hv-evmcs aes
+"""
 PROPERTY_STRINGS: dict[str, Mapping[str, Any]] = {
+    "prune-backups": PRUNE,
+    "pve-qm-boot": BOOT,
+    "pve-qm-rng": RNG,
+    "pve-qm-watchdog": WATCHDOG,
+    "pve-vm-cpu-conf": CPU,
     "pve-qm-ipconfig": IPCONFIG,
     "pve-qm-cicustom": CICUSTOM,
     "pve-qm-smbios1": SMBIOS1,
@@ -100,24 +164,28 @@ def format_error(form: Any, text: str, name: str = "") -> str | None:
         _, errors = parse(form, text, name)
         return _property_errors(errors)
     if form in PROPERTY_STRINGS:
-        _, errors = parse(PROPERTY_STRINGS[form], text, name)
-        return _property_errors(errors)
+        parts, errors = parse(PROPERTY_STRINGS[form], text, name)
+        return _property_errors(errors) or (_cpu(parts) if form == "pve-vm-cpu-conf" else None)
+    items = [text]
     if form.endswith("-list"):
-        single = form.removesuffix("-list")
-        separator = r"[;,\s\0]+"
-        if single in FORMATS:
-            for item in filter(None, re.split(separator, text)):
-                if error := FORMATS[single](item):
-                    return error + "\n"
-        return None
-    if form in FORMATS and (error := FORMATS[form](text)):
-        return error + "\n"
+        form, items = form.removesuffix("-list"), list(filter(None, re.split(r"[;,\s\0]+", text)))
+    elif form.endswith("-opt"):
+        form, items = form.removesuffix("-opt"), list(filter(None, items))
+    for item in items:
+        if form not in FORMATS:
+            if not item:
+                continue
+            raise Unsupported(f"'{item}' as {form}")
+        if error := FORMATS[form](item):
+            return error + "\n"
     return None
 
 
 def _property_errors(errors: Mapping[str, str]) -> str | None:
     if not errors:
         return None
+    if "" in errors:  # not read to its end
+        return errors[""] + "\n"
     return "format error\n" + "".join(f"{name}: {text}\n" for name, text in sorted(errors.items()))
 
 
@@ -138,10 +206,10 @@ def parse(form: Mapping[str, Any], text: str, name: str) -> tuple[dict[str, str]
         key, equals, content = piece.partition("=")
         if not equals or (key not in form and default is not None and default not in parts):
             if default is None or default in parts:
-                errors[name or piece] = (
-                    f"value without key, but schema does not define a default key: {piece}"
+                errors[""] = (
+                    "value without key, but schema does not define a default key"
                     if default is None
-                    else "duplicate key in comma-separated list property: " + default
+                    else DUPLICATE + default
                 )
                 continue
             key, content = default, piece
@@ -158,12 +226,13 @@ def parse(form: Mapping[str, Any], text: str, name: str) -> tuple[dict[str, str]
         elif "alias" in definition:
             key = definition["alias"]
             definition = form.get(key, {"type": "string"})
+        if key in parts:
+            errors[""] = DUPLICATE + key
         parts[key] = content
         if error := value(definition, content, key):
             errors[prefix + key] = error
     for key, definition in form.items():
-        required = definition.get("type") and not definition.get("optional") and "default" not in definition
-        if required and key not in parts:
+        if definition.get("type") and not definition.get("optional") and key not in parts:
             errors[prefix + key] = "property is missing and it is not optional"
         if key in parts and (needed := definition.get("requires")) and needed not in parts:
             errors[prefix + needed] = f"missing property required by '{key}'"
@@ -176,6 +245,20 @@ def size(text: str) -> int | None:
     if match is None:
         return None
     return int(float(match[1]) * 1024 ** (" KMGT".index(match[2]) if match[2] else 0))
+
+
+def _cpu(parts: Mapping[str, str]) -> str | None:
+    model = parts.get("cputype", "kvm64")
+    if model.startswith("custom-"):
+        return f"Custom cputype '{model.removeprefix('custom-')}' not found\n"
+    if model not in CPU_MODELS.split():
+        return f"Built-in cputype '{model}' is not defined (missing 'custom-' prefix?)\n"
+    if "reported-model" in parts:
+        return "Property 'reported-model' not allowed in VM-specific CPU config.\n"
+    for flag in filter(None, parts.get("flags", "").split(";")):
+        if flag[1:] not in CPU_FLAGS.split():
+            raise Unsupported(f"CPU flag '{flag}'")
+    return None
 
 
 def _dns(text: str) -> str | None:
@@ -251,6 +334,37 @@ def _cidr(text: str) -> str | None:
     return None if "/" in text else "value does not look like a valid CIDR network"
 
 
+def _hostname(text: str) -> str | None:
+    """An address as PVE means it: a name is one, too."""
+    if FORMATS["ip"](text) and _dns(text):
+        return f"value does not look like a valid address: {text}"
+    return None
+
+
+def _bootdev(text: str) -> str | None:
+    disk = r"ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)"
+    card = r"net([12]?\d|3[01])|usb(1[0-4]|\d)|hostpci(1[0-5]|\d)"
+    return None if re.fullmatch(f"{disk}|{card}", text) else f"invalid boot device '{text}'"
+
+
+def _hotplug(text: str) -> str | None:
+    for feature in filter(None, re.split(r"[;,\s\0]+", "" if text in ("0", "1") else text)):
+        if feature not in ("network", "disk", "cpu", "memory", "usb", "cloudinit"):
+            return f"invalid hotplug feature '{feature}'"
+    return None
+
+
+def _schedule(text: str) -> str | None:
+    """The plain ones; what a calendar event may be besides, the lab does not read."""
+    if text in ("minutely", "hourly", "daily", "weekly", "monthly", "yearly", "quarterly", "semiannually"):
+        return None
+    if re.fullmatch(
+        r"((mon|tue|wed|thu|fri|sat|sun)([,.]+(?=\w)|\b))*\s*(\d\d?|\*)(:(\d\d|\*)(/\d\d?)?)?", text
+    ):
+        return None
+    raise Unsupported(f"'{text}' as pve-calendar-event")
+
+
 CONTENT = ("images", "rootdir", "vztmpl", "iso", "backup", "snippets", "import", "none")
 _matches: Callable[[str, str], Callable[[str], str | None]] = lambda pattern, words: (  # noqa: E731
     lambda text: None if re.fullmatch(pattern, text, re.I) else words.format(text)
@@ -291,6 +405,23 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
         r"[^\s:/]+@[A-Za-z][A-Za-z0-9.\-_]+![A-Za-z][A-Za-z0-9.\-_]+",
         "value '{}' does not look like a valid token ID",
     ),
+    "address": _hostname,
+    "pve-qm-bootdev": _bootdev,
+    "pve-qm-bootdisk": _bootdev,
+    "pve-hotplug-features": _hotplug,
+    "pve-cpuset": _matches(r"\d+(-\d+)?(,\d+(-\d+)?)*", "unable to parse cpuset option"),
+    "pve-task-status-type": _matches("ok|error|warning|unknown", "invalid status '{}'"),
+    "pve-calendar-event": _schedule,
+    "pve-day-of-week": _matches("mon|tue|wed|thu|fri|sat|sun", "invalid day '{}'"),
+    "email": _matches(r"[^\s@]+@[^\s@]+", "value does not look like a valid email address"),
+    "email-or-username": _matches(r"[^\s@/:]+(@[^\s@]+)?", "value does not look like a valid email address"),
+    "pve-groupid": _matches(r"[A-Za-z0-9._\-]+", "group name '{}' contains invalid characters"),
+    "pve-realm": _matches(r"[A-Za-z][A-Za-z0-9._\-]+", "value does not look like a valid realm"),
+    "pve-priv": lambda _: None,  # whether there is such a privilege, the role's handler says
+    "pve-ha-resource-or-vm-id": _matches(
+        r"((vm|ct):)?[1-9][0-9]{2,8}", "value does not look like a valid HA resource ID or VM ID"
+    ),
+    "pve-storage-path": _matches(r"/[^;()]+", "value does not look like a valid absolute path"),
     "pve-roleid": _matches(r"[A-Za-z0-9.\-_]+", "role name '{}' contains invalid characters"),
 }
 

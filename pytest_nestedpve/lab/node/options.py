@@ -195,7 +195,7 @@ def _drive(guest: Guest, name: str, value: str, made: list[str]) -> str:
     file = parts.pop("file", "")
     fmt, source = parts.pop("format", None), parts.pop("import-from", None)
     if file in ("none", "cdrom"):
-        return _drive_text(file, parts)
+        return _drive_text(file, {"media": "cdrom", **parts})
     store, rest = volumes.split(file)
     if rest == "cloudinit":
         return _cloudinit_drive(guest, name, store, fmt, parts, made)
