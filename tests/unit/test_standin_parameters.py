@@ -179,3 +179,30 @@ def test_other_formats_are_judged_too(node: Node) -> None:
     assert node.run(*schedule, "now and then").stderr.endswith(": not supported by the lab\n")
     assert node.run("pvesm", "set", "local", "--prune-backups", "keep-last=3,keep-daily=7").rc == 0
     assert "prune-backups.keep" in node.run("pvesm", "set", "local", "--prune-backups", "keep=3").stderr
+
+
+def test_what_pve_has_and_the_lab_has_not_is_not_called_unknown(node: Node) -> None:
+    for words in (
+        "pvesh get /nodes/father/subscription",
+        "pvesh get /nodes/father/apt/versions",
+        "pvesh create /nodes/father/status --command reboot",
+        "pvesh ls /nodes/father/apt",
+        "pvesh usage /cluster/sdn",
+        "pveum group add testers",
+        "pveum passwd root@pam",
+        "pveum user tfa delete root@pam --id x",
+        "pvesm scan nfs host --options x",
+        "qm enroll-efi-keys 100",
+    ):
+        if words.startswith("qm "):
+            node.ok("qm", "create", "100", "--kvm", "0")
+        answer = node.run(*words.split())
+        assert (answer.rc, answer.stdout) == (255, ""), words
+        assert answer.stderr.endswith(": not supported by the lab\n"), words
+    for words in ("pvesh get /nodes/father/nosuch", "pvesh delete /nodes/father/status"):
+        assert node.run(*words.split()).rc == 1
+
+
+def test_what_is_below_a_list_is_listed(node: Node) -> None:
+    assert node.ok("pvesh", "ls", "/nodes/father/storage") == "Dr---        local\n"
+    assert "-rw-d        PVEVMAdmin\n" in node.ok("pvesh", "ls", "/access/roles")

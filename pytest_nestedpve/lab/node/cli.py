@@ -58,6 +58,15 @@ class Command:
     section: int = 0  # of the overview: the program's own commands stand apart
 
 
+def refused(name: str) -> Command:
+    """A command of the real thing that the lab has not, whatever follows it."""
+
+    def body(_: dict[str, Any]) -> int:
+        raise Unsupported(name)
+
+    return Command("", "", rest="extra-args", body=body)
+
+
 def options_of(command: Command) -> dict[str, Mapping[str, Any]]:
     """What may be given as an option. Arguments too: what stands in their place wins [config-008]."""
     method = schema.method(command.verb, command.path)
@@ -111,7 +120,7 @@ def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
             words += argv[index:]
             break
         match = re.fullmatch(r"--?([A-Za-z][\w\-]*)(?:=(.*))?", word, re.S)
-        if match is None or (command.rest and len(words) > len(command.args)):
+        if match is None or (command.rest and (len(words) > len(command.args) or not command.args)):
             words.append(word)
             continue
         name, value = match[1], match[2]

@@ -10,6 +10,16 @@ from . import access, cli, format, forward, schema, tasks, tree
 from .errors import BadParameters, PveFailure, Unsupported
 
 VERBS = {"get": "GET", "create": "POST", "set": "PUT", "delete": "DELETE"}
+LISTS = {
+    "/nodes": "node",
+    "/pools": "poolid",
+    "/storage": "storage",
+    "/nodes/{node}/qemu": "vmid",
+    "/nodes/{node}/storage": "storage",
+    "/access/users": "userid",
+    "/access/roles": "roleid",
+    "/access/domains": "realm",
+}
 USAGE = """ERROR: {}
 USAGE: pvesh <COMMAND> [ARGS] [OPTIONS]
 
@@ -61,6 +71,8 @@ def _call(word: str, argv: list[str]) -> int:
     found = schema.resolve(address)
     method = schema.method(verb, found[0]) if found else None
     if method is None or found is None:
+        if schema.elsewhere(verb, address):
+            raise Unsupported(f"{verb} {address}")
         raise PveFailure(f"No '{word}' handler defined for '{address}'", rc=1)
     line = _line(word, method)
     command = cli.Command(
@@ -121,14 +133,17 @@ def _ls(values: dict[str, Any]) -> int:
     address = "/" + values["api_path"].strip("/")
     found = schema.resolve(address)
     names = schema.children("/" if address == "/" else _template(address, found))
-    if not names and found is None:
+    marks = schema.listed("/nodes/{node}" if re.fullmatch("/nodes/[^/]+", address) else address)
+    if not names and found is None and not marks:
+        if schema.elsewhere("GET", address):
+            raise Unsupported(f"pvesh ls {address}")
         raise PveFailure(f"no such resource '{address}'", rc=2)
     base = "" if address == "/" else _template(address, found)
-    rows = [(name, f"{base}/{name}") for name in names]
+    rows = {name: _capabilities(f"{base}/{name}") for name in names} | marks
     if found and "GET" in schema.paths().get(found[0], ()):
-        rows += _listed(address, found[0])
-    for name, path in sorted(set(rows)):
-        sys.stdout.write(f"{_capabilities(path)}        {name}\n")
+        rows |= {name: _capabilities(path) for name, path in _listed(address, found[0])}
+    for name in sorted(rows):
+        sys.stdout.write(f"{rows[name]}        {name}\n")
     return 0
 
 
@@ -138,9 +153,7 @@ def _template(address: str, found: tuple[str, dict[str, str]] | None) -> str:
 
 def _listed(address: str, template: str) -> list[tuple[str, str]]:
     """Guests, nodes, pools: what a list below the path holds."""
-    key = {"/nodes": "node", "/pools": "poolid", "/storage": "storage", "/nodes/{node}/qemu": "vmid"}.get(
-        template
-    )
+    key = LISTS.get(template)
     if key is None:
         return []
     member = forward.other(address)
@@ -148,8 +161,7 @@ def _listed(address: str, template: str) -> list[tuple[str, str]]:
         rows = tree.call("GET", address, {}, access.ROOT)
     else:
         rows = forward.by_ssh(member, "get", address, {})
-    variable = {"poolid": "{poolid}", "node": "{node}", "storage": "{storage}", "vmid": "{vmid}"}[key]
-    return [(str(row[key]), f"{template}/{variable}") for row in rows]
+    return [(str(row[key]), f"{template}/{{{key}}}") for row in rows]
 
 
 def _capabilities(path: str) -> str:
@@ -171,6 +183,8 @@ def _usage(values: dict[str, Any]) -> int:
     address = "/" + values["api_path"].strip("/")
     found = schema.resolve(address)
     if found is None:
+        if schema.elsewhere("GET", address):
+            raise Unsupported(f"pvesh usage {address}")
         raise PveFailure(f"no such resource '{address}'", rc=2)
     if "1" in (values.get("verbose"), values.get("returns")):
         raise Unsupported("pvesh usage in full")

@@ -8,7 +8,6 @@ from typing import Any
 
 from . import access, cli, paths, tree, volumes
 from .cli import TEXT, Command
-from .errors import Unsupported
 
 
 def main() -> int:
@@ -62,13 +61,6 @@ def _path(values: dict[str, Any]) -> int:
     return 0
 
 
-def _refused(name: str) -> Command:
-    def body(values: dict[str, Any]) -> int:
-        raise Unsupported(f"pvesm {name}")
-
-    return Command("", "", rest="extra-args", body=body)
-
-
 _VOLUME = {"volume": {"type": "string"}}
 COMMANDS: dict[str, Command] = {
     "add": Command("POST", "/storage", ("type", "storage"), show=lambda found, values: None, rc=255),
@@ -84,9 +76,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "free": Command("", "", ("volume",), extra={**_VOLUME, "storage": TEXT}, body=_free),
     "path": Command("", "", ("volume",), extra=_VOLUME, body=_path),
-    "scan": _refused("scan"),
-    "export": _refused("export"),
-    "import": _refused("import"),
+    **{
+        name: cli.refused(f"pvesm {name}")
+        for name in ("apiinfo", "export", "extractconfig", "import", "prune-backups", "scan")
+    },
 }
 
 if __name__ == "__main__":

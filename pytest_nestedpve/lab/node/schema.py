@@ -151,6 +151,46 @@ def resolve(path: str) -> tuple[str, dict[str, str]] | None:
     return None
 
 
+# What a node has, as `pvesh ls` lists it [basic-073], and what a cluster has that the table has not.
+LISTED = {
+    "/nodes/{node}": """
+        -r-c-:aplinfo Dr---:apt Dr---:capabilities Dr---:ceph Dr---:certificates -rw--:config Dr---:disks
+        -rw--:dns Dr---:firewall Dr---:hardware -r-c-:hosts -r---:journal Dr-c-:lxc ---c-:migrateall
+        -r---:netstat Drwcd:network Dr-c-:qemu -r---:query-oci-repo-tags -r---:query-url-metadata
+        Dr---:replication -r---:report -r---:rrd -r---:rrddata Dr---:scan Dr---:sdn Dr---:services
+        ---c-:spiceshell ---c-:startall -r-c-:status ---c-:stopall Dr---:storage -rwcd:subscription
+        ---c-:suspendall -r---:syslog Dr---:tasks ---c-:termproxy -rw--:time -r---:version ---c-:vncshell
+        ---c-:vzdump ---c-:wakeonlan
+    """,
+    "/cluster": """
+        Dr---:acme Dr---:ceph Dr---:firewall Dr---:mapping Dr---:metrics Dr---:notifications Drw--:sdn
+    """,
+}
+LETTERS = {"GET": "r", "PUT": "w", "POST": "c", "DELETE": "d"}
+
+
+@functools.cache
+def listed(path: str) -> dict[str, str]:
+    """What `pvesh ls` marks the names below a path with, where the table does not tell."""
+    marked = (entry.partition(":") for entry in LISTED.get(path, "").split())
+    return {name: marks for marks, _, name in marked}
+
+
+def elsewhere(verb: str, address: str) -> bool:
+    """Whether the real thing has a method there that the table has not: not supported, but not unknown."""
+    for parent in LISTED:
+        pattern = parent.replace("{node}", "[^/]+") + r"/([^/]+)(/.+)?"
+        match = re.fullmatch(pattern, "/" + address.strip("/"))
+        marks = listed(parent).get(match[1], "") if match else ""
+        if match is None or not marks:
+            continue
+        if match[2] is None:
+            return LETTERS[verb] in marks
+        below = f"{parent}/{match[1]}/"
+        return marks.startswith("D") and not any(path.startswith(below) for path in paths())
+    return False
+
+
 def children(path: str) -> list[str]:
     """The names directly below an address, as `pvesh ls` shows fixed ones."""
     prefix = path.rstrip("/") + "/"

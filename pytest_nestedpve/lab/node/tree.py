@@ -55,6 +55,8 @@ def find(verb: str, address: str) -> tuple[schema.Method, dict[str, str]]:
     found = schema.resolve(address)
     method = schema.method(verb, found[0]) if found else None
     if found is None or method is None:
+        if schema.elsewhere(verb, address):
+            raise Unsupported(f"{verb} {address}")
         raise NotImplementedHere(verb, "/" + address.strip("/"))
     return method, found[1]
 
