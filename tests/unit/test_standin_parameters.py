@@ -206,3 +206,30 @@ def test_what_pve_has_and_the_lab_has_not_is_not_called_unknown(node: Node) -> N
 def test_what_is_below_a_list_is_listed(node: Node) -> None:
     assert node.ok("pvesh", "ls", "/nodes/father/storage") == "Dr---        local\n"
     assert "-rw-d        PVEVMAdmin\n" in node.ok("pvesh", "ls", "/access/roles")
+
+
+def test_only_known_options_are_reverted(vm: Node) -> None:
+    answer = vm.run("qm", "set", "100", "--revert", "nosuchkey")
+    assert (answer.rc, answer.stderr) == (255, f"{BAD}revert: unknown option 'nosuchkey'\n{SET}")
+
+
+def test_rights_are_given_in_the_trees_that_pve_has(node: Node) -> None:
+    rights = ("--roles", "PVEAdmin", "--users", "root@pam")
+    for path in ("/bogus/x", "/vms/99", "/pool/a/b/c/d", "/storage/local/x"):
+        answer = node.run("pveum", "acl", "modify", path, *rights)
+        assert answer.rc == 255
+        assert answer.stderr.startswith(f"{BAD}path: invalid ACL path '{path}'\n")
+    for path in ("/", "/vms/100", "/pool/a/b/c", "/nodes", "/sdn/zones/localnetwork/vmbr0", "/access"):
+        assert node.run("pveum", "acl", "modify", path, *rights).rc == 0
+
+
+def test_a_beginning_that_several_options_have_is_ambiguous(vm: Node) -> None:
+    answer = vm.run("qm", "set", "100", "--na", "x")
+    assert answer.stderr == f"Option na is ambiguous (name, nameserver)\n400 unable to parse option\n{SET}"
+    assert vm.run("qm", "set", "100", "--serial", "socket").stderr.startswith("Option serial is ambiguous (")
+    assert vm.ok("qm", "set", "100", "--mem", "64") == "update VM 100: -memory 64\n"
+
+
+def test_a_machine_that_is_off_or_has_no_line_is_told_so(vm: Node) -> None:
+    assert vm.run("qm", "sendkey", "100", "ret").stderr == "VM 100 not running\n"  # [power-027]
+    assert vm.run("qm", "terminal", "100").stderr == "unable to find a serial interface\n"  # [power-072]

@@ -233,5 +233,13 @@ def known_paths() -> Iterable[str]:
     return sorted(fixed | {row[0] for row in store().rows("SELECT DISTINCT path FROM acl")})
 
 
+_NAME = r"/[A-Za-z0-9._\-]+"
+_PATHS = re.compile(
+    rf"/|/vms(/[1-9]\d{{2,}})?|/pool(/{_NAME[1:]}){{0,3}}|/(nodes|storage)({_NAME})?|/mapping({_NAME}){{0,2}}"
+    rf"|/access|/access/(groups|realm)({_NAME})?|/sdn|/sdn{_NAME}({_NAME}){{0,3}}"
+)
+
+
 def valid_path(path: str) -> bool:
-    return bool(re.fullmatch(r"/|(/[^/\s]+)+", path))
+    """Whether rights can be given there: PVE knows its trees, and refuses others."""
+    return bool(_PATHS.fullmatch(path))

@@ -173,8 +173,6 @@ def format_error(form: Any, text: str, name: str = "") -> str | None:
         form, items = form.removesuffix("-opt"), list(filter(None, items))
     for item in items:
         if form not in FORMATS:
-            if not item:
-                continue
             raise Unsupported(f"'{item}' as {form}")
         if error := FORMATS[form](item):
             return error + "\n"

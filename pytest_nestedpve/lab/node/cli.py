@@ -126,7 +126,12 @@ def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
         name, value = match[1], match[2]
         full, definition = _lookup(known, name)
         if full is None:
-            unknown.append(f"Unknown option: {name}\n")
+            fitting = [other for other in _names(known) if other.lower().startswith(name.lower())]
+            unknown.append(
+                f"Option {name} is ambiguous ({', '.join(fitting)})\n"
+                if fitting
+                else f"Unknown option: {name}\n"
+            )
             continue
         if value is None:
             following = argv[index] if index < len(argv) else None
@@ -166,10 +171,19 @@ def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | No
     if (family := schema.family(name)) and family in known:
         return name, known[family]
     for test in (str.__eq__, str.startswith):
-        fitting = [other for other in known if "[n]" not in other and test(other.lower(), name.lower())]
+        fitting = [other for other in _names(known) if test(other.lower(), name.lower())]
         if len(fitting) == 1:
-            return fitting[0], known[fitting[0]]
+            return fitting[0], known[schema.family(fitting[0]) or fitting[0]]
     return None, {}
+
+
+def _names(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of all options, families member by member."""
+    return sorted(
+        name.replace("[n]", str(number)) if "[n]" in name else name
+        for name in known
+        for number in range(schema.LAST.get(name.removesuffix("[n]"), 0) + 1 if "[n]" in name else 1)
+    )
 
 
 def style_of(values: dict[str, Any]) -> format.Style:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -254,7 +255,11 @@ def _refused(
 
     def body(values: dict[str, Any]) -> int:
         if "vmid" in values and name != "import":
-            guests.load(values["vmid"])
+            guest = guests.load(values["vmid"])
+            if name == "sendkey" and not guests.running(guest.vmid):
+                raise PveFailure(f"VM {guest.vmid} not running")  # [power-027]
+            if name == "terminal" and not any(re.fullmatch(r"serial\d", key) for key in guest.conf):
+                raise PveFailure("unable to find a serial interface")  # [power-072]
         raise Unsupported(f"qm {name}")
 
     return replace(_own(body, args, **own), verb=verb, path=path, section=0 if name == "sendkey" else 1)

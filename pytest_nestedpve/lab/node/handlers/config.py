@@ -82,10 +82,9 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
     revert = [name for name in re.split(r"[,;\s]+", params.get("revert", "")) if name]
     if not given and not deleted and not revert:
         raise PveFailure("no options specified")
-    method = schema.method("POST", "/nodes/{node}/qemu")
+    _known("revert", revert)
+    _known("delete", deleted)
     for name in deleted:
-        if not method or method.definition(name) is None or name in options.NOT_OPTIONS:
-            raise BadParameters({"delete": f"unknown option '{name}'"}, rc=255)
         if name in given:
             words = f"you can't use '-{name}' and '-delete {name}' at the same time"
             raise BadParameters({"delete": words}, rc=255)
@@ -118,6 +117,13 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
         return task(caller, "qmconfig", vmid, work)
     work()
     return None
+
+
+def _known(parameter: str, names: list[str]) -> None:
+    method = schema.method("POST", "/nodes/{node}/qemu")
+    for name in names:
+        if not method or method.definition(name) is None or name in options.NOT_OPTIONS:
+            raise BadParameters({parameter: f"unknown option '{name}'"}, rc=255)
 
 
 def _apply(

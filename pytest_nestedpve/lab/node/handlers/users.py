@@ -339,8 +339,8 @@ def acl_list(caller: Caller, params: dict[str, Any]) -> Any:
 @api("PUT", "/access/acl")
 def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
     path, delete = params["path"], params.get("delete") == "1"
-    if not access.valid_path(path):
-        raise BadParameters({"path": f"invalid ACL path '{path}'"})
+    if not delete and not access.valid_path(path):
+        raise BadParameters({"path": f"invalid ACL path '{path}'"}, rc=255)
     lists = {kind: _items(params.get(kind + "s", "")) for kind in ("user", "group", "token")}
     if not any(lists.values()):
         raise BadParameters(dict.fromkeys(("users",), "either 'users', 'groups' or 'tokens' is required"))
