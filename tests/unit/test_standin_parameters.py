@@ -233,3 +233,24 @@ def test_a_beginning_that_several_options_have_is_ambiguous(vm: Node) -> None:
 def test_a_machine_that_is_off_or_has_no_line_is_told_so(vm: Node) -> None:
     assert vm.run("qm", "sendkey", "100", "ret").stderr == "VM 100 not running\n"  # [power-027]
     assert vm.run("qm", "terminal", "100").stderr == "unable to find a serial interface\n"  # [power-072]
+
+
+def test_options_beside_a_methods_own_are_judged_too(vm: Node) -> None:
+    boolean = "type check ('boolean') failed - got 'maybe'\n"
+    assert vm.run("qm", "status", "100", "--verbose", "maybe").stderr.startswith(f"{BAD}verbose: {boolean}")
+    assert vm.run("pvesh", "get", "/version", "--noborder", "maybe").stderr.startswith(
+        f"{BAD}noborder: {boolean}"
+    )
+    plain = vm.ok("pvesh", "get", "/version", "--noborder")
+    assert vm.ok("pvesh", "get", "/version", "--noborder", "yes") == plain
+
+
+def test_nobody_is_put_into_a_group_that_is_not_there(node: Node) -> None:
+    answer = node.run("pveum", "user", "add", "a@pve", "--groups", "nosuch")
+    assert (answer.rc, answer.stderr) == (255, "create user failed: no such group 'nosuch'\n")
+    assert "a@pve" not in node.ok("pveum", "user", "list")
+
+
+def test_a_volume_without_a_storage_is_incomplete(node: Node) -> None:
+    answer = node.run("pvesm", "free", "vm-100-disk-0.raw")
+    assert answer.stderr.startswith(f"{BAD}volume: no storage specified - incomplete volume ID\n")

@@ -186,19 +186,22 @@ def _names(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     )
 
 
+def _checked(known: Mapping[str, Mapping[str, Any]], values: dict[str, Any], rc: int = 2) -> dict[str, Any]:
+    """Values that are no method's, verified as those are."""
+    definitions = {name: dict(definition) for name, definition in known.items()}
+    return schema.check(schema.Method("", "", definitions, None, {}), values, rc=rc)
+
+
 def style_of(values: dict[str, Any]) -> format.Style:
     """Take the FORMAT_OPTIONS out of the values."""
-    for name, definition in FORMAT_OPTIONS.items():
-        if name in values and name == "output-format" and values[name] not in format.FORMATS:
-            known = ", ".join(definition["enum"])
-            words = f"value '{values[name]}' does not have a value in the enumeration '{known}'"
-            raise BadParameters({name: words})
+    given = {name: values.pop(name) for name in FORMAT_OPTIONS if name in values}
+    given = _checked(FORMAT_OPTIONS, given)
 
     def flag(name: str, default: str) -> bool:
-        return str(values.pop(name, default)) == "1"
+        return str(given.get(name, default)) == "1"
 
     return format.Style(
-        output=values.pop("output-format", "text"),
+        output=given.get("output-format", "text"),
         border=not flag("noborder", "0"),
         header=not flag("noheader", "0"),
         human=flag("human-readable", "1"),
@@ -227,8 +230,12 @@ def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int
         style = style_of(values) if command.formats else format.Style(unicode=format.unicode_locale())
         values |= dict(command.fixed or {})
         if command.body is not None:
-            return command.body(_checked(command, values, rc) | {"output-format": style.output})
-        own = {key: values.pop(key) for key in list(values) if key in (command.extra or {})}
+            known = options_of(command)
+            if command.rest:
+                known[command.rest] = {"type": "array", "optional": 1}
+            return command.body(_checked(known, values, rc) | {"output-format": style.output})
+        extra = command.extra or {}
+        own = _checked(extra, {key: values.pop(key) for key in list(values) if key in extra}, rc)
         address = command.path
         if "{node}" in address:
             values["node"] = paths.node()
@@ -248,13 +255,6 @@ def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int
         method = schema.method(command.verb, command.path)
         sys.stdout.write(format.render(found, style, method.returns if method else None))
     return 0
-
-
-def _checked(command: Command, values: dict[str, Any], rc: int) -> dict[str, Any]:
-    known = {name: dict(definition) for name, definition in options_of(command).items()}
-    if command.rest:
-        known[command.rest] = {"type": "array", "optional": 1}
-    return schema.check(schema.Method("", "", known, None, {}), values, rc=rc)
 
 
 def _call(command: Command, address: str, values: dict[str, Any], rc: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import access, cli, paths, tree, volumes
 from .cli import TEXT, Command
+from .errors import BadParameters
 
 
 def main() -> int:
@@ -48,7 +49,11 @@ def _allocated(volid: str, values: dict[str, Any]) -> None:
 
 
 def _free(values: dict[str, Any]) -> int:
-    volid = values["volume"] if ":" in values["volume"] else f"{values.get('storage')}:{values['volume']}"
+    volid = values["volume"]
+    if ":" not in volid:
+        if "storage" not in values:
+            raise BadParameters({"volume": "no storage specified - incomplete volume ID"})
+        volid = f"{values['storage']}:{volid}"
     name = volumes.split(volid)[0]
     volumes.storage(name)
     path = f"/nodes/{paths.node()}/storage/{name}/content/{volid}"

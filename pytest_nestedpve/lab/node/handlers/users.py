@@ -110,6 +110,13 @@ def user_read(caller: Caller, params: dict[str, Any]) -> Any:
     return {"enable": 1, "expire": 0, "groups": [], **body, "tokens": None}
 
 
+def _groups(doing: str, text: str) -> list[str]:
+    for group in _items(text):
+        if store().get("group", group) is None:
+            raise PveFailure(f"{doing} user failed: no such group '{group}'")
+    return _items(text)
+
+
 @api("POST", "/access/users")
 def user_add(caller: Caller, params: dict[str, Any]) -> Any:
     name = params["userid"]
@@ -119,7 +126,7 @@ def user_add(caller: Caller, params: dict[str, Any]) -> Any:
         if name.rpartition("@")[2] not in ("pam", "pve"):
             raise PveFailure(f"create user failed: domain '{name.rpartition('@')[2]}' does not exist")
         body = {k: v for k, v in params.items() if k not in ("userid", "password", "groups")}
-        body["groups"] = [group for group in params.get("groups", "").split(",") if group]
+        body["groups"] = _groups("create", params.get("groups", ""))
         db.put("user", name, {"enable": 1, "expire": 0, "email": "", **body})
         prune()
     render()
@@ -135,7 +142,7 @@ def user_update(caller: Caller, params: dict[str, Any]) -> Any:
         if k in ("comment", "email", "enable", "expire", "firstname", "lastname")
     }
     if "groups" in params:
-        body["groups"] = [group for group in params["groups"].split(",") if group]
+        body["groups"] = _groups("update", params["groups"])
     store().put("user", name, body)
     render()
 
