@@ -4,6 +4,8 @@ Words and codes are those of recordings of Proxmox VE 9.2.11 where an id says so
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
@@ -254,3 +256,14 @@ def test_nobody_is_put_into_a_group_that_is_not_there(node: Node) -> None:
 def test_a_volume_without_a_storage_is_incomplete(node: Node) -> None:
     answer = node.run("pvesm", "free", "vm-100-disk-0.raw")
     assert answer.stderr.startswith(f"{BAD}volume: no storage specified - incomplete volume ID\n")
+
+
+def test_an_index_names_what_is_below_by_the_column_that_the_table_has(node: Node) -> None:
+    def listed(path: str) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = json.loads(node.ok("pvesh", "get", path, "--output-format", "json"))
+        return found
+
+    assert {"id": "resources"} in listed("/cluster/ha")
+    assert {"subdir": "users"} in listed("/access")
+    assert {"name": "firewall"} in listed("/cluster")
+    assert {"name": "subscription"} in listed("/nodes/father")

@@ -178,6 +178,8 @@ def listed(path: str) -> dict[str, str]:
 
 def elsewhere(verb: str, address: str) -> bool:
     """Whether the real thing has a method there that the table has not: not supported, but not unknown."""
+    if not address.strip("/"):
+        return verb == "GET"
     for parent in LISTED:
         pattern = parent.replace("{node}", "[^/]+") + r"/([^/]+)(/.+)?"
         match = re.fullmatch(pattern, "/" + address.strip("/"))

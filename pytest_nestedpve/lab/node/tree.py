@@ -76,8 +76,9 @@ def call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, *, 
         values["node"] = _local(uri["node"])
     handler = HANDLERS.get((verb, method.path))
     if handler is None:
-        if verb == "GET" and schema.children(address):
-            return [{"subdir": name} for name in schema.children(address)]
+        if verb == "GET" and (names := {*schema.children(address), *schema.listed(method.path)}):
+            key = next(iter(method.returns.get("p") or ("name",)))
+            return [{key: name} for name in sorted(names)]
         raise Unsupported(f"{verb} {method.path}")
     return handler(caller, values)
 
