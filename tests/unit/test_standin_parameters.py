@@ -9,6 +9,9 @@ import json
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
+from pytest_nestedpve.lab.node import access, tree
+from pytest_nestedpve.lab.node.errors import BadParameters
+
 BAD = "400 Parameter verification failed.\n"
 SET = "qm set <vmid> [OPTIONS]\n"
 
@@ -32,6 +35,9 @@ def test_a_family_of_options_ends_where_it_does_on_pve(vm: Node, last: str) -> N
         )
     config = "/nodes/father/qemu/100/config"
     assert vm.run("pvesh", "create", config, f"--{beyond}", value).stderr.startswith("Unknown option:")
+    with pytest.raises(BadParameters) as over_https:
+        tree.call("PUT", config, {beyond: value}, access.ROOT)
+    assert over_https.value.errors[beyond].startswith("property is not defined in schema")
     answer = vm.run("qm", "set", "100", "--delete", beyond)
     assert answer.stderr == f"{BAD}delete: unknown option '{beyond}'\n{SET}"  # as [config-006]
     assert vm.run("qm", "set", "100", f"--{last}", value).rc == 0

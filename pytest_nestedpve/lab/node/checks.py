@@ -21,6 +21,7 @@ DNS = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?)(\.[a-zA-Z0-9]([a-zA
 CONFIG_ID = re.compile(r"[a-z][a-z0-9_-]+", re.IGNORECASE)
 MAC = re.compile(r"[a-f0-9][02468ace](?::[a-f0-9]{2}){5}", re.IGNORECASE)
 TAG = re.compile(r"[a-z0-9_][a-z0-9_\-+.]*", re.IGNORECASE)
+DISK = r"ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)"
 STORAGE = re.compile(r"[a-z][a-z0-9\-_.]*[a-z0-9]", re.IGNORECASE)
 
 # Formats that are property strings, which the table only names.
@@ -137,11 +138,11 @@ def value(definition: Definition, given: Any, name: str = "") -> str | None:
         return f"type check ('integer') failed - got '{text}'"
     if kind == "number" and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text):
         return f"type check ('number') failed - got '{text}'"
+    if (form := definition.get("format")) and (error := format_error(form, text, name)):
+        return f"invalid format - {error}"
     pattern = definition.get("pattern")
     if pattern is not None and not re.fullmatch(str(pattern).replace("(?^:", "(?:"), text):
         return "value does not match the regex pattern"
-    if (form := definition.get("format")) and (error := format_error(form, text, name)):
-        return f"invalid format - {error}"
     if kind in ("integer", "number"):
         number = float(text)
         if (low := definition.get("minimum")) is not None and number < float(low):
@@ -340,9 +341,8 @@ def _hostname(text: str) -> str | None:
 
 
 def _bootdev(text: str) -> str | None:
-    disk = r"ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)"
     card = r"net([12]?\d|3[01])|usb(1[0-4]|\d)|hostpci(1[0-5]|\d)"
-    return None if re.fullmatch(f"{disk}|{card}", text) else f"invalid boot device '{text}'"
+    return None if re.fullmatch(f"{DISK}|{card}", text) else f"invalid boot device '{text}'"
 
 
 def _hotplug(text: str) -> str | None:
@@ -405,7 +405,7 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     ),
     "address": _hostname,
     "pve-qm-bootdev": _bootdev,
-    "pve-qm-bootdisk": _bootdev,
+    "pve-qm-bootdisk": _matches(DISK, "invalid boot disk '{}'"),
     "pve-hotplug-features": _hotplug,
     "pve-cpuset": _matches(r"\d+(-\d+)?(,\d+(-\d+)?)*", "unable to parse cpuset option"),
     "pve-task-status-type": _matches("ok|error|warning|unknown", "invalid status '{}'"),

@@ -15,7 +15,7 @@ from . import checks, machine, paths, schema
 from .errors import PveFailure, no_guest
 from .store import store
 
-DRIVES = re.compile(r"(ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)|efidisk0|tpmstate0)")
+DRIVES = re.compile(rf"({checks.DISK}|efidisk0|tpmstate0)")
 NETS = re.compile(r"net\d+")
 RUNTIME_ONLY = ("digest", "snapstate")
 
