@@ -129,6 +129,7 @@ NOT_IN = "does not have a value in the enumeration"
             "source=/etc/passwd",
             f"{FORMAT}rng0.source: value '/etc/passwd' {NOT_IN} '/dev/urandom, /dev/random, /dev/hwrng'\n",
         ),
+        ("startup", "order=x", "invalid format - unable to parse startup options\n"),
         ("affinity", "zz", "invalid format - unable to parse cpuset option\n"),
         ("memory", "", f"{FORMAT}memory.current: property is missing and it is not optional\n"),
         (
@@ -170,6 +171,7 @@ def test_a_format_that_the_lab_does_not_know_takes_nothing(vm: Node, option: str
         ("watchdog", "i6300esb,action=reset"),
         ("rng0", "/dev/urandom,max_bytes=1024,period=1000"),
         ("affinity", "0,5,8-11"),
+        ("startup", "3,up=10,down=20"),
     ],
 )
 def test_a_value_in_its_format_is_taken(vm: Node, option: str, value: str) -> None:

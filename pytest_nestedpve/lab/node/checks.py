@@ -45,11 +45,6 @@ SMBIOS1 |= {
     },
     "base64": {"type": "boolean", "optional": 1},
 }
-STARTUP = {
-    "order": {"type": "integer", "optional": 1, "default_key": 1, "minimum": 0},
-    "up": {"type": "integer", "optional": 1, "minimum": 0},
-    "down": {"type": "integer", "optional": 1, "minimum": 0},
-}
 _COUNT = {"type": "integer", "optional": 1, "minimum": 0}
 PRUNE: dict[str, Any] = {"keep-all": {"type": "boolean", "optional": 1}}
 PRUNE |= {f"keep-{each}": _COUNT for each in ("last", "hourly", "daily", "weekly", "monthly", "yearly")}
@@ -115,7 +110,6 @@ PROPERTY_STRINGS: dict[str, Mapping[str, Any]] = {
     "pve-qm-ipconfig": IPCONFIG,
     "pve-qm-cicustom": CICUSTOM,
     "pve-qm-smbios1": SMBIOS1,
-    "pve-startup-order": STARTUP,
 }
 
 
@@ -363,6 +357,13 @@ def _schedule(text: str) -> str | None:
     raise Unsupported(f"'{text}' as pve-calendar-event")
 
 
+def _startup(text: str) -> str | None:
+    """No property string: its help is of digits [basic-101]."""
+    parts = [part for part in text.split(",") if part.strip()]
+    good = all(re.fullmatch(r"((order|up|down)=)?\d+", part) for part in parts)
+    return None if good else "unable to parse startup options"
+
+
 CONTENT = ("images", "rootdir", "vztmpl", "iso", "backup", "snippets", "import", "none")
 _matches: Callable[[str, str], Callable[[str], str | None]] = lambda pattern, words: (  # noqa: E731
     lambda text: None if re.fullmatch(pattern, text, re.I) else words.format(text)
@@ -407,6 +408,7 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     "pve-qm-bootdev": _bootdev,
     "pve-qm-bootdisk": _matches(DISK, "invalid boot disk '{}'"),
     "pve-hotplug-features": _hotplug,
+    "pve-startup-order": _startup,
     "pve-cpuset": _matches(r"\d+(-\d+)?(,\d+(-\d+)?)*", "unable to parse cpuset option"),
     "pve-task-status-type": _matches("ok|error|warning|unknown", "invalid status '{}'"),
     "pve-calendar-event": _schedule,
