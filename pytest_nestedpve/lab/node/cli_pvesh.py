@@ -133,8 +133,8 @@ def _ls(values: dict[str, Any]) -> int:
     address = "/" + values["api_path"].strip("/")
     found = schema.resolve(address)
     names = schema.children("/" if address == "/" else _template(address, found))
-    marks = schema.listed("/nodes/{node}" if re.fullmatch("/nodes/[^/]+", address) else address)
-    if not names and found is None and not marks:
+    marks = schema.listed(_template(address, found))
+    if not names and found is None:
         if schema.elsewhere("GET", address):
             raise Unsupported(f"pvesh ls {address}")
         raise PveFailure(f"no such resource '{address}'", rc=2)

@@ -165,6 +165,7 @@ LISTED = {
     "/cluster": """
         Dr---:acme Dr---:ceph Dr---:firewall Dr---:mapping Dr---:metrics Dr---:notifications Drw--:sdn
     """,
+    "/nodes/{node}/qemu/{vmid}": "Dr---:firewall",  # [basic-136]
 }
 LETTERS = {"GET": "r", "PUT": "w", "POST": "c", "DELETE": "d"}
 
@@ -180,8 +181,10 @@ def elsewhere(verb: str, address: str) -> bool:
     """Whether the real thing has a method there that the table has not: not supported, but not unknown."""
     if not address.strip("/"):
         return verb == "GET"
+    if re.fullmatch(r"/?nodes/[^/]+/execute/?", address):  # [extra-020], and in no list
+        return verb == "POST"
     for parent in LISTED:
-        pattern = parent.replace("{node}", "[^/]+") + r"/([^/]+)(/.+)?"
+        pattern = re.sub(r"{\w+}", "[^/]+", parent) + r"/([^/]+)(/.+)?"
         match = re.fullmatch(pattern, "/" + address.strip("/"))
         marks = listed(parent).get(match[1], "") if match else ""
         if match is None or not marks:
@@ -189,7 +192,8 @@ def elsewhere(verb: str, address: str) -> bool:
         if match[2] is None:
             return LETTERS[verb] in marks
         below = f"{parent}/{match[1]}/"
-        return marks.startswith("D") and not any(path.startswith(below) for path in paths())
+        if marks.startswith("D") and not any(path.startswith(below) for path in paths()):
+            return True
     return False
 
 
