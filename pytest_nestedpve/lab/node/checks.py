@@ -351,7 +351,7 @@ def _schedule(text: str) -> str | None:
     if text in ("minutely", "hourly", "daily", "weekly", "monthly", "yearly", "quarterly", "semiannually"):
         return None
     if re.fullmatch(
-        r"((mon|tue|wed|thu|fri|sat|sun)([,.]+(?=\w)|\b))*\s*(\d\d?|\*)(:(\d\d|\*)(/\d\d?)?)?", text
+        r"((mon|tue|wed|thu|fri|sat|sun)([,.]+(?=\w)|\b))*\s*(\d\d?|\*)((/\d\d?)|:(\d\d|\*)(/\d\d?)?)?", text
     ):
         return None
     raise Unsupported(f"'{text}' as pve-calendar-event")
@@ -417,6 +417,11 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     "email-or-username": _matches(r"[^\s@/:]+(@[^\s@]+)?", "value does not look like a valid email address"),
     "pve-groupid": _matches(r"[A-Za-z0-9._\-]+", "group name '{}' contains invalid characters"),
     "pve-realm": _matches(r"[A-Za-z][A-Za-z0-9._\-]+", "value does not look like a valid realm"),
+    # Of storages that the lab does not have: their types are refused, and not what goes with them.
+    "pve-storage-server": lambda _: None,
+    "pve-storage-portal-dns": lambda _: None,
+    "pve-storage-vgname": lambda _: None,
+    "pve-storage-zfs-blocksize": lambda _: None,
     "pve-priv": lambda _: None,  # whether there is such a privilege, the role's handler says
     "pve-ha-resource-or-vm-id": _matches(
         r"((vm|ct):)?[1-9][0-9]{2,8}", "value does not look like a valid HA resource ID or VM ID"
