@@ -12,8 +12,9 @@ from urllib.parse import quote
 MASK = "********"
 SHORTEST = 4
 
-#: What stands before it, it, and the @ behind it; a password may hold a @ itself.
-PASSWORD_IN_ADDRESS = re.compile(r'((?:https?|ssh|git)://[^/\s:@]*:)[^/\s"\\]+(@)')
+#: What stands before it, it, and the @ behind it; a password may hold a @ itself. It ends with a JSON string.
+PASSWORD_IN_ADDRESS = re.compile(r'((?:https?|ssh|git)://[^/\s:@]*:)(?:[^/\s"\\]|\\.)+(@)')
+_IN_PLAIN_TEXT = re.compile(r"((?:https?|ssh|git)://[^/\s:@]*:)[^/\s]+(@)")
 
 # What is secret by its form, whoever made it: (pattern, replacement).
 _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -32,7 +33,7 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
         rf"\g<1>{MASK}",
     ),
     (re.compile(r"(\$(?:1|2[aby]|5|6|y|gy)\$)[^\s:'\"]{8,}"), rf"\g<1>{MASK}"),
-    (PASSWORD_IN_ADDRESS, rf"\g<1>{MASK}\g<2>"),
+    (_IN_PLAIN_TEXT, rf"\g<1>{MASK}\g<2>"),
 )
 _SECRET_KEYS = re.compile(r"(?i)(?:^|[_-])(?:password|cipassword|passphrase|secret|token_value|private_key)$")
 

@@ -261,6 +261,7 @@ def test_a_call_that_fails_is_in_the_log_and_values_of_parameters_are_not(
         "--cipassword 01234567-89ab",
         "https://me:01234567-89ab@git.test/x",
         "http://me:p@01234567-89ab@proxy.test:3128",
+        'http://me:p"\\01234567-89ab@proxy.test:3128',
         "root:$6$salt$01234567-89ab:1::",
     ],
     ids=lambda text: text[:16],
