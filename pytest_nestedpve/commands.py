@@ -15,21 +15,30 @@ if TYPE_CHECKING:
 _USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # a token may stand there alone
 
 
-def again(settings: Settings) -> str:
-    """pytest with the same host, and with what was typed as `-o nested_pve_…`."""
-    return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach")
+# What a clean-up reads; the rest may be long, or not to be shown.
+_CLEANS = frozenset(
+    f"nested_pve_{name}"
+    for name in ("name_pattern", "vmid_range", "pool_parent", "run_dir", "force_stop", "timeout_scale")
+)
+
+
+def again(settings: Settings, *, cleans: bool = False) -> str:
+    """pytest with the same host, and with what was typed as `-o nested_pve_…`; `cleans`: to destroy only."""
+    return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", cleans)
 
 
 def finishing(settings: Settings, run_id: str | None) -> str:
     """What finishes the teardown of a run, or of all runs of the host."""
     # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
-    words = [_pytest(settings, "--pve-host"), "--nested-destroy-only"]
+    words = [_pytest(settings, "--pve-host", True), "--nested-destroy-only"]
     return " ".join([*words, "--nested-run", shlex.quote(run_id)] if run_id is not None else words)
 
 
-def _pytest(settings: Settings, option: str) -> str:
+def _pytest(settings: Settings, option: str, cleans: bool) -> str:
     words = ["pytest", *([] if settings.host is None else [option, settings.host])]
     for name, value in settings.typed.items():
+        if cleans and name not in _CLEANS:
+            continue
         words += ["-o", f"{name}={_shown(name, value)}"]
     return shlex.join(words)
 

@@ -23,13 +23,15 @@ def finish(nested: NestedSession) -> None:
     assert environment is not None
     try:
         with interplay.timer_stopped(nested.config, nested.item, "over"):
+            failed = _tests_failed(nested)
+            if failed:
+                runner.audit.write("tests", status="failed")
             if nested.membership is not None and not nested.membership.leave():
                 _leave_to_others(nested)
                 return
-            if _tests_failed(nested):
+            if failed:
                 from pytest_nestedpve import diagnosis
 
-                runner.audit.write("tests", status="failed")
                 diagnosis.after_tests(environment)
             if _keeps(nested):
                 _keep(nested)
@@ -191,12 +193,13 @@ def kept_lines(nested: NestedSession) -> list[str]:
     assert nested.kept_dir is not None
     until = datetime.datetime.fromtimestamp(nested.kept_until).astimezone()
     ssh_config = shlex.quote(str(nested.kept_dir / "ssh_config"))
+    cleans = commands.again(nested.settings, cleans=True)
     return [
         f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
         "its host destroys it",
         f"  log in:  ssh -F {ssh_config} nested",
         f"  go on:   {commands.again(nested.settings)} --nested-keep",
-        f"  destroy: {commands.again(nested.settings)} --nested-destroy-only --nested-run {nested.run_id}",
+        f"  destroy: {cleans} --nested-destroy-only --nested-run {nested.run_id}",
     ]
 
 

@@ -38,17 +38,17 @@ class TemplateItem(pytest.Function):
         nested.remarks += [
             f"made the template {made.name} (VM {made.vmid}); sessions that clone it set",
             f"    nested_pve_template = {made.name}",
-            f"this removes it: {_again(nested)} --nested-destroy-only --nested-run {made.template}",
+            f"this removes it: {_removal(nested, made.template)}",
         ]
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.config.rootpath / destroy_items.NODE, 0, self.name
 
 
-def _again(nested: NestedSession) -> str:
+def _removal(nested: NestedSession, template: str) -> str:
     from pytest_nestedpve import commands
 
-    return commands.again(nested.settings)
+    return f"{commands.again(nested.settings, cleans=True)} --nested-destroy-only --nested-run {template}"
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:

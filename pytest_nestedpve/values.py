@@ -429,8 +429,11 @@ def files(text: Text) -> tuple[Path, ...]:
 
 def directory_to_make(text: Text) -> Path:
     """It need not be there, but has to be possible."""
-    path = absolute(text.value.strip(), text.base)
-    there = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        path = absolute(text.value.strip(), text.base)
+        there = next(each for each in (path, *path.parents) if each.exists())
+    except (OSError, RuntimeError) as e:  # no right to look, too long a name, ~ of nobody
+        raise ValueError(f"expected a directory, or one that can be made: {e}") from e
     if not there.is_dir():
         raise ValueError(f"expected a directory, or one that can be made: {there} is none")
     return path

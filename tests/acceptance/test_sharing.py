@@ -81,6 +81,19 @@ def test_a_phase_that_failed_in_one_worker_is_not_tried_in_the_other(project: Pr
     assert project.left() == []
 
 
+@pytest.mark.parametrize("failing", ["test_a", "test_b"])
+def test_a_run_on_which_a_test_of_any_worker_failed_is_not_called_passed(
+    project: Project, failing: str
+) -> None:
+    """Whichever of the two leaves first."""
+    (project.path / "test_users.py").unlink()
+    for name in ("test_a", "test_b"):
+        project.write(**{name: f"def {name}(nested_pve):\n    assert {name != failing}\n"})
+    result = project.run(*SHARE, "--dist", "loadfile", "test_a.py", "test_b.py")
+    assert result.ret == 1, result.output
+    assert "set up, tests failed, and nothing is left" in result.output
+
+
 def test_a_worker_that_dies_takes_nothing_with_it(project: Project) -> None:
     project.write(
         test_users=USERS + "    if number == 3 and not os.path.exists('died'):\n"

@@ -133,6 +133,8 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("secrets", "missing.txt", "can be read"),
         ("playbook_dir", "missing", "directory that exists"),
         ("run_dir", "/etc/passwd/runs", "/etc/passwd is none"),
+        ("run_dir", "/tmp/" + "a" * 300, "File name too long"),
+        ("run_dir", "~nobody-of-that-name/runs", "a directory, or one that can be made"),
         ("roles_path", "missing", "directory that exists"),
         ("bootstrap", "nowhere:make", "name of a source"),
         ("token_path", "nowhere:x.yaml:a.b", "name of a source"),
@@ -243,9 +245,12 @@ def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest
     }
     args = [word for name, value in typed.items() for word in ("-o", f"nested_pve_{name}={value}")]
     found = settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
-    said = commands.finishing(found, None)
-    assert commands.again(found) == said.removesuffix(" --nested-destroy-only")
+    said = commands.again(found)
     assert "hunter2" not in said
+    # A clean-up reads few of them, and takes no text that was masked.
+    clean = "pytest --pve-host father -o nested_pve_vmid_range=200-210"
+    assert commands.again(found, cleans=True) == clean
+    assert commands.finishing(found, None) == f"{clean} --nested-destroy-only"
     assert said.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
     for name in typed:
         assert f"nested_pve_{name}=" in said
