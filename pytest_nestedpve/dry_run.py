@@ -18,7 +18,7 @@ DONE, SKIPPED, CHOSEN = "done, if unchanged", "taken as done", "to do"
 
 def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
     """One row per phase that the chosen tests need, in order: phase, title, what, seconds."""
-    from pytest_nestedpve.session import wanted
+    from pytest_nestedpve.interplay import wanted
     from pytest_nestedpve.usual import usual_times
 
     kept = keeping.resumable(nested.settings, nested.config.rootpath)

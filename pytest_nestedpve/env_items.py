@@ -43,7 +43,7 @@ class EnvFileHooks:
 
     def _write(self) -> None:
         runner, environment = self._nested.runner, self._nested.environment
-        if self._written or runner is None or environment is None or runner.broken or runner.open():
+        if self._written or runner is None or environment is None or runner.broken or not runner.complete():
             return
         run = environment.run.id
         if not self._tried:

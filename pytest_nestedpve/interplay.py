@@ -10,6 +10,15 @@ from typing import Any
 import pytest
 
 
+def wanted(item: pytest.Item | None) -> str | None:
+    """How far a test wants it set up, by its marker; None for completely, as a clean state always is."""
+    mark = item.get_closest_marker("nested_pve") if item is not None else None
+    if mark is None or "nested_pve_clean" in getattr(item, "fixturenames", ()):
+        return None
+    upto = mark.kwargs.get("upto", mark.args[0] if mark.args else None)
+    return str(upto) if upto is not None else None
+
+
 def clean_scope(item: pytest.Item) -> str:
     """What shares one clean state with `item`, by its marker. Raises UsageError for another scope."""
     mark = item.get_closest_marker("nested_pve_clean")

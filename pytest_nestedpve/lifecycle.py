@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +216,7 @@ class SessionHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        self.nested.item, self.nested.stage = item, "setup"
+        self.nested.item, self.nested.stage, self.nested.thread = item, "setup", threading.get_ident()
         if self.config.option.setuponly:
             return  # nothing is called, so nothing can be said of what came before
         if self.nested.has_steps and hasattr(item, "phase_name"):

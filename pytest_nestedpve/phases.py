@@ -203,6 +203,14 @@ class PhaseRunner:
         """The names of the phases that are not settled yet."""
         return tuple(p.name for p in self.phases if self.status.get(p.name) not in SETTLED)
 
+    def complete(self) -> bool:
+        """Whether the last phase is settled, and all that it needs."""
+        if not self.phases:
+            return False
+        last = self.phases[-1].name
+        names = (*needed_before(self.phases, last), last)
+        return all(self.status.get(name) in SETTLED for name in names)
+
     def cause(self, name: str) -> Broken | None:
         """Why the phase failed itself; None if it did not."""
         return self._causes.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ class NestedSession:
         self._offered: NestedPve | None = None
         self.finished = False
         self.stage = "setup"  # of the current test: setup, call or teardown
+        self.thread = threading.get_ident()  # that runs the tests
         self.ready_for: pytest.Item | None = None  # the test for which the set-up was completed last
         self._stderr = 2
         self.lock: Any = None
@@ -275,7 +277,7 @@ class NestedSession:
         if self.settings.keep != "no":
             from pytest_nestedpve.builtin.snapshots import SnapshotKeeper
 
-            runner.listeners.append(SnapshotKeeper(self.environment, lambda: not runner.open()))
+            runner.listeners.append(SnapshotKeeper(self.environment, runner.complete))
         usual = usual_times(self.environment.run.dir.parent, self.settings.host or "")
         self.watcher = ProgressListener(self.config, usual)
         runner.listeners.append(self.watcher)
@@ -350,10 +352,12 @@ class NestedSession:
     def ensure_for(self, item: pytest.Item | None) -> None:
         """Set up as far as the test wants it."""
         self.ready_for = item or self.item
+        from pytest_nestedpve.interplay import wanted
+
         name = self.target(wanted(item))
         if name is not None:
             self.settle(lambda runner, who: runner.ensure(name, by=who))
-        complete = self.runner is not None and not self.runner.open()
+        complete = self.runner is not None and self.runner.complete()
         if self.wants_clean and complete and self.membership is None and self.clean is None:
             # Now, before any test has it.
             try:
@@ -364,7 +368,9 @@ class NestedSession:
     def demand(self) -> None:
         """The current test uses the fixture's value: unknown if it asked by `request.getfixturevalue`."""
         item = self.item
-        if item is not None and item is not self.ready_for and self.stage != "teardown" and not self.finished:
+        # What goes on beside the tests, or after them, wants no more than there is.
+        idle = self.stage == "teardown" or self.finished or threading.get_ident() != self.thread
+        if item is not None and item is not self.ready_for and not idle:
             item.stash[USER] = True
             self.ensure_for(item)
 
@@ -481,15 +487,6 @@ class NestedSession:
         if self._stderr != 2:
             os.close(self._stderr)
             self._stderr = 2
-
-
-def wanted(item: pytest.Item | None) -> str | None:
-    """How far a test wants it set up, by its marker; None for completely, as a clean state always is."""
-    mark = item.get_closest_marker("nested_pve") if item is not None else None
-    if mark is None or "nested_pve_clean" in getattr(item, "fixturenames", ()):
-        return None
-    upto = mark.kwargs.get("upto", mark.args[0] if mark.args else None)
-    return str(upto) if upto is not None else None
 
 
 _SESSION = pytest.StashKey[pytest.Session]()

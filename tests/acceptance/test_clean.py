@@ -62,6 +62,30 @@ def project(tmp_path: Path) -> Iterator[Project]:
     assert made.left() == []
 
 
+def test_a_phase_that_the_last_one_does_not_need_is_not_waited_for(project: Project) -> None:
+    """The clean state is taken when all is done that a test can want, before any test has it."""
+    project.write(
+        conftest=(project.path / "conftest.py").read_text()
+        + """
+_all = pytest_nestedpve_phases
+
+def pytest_nestedpve_phases(phases, config):
+    _all(phases, config)
+    needs = tuple(phase.name for phase in phases[:-1] if phase.name != "sync_repos")
+    phases[-1] = dataclasses.replace(phases[-1], needs=needs)
+""",
+        test_u="""
+def test_leaves(nested_pve, inside_it):
+    inside_it.leave("bob")
+
+def test_clean(nested_pve_clean, inside_it):
+    assert inside_it.of_tests() == []
+""",
+    )
+    result = project.run("test_u.py")
+    assert result.ret == 0, result.output
+
+
 def test_a_rerun_has_the_clean_state_again(project: Project) -> None:
     project.plugins = ("pytest_rerunfailures",)
     project.write(

@@ -75,6 +75,43 @@ def test_unrelated():
     assert project.done() == list(PHASES[:4])
 
 
+def test_a_thread_beside_the_tests_sets_up_nothing(project: Project) -> None:
+    project.write(
+        test_u="""
+import threading
+import pytest
+from pytest_nestedpve import lifecycle
+
+asked, stop = threading.Event(), threading.Event()
+
+@pytest.fixture(scope="session")
+def monitor(nested_pve):
+    def work():
+        while not stop.is_set():
+            assert nested_pve.ip
+            asked.set()
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+@pytest.mark.nested_pve(upto="wait_ip")
+def test_part(monitor):
+    pass
+
+def test_unrelated(pytestconfig):
+    for _ in range(3):
+        asked.clear()
+        assert asked.wait(30)
+    assert lifecycle.of(pytestconfig).runner.open()
+"""
+    )
+    result = project.run("test_u.py")
+    assert result.ret == 0, result.output
+    assert project.done() == list(PHASES[:4])
+
+
 @pytest.mark.parametrize("method", ["thread", "signal"])
 def test_pytest_timeouts_timer_does_not_outlive_its_test(project: Project, method: str) -> None:
     """What still runs after the session would be cut off, and a green run end with 1."""
