@@ -24,6 +24,26 @@ TAG = re.compile(r"[a-z0-9_][a-z0-9_\-+.]*", re.IGNORECASE)
 DISK = r"ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)"
 STORAGE = re.compile(r"[a-z][a-z0-9\-_.]*[a-z0-9]", re.IGNORECASE)
 
+# The last number of each family `name[n]`. Disks: `resize` enumerates them; serial, parallel, usb: as the
+# help of `qm create` says [basic-101]; the rest are PVE's own limits.
+LAST = {
+    "ide": 3,
+    "sata": 5,
+    "scsi": 30,
+    "virtio": 15,
+    "unused": 255,
+    "serial": 3,
+    "parallel": 2,
+    "usb": 14,
+} | {"net": 31, "ipconfig": 31, "numa": 7, "hostpci": 15, "virtiofs": 9, "link": 7, "mp": 255, "dev": 255}
+
+
+def family(name: str) -> str | None:
+    """`scsi[n]` for scsi0 to scsi30, None for what is no member of a family."""
+    match = re.fullmatch(r"([a-z]+)(0|[1-9]\d*)", name)
+    return f"{match[1]}[n]" if match and int(match[2]) <= LAST.get(match[1], -1) else None
+
+
 # Formats that are property strings, which the table only names.
 IPCONFIG = {
     "ip": {"format": "ipv4-config", "optional": 1, "type": "string"},
@@ -334,9 +354,11 @@ def _hostname(text: str) -> str | None:
     return None
 
 
+_BOOTABLE = {f"{name}[n]" for name in ("ide", "sata", "scsi", "virtio", "net", "usb", "hostpci")}
+
+
 def _bootdev(text: str) -> str | None:
-    card = r"net([12]?\d|3[01])|usb(1[0-4]|\d)|hostpci(1[0-5]|\d)"
-    return None if re.fullmatch(f"{DISK}|{card}", text) else f"invalid boot device '{text}'"
+    return None if family(text) in _BOOTABLE else f"invalid boot device '{text}'"
 
 
 def _hotplug(text: str) -> str | None:

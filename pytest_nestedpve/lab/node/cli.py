@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cluster_fs, format, paths, schema, store, tasks, tree
+from . import checks, cluster_fs, format, paths, schema, store, tasks, tree
 from .access import ROOT
 from .errors import BadParameters, PveFailure, Unsupported
 
@@ -168,12 +168,12 @@ def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | No
     """An option by its name, by another case, or by a beginning that only it has."""
     if name in known:
         return name, known[name]
-    if (family := schema.family(name)) and family in known:
+    if (family := checks.family(name)) and family in known:
         return name, known[family]
     for test in (str.__eq__, str.startswith):
         fitting = [other for other in _names(known) if test(other.lower(), name.lower())]
         if len(fitting) == 1:
-            return fitting[0], known[schema.family(fitting[0]) or fitting[0]]
+            return fitting[0], known[checks.family(fitting[0]) or fitting[0]]
     return None, {}
 
 
@@ -182,7 +182,7 @@ def _names(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sorted(
         name.replace("[n]", str(number)) if "[n]" in name else name
         for name in known
-        for number in range(schema.LAST.get(name.removesuffix("[n]"), 0) + 1 if "[n]" in name else 1)
+        for number in range(checks.LAST.get(name.removesuffix("[n]"), 0) + 1 if "[n]" in name else 1)
     )
 
 

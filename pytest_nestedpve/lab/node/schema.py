@@ -68,27 +68,7 @@ class Method:
         return tuple(re.findall(r"{(\w+)}", self.path))
 
     def definition(self, name: str) -> Definition | None:
-        return self.parameters.get(name) or self.parameters.get(family(name) or "")
-
-
-# The last number of each family `name[n]`. Disks: `resize` enumerates them; serial, parallel, usb: as the
-# help of `qm create` says [basic-101]; the rest are PVE's own limits.
-LAST = {
-    "ide": 3,
-    "sata": 5,
-    "scsi": 30,
-    "virtio": 15,
-    "unused": 255,
-    "serial": 3,
-    "parallel": 2,
-    "usb": 14,
-} | {"net": 31, "ipconfig": 31, "numa": 7, "hostpci": 15, "virtiofs": 9, "link": 7, "mp": 255, "dev": 255}
-
-
-def family(name: str) -> str | None:
-    """`scsi[n]` for scsi0 to scsi30, None for what is no member of a family."""
-    match = re.fullmatch(r"([a-z]+)(0|[1-9]\d*)", name)
-    return f"{match[1]}[n]" if match and int(match[2]) <= LAST.get(match[1], -1) else None
+        return self.parameters.get(name) or self.parameters.get(checks.family(name) or "")
 
 
 @functools.cache
