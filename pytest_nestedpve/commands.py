@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.masking import MASK, Masker
@@ -22,23 +23,22 @@ _CLEANS = frozenset(
 )
 
 
-def again(settings: Settings, *, cleans: bool = False) -> str:
-    """pytest with the same host, and with what was typed as `-o nested_pve_…`; `cleans`: to destroy only."""
-    return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", cleans)
+def again(settings: Settings) -> str:
+    """pytest with the same host, and with what was typed as `-o nested_pve_…`."""
+    return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", settings.typed)
 
 
 def finishing(settings: Settings, run_id: str | None) -> str:
     """What finishes the teardown of a run, or of all runs of the host."""
     # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
-    words = [_pytest(settings, "--pve-host", True), "--nested-destroy-only"]
+    typed = {name: value for name, value in settings.typed.items() if name in _CLEANS}
+    words = [_pytest(settings, "--pve-host", typed), "--nested-destroy-only"]
     return " ".join([*words, "--nested-run", shlex.quote(run_id)] if run_id is not None else words)
 
 
-def _pytest(settings: Settings, option: str, cleans: bool) -> str:
+def _pytest(settings: Settings, option: str, typed: Mapping[str, str]) -> str:
     words = ["pytest", *([] if settings.host is None else [option, settings.host])]
-    for name, value in settings.typed.items():
-        if cleans and name not in _CLEANS:
-            continue
+    for name, value in typed.items():
         words += ["-o", f"{name}={_shown(name, value)}"]
     return shlex.join(words)
 

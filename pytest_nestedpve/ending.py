@@ -193,13 +193,12 @@ def kept_lines(nested: NestedSession) -> list[str]:
     assert nested.kept_dir is not None
     until = datetime.datetime.fromtimestamp(nested.kept_until).astimezone()
     ssh_config = shlex.quote(str(nested.kept_dir / "ssh_config"))
-    cleans = commands.again(nested.settings, cleans=True)
     return [
         f"nested-pve: run {nested.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
         "its host destroys it",
         f"  log in:  ssh -F {ssh_config} nested",
         f"  go on:   {commands.again(nested.settings)} --nested-keep",
-        f"  destroy: {cleans} --nested-destroy-only --nested-run {nested.run_id}",
+        f"  destroy: {commands.finishing(nested.settings, nested.run_id)}",
     ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.outcomes import Failed
 
-from pytest_nestedpve import destroy_items, exec_items
+from pytest_nestedpve import commands, destroy_items, exec_items
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
@@ -38,17 +38,11 @@ class TemplateItem(pytest.Function):
         nested.remarks += [
             f"made the template {made.name} (VM {made.vmid}); sessions that clone it set",
             f"    nested_pve_template = {made.name}",
-            f"this removes it: {_removal(nested, made.template)}",
+            f"this removes it: {commands.finishing(nested.settings, made.template)}",
         ]
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.config.rootpath / destroy_items.NODE, 0, self.name
-
-
-def _removal(nested: NestedSession, template: str) -> str:
-    from pytest_nestedpve import commands
-
-    return f"{commands.again(nested.settings, cleans=True)} --nested-destroy-only --nested-run {template}"
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:

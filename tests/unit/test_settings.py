@@ -249,8 +249,8 @@ def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest
     assert "hunter2" not in said
     # A clean-up reads few of them, and takes no text that was masked.
     clean = "pytest --pve-host father -o nested_pve_vmid_range=200-210"
-    assert commands.again(found, cleans=True) == clean
     assert commands.finishing(found, None) == f"{clean} --nested-destroy-only"
+    assert commands.finishing(found, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
     assert said.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
     for name in typed:
         assert f"nested_pve_{name}=" in said
