@@ -199,10 +199,6 @@ class PhaseRunner:
         self.prepare(name, by=by)
         self._settle(self._by_name[name], by=by, wanted=name, probe=False)
 
-    def open(self) -> tuple[str, ...]:
-        """The names of the phases that are not settled yet."""
-        return tuple(p.name for p in self.phases if self.status.get(p.name) not in SETTLED)
-
     def complete(self) -> bool:
         """Whether the last phase is settled, and all that it needs."""
         if not self.phases:

@@ -104,7 +104,7 @@ def test_unrelated(pytestconfig):
     for _ in range(3):
         asked.clear()
         assert asked.wait(30)
-    assert lifecycle.of(pytestconfig).runner.open()
+    assert not lifecycle.of(pytestconfig).runner.complete()
 """
     )
     result = project.run("test_u.py")
