@@ -75,13 +75,9 @@ def _check_secrets(settings: Settings) -> None:
     """Each has a place of its own on the nested PVE."""
     from pytest_nestedpve.playvars import secret_destination
 
-    taken = {
-        os.path.join(settings.sources_dest, name): what
-        for name, what in [
-            *((source.name, f"the source {source.name}") for source in settings.sources),
-            (".nested-pve", "the record of what was copied"),
-        ]
-    }
+    where = settings.sources_dest
+    taken = {os.path.join(where, source.name): f"the source {source.name}" for source in settings.sources}
+    taken[os.path.join(where, ".nested-pve")] = "the record of what was copied"
     for path in dict.fromkeys(settings.secrets):
         destination = secret_destination(path, settings)
         if destination in taken:

@@ -350,15 +350,16 @@ def bootstrap(text: Text) -> str:
     return text.value.strip()
 
 
+_three_parts = one_of_kind(
+    "name:file.yaml:path like site:secrets.yaml:api_tokens.{node}", r"[^:\s]+:[^:\s]+:\S+"
+)
+
+
 def token_path(text: Text) -> str:
     """`name:file.yaml:path.in.it`, the file below the source."""
     from pytest_nestedpve.yamlpath import YamlPathError, parse_path
 
-    value = text.value.strip()
-    if not re.fullmatch(r"[^:\s]+:[^:\s]+:\S+", value):
-        raise ValueError(
-            f"expected name:file.yaml:path like site:secrets.yaml:api_tokens.{{node}}; found {value!r}"
-        )
+    value = str(_three_parts(text))
     _, file, path = value.split(":", 2)
     if file.startswith("/") or ".." in file.split("/"):
         raise ValueError(f"expected a file below the source's directory; found {file!r}")
