@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nestedpve import exits, steps
+from pytest_nestedpve import exits, step_items
 from pytest_nestedpve.phases import needed_before
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def before(nested: NestedSession, item: Any) -> None:
     """Mark a step that is about to run with what it depends on. Skips it if that failed."""
     needed = needed_before(nested.phases, item.phase_name)
-    depends = [name for name in (steps.PREFIX + need for need in needed) if name in nested.ran]
+    depends = [name for name in (step_items.PREFIX + need for need in needed) if name in nested.ran]
     # It is "dependency" as an entry point and "pytest_dependency" with -p.
     if any(item.config.pluginmanager.hasplugin(name) for name in ("dependency", "pytest_dependency")):
         item.add_marker(
@@ -27,7 +27,7 @@ def before(nested: NestedSession, item: Any) -> None:
         )
     cause = nested.failed_need(item.phase_name)
     if cause is not None and nested.shown.get(cause.phase) not in (None, item.nodeid):
-        first = steps.PREFIX + cause.phase
+        first = step_items.PREFIX + cause.phase
         raise _skipped(item, first if first in depends else f"the phase {cause.phase}", cause.cause)
     for name in depends:
         if name in nested.lost:

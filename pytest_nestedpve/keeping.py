@@ -32,7 +32,7 @@ from pytest_nestedpve.run import (
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
-    from pytest_nestedpve.run import RunDirectory
+    from pytest_nestedpve.run import Run, RunDirectory
     from pytest_nestedpve.settings import Settings
 
 #: What a VM is made from: another value of one of these is another VM.
@@ -213,9 +213,11 @@ def take_lock(settings: Settings, rootdir: Path, run_id: str, *, early: bool = F
     return Taken(lock, None, tuple(remarks))
 
 
-def store(env: Environment, expires: int) -> None:
-    """Write the record of a run. Raises OSError."""
-    run, settings = env.run, env.wanted
+def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
+    """Write the record of a run whose lease ends at `expires` (epoch seconds, this client's clock).
+
+    `settings` are those before the host's profile was read. Raises OSError.
+    """
     target = _home() / run.id
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.chmod(0o700)
@@ -224,7 +226,7 @@ def store(env: Environment, expires: int) -> None:
     told = run.dir / _SHAPE
     shaped = json.loads(told.read_text(encoding="utf-8")) if told.exists() else _shaped(settings)
     kept = Kept(
-        run.id, str(settings.host), str(env.rootdir), run.client, run.owner, run.created, expires, **shaped
+        run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shaped
     )
     temporary = target / f".{_RECORD}"
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -261,7 +263,7 @@ def keep(env: Environment) -> Lease:
     host, settings = env.outer, env.settings
     now = host_clock(host)
     lease = renew(host.api, env.run, settings, now, state="kept", seconds=settings.keep_expiry)
-    store(env, int(time.time()) + lease.expires - now)
+    store(env.run, env.wanted, env.rootdir, int(time.time()) + lease.expires - now)
     return lease
 
 

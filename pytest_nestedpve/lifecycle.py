@@ -71,13 +71,13 @@ def of(config: pytest.Config) -> NestedSession:
 
 def collect_steps(collector: pytest.Module) -> list[pytest.Item]:
     """The phases as items of the file that holds the sentinel."""
-    from pytest_nestedpve import steps
+    from pytest_nestedpve import step_items
     from pytest_nestedpve.phases import PhaseListError
 
     nested = of(collector.config)
     nested.has_steps = True
     try:
-        return steps.expand(collector, nested.phases)
+        return step_items.expand(collector, nested.phases)
     except PhaseListError as e:
         raise collector.CollectError(f"nested-pve: {e}") from e
 
@@ -168,9 +168,9 @@ class SessionHooks:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if self.nested.has_steps:
-            from pytest_nestedpve import steps
+            from pytest_nestedpve import step_items
 
-            session.items[:] = steps.in_order(session.items, self.nested.phases, uses)
+            session.items[:] = step_items.in_order(session.items, self.nested.phases, uses)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -185,7 +185,7 @@ class SessionHooks:
         self.nested.wants_clean = any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in chosen)
         if self.nested.settings.attach is not None:
             from pytest_nestedpve.attach import chosen_steps
-            from pytest_nestedpve.steps import PREFIX
+            from pytest_nestedpve.step_items import PREFIX
 
             names = [item.phase_name for item in chosen if hasattr(item, "phase_name")]
             self.nested.chosen = chosen_steps(names, PREFIX, option.keyword, self.config.args)

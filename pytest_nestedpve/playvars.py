@@ -5,12 +5,11 @@ Each function returns plain data; `extra_vars` of the settings come last and so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve import sources, yamlpath
+from pytest_nestedpve.settings import secret_destination
 from pytest_nestedpve.sources import Packed
 
 if TYPE_CHECKING:
@@ -117,14 +116,6 @@ def leaf(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
     variables = source_variables(settings, packed)
     variables["nested_pve_secret_files"] = []
     return variables | dict(settings.extra_vars)
-
-
-def secret_destination(path: Path, settings: Settings) -> str:
-    """Where a secret goes: its place inside the source it lies in, else directly below sources_dest."""
-    for source in settings.sources:
-        if not source.is_git and path.is_relative_to(source.location):
-            return os.path.join(settings.sources_dest, source.name, path.relative_to(source.location))
-    return os.path.join(settings.sources_dest, path.name)
 
 
 def _common(facts: Facts) -> dict[str, Any]:

@@ -333,18 +333,18 @@ class NestedSession:
         def call() -> None:
             self.settle(lambda runner, who: runner.execute(name, by=who))
             note = [
-                (steps.PROPERTY_PHASE, name),
-                (steps.PROPERTY_STATUS, runner.status[name]),
-                (steps.PROPERTY_SECONDS, round(runner.seconds[name], 3)),
+                (properties.PROPERTY_PHASE, name),
+                (properties.PROPERTY_STATUS, runner.status[name]),
+                (properties.PROPERTY_SECONDS, round(runner.seconds[name], 3)),
             ]
             if before is not None:
-                note.append((steps.PROPERTY_DONE_BY, by))
+                note.append((properties.PROPERTY_DONE_BY, by))
             item.user_properties.extend(note)
             if name in self.settings.skip:
                 # Neither done nor asked for: a step that passes was one of both.
                 raise pytest.skip.Exception("taken as done, as --nested-skip says", _use_item_location=True)
 
-        from pytest_nestedpve import steps
+        from pytest_nestedpve.report import properties
 
         runner = self.runner
         return call

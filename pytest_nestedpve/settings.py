@@ -261,3 +261,11 @@ def _check_context(path: Path | None) -> None:
         context.load(path)
     except context.ContextError as e:
         raise SettingsError(f"--context-file: {e}") from e
+
+
+def secret_destination(path: Path, settings: Settings) -> str:
+    """Where a secret goes: its place inside the source it lies in, else directly below sources_dest."""
+    for source in settings.sources:
+        if not source.is_git and path.is_relative_to(source.location):
+            return os.path.join(settings.sources_dest, source.name, path.relative_to(source.location))
+    return os.path.join(settings.sources_dest, path.name)

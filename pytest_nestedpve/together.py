@@ -73,7 +73,7 @@ def check(settings: Settings, config: pytest.Config) -> None:
 
 def _check_secrets(settings: Settings) -> None:
     """Each has a place of its own on the nested PVE."""
-    from pytest_nestedpve.playvars import secret_destination
+    from pytest_nestedpve.settings import secret_destination
 
     where = settings.sources_dest
     taken = {os.path.join(where, source.name): f"the source {source.name}" for source in settings.sources}

@@ -26,6 +26,7 @@ from pytest_nestedpve.builtin.promised import STEPS, STORAGE, promised
 from pytest_nestedpve.ownership import create_pool, host_clock
 from pytest_nestedpve.pve.answers import entries, mapping
 from pytest_nestedpve.pve.errors import PveError, SshError
+from pytest_nestedpve.settings import secret_destination
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment import Environment
@@ -343,7 +344,7 @@ def before_repos(env: Environment) -> None:
     for name in names:
         kept = f"{base}/.nested-pve/{name}"
         own += [f"{base}/{name}", kept, f"{kept}.digest", f"{kept}.tar.gz"]
-    own += [playvars.secret_destination(path, settings) for path in settings.secrets]
+    own += [secret_destination(path, settings) for path in settings.secrets]
     there = _existing(env, own)
     before = mapping(env.inner.api.get("/storage/local")).get("content")
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nestedpve.report import write_report
-from pytest_nestedpve.steps import PROPERTY_DONE_BY, PROPERTY_PHASE, PROPERTY_SECONDS, PROPERTY_STATUS
+from pytest_nestedpve.report.properties import (
+    PROPERTY_DONE_BY,
+    PROPERTY_PHASE,
+    PROPERTY_SECONDS,
+    PROPERTY_STATUS,
+)
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
