@@ -34,7 +34,7 @@ def measure() -> list[Row]:
     """Two rows: the limit in milliseconds, and the ratio."""
     from sshd import Sshd  # the tests' own server
 
-    from pytest_nestedpve.pve.ssh import SshConnection
+    from pytest_nestedpve.pve.ssh.connection import SshConnection
 
     # A control socket's path is at most about 100 characters long.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="bench") as name:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.rows import Row
-from pytest_nestedpve.report.model import RunReport, Step, read_audit
+from pytest_nestedpve.report.audit_model import RunReport, Step, read_audit
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import labs
 from benchmarks.rows import Row
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 1.15
@@ -36,7 +36,7 @@ retries = 3
 CONFTEST = """
 import functools, json, os
 from pathlib import Path
-from pytest_nestedpve.builtin import playbooks
+from pytest_nestedpve.setup.ansible import playbooks
 
 run = playbooks.run_playbook
 

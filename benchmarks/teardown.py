@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from benchmarks import labs
 from benchmarks.rows import Row
-from pytest_nestedpve.destroy import WIDTH, destroy
-from pytest_nestedpve.discovery import discover
+from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.teardown.destroy import WIDTH, destroy
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.run import Run
-    from pytest_nestedpve.settings import Settings
+    from pytest_nestedpve.run.identity import Run
 
 EIGHT_LIMIT = 0.05
 EIGHT_ROUNDS = 3

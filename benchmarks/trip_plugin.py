@@ -44,7 +44,7 @@ def pytest_nestedpve_phase_finished(phase: Any) -> None:
 
 def pytest_configure() -> None:
     """Before the nested PVE goes, when all is done in it: its tasks and the starts of its commands."""
-    from pytest_nestedpve import teardown
+    from pytest_nestedpve.teardown import teardown
 
     clear = teardown.clear
 

@@ -10,38 +10,38 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.nested import NestedPve
+    from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.session import NestedSession
-    from pytest_nestedpve.settings import Settings
+    from pytest_nestedpve.session.nested_pve import NestedPve
+    from pytest_nestedpve.session.session import NestedSession
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    from pytest_nestedpve import options
+    from pytest_nestedpve.config import keys
 
-    options.register(parser)
+    keys.register(parser)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    from pytest_nestedpve import hooks
+    from pytest_nestedpve.session import hookspecs
 
-    pluginmanager.add_hookspecs(hooks)
+    pluginmanager.add_hookspecs(hookspecs)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     if config.option.nested_destroy_only:
-        from pytest_nestedpve import destroy_items
+        from pytest_nestedpve.session.modes import destroy_only
 
-        destroy_items.neutralise(config)
+        destroy_only.neutralise(config)
     elif config.option.nested_doctor:
-        from pytest_nestedpve import doctor
+        from pytest_nestedpve.session.modes import doctor
 
         doctor.neutralise(config)
     elif config.option.nested_exec is not None or config.option.nested_make_template:
-        from pytest_nestedpve import exec_items
+        from pytest_nestedpve.session.modes import exec
 
-        exec_items.neutralise(config)
+        exec.neutralise(config)
     return (yield)
 
 
@@ -57,9 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    from pytest_nestedpve import lifecycle
+    from pytest_nestedpve.session import hooks
 
-    lifecycle.begin(session)
+    hooks.begin(session)
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[pytest.Item] | None:
@@ -68,34 +68,34 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[
         return None
     if not isinstance(collector, pytest.Module):
         return None
-    from pytest_nestedpve import lifecycle
+    from pytest_nestedpve.session import hooks
 
-    return lifecycle.collect_steps(collector)
+    return hooks.collect_steps(collector)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost | None:
     if settings.host is None:
         return None
-    from pytest_nestedpve import lifecycle
+    from pytest_nestedpve.session import hooks
 
-    return lifecycle.default_host(config, settings.host)
+    return hooks.default_host(config, settings.host)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    from pytest_nestedpve import lifecycle
+    from pytest_nestedpve.session import hooks
 
-    lifecycle.adopt_worker(node)
+    hooks.adopt_worker(node)
 
 
 # The VM's shape: a project's conftest.py may override these, in scope session. See shape.py.
 
 
 def _setting(request: pytest.FixtureRequest, name: str) -> Any:
-    from pytest_nestedpve import lifecycle
+    from pytest_nestedpve.session import hooks
 
-    return getattr(lifecycle.of(request.config).settings, name)
+    return getattr(hooks.of(request.config).settings, name)
 
 
 @pytest.fixture(scope="session")
@@ -152,9 +152,9 @@ def nested_pve_run(
     nested_pve_playbook_dir: Any,
 ) -> Iterator[NestedSession]:
     """The run: its identity, its environment, and the teardown at the end. Sets up no phase by itself."""
-    from pytest_nestedpve import lifecycle, shape
+    from pytest_nestedpve.session import hooks, vm_fixtures
 
-    nested = lifecycle.of(request.config)
+    nested = hooks.of(request.config)
     chosen = {
         "cores": nested_pve_cores,
         "memory": nested_pve_memory,
@@ -165,7 +165,7 @@ def nested_pve_run(
         "playbook_dir": nested_pve_playbook_dir,
     }
     try:
-        shape.take(nested, chosen)
+        vm_fixtures.take(nested, chosen)
         nested.open()
         yield nested
     finally:

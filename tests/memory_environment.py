@@ -10,12 +10,12 @@ from typing import Any
 
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.pve import guests
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.run.audit_log import AuditLog
+from pytest_nestedpve.run.identity import Run
 
 Make = Callable[..., Environment]
 
@@ -45,7 +45,7 @@ def environments(host: MemoryHost, folder: Path) -> Iterator[Make]:
 def ours(env: Environment, *, running: bool = False) -> int:
     """Make a VM of the run, with a disk; its id."""
     made = create_marked(env.outer, env.run, env.settings)
-    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    qemu.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
     if running:
-        guests.start(env.outer.api, made.node, made.vmid)
+        qemu.start(env.outer.api, made.node, made.vmid)
     return made.vmid

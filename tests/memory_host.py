@@ -22,7 +22,7 @@ from memory_routes import ROUTES
 
 from pytest_nestedpve.pve.errors import CommandTimeout
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 
 class MemoryHost:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import create_pool, host_clock
-from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.pool import create_pool, host_clock
+from pytest_nestedpve.pve import qemu
 
 PHASES = (
     "preflight",
@@ -39,7 +39,7 @@ def _provision(env: Environment) -> Mapping[str, Any]:
     made = create_marked(host, run, env.settings, memory=2048, net0="virtio,bridge=vmbr0")
     snippet = f"npve-{run.id}-vendor.yaml"
     host.ssh.put(b"#cloud-config\n", f"/var/lib/vz/snippets/{snippet}")
-    guests.configure(
+    qemu.configure(
         host.api,
         made.node,
         made.vmid,
@@ -51,7 +51,7 @@ def _provision(env: Environment) -> Mapping[str, Any]:
 
 
 def _start(env: Environment) -> Mapping[str, Any]:
-    guests.start(env.outer.api, env.fact("provision", "node"), env.fact("provision", "vmid"))
+    qemu.start(env.outer.api, env.fact("provision", "node"), env.fact("provision", "vmid"))
     return {}
 
 

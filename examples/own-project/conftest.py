@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from proxmoxer import ProxmoxAPI
 
-from pytest_nestedpve.nested import NestedPve
-from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.playbook_files import digest_of
+from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.session.nested_pve import NestedPve
+from pytest_nestedpve.setup.ansible.dependencies import digest_of
 
 HERE = Path(__file__).parent
 PLAYBOOK = HERE / "playbooks" / "backup-storage.yml"

@@ -83,7 +83,7 @@ _EXEC_USAGE = "nestedpve-lab exec NAME [--node NODE] -- COMMAND [ARGUMENT...]"
 
 
 def _do(options: argparse.Namespace, command: list[str]) -> int:
-    from . import world
+    from . import lifecycle
 
     if options.command == "install":
         from .install import install
@@ -92,7 +92,7 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
         install(_say)
         _say(f"installed ({time.monotonic() - begin:.1f} s)")
     elif options.command == "start":
-        lab = world.start(options.name, hand=True, say=_say, nodes=options.nodes)
+        lab = lifecycle.start(options.name, hand=True, say=_say, nodes=options.nodes)
         if options.json:
             print(lab.json())
         else:
@@ -102,8 +102,8 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
     elif options.command == "stop":
         return _stop(options)
     elif options.command == "list":
-        world.sweep()
-        labs = world.running()
+        lifecycle.sweep()
+        labs = lifecycle.running()
         if options.json:
             print(json.dumps([asdict(lab) for lab in labs]))
         else:
@@ -113,26 +113,26 @@ def _do(options: argparse.Namespace, command: list[str]) -> int:
             if not labs:
                 print("no lab runs")
     elif options.command == "set":
-        from . import pace
+        from . import speed
 
-        for key, seconds in pace.change(options.name, pace.parse(options.pairs)).items():
+        for key, seconds in speed.change(options.name, speed.parse(options.pairs)).items():
             print(f"{key}={seconds:g}")
     elif options.command == "power":
-        world.power(options.name, options.node, on=options.state == "on")
+        lifecycle.power(options.name, options.node, on=options.state == "on")
     else:
-        return world.enter(options.name, options.node, command)
+        return lifecycle.enter(options.name, options.node, command)
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from . import world
+    from . import lifecycle
 
-    swept = world.sweep()
+    swept = lifecycle.sweep()
     if options.all:
-        for name in world.names():
-            world.stop(name)
+        for name in lifecycle.names():
+            lifecycle.stop(name)
         return 0
-    if not world.stop(options.name) and options.name not in swept:
+    if not lifecycle.stop(options.name) and options.name not in swept:
         print(f"nestedpve-lab: there is no lab {options.name!r}", file=sys.stderr)
         return 1
     return 0

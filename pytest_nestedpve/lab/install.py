@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
-from . import father, image, keys, programs, requirements, world
+from . import lifecycle, outer_node, programs, requirements
+from .build import image, keys
 from .names import LabError
 
 
@@ -27,12 +28,12 @@ def install(say: Callable[[str], None]) -> None:
             shown = ", ".join(lacking)
             raise LabError(f"apt has installed its packages, but programs are still missing: {shown}")
     requirements.check()
-    with world.building():
+    with lifecycle.building():
         keys.make()
         image.build_base(keys.public("debian"), say)
-        father.build(say)
-        if not world.names():
-            for old in father.stale():
+        outer_node.build(say)
+        if not lifecycle.names():
+            for old in outer_node.stale():
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -40,10 +41,15 @@ def father_ready() -> bool:
     """Whether nothing has to be built for the next lab."""
     if not (image.base_ready() and keys.public("pve").exists()):
         return False
-    from . import repo
+    from .build import repository
 
-    specs = repo.standins()
-    places = (repo.mirror_dir(), repo.pve_dir(specs), father.system_dir(), father.standin_dir(specs))
+    specs = repository.standins()
+    places = (
+        repository.mirror_dir(),
+        repository.pve_dir(specs),
+        outer_node.system_dir(),
+        outer_node.standin_dir(specs),
+    )
     return all(place.exists() for place in places)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import programs
 from .names import LabUnavailable, cache_dir
-from .node import cgroups
+from .node.machine import cgroups
 
 _WITHOUT = (
     "What works without the lab: `./dev test --fast` (unit and acceptance tests), and everything on a real "

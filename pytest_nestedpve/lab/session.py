@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from pytest_nestedpve.timing import Deadline
+from pytest_nestedpve.pve.deadline import Deadline
 
-from . import requirements, world
+from . import lifecycle, requirements
 from .names import DEFAULT_LAB, check_name, lab_dir
-from .node.alive import held
+from .node.machine.alive import held
 
 # The supervisor asks father for VMs of runs and takes him down: a second or two.
 _RELEASE_LIMIT = 20.0
@@ -71,9 +71,9 @@ def acquire(name: str = "") -> LabSession:
     is missing on this machine and what works without the lab; LabError any other trouble."""
     name = check_name(name or DEFAULT_LAB)
     requirements.check()
-    world.sweep()
-    with world.lab_lock(name):
-        lab = world.start_locked(name, hand=False, say=_say)
+    lifecycle.sweep()
+    with lifecycle.lab_lock(name):
+        lab = lifecycle.start_locked(name, hand=False, say=_say)
         hold = (lab_dir(name) / "session.lock").open()
         fcntl.flock(hold, fcntl.LOCK_SH)
     with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def acquire(name: str = "") -> LabSession:
 
 def runs(name: str = "") -> bool:
     """Whether the lab is up; starts none."""
-    return world.find(name or DEFAULT_LAB) is not None
+    return lifecycle.find(name or DEFAULT_LAB) is not None
 
 
 def _say(text: str) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout
-from pytest_nestedpve.timing import Deadline, wait_until
 
-from . import allocation, father, marks, programs
+from . import outer_node, programs, run_leftovers, subnet_allocation
 from .names import FATHER, UNCLE, LabError, Subnets, lab_dir
-from .node import cgroups, launcher
+from .node.machine import cgroups, launcher
 
 SHARED = "/mnt/shared"
 """A directory that both nodes of a cluster have, for a storage that is shared."""
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     lock = (folder / "supervisor.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (folder / "supervisor.pid").write_text(str(os.getpid()))
-    before = allocation.own_cgroup()
-    subnets = allocation.take()
+    before = subnet_allocation.own_cgroup()
+    subnets = subnet_allocation.take()
     try:
         _supervise(folder, subnets, report)
     except Stop:
@@ -92,14 +92,14 @@ def take_down(folder: Path, subnets: Subnets, return_to: Path | None = None) -> 
 
 def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
     settings = json.loads((folder / "start.json").read_text())
-    made = father.Father(
+    made = outer_node.Father(
         Path(settings["image"]),
         tuple(Path(layer) for layer in settings["layers"]),
         Path(settings["mirror_site"]),
         Path(settings["pve_site"]),
     )
     second = settings["nodes"] > 1
-    father.prepare(
+    outer_node.prepare(
         folder / "upper",
         folder / "vz",
         made,
@@ -113,10 +113,10 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
     signal.signal(signal.SIGHUP, _stop)
     switch = None
     if second:
-        father.prepare_cluster(folder / "pve-cluster", folder.name, subnets)
+        outer_node.prepare_cluster(folder / "pve-cluster", folder.name, subnets)
         (folder / "shared").mkdir()
         key = folder / "host_uncle_ed25519"
-        father.prepare_uncle(folder / "upper-uncle", folder / "vz-uncle", made, subnets, key)
+        outer_node.prepare_uncle(folder / "upper-uncle", folder / "vz-uncle", made, subnets, key)
         switch = _switch()
         uncle = _uncle(folder, made, subnets, switch)
         begun = _launch_uncle(folder, uncle)
@@ -144,7 +144,9 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
         launcher.cleanup(container)
 
 
-def _container(folder: Path, made: father.Father, subnets: Subnets, switch: int | None) -> launcher.Container:
+def _container(
+    folder: Path, made: outer_node.Father, subnets: Subnets, switch: int | None
+) -> launcher.Container:
     lan, common = ((), ()) if switch is None else (_lan(FATHER, subnets, switch), _common(folder))
     return launcher.Container(
         hostname=FATHER,
@@ -176,7 +178,7 @@ def _container(folder: Path, made: father.Father, subnets: Subnets, switch: int 
 # -- the second node of a cluster
 
 
-def _uncle(folder: Path, made: father.Father, subnets: Subnets, switch: int) -> launcher.Container:
+def _uncle(folder: Path, made: outer_node.Father, subnets: Subnets, switch: int) -> launcher.Container:
     return launcher.Container(
         hostname=UNCLE,
         state=folder / "state-uncle",
@@ -285,7 +287,7 @@ def _watch_sessions(folder: Path) -> None:
         with open(folder / "session.lock", "a") as sessions:
             fcntl.flock(sessions, fcntl.LOCK_EX)
         try:
-            marked = marks.marked_guests(folder)
+            marked = run_leftovers.marked_guests(folder)
         except LabError as e:
             print(f"sessions are over, but father cannot be asked for their VMs: {e}", flush=True)
             _stay(folder, "father cannot be asked for the VMs of runs", 30)

@@ -18,7 +18,7 @@ from pytest_nestedpve.pve.errors import (
     NotRunning,
     UnreadableAnswer,
 )
-from pytest_nestedpve.pve.guests import path_of
+from pytest_nestedpve.pve.qemu import path_of
 
 # Without an agent PVE answers after 3 to 5 seconds, with a hanging one after 10 or more.
 _LIMIT = 30.0

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import LockTimeout, TaskFailed
-from pytest_nestedpve.timing import Deadline
 
 T = TypeVar("T")
 

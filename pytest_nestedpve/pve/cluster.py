@@ -20,7 +20,7 @@ from pytest_nestedpve.pve.errors import NodeUnreachable, UnreadableAnswer
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api
-    from pytest_nestedpve.pve.ssh import CommandResult
+    from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 NODE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 # What ssh itself says when it, and not the command, ends with 255.

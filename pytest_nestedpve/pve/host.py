@@ -13,7 +13,7 @@ from pytest_nestedpve.pve.cluster import Cluster, NodeSsh, read_cluster
 from pytest_nestedpve.pve.errors import NodeUnreachable
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.pve.ssh import CommandResult
+    from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 
 class SshLike(Protocol):

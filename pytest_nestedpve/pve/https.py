@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
 
 from pytest_nestedpve.pve.answers import checked
+from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import (
     BadParameter,
     CommandTimeout,
@@ -24,7 +25,6 @@ from pytest_nestedpve.pve.errors import (
     UnreadableAnswer,
     classify,
 )
-from pytest_nestedpve.timing import Deadline
 
 if TYPE_CHECKING:
     import urllib3

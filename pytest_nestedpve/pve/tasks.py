@@ -8,8 +8,8 @@ from typing import Any
 
 from pytest_nestedpve.pve.answers import UPID, entries, mapping, shown
 from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import PveError, TaskFailed, UnreadableAnswer
-from pytest_nestedpve.timing import Deadline, wait_until
 
 _LONGEST = 1000
 _WARNINGS = re.compile(r"WARNINGS: \d+")

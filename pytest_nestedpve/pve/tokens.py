@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import entries, mapping, whole
 from pytest_nestedpve.pve.api import Verbs, call_limit, patiently
+from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError, SshError
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
-from pytest_nestedpve.pve.routes import Grant
-from pytest_nestedpve.pve.transport import PveshApi
-from pytest_nestedpve.timing import Deadline
+from pytest_nestedpve.pve.identity import Grant
+from pytest_nestedpve.pve.pvesh import PveshApi
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api

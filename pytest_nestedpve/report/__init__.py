@@ -21,8 +21,8 @@ def write_report(run_directory: Path) -> Path:
     """
     import os
 
-    from pytest_nestedpve.report.model import read_audit
-    from pytest_nestedpve.report.page import standalone
+    from pytest_nestedpve.report.audit_model import read_audit
+    from pytest_nestedpve.report.html import standalone
 
     page = standalone(read_audit(run_directory / "audit.jsonl"))
     target = run_directory / REPORT_NAME

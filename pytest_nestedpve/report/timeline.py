@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from pytest_nestedpve.report.model import Step
+from pytest_nestedpve.report.audit_model import Step
 
 _ROW = 30  # pixels: a line of text and a bar below it
 _TOP = 18

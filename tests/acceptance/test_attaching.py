@@ -236,7 +236,7 @@ def test_a_test_that_needs_what_is_missing_fails_by_that_and_one_that_does_not_p
     attached.project.write(
         test_users="""
 import pytest
-from pytest_nestedpve.attach import NotOurs
+from pytest_nestedpve.environment.attached import NotOurs
 
 @pytest.mark.nested_pve(upto="setup_ssh")
 def test_part(nested_pve):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.thorough
 # snapshots of the in-memory host hold.
 INSIDE = """
 import pytest
-from pytest_nestedpve.builtin import clean
+from pytest_nestedpve.setup import clean_state as clean
 
 def config(environment):
     return environment.outer.api.get(address(environment))

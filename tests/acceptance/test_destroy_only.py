@@ -14,8 +14,8 @@ import pytest
 from acceptance.conftest import CONFTEST, Project, Result, make_project
 from terminals import on_terminal
 
-from pytest_nestedpve.ownership import Lease
-from pytest_nestedpve.run import client_hash, owner
+from pytest_nestedpve.ownership.lease import Lease
+from pytest_nestedpve.run.identity import client_hash, owner
 
 ONLY = "--nested-destroy-only"
 

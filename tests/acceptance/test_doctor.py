@@ -377,7 +377,7 @@ def test_a_narrow_terminal_breaks_no_command_and_no_line_is_too_long(project: Pr
 
 REAL_PREFLIGHT = """
 def pytest_nestedpve_phases(phases, config):
-    from pytest_nestedpve import builtin
+    from pytest_nestedpve import setup as builtin
     phases[:] = [phase for phase in builtin.default_phases() if phase.name == "preflight"]
 """
 

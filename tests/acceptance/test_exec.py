@@ -19,7 +19,7 @@ pytestmark = pytest.mark.thorough
 SECRET = "0f0f0f0f-1111-2222-3333-444455556666"
 READY = f"""
 from memory_host import MemorySsh
-from pytest_nestedpve.pve.forward import Forward
+from pytest_nestedpve.pve.ssh.forward import Forward
 
 def nobody():
     raise OSError("nobody listens in memory")

@@ -21,8 +21,8 @@ import dataclasses, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from memory_host import MemoryHost, memory_phases
-from pytest_nestedpve import builtin
-from pytest_nestedpve.builtin import phases as real
+from pytest_nestedpve import setup as builtin
+from pytest_nestedpve.setup import phases as real
 from pytest_nestedpve.pve.errors import PveError
 
 HERE = Path(__file__).parent
@@ -62,18 +62,18 @@ def told(phase):
     return dataclasses.replace(phase, do=do)
 
 def probe_provision(environment):
-    from pytest_nestedpve.builtin import guest, resume
+    from pytest_nestedpve.setup import vm as guest, resume
     if environment.resumed and not environment.has_lease and not resume.resume(environment):
         return None
     facts = environment.facts.get("provision")
     if not facts:
         return None
-    from pytest_nestedpve.ownership import prove
+    from pytest_nestedpve.ownership.proof import prove
     ours = prove(environment.outer.api, environment.settings, guest.made_of(facts), environment.run).ok
     return dict(facts) if ours else None
 
 def lookup(environment):
-    from pytest_nestedpve import expired
+    from pytest_nestedpve.teardown import lapsed_runs as expired
     from pytest_nestedpve.pve.errors import PveError
     if (HERE / "full").exists():
         raise PveError("expected 8 GiB on the storage, found 1")

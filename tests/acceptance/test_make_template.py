@@ -15,9 +15,9 @@ MAKE = "--nested-make-template"
 ONLY = "--nested-destroy-only"
 # In memory there is no guest: what is run on it goes well, and it shuts down at once.
 GUEST = """
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.pve import guests
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.pve import qemu as guests
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 class Guest:
     ssh = None

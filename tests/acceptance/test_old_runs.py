@@ -7,7 +7,7 @@ import os
 
 from acceptance.conftest import Project
 
-from pytest_nestedpve.runs import NEWEST
+from pytest_nestedpve.run.old_runs import NEWEST
 
 
 def test_a_new_run_takes_the_place_of_the_oldest_that_is_over(project: Project) -> None:

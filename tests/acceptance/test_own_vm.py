@@ -7,7 +7,7 @@ from acceptance.conftest import Project
 
 OWN = """
 
-from pytest_nestedpve.adoption import replace_provision
+from pytest_nestedpve.setup.own_vm import replace_provision
 
 def tool(environment, wish):
     api, vmid = environment.outer.api, int(os.environ.get("NAMES") or wish.vmid)

@@ -153,7 +153,7 @@ def test_a_failing_preflight_beside_another_failure_is_status_1(project: Project
 def test_phases_from_the_hook_are_steps_and_can_be_removed(project: Project) -> None:
     text = (project.path / "conftest.py").read_text()
     text += """
-    from pytest_nestedpve.phases import Phase
+    from pytest_nestedpve.environment.phases import Phase
     phases[:] = phases[:3]
     phases.insert(1, Phase("own_check", "a check of ours", lambda environment: {"did": "looked"}))
 """

@@ -23,7 +23,7 @@ def _sees(phase):
         }))
         return phase.do(environment)
     def probe(environment):
-        from pytest_nestedpve.builtin.resume import resume
+        from pytest_nestedpve.setup.resume import resume
         if environment.resumed and not environment.has_lease and not resume(environment):
             return None
         return environment.facts.get("provision")

@@ -13,7 +13,7 @@ from acceptance.test_keeping import CONFTEST, pool_comment
 from lab.on_lab import mentioning
 from memory_phases import PHASES
 
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 pytestmark = pytest.mark.thorough
 

@@ -80,7 +80,7 @@ def test_a_thread_beside_the_tests_sets_up_nothing(project: Project) -> None:
         test_u="""
 import threading
 import pytest
-from pytest_nestedpve import lifecycle
+from pytest_nestedpve.session import hooks as lifecycle
 
 asked, stop = threading.Event(), threading.Event()
 

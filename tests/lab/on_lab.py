@@ -25,7 +25,7 @@ _numbers = itertools.count()
 CONFTEST = """
 import dataclasses, os, threading
 import pytest
-from pytest_nestedpve.phases import Phase
+from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.pve.errors import PveError
 
 def pytest_nestedpve_phases(phases, config):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pytest
 from lab.playbook_node import Node, Played
 
-from pytest_nestedpve.lab import world
-from pytest_nestedpve.lab.world import LabInfo
+from pytest_nestedpve.lab import lifecycle
+from pytest_nestedpve.lab.lifecycle import LabInfo
 
 LOOK = """
 dpkg-query -W | sha256sum
@@ -43,9 +43,9 @@ ADDRESSES = "ip -4 -br address | grep -v ^lo; ip -4 route show default"
 def playbook_lab() -> Iterator[LabInfo]:
     name = f"test-{os.getpid()}-play"
     try:
-        yield world.start(name, hand=True, say=lambda _text: None)
+        yield lifecycle.start(name, hand=True, say=lambda _text: None)
     finally:
-        world.stop(name)
+        lifecycle.stop(name)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_nestedpve.builtin import vendor
-from pytest_nestedpve.lab.world import LabInfo
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.lab.lifecycle import LabInfo
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.setup import vendor_data
 
 PLAYBOOKS = Path(__file__).parents[2] / "playbooks"
 IMAGE = "local:import/debian-13-genericcloud-amd64.raw"
@@ -100,7 +100,7 @@ class Node:
         snippet = f"playbooks-{self.vmid}.yaml"
         self.father(
             f"mkdir -p /var/lib/vz/snippets && cat > /var/lib/vz/snippets/{snippet}",
-            data=vendor.user_data(Settings(mirror=profile["mirror"])),
+            data=vendor_data.user_data(Settings(mirror=profile["mirror"])),
         )
         self.father("cat > /root/playbooks.pub", data=self.key.with_suffix(".pub").read_text())
         self.father(

@@ -12,8 +12,8 @@ import pytest
 from lab.playbook_fixtures import Bridged
 from lab.playbook_node import Node, Played, run, said
 
-from pytest_nestedpve import sources
-from pytest_nestedpve.values import Source
+from pytest_nestedpve.config.parsers import Source
+from pytest_nestedpve.setup.ansible import sources
 
 KEYS = "/root/.ssh/authorized_keys"
 SITE = "/opt/sources/site"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import pytest
 from lab.playbook_node import Node
 
-from pytest_nestedpve.lab.world import LabInfo
+from pytest_nestedpve.lab.lifecycle import LabInfo
 
 CONFTEST = """
 from pathlib import Path
-from pytest_nestedpve import hosts
+from pytest_nestedpve.config import hosts
 
 def pytest_nestedpve_host(config, settings):
     place = Path({config!r})

@@ -17,7 +17,7 @@ REDO = ("-o", "nested_pve_redo=true")
 USERS = """
 import json, subprocess, urllib.request, ssl
 import pytest
-from pytest_nestedpve.attach import NotOurs
+from pytest_nestedpve.environment.attached import NotOurs
 
 def test_uses_it(nested_pve):
     assert nested_pve.ssh("uname -n").stdout.strip() == nested_pve.name == nested_pve.node == "father"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import wheels
 
-from pytest_nestedpve.lab import world
+from pytest_nestedpve.lab import lifecycle
 
 EXAMPLE = wheels.ROOT / "examples" / "own-project"
 
@@ -22,7 +22,7 @@ EXAMPLE = wheels.ROOT / "examples" / "own-project"
 def lab_name() -> Iterator[str]:
     name = f"example-{os.getpid()}"
     yield name
-    world.stop(name)
+    lifecycle.stop(name)
 
 
 def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: str) -> None:

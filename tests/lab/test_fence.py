@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from lab.on_lab import HandLab, Project
 
-from pytest_nestedpve import hosts
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.config import hosts
+from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.errors import PermissionDenied
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.tokens import remove_grants, remove_tokens, run_tokens
@@ -71,13 +71,13 @@ def test_a_delete_of_an_id_that_is_somebody_elses_by_now_is_refused_by_the_host(
     hand_lab: HandLab, father: PveHost, fenced: PveHost
 ) -> None:
     pool = f"npve-{RUN}"
-    guests.create_diskless(fenced.api, father.node, LOW, name="nested-pve-ours", pool=pool)
+    qemu.create_diskless(fenced.api, father.node, LOW, name="nested-pve-ours", pool=pool)
     # Behind the session's back: ours goes, and somebody's VM gets its id.
     hand_lab.ask(f"qm destroy {LOW} && qm create {LOW} --name nested-pve-theirs --description mine")
     before = hand_lab.configurations()
     for blow in (
-        lambda: guests.destroy(fenced.api, father.node, LOW),
-        lambda: guests.stop(fenced.api, father.node, LOW),
+        lambda: qemu.destroy(fenced.api, father.node, LOW),
+        lambda: qemu.stop(fenced.api, father.node, LOW),
         lambda: fenced.api.put(f"/nodes/{father.node}/qemu/{LOW}/config", tags="nestedpve"),
     ):
         with pytest.raises(PermissionDenied, match=rf"403 Permission check failed \(/vms/{LOW}, VM\."):
@@ -90,12 +90,12 @@ def test_what_is_in_the_pool_can_be_made_and_ended_and_nothing_else_is_seen_by_i
     hand_lab: HandLab, father: PveHost, fenced: PveHost
 ) -> None:
     api, node, pool = fenced.api, father.node, f"npve-{RUN}"
-    guests.create_diskless(api, node, LOW + 1, name="nested-pve-whole", pool=pool)
+    qemu.create_diskless(api, node, LOW + 1, name="nested-pve-whole", pool=pool)
     api.put(f"/nodes/{node}/qemu/{LOW + 1}/config", tags="nestedpve")
-    guests.configure(api, node, LOW + 1, scsi0="local:1", ide2="local:cloudinit", net0="virtio,bridge=vmbr0")
-    guests.start(api, node, LOW + 1)
-    guests.stop(api, node, LOW + 1)
-    guests.destroy(api, node, LOW + 1)
+    qemu.configure(api, node, LOW + 1, scsi0="local:1", ide2="local:cloudinit", net0="virtio,bridge=vmbr0")
+    qemu.start(api, node, LOW + 1)
+    qemu.stop(api, node, LOW + 1)
+    qemu.destroy(api, node, LOW + 1)
     acting = json.loads(hand_lab.ask("pveum acl list --output-format json"))
     held = {(line["path"], line["roleid"]) for line in acting if f"!npve-{RUN}-" in line["ugid"]}
     assert held == {

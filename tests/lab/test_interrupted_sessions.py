@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 from lab.on_lab import HandLab, Line, Project
 
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 WIDTH = 4
 IDS = 10

@@ -17,8 +17,8 @@ LOW = 97000
 # Without the VM inside, which no example needs; with a password, which is asked for in Python alone.
 CONFTEST = """
 import pytest
-from pytest_nestedpve.nested import NestedPve
-from pytest_nestedpve.phases import Phase
+from pytest_nestedpve.session.nested_pve import NestedPve
+from pytest_nestedpve.environment.phases import Phase
 
 DROPPED = ("download_image", "leaf_provision", "leaf_start", "leaf_wait_ip", "sync_repos", "verify_ssh_chain")
 

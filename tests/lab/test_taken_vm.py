@@ -12,7 +12,7 @@ LOW = 96500
 
 CONFTEST = """
 import os
-from pytest_nestedpve.adoption import replace_provision
+from pytest_nestedpve.setup.own_vm import replace_provision
 
 def tool(environment, wish):
     if os.environ.get("NAMES"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab.on_lab import HandLab
 
-from pytest_nestedpve.builtin.phases import default_phases
+from pytest_nestedpve.setup.phases import default_phases
 
 RANGE = "99600-99619"
 # What must not be the template's own: each is printed, by a line of its name.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import wheels
 
-from pytest_nestedpve.lab import world
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.lab import lifecycle
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 PROJECT = """
 import hashlib, json
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest_nestedpve
 from pytest_nestedpve import lab, steps
-from pytest_nestedpve.ansible import playbook_path
+from pytest_nestedpve.setup.ansible.runner import playbook_path
 from pytest_nestedpve.lab import node
 
 STANDIN = "nestedpve_node/tree.py"
@@ -42,7 +42,7 @@ def test_mine(nested_pve):
 def lab_name() -> Iterator[str]:
     name = f"wheel-{os.getpid()}"
     yield name
-    world.stop(name)
+    lifecycle.stop(name)
 
 
 def test_a_project_of_one_file_gets_its_nested_pve_out_of_the_wheel(tmp_path: Path, lab_name: str) -> None:
@@ -78,7 +78,7 @@ def test_a_project_of_one_file_gets_its_nested_pve_out_of_the_wheel(tmp_path: Pa
 
     # The lab went with its session: nothing that is ours was left in it.
     wait_until(
-        lambda: lab_name not in [lab.name for lab in world.running()],
+        lambda: lab_name not in [lab.name for lab in lifecycle.running()],
         deadline=Deadline(30),
         what="the lab to stop after its last session",
     )

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve.lab import world
+from pytest_nestedpve.lab import lifecycle
+from pytest_nestedpve.lab.lifecycle import LabInfo
 from pytest_nestedpve.lab.names import LabError, Subnets, lab_dir
-from pytest_nestedpve.lab.node import cgroups
-from pytest_nestedpve.lab.world import LabInfo
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.lab.node.machine import cgroups
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 CLI = [sys.executable, "-m", "pytest_nestedpve.lab.cli"]
 
 
 def start(name: str, nodes: int = 1) -> LabInfo:
-    return world.start(name, hand=True, say=lambda _text: None, nodes=nodes)
+    return lifecycle.start(name, hand=True, say=lambda _text: None, nodes=nodes)
 
 
 def father(lab: LabInfo, command: str, check: bool = True) -> str:
@@ -91,7 +91,7 @@ def names() -> Iterator[tuple[str, str]]:
     chosen = (f"test-{os.getpid()}-a", f"test-{os.getpid()}-b")
     yield chosen
     for name in chosen:
-        world.stop(name)
+        lifecycle.stop(name)
 
 
 def test_a_lab_comes_up_as_a_whole_pve_host_and_stopping_it_leaves_nothing(names: tuple[str, str]) -> None:
@@ -102,9 +102,9 @@ def test_a_lab_comes_up_as_a_whole_pve_host_and_stopping_it_leaves_nothing(names
     assert father(lab, "pveversion").startswith("pve-manager/")
     assert "[nested-pve]" in father(lab, "cat /etc/nested-pve.ini")
     assert remains(lab, namespace)
-    assert world.stop(names[0])
+    assert lifecycle.stop(names[0])
     assert remains(lab, namespace) == []
-    assert not world.stop(names[0])
+    assert not lifecycle.stop(names[0])
 
 
 def test_two_labs_run_at_once_on_networks_of_their_own(names: tuple[str, str]) -> None:
@@ -114,8 +114,8 @@ def test_two_labs_run_at_once_on_networks_of_their_own(names: tuple[str, str]) -
         assert father(lab, "ip -4 -o address show vmbr0").split()[3].startswith(f"10.211.{number(lab)}.")
         father(lab, "pvesh create /pools --poolid only-here")
     namespace = network_namespace(one.pid)
-    assert {lab.name for lab in world.running()} >= set(names)
-    world.stop(names[0])
+    assert {lab.name for lab in lifecycle.running()} >= set(names)
+    lifecycle.stop(names[0])
     assert remains(one, namespace) == []
     assert "only-here" in father(other, "pvesh get /pools --output-format json")
 
@@ -133,7 +133,7 @@ def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(na
     assert loop_devices(vmid)
     namespace = network_namespace(lab.pid)
     # Other tests' commands remove what is dead as well, but not while its lock is held.
-    with world.lab_lock(lab.name):
+    with lifecycle.lab_lock(lab.name):
         os.kill(lab.supervisor, signal.SIGKILL)
         wait_until(
             lambda: not Path(f"/proc/{lab.pid}").exists(),
@@ -163,21 +163,21 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
     assert nodes() == ["father", "uncle"]
     subprocess.run([*CLI, "exec", lab.name, "--node", "uncle", "--", "systemctl", "reboot"], check=True)
     wait_until(
-        lambda: world.need(lab.name).pids.get("uncle", first) != first,
+        lambda: lifecycle.need(lab.name).pids.get("uncle", first) != first,
         deadline=Deadline(30),
         what="uncle to boot again",
     )
     assert power("father", "off") == 4
     assert power("uncle", "off") == 0
     assert nodes() == ["father"]
-    assert list(world.need(lab.name).pids) == ["father"]
+    assert list(lifecycle.need(lab.name).pids) == ["father"]
     assert power("uncle", "on") == 0
     assert nodes() == ["father", "uncle"]
-    assert world.start(lab.name, hand=True, say=print).pids == world.need(lab.name).pids
-    namespace = network_namespace(world.need(lab.name).pids["uncle"])
+    assert lifecycle.start(lab.name, hand=True, say=print).pids == lifecycle.need(lab.name).pids
+    namespace = network_namespace(lifecycle.need(lab.name).pids["uncle"])
     os.kill(lab.supervisor, signal.SIGKILL)
     wait_until(
-        lambda: world.find(lab.name) is None, deadline=Deadline(20), what="the lab to die with its owner"
+        lambda: lifecycle.find(lab.name) is None, deadline=Deadline(20), what="the lab to die with its owner"
     )
     subprocess.run([*CLI, "list"], check=True, capture_output=True)
     gone(lab, namespace)
@@ -187,7 +187,7 @@ def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> Non
     from pytest_nestedpve.lab.session import acquire, runs
 
     first, second = acquire(names[0]), acquire(names[0])
-    lab = world.find(names[0])
+    lab = lifecycle.find(names[0])
     assert lab is not None
     namespace = network_namespace(lab.pid)
     first.release()
@@ -211,7 +211,7 @@ def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: P
         wait_until(
             ready.exists, deadline=Deadline(120), what="the session to have its lab", interval=(0.1, 0.2)
         )
-        lab = world.find(names[0])
+        lab = lifecycle.find(names[0])
         assert lab is not None
         namespace = network_namespace(lab.pid)
     finally:
@@ -226,7 +226,7 @@ def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_doe
     from pytest_nestedpve.lab.session import acquire, runs
 
     session = acquire(names[0])
-    lab = world.find(names[0])
+    lab = lifecycle.find(names[0])
     assert lab is not None
     namespace = network_namespace(lab.pid)
     father(lab, "pvesh create /pools --poolid npve-0123456789ab")
@@ -261,7 +261,7 @@ def test_exec_runs_in_father_and_passes_input_output_and_status_on(names: tuple[
     assert done.returncode == 7
     assert done.stdout == "given\nfather\n/\n"
     with pytest.raises(LabError, match="expected exactly one VM booted on father, found: none"):
-        world.enter(names[0], "nested", ["true"])
+        lifecycle.enter(names[0], "nested", ["true"])
 
 
 def set_pace(lab: str, *pairs: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 
 class Answering:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from memory_host import MemoryHost
     from sshd import MakeServer, Sshd
 
-    from pytest_nestedpve.environment import Environment
-    from pytest_nestedpve.pve.ssh import SshConnection
+    from pytest_nestedpve.environment.environment import Environment
+    from pytest_nestedpve.pve.ssh.connection import SshConnection
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
@@ -52,7 +52,7 @@ def env(memory: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
 @pytest.fixture
 def pool(env: Environment) -> None:
     """The run's pool."""
-    from pytest_nestedpve.ownership import create_pool
+    from pytest_nestedpve.ownership.pool import create_pool
 
     create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
 
@@ -86,7 +86,7 @@ def make_server(tmp_path: Path) -> Iterator[MakeServer]:
 @pytest.fixture
 def ssh(server: Sshd) -> Iterator[SshConnection]:
     """A connection to the server that all share."""
-    from pytest_nestedpve.pve.ssh import SshConnection
+    from pytest_nestedpve.pve.ssh.connection import SshConnection
 
     with SshConnection(server.target()) as connection:
         yield connection

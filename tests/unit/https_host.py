@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from pytest_nestedpve.pve.errors import HostUnreachable
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 NAMES = ("father", "localhost", "127.0.0.1")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from answering import Answering
 
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 _DATA = Path(__file__).parent.parent / "data"
 Record = dict[str, Any]

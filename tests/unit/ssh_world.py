@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sshd import Sshd, make_key
 
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.ssh import SshConnection
-from pytest_nestedpve.pve.sshconfig import read_ssh_config
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.ssh.config import read_ssh_config
+from pytest_nestedpve.pve.ssh.connection import SshConnection
 
 
 def sign(authority: Path, key: Path, *options: str) -> Path:

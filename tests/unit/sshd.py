@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pytest_nestedpve.pve.ssh import SshTarget
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.pve.ssh.connection import SshTarget
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
 

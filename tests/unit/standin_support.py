@@ -14,24 +14,17 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve.lab.node import (
-    broadcast,
-    cli_pvecm,
-    cli_pvesh,
-    cli_pvesm,
-    cli_pveum,
-    cli_pveversion,
-    cli_qm,
-    machine,
-)
+from pytest_nestedpve.lab.node.commands import pvecm, pvesh, pvesm, pveum, pveversion, qm
+from pytest_nestedpve.lab.node.machine import machine
+from pytest_nestedpve.lab.node.state import broadcast
 
 DOORS: dict[str, Callable[[], int]] = {
-    "qm": cli_qm.main,
-    "pvesh": cli_pvesh.main,
-    "pvesm": cli_pvesm.main,
-    "pveum": cli_pveum.main,
-    "pvecm": cli_pvecm.main,
-    "pveversion": cli_pveversion.main,
+    "qm": qm.main,
+    "pvesh": pvesh.main,
+    "pvesm": pvesm.main,
+    "pveum": pveum.main,
+    "pvecm": pvecm.main,
+    "pveversion": pveversion.main,
 }
 
 

@@ -11,15 +11,17 @@ import pytest
 from memory_environment import environments
 from memory_host import MemoryApi, MemoryHost
 
-from pytest_nestedpve import builtin
-from pytest_nestedpve.adoption import NotAdopted, Wish, made_by, replace_provision
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import parse_marker, prove, read_pool
-from pytest_nestedpve.phases import Phase
+from pytest_nestedpve import setup
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.ownership.marker import parse_marker
+from pytest_nestedpve.ownership.pool import read_pool
+from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.guests import configure, create_diskless, destroy, start
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.pve.qemu import configure, create_diskless, destroy, start
+from pytest_nestedpve.setup.own_vm import NotAdopted, Wish, made_by, replace_provision
+from pytest_nestedpve.teardown.teardown import teardown
 
 FOREIGN = 99950
 NET = "virtio,bridge=vmbr0"
@@ -296,10 +298,10 @@ def test_a_wish_says_what_the_settings_say(env: Environment) -> None:
 
 
 def test_in_the_list_of_phases_it_takes_the_place_of_provision() -> None:
-    phases: list[Phase] = list(builtin.default_phases())
+    phases: list[Phase] = list(setup.default_phases())
     names = [phase.name for phase in phases]
     replace_provision(phases, tofu, title="by tofu", timeout=99)
     assert [phase.name for phase in phases] == names
     (made,) = [phase for phase in phases if phase.name == "provision"]
     assert (made.title, made.timeout) == ("by tofu", 99)
-    assert phases[0].do is not builtin.default_phases()[0].do
+    assert phases[0].do is not setup.default_phases()[0].do

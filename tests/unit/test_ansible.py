@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve import ansible_child
-from pytest_nestedpve.ansible import (
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.setup.ansible import child
+from pytest_nestedpve.setup.ansible.runner import (
     AnsibleArgs,
     Inventory,
     InventoryHost,
@@ -27,8 +29,6 @@ from pytest_nestedpve.ansible import (
     playbook_path,
     run_playbook,
 )
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.timing import Deadline, wait_until
 
 pytestmark = [pytest.mark.usefixtures("private"), pytest.mark.thorough]
 
@@ -266,7 +266,7 @@ def test_an_interrupted_caller_leaves_no_process(run_dir: Path, tmp_path: Path) 
 def test_a_killed_caller_leaves_no_process(run_dir: Path, tmp_path: Path, private: Path) -> None:
     path = playbook(tmp_path, SLEEPER.format(mark="98765.3"))
     program = (
-        "import sys; from pathlib import Path; from pytest_nestedpve.ansible import *\n"
+        "import sys; from pathlib import Path; from pytest_nestedpve.setup.ansible.runner import *\n"
         "here = Inventory((InventoryHost('here', {'ansible_connection': 'local',"
         " 'ansible_python_interpreter': sys.executable}),))\n"
         f"args, path = AnsibleArgs(Path({str(run_dir)!r})), Path({str(path)!r})\n"
@@ -352,6 +352,6 @@ def test_a_long_temporary_directory_leaves_room_for_the_names_of_ssh_sockets(
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as TMPDIR would have it
-    private = ansible_child.private_directory()
+    private = child.private_directory()
     private.rmdir()
     assert private.parent == Path("/tmp")

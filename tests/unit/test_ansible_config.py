@@ -14,11 +14,17 @@ import pytest
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.ansible import AnsibleArgs, Inventory, InventoryHost, nested_inventory, run_playbook
-from pytest_nestedpve.ansible_config import AnsibleConfig, UnusableConfig, find, read
-from pytest_nestedpve.builtin import playbooks
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.values import Text, variables
+from pytest_nestedpve.config.parsers import Text, variables
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.setup.ansible import playbooks
+from pytest_nestedpve.setup.ansible.ansible_cfg import AnsibleConfig, UnusableConfig, find, read
+from pytest_nestedpve.setup.ansible.runner import (
+    AnsibleArgs,
+    Inventory,
+    InventoryHost,
+    nested_inventory,
+    run_playbook,
+)
 
 LOCAL = Inventory(
     (InventoryHost("here", {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),),

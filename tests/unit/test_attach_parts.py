@@ -11,16 +11,16 @@ import pytest
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.attach import Attachment, NotChosen, chosen_steps
-from pytest_nestedpve.builtin import attached
-from pytest_nestedpve.builtin.checks.finding import Finding
-from pytest_nestedpve.builtin.clean import CleanState, NoSnapshots
-from pytest_nestedpve.builtin.promised import promised
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.attached import Attachment, NotChosen, chosen_steps
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.pve.target import SshTarget
-from pytest_nestedpve.run import ssh_block
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.pve.ssh.target import SshTarget
+from pytest_nestedpve.run.directory import ssh_block
+from pytest_nestedpve.setup import attached
+from pytest_nestedpve.setup.attached_needs import promised
+from pytest_nestedpve.setup.checks.finding import Finding
+from pytest_nestedpve.setup.clean_state import CleanState, NoSnapshots
 
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 

@@ -16,7 +16,7 @@ from benchmarks import __main__ as main  # noqa: E402
 from benchmarks.round_trip import bound, rows  # noqa: E402
 from benchmarks.rows import Row  # noqa: E402
 from benchmarks.trip import REBOOT, Trip, absent, api_calls, calls_rows, noticed_rows  # noqa: E402
-from pytest_nestedpve.report.model import build  # noqa: E402
+from pytest_nestedpve.report.audit_model import build  # noqa: E402
 
 
 @pytest.mark.parametrize(

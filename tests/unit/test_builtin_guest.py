@@ -12,19 +12,19 @@ import pytest
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve import timing
-from pytest_nestedpve.builtin import guest, vendor
-from pytest_nestedpve.builtin.address import Impostor, await_login, check_address, wait_ip
-from pytest_nestedpve.builtin.phases import default_phases
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import parse_marker, prove
-from pytest_nestedpve.pve import agent
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.marker import parse_marker
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import agent, deadline
+from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, LoginRefused, PveError
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.teardown import teardown
-from pytest_nestedpve.timing import Deadline
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.setup import vendor_data, vm
+from pytest_nestedpve.setup.address import Impostor, await_login, check_address, wait_ip
+from pytest_nestedpve.setup.phases import default_phases
+from pytest_nestedpve.teardown.teardown import teardown
 
 MAC = "bc:24:11:00:00:01"
 
@@ -51,7 +51,7 @@ def test_the_vm_is_proved_ours_and_gets_what_it_needs(make: Make, host: MemoryHo
     env = make(memory=4096, cores=3)
     do(env, "preflight", "provision")
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
+    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
     made = config(host, facts["vmid"])
     assert made["name"] == facts["name"] == f"nested-pve-{env.run.id}"
     assert str(made["memory"]) == "4096"
@@ -60,7 +60,7 @@ def test_the_vm_is_proved_ours_and_gets_what_it_needs(make: Make, host: MemoryHo
     assert "firewall=0" in made["net0"]
     assert "bridge=vmbr0" in made["net0"]
     assert facts["mac"] in made["net0"].lower()
-    assert guest.disk_size(made["scsi0"]) == 64
+    assert vm.disk_size(made["scsi0"]) == 64
     assert "qcow2" in made["scsi0"]
     assert str(made["ciupgrade"]) == "0"
     assert made["cicustom"] == f"vendor=local:snippets/npve-{env.run.id}-vendor.yaml"
@@ -91,20 +91,20 @@ def test_without_kvm_the_cpu_is_max_and_options_outrank_all(make: Make, host: Me
 
 def test_the_probe_of_provision_says_no_until_the_disk_is_there(make: Make) -> None:
     env = make()
-    assert guest.probe_provision(env, guest.NESTED) is None
+    assert vm.probe_provision(env, vm.NESTED) is None
     do(env, "preflight", "provision")
-    assert guest.probe_provision(env, guest.NESTED) is not None
+    assert vm.probe_provision(env, vm.NESTED) is not None
     facts = env.facts["provision"]
     env.outer.api.put(f"/nodes/father/qemu/{facts['vmid']}/config", delete="scsi0")
-    assert guest.probe_provision(env, guest.NESTED) is None
+    assert vm.probe_provision(env, vm.NESTED) is None
 
 
 def test_starting_twice_is_no_error_and_the_probe_sees_it_run(make: Make) -> None:
     env = make()
     do(env, "preflight", "provision")
-    assert guest.probe_start(env, guest.NESTED) is None
+    assert vm.probe_start(env, vm.NESTED) is None
     do(env, "start_vm")
-    assert guest.probe_start(env, guest.NESTED) is not None
+    assert vm.probe_start(env, vm.NESTED) is not None
     do(env, "start_vm")
 
 
@@ -114,11 +114,11 @@ def test_a_guest_whose_agent_stays_silent_is_told_with_the_consoles_that_it_has(
     make: Make, monkeypatch: pytest.MonkeyPatch, running: bool, serial: bool
 ) -> None:
     monkeypatch.setattr(agent, "ping", lambda *_: False)
-    monkeypatch.setattr(timing, "_scale", 0.02)
+    monkeypatch.setattr(deadline, "_scale", 0.02)
     env = make(vm_options={} if serial else {"serial0": "/dev/ttyS7"})
     do(env, "preflight", "provision", *(["start_vm"] if running else []))
     with pytest.raises(PveError) as caught:
-        wait_ip(env, guest.NESTED, 10.0)
+        wait_ip(env, vm.NESTED, 10.0)
     vmid = env.facts["provision"]["vmid"]
     assert ("Has the image an agent" if running else "stopped while") in str(caught.value)
     assert (f"`qm terminal {vmid}` on father" in str(caught.value)) is serial
@@ -147,7 +147,7 @@ def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: Memo
     env = make(template="golden")
     do(env, "preflight", "provision")
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
+    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
     marker = parse_marker(config(host, facts["vmid"])["description"])
     assert marker is not None
     assert marker.run == env.run.id
@@ -155,7 +155,9 @@ def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: Memo
 
 
 def test_vendor_data_brings_the_agent_and_the_mirror() -> None:
-    text = vendor.user_data(Settings(mirror="http://mirror.example/debian", http_proxy="http://proxy:3128"))
+    text = vendor_data.user_data(
+        Settings(mirror="http://mirror.example/debian", http_proxy="http://proxy:3128")
+    )
     head, _, body = text.partition("\n")
     assert head == "#cloud-config"
     data = json.loads(body)
@@ -229,7 +231,7 @@ def test_a_login_is_waited_for_until_sshd_listens_and_pmxcfs_has_the_keys() -> N
 def test_what_refuses_for_longer_than_a_boot_takes_is_told_as_it_was_seen(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "_scale", 0.005)
+    monkeypatch.setattr(deadline, "_scale", 0.005)
     with pytest.raises(error, match="refused"):
         await_login(Booting(*[error("refused")] * 1000), Deadline(100_000))  # type: ignore[arg-type]
 

@@ -11,13 +11,14 @@ import pytest
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve import values
-from pytest_nestedpve.builtin import image, imagefile
-from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.config import parsers
+from pytest_nestedpve.config.settings import Settings, SettingsError
+from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve.errors import PveError, classify
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.settings import Settings, SettingsError
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.setup import image_file
+from pytest_nestedpve.setup import leaf_image as leaf_images
 
 SUM = hashlib.sha256(b"the image").hexdigest()
 URL = "https://images.example/debian-13.qcow2"
@@ -82,18 +83,18 @@ class Storage:
 def bring(storage: Storage, setting: str) -> tuple[str, str, list[str]]:
     """Volume, how it came there, and what was said meanwhile."""
     said: list[str] = []
-    wanted = imagefile.read(setting)
-    how = imagefile.bring(storage.host, "local", wanted, 60, said.append)
+    wanted = image_file.read(setting)
+    how = image_file.bring(storage.host, "local", wanted, 60, said.append)
     return wanted.volume("local"), how, said
 
 
 def test_without_a_setting_the_leaf_boots_what_the_nested_vm_boots() -> None:
-    assert image.source(environment()) == "local:import/debian-13.raw"
+    assert leaf_images.source(environment()) == "local:import/debian-13.raw"
 
 
 def test_a_clone_needs_an_image_for_its_leaf() -> None:
     with pytest.raises(PveError, match="nested_pve_leaf_image"):
-        image.source(environment(own=None))
+        leaf_images.source(environment(own=None))
 
 
 def test_beside_a_template_the_leaf_boots_the_newest_debian_that_the_host_has(
@@ -107,11 +108,11 @@ def test_beside_a_template_the_leaf_boots_the_newest_debian_that_the_host_has(
         with memory.open() as model:
             for name in ("debian-12-generic-amd64", "alpine"):
                 model.state["volumes"][f"local:import/{name}.qcow2"] = {"content": "import", "vmid": None}
-        assert image.source(env) == "local:import/debian-13-genericcloud-amd64.qcow2"
+        assert leaf_images.source(env) == "local:import/debian-13-genericcloud-amd64.qcow2"
         with memory.open() as model:
             model.state["volumes"].clear()
         with pytest.raises(PveError, match="nor a Debian image on the outer host"):
-            image.source(env)
+            leaf_images.source(env)
 
 
 @pytest.mark.parametrize(
@@ -124,31 +125,31 @@ def test_beside_a_template_the_leaf_boots_the_newest_debian_that_the_host_has(
     ],
 )
 def test_the_name_of_the_file_is_one_that_pve_imports(text: str, name: str) -> None:
-    assert imagefile.file_name(text) == name
+    assert image_file.file_name(text) == name
 
 
 def test_a_file_that_pve_does_not_import_is_refused() -> None:
     with pytest.raises(PveError, match=r"\.qcow2, \.raw"):
-        imagefile.file_name("https://images.example/debian.iso")
+        image_file.file_name("https://images.example/debian.iso")
 
 
 @pytest.mark.parametrize("given", ["", "#", "#sha256:xyz", "#crc32:00", "#sha256:0123", f"#sha512:{SUM}"])
 def test_a_url_without_a_whole_checksum_is_refused_when_the_setting_is_read(given: str) -> None:
     with pytest.raises(ValueError, match="expected a checksum"):
-        values.image(values.Text(URL + given, Path("/")))
+        parsers.image(parsers.Text(URL + given, Path("/")))
 
 
 def test_a_checksum_is_taken_as_it_is_published() -> None:
     for given in (f"sha256={SUM.upper()}", f"sha256:{SUM}"):
-        assert values.image(values.Text(f"{URL}#{given}", Path("/"))) == f"{URL}#sha256:{SUM}"
+        assert parsers.image(parsers.Text(f"{URL}#{given}", Path("/"))) == f"{URL}#sha256:{SUM}"
 
 
 def test_a_file_is_looked_for_where_the_setting_stands(tmp_path: Path) -> None:
     (tmp_path / "debian.qcow2").write_bytes(b"the image")
-    found = values.image(values.Text("debian.qcow2", tmp_path))
+    found = parsers.image(parsers.Text("debian.qcow2", tmp_path))
     assert found == str(tmp_path / "debian.qcow2")
     with pytest.raises(ValueError, match=r"no file /nowhere/debian\.qcow2"):
-        values.image(values.Text("debian.qcow2", Path("/nowhere")))
+        parsers.image(parsers.Text("debian.qcow2", Path("/nowhere")))
 
 
 def test_the_profile_of_a_host_names_no_file_of_whoever_runs_pytest(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from https_host import certificate, https_host
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.builtin.checks.look import Check
-from pytest_nestedpve.builtin.preflight import Finding, PreflightError, disk_format, preflight
-from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve.errors import HostUnreachable
+from pytest_nestedpve.setup.checks.run_checks import Check
+from pytest_nestedpve.setup.preflight import Finding, PreflightError, disk_format, preflight
 
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 PROFILE = "/etc/nested-pve.ini"
@@ -379,8 +379,8 @@ def test_the_vms_of_workers_that_were_quicker_are_not_counted_twice(
     environment: Make, host: MemoryHost
 ) -> None:
     """Two of three run, grown to all they were given: the third, which has not begun, still fits."""
-    from pytest_nestedpve.builtin.checks.look import CHECKS, look
-    from pytest_nestedpve.builtin.checks.seen import Seen
+    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.run_checks import CHECKS, look
 
     with_memory(host, 32, 10)
     env = workers(environment, 3)
@@ -406,7 +406,7 @@ def test_a_node_that_does_not_say_its_memory_is_a_warning(environment: Make, hos
 
 
 def test_runs_of_one_xdist_session_know_each_other(tmp_path: Path) -> None:
-    from pytest_nestedpve.builtin.preflight import _begun
+    from pytest_nestedpve.setup.preflight import _begun
 
     for run, family in (("a" * 12, "x"), ("b" * 12, "x"), ("c" * 12, "y"), ("d" * 12, None)):
         (tmp_path / run).mkdir()
@@ -418,12 +418,12 @@ def test_runs_of_one_xdist_session_know_each_other(tmp_path: Path) -> None:
 
 def test_the_doctor_makes_no_token_on_a_host_that_has_https(host: MemoryHost) -> None:
     """Seeing over HTTPS takes a token, and that would be made on the host."""
-    from pytest_nestedpve.builtin.checks.look import CHECKS, FOR_PEOPLE, look
-    from pytest_nestedpve.builtin.checks.seen import Seen
-    from pytest_nestedpve.doctor import only_reading
+    from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.hostapi import HostApi
-    from pytest_nestedpve.settings import Settings
+    from pytest_nestedpve.pve.transports import HostApi
+    from pytest_nestedpve.session.modes.doctor import only_reading
+    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.run_checks import CHECKS, FOR_PEOPLE, look
 
     ssh = host.connect().ssh
     reading = only_reading(PveHost("father", ssh, HostApi(ssh)))
@@ -451,11 +451,11 @@ NEW_CERTIFICATE = "pvecm updatecerts --force"
 def test_where_https_cannot_be_used_a_warning_says_why_and_no_token_is_made(
     tmp_path: Path, case: str, words: str, first: str | None
 ) -> None:
-    from pytest_nestedpve.builtin.checks.seen import Seen
-    from pytest_nestedpve.builtin.checks.ways import transport
+    from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.hostapi import HostApi
-    from pytest_nestedpve.settings import Settings
+    from pytest_nestedpve.pve.transports import HostApi
+    from pytest_nestedpve.setup.checks.connectivity import transport
+    from pytest_nestedpve.setup.checks.context import Seen
 
     with https_host(tmp_path) as served:
         served.listens = case != "closed"

@@ -16,20 +16,20 @@ import pytest
 from standin_support import DOORS, Answer, Node, _node  # noqa: F401 (a fixture)
 from test_standin_guests import IMAGE
 
-from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.builtin import address, guest
-from pytest_nestedpve.builtin.phases import default_phases
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import prove
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve.answers import read_answer
+from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
+from pytest_nestedpve.pve.pvesh import PveshApi
+from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.pve.tasks import wait_task
-from pytest_nestedpve.pve.transport import PveshApi
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.teardown import teardown
-from pytest_nestedpve.timing import Deadline
+from pytest_nestedpve.run.audit_log import AuditLog
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.setup import address, vm
+from pytest_nestedpve.setup.phases import default_phases
+from pytest_nestedpve.teardown.teardown import teardown
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEc0000000000000000000000000000000000000000"
 
@@ -128,12 +128,12 @@ def test_a_vm_is_made_started_proved_and_torn_down(env: Environment, node: Node)
     (snippet,) = node.file("/var/lib/vz/snippets").iterdir()
     assert snippet.stat().st_mode & 0o777 == 0o600, "an address in it may hold a password"
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, guest.made_of(facts), env.run).ok
-    assert guest.probe_provision(env, guest.NESTED) is not None
-    assert guest.probe_start(env, guest.NESTED) is not None
+    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
+    assert vm.probe_provision(env, vm.NESTED) is not None
+    assert vm.probe_start(env, vm.NESTED) is not None
     api = env.outer.api
     config = api.get(f"/nodes/father/qemu/{facts['vmid']}/config")
-    assert guest.disk_size(config["scsi0"]) == 8
+    assert vm.disk_size(config["scsi0"]) == 8
     assert config["ide2"].startswith("local:")
     assert teardown(env).left == ()
     assert api.get("/nodes/father/qemu") == []
@@ -162,7 +162,7 @@ def test_a_pool_that_somebody_uses_too_and_a_look_alike_stay(env: Environment) -
 
 def test_the_first_boots_end_and_its_warnings_come_through_the_agent(env: Environment, node: Node) -> None:
     do(env, "preflight", "provision", "start_vm")
-    made = guest.made_of(env.facts["provision"])
+    made = vm.made_of(env.facts["provision"])
     asked: list[dict[str, Any]] = []
 
     def agent(execute: str, arguments: dict[str, Any]) -> Any:

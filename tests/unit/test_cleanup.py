@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.cleanup import execute, plan
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name, renew
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.marker import Marker, new_uuid
+from pytest_nestedpve.ownership.pool import create_pool, pool_name, renew
+from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.rows import Row
-from pytest_nestedpve.run import Run, SessionLock
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.run.audit_log import AuditLog
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.run.lock import SessionLock
+from pytest_nestedpve.teardown.plan import execute, plan
+from pytest_nestedpve.teardown.plan_row import Row
 
 VMID = 99950
 NAME = "nested-pve-old"
@@ -185,10 +187,10 @@ def test_a_look_alike_that_others_began_to_count_on_stays(
 ) -> None:
     """None of this changes the digest of its configuration."""
     stranger(host)
-    guests.start(host.api, "father", VMID)
+    qemu.start(host.api, "father", VMID)
     rows = plan(host, settings)
     before = memory.configuration(VMID)
-    stop, stops = guests.stop, []
+    stop, stops = qemu.stop, []
 
     def stopped(*given: Any, **more: Any) -> Any:
         stops.append(given)
@@ -200,7 +202,7 @@ def test_a_look_alike_that_others_began_to_count_on_stays(
         with memory.open() as model:
             change(model)
     else:
-        monkeypatch.setattr(guests, "stop", stopped)
+        monkeypatch.setattr(qemu, "stop", stopped)
     (outcome,) = execute(host, settings, rows).values()
     assert outcome.result == "foreign"
     assert why in outcome.reason

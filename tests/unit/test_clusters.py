@@ -18,18 +18,20 @@ from memory_environment import Make, environments
 from memory_host import MemoryHost
 from memory_model import volume
 
-from pytest_nestedpve import cleanup, timing
-from pytest_nestedpve.builtin import guest, snapshots, vendor
-from pytest_nestedpve.builtin.preflight import PreflightError, preflight
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.discovery import discover
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import Marker, create_pool, host_clock, new_uuid, pool_name, prove
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.ownership.marker import Marker, new_uuid
+from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import deadline, qemu
 from pytest_nestedpve.pve.cluster import Member, NodeSsh, node_of, read_cluster
 from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, PveError, UnreadableAnswer
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.setup import snapshots, vendor_data, vm
+from pytest_nestedpve.setup.preflight import PreflightError, preflight
+from pytest_nestedpve.teardown import plan
+from pytest_nestedpve.teardown.teardown import teardown
 
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 
@@ -61,11 +63,11 @@ def env(environment: Make) -> Environment:
 def ours(env: Environment, node: str = "father", *, running: bool = True) -> int:
     there = env.outer.at(node)
     made = create_marked(there, env.run, env.settings)
-    guests.configure(there.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
-    snippet = vendor.write_snippet(there, "local", env.run.id, "#cloud-config\n")
-    guests.configure(there.api, made.node, made.vmid, cicustom=f"vendor={snippet}")
+    qemu.configure(there.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    snippet = vendor_data.write_snippet(there, "local", env.run.id, "#cloud-config\n")
+    qemu.configure(there.api, made.node, made.vmid, cicustom=f"vendor={snippet}")
     if running:
-        guests.start(there.api, made.node, made.vmid)
+        qemu.start(there.api, made.node, made.vmid)
     facts = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid, "mac": "x"}
     env.facts["provision"] = facts
     return made.vmid
@@ -147,7 +149,7 @@ def test_a_node_that_is_none_is_refused(env: Environment) -> None:
 
 def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: MemoryHost) -> None:
     vmid = ours(env)
-    made = guest.made_of(env.facts["provision"])
+    made = vm.made_of(env.facts["provision"])
     move(host, vmid, "father2")
     proof = prove(env.outer.api, env.settings, made, env.run)
     assert (proof.ok, proof.node, proof.gone) == (True, "father2", False)
@@ -155,15 +157,15 @@ def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: Memor
 
 def test_a_vm_that_moves_between_pool_and_configuration_is_proved(env: Environment, host: MemoryHost) -> None:
     vmid = ours(env)
-    made = guest.made_of(env.facts["provision"])
+    made = vm.made_of(env.facts["provision"])
     host.fault("GET", f"/nodes/father/qemu/{vmid}/status/current", do="migrate", text=f"{vmid}:father2")
     assert prove(env.outer.api, env.settings, made, env.run).ok
 
 
 def test_only_a_vm_that_is_on_no_node_is_gone(env: Environment) -> None:
     vmid = ours(env, running=False)
-    made = guest.made_of(env.facts["provision"])
-    guests.destroy(env.outer.api, "father", vmid)
+    made = vm.made_of(env.facts["provision"])
+    qemu.destroy(env.outer.api, "father", vmid)
     assert prove(env.outer.api, env.settings, made, env.run).gone
 
 
@@ -235,11 +237,11 @@ def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: Memor
     move(host, vmid, "father2")
     with host.open() as model:  # its snippet is on a storage of the node that it came from
         model.state["vms"][str(vmid)]["config"].pop("cicustom")
-    assert "started" in guest.start(env, guest.NESTED)["did"]
-    assert guest.probe_start(env, guest.NESTED) is not None
+    assert "started" in vm.start(env, vm.NESTED)["did"]
+    assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
     assert any("moved from father to father2" in each for each in env.remarks)
-    assert guest.NESTED.host(env).name == "father2"
+    assert vm.NESTED.host(env).name == "father2"
 
 
 @pytest.mark.parametrize("how", ["started", "rolled back"])
@@ -247,17 +249,17 @@ def test_a_snippet_that_stayed_behind_is_written_where_the_vm_is_started(
     env: Environment, host: MemoryHost, how: str
 ) -> None:
     vmid = ours(env, running=False)
-    snippet = guests.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
+    snippet = qemu.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
     env.facts["provision"]["snippet"] = snippet
     assert snapshots.take(env, "npve_provision", "")
     move(host, vmid, "father2")
     if how == "started":
-        assert "started" in guest.start(env, guest.NESTED)["did"]
+        assert "started" in vm.start(env, vm.NESTED)["did"]
     else:
         back = f"/nodes/father2/qemu/{vmid}/snapshot/npve_provision/rollback"
         host.fault("POST", back, text=f"volume '{snippet}' does not exist", times=1)
         snapshots.back(env, "npve_provision")
-    assert guest.probe_start(env, guest.NESTED) is not None
+    assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
     with host.open() as model:
         assert [name for name in model.site("father2")["files"] if env.run.id in name]
@@ -269,11 +271,11 @@ def test_another_vm_that_has_the_id_on_another_node_is_not_taken_for_ours(
     env: Environment, host: MemoryHost
 ) -> None:
     vmid = ours(env, running=False)
-    guests.destroy(env.outer.api, "father", vmid)
+    qemu.destroy(env.outer.api, "father", vmid)
     env.outer.api.post("/nodes/father2/qemu", vmid=vmid, name="somebodys", scsi0="local:4")
     before = host.configuration(vmid)
     with pytest.raises(GuestNotFound):
-        guest.start(env, guest.NESTED)
+        vm.start(env, vm.NESTED)
     assert env.facts["provision"]["node"] == "father"
     report = teardown(env)
     assert report.left == ()
@@ -353,7 +355,7 @@ def test_a_vm_on_a_node_that_is_off_is_left_and_named_at_once(env: Environment, 
     vmid = ours(env, "father2")
     with host.open() as model:
         model.state["others"]["father2"]["online"] = False
-    spent = timing.Deadline(20)
+    spent = deadline.Deadline(20)
     report = teardown(env)
     assert not spent.expired, "a node that is off is not waited for"
     assert report.destroyed == ()
@@ -370,7 +372,7 @@ def test_the_plan_names_a_vm_on_a_node_that_is_off_and_goes_on(env: Environment,
     with host.open() as model:
         model.state["offset"] = 30 * 86400.0
         model.state["others"]["father2"]["online"] = False
-    rows = cleanup.plan(env.outer, env.settings)
+    rows = plan.plan(env.outer, env.settings)
     assert [(row.vmid, row.verdict, row.owed) for row in rows] == [(vmid, "keep", True)]
     assert "father2 cannot be reached" in rows[0].reason
 
@@ -505,8 +507,8 @@ def test_a_template_on_shared_storage_may_be_cloned_to_another_node(
         model.state["offset"] += 30  # until everybody has heard of it
     env.facts["preflight"] = preflight(env)
     assert env.facts["preflight"]["node"] == ("father2" if shared else "father")
-    shape = guest.Shape("nas", "vmbr0", 2, 2048, 8, ("ssh-ed25519 AAAA",), template=500)
-    made = guest.provision(env, guest.NESTED, shape)
+    shape = vm.Shape("nas", "vmbr0", 2, 2048, 8, ("ssh-ed25519 AAAA",), template=500)
+    made = vm.provision(env, vm.NESTED, shape)
     assert made["node"] == env.facts["preflight"]["node"]
     assert teardown(env).left == ()
 
@@ -518,14 +520,14 @@ def test_the_vm_is_made_on_the_chosen_node_with_its_snippet_there(
         model.site("father2")["mem"] = 0
     env = environment()
     env.facts["preflight"] = found = preflight(env)
-    shape = guest.Shape(
+    shape = vm.Shape(
         found["storage"], found["bridge"], 2, 2048, 8, ("ssh-ed25519 AAAA",),
         image=found["image"], format=found["format"], snippets=found["snippets"],
     )  # fmt: skip
-    facts = guest.provision(env, guest.NESTED, shape)
+    facts = vm.provision(env, vm.NESTED, shape)
     assert facts["node"] == "father2"
     env.facts["provision"] = dict(facts)
-    guest.start(env, guest.NESTED)
+    vm.start(env, vm.NESTED)
     snippet = f"/var/lib/vz/snippets/npve-{env.run.id}-vendor.yaml"
     with host.open() as model:
         assert snippet in model.site("father2")["files"]

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve import collecting, timing
-from pytest_nestedpve.collecting import Item, NotThere, collect
-from pytest_nestedpve.masking import Masker
+from pytest_nestedpve.pve import deadline
+from pytest_nestedpve.report import collect as collecting
+from pytest_nestedpve.report.collect import Item, NotThere, collect
+from pytest_nestedpve.run.masking import Masker
 
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
     """A limit of ten seconds is half a second here."""
-    timing.set_scale(0.05)
+    deadline.set_scale(0.05)
     yield
-    timing.set_scale(1.0)
+    deadline.set_scale(1.0)
 
 
 def text(words: str, name: str = "one.txt") -> Item:

@@ -16,18 +16,19 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_nestedpve import consumers, env_file, roots
-from pytest_nestedpve.command import Command
-from pytest_nestedpve.environment import Environment, NotReady
-from pytest_nestedpve.exits import Tally
-from pytest_nestedpve.masking import Masker
-from pytest_nestedpve.nested import NestedPve
+from pytest_nestedpve.config import env_file
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment, NotReady
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.forward import Forward
-from pytest_nestedpve.pve.ssh import CommandFailed, CommandResult
-from pytest_nestedpve.run import BadHostKey, RunDirectory
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.signals import Interrupted, SignalGuard
+from pytest_nestedpve.pve.ssh.connection import CommandFailed, CommandResult
+from pytest_nestedpve.pve.ssh.forward import Forward
+from pytest_nestedpve.run.directory import BadHostKey, RunDirectory
+from pytest_nestedpve.run.masking import Masker
+from pytest_nestedpve.run.signals import Interrupted, SignalGuard
+from pytest_nestedpve.session import certificate_bundle, tool_environment
+from pytest_nestedpve.session.exit_status import Tally
+from pytest_nestedpve.session.modes.command import Command
+from pytest_nestedpve.session.nested_pve import NestedPve
 
 TOKEN = "root@pam!nested=6f0f0f0f-1111-2222-3333-444455556666"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA"
@@ -131,12 +132,12 @@ def test_each_consumer_gets_the_names_that_it_reads(nested: NestedPve) -> None:
 
 def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -> None:
     everything = nested.environ()
-    for name in consumers.CONSUMERS:
+    for name in tool_environment.CONSUMERS:
         assert nested.environ(name).items() <= everything.items()
     assert everything["NESTED_API_TOKEN"] == TOKEN
     assert everything["NESTED_NODE"] == "nested-pve-1"
     assert not any(name.startswith("NESTED_PVE_") for name in everything), "these are settings"
-    assert not consumers.FOREIGN & set(everything)
+    assert not tool_environment.FOREIGN & set(everything)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +150,9 @@ def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -
     ],
 )
 def test_a_proxy_is_not_asked_for_the_forwards(environ: dict[str, str], said: str | None) -> None:
-    roots = dict.fromkeys(consumers.ROOTS, Path("roots"))
-    api = consumers.Api("127.0.0.1", 1, TOKEN, Path("ca"), roots)
-    found = consumers.variables(api, ("bpg",), environ)
+    roots = dict.fromkeys(tool_environment.ROOTS, Path("roots"))
+    api = tool_environment.Api("127.0.0.1", 1, TOKEN, Path("ca"), roots)
+    found = tool_environment.variables(api, ("bpg",), environ)
     assert (found.get("no_proxy"), found.get("NO_PROXY")) == (said, said)
 
 
@@ -164,7 +165,7 @@ def test_a_token_that_is_asked_for_too_early_names_the_phase_that_makes_it(
 
 
 def test_the_token_is_in_no_repr(env: Env, nested: NestedPve) -> None:
-    api = consumers.Api("127.0.0.1", 1, TOKEN, Path("ca"), {})
+    api = tool_environment.Api("127.0.0.1", 1, TOKEN, Path("ca"), {})
     assert TOKEN.partition("=")[2] not in repr(api) + repr(nested) + repr(env.run)
 
 
@@ -186,7 +187,7 @@ def test_the_host_keys_are_known_under_the_forward_s_address_too(env: Env, neste
 
 
 def test_the_system_s_roots_stay_trusted(nested: NestedPve) -> None:
-    for variable in consumers.ROOTS:
+    for variable in tool_environment.ROOTS:
         file = Path(nested.environ()[variable])
         assert file.read_bytes().endswith(b"-----BEGIN CERTIFICATE-----\nnested\n-----END CERTIFICATE-----\n")
         assert file.read_bytes().count(b"BEGIN CERTIFICATE") > 20
@@ -197,13 +198,16 @@ def test_the_system_s_roots_stay_trusted(nested: NestedPve) -> None:
 def test_roots_that_the_user_chose_are_what_ours_is_added_to(tmp_path: Path) -> None:
     (tmp_path / "company.pem").write_bytes(ROOT)
     chosen = {"SSL_CERT_FILE": str(tmp_path / "company.pem")}
-    assert roots.with_roots("SSL_CERT_FILE", b"ours\n", chosen) == ROOT + b"ours\n"
-    assert roots.with_roots("REQUESTS_CA_BUNDLE", b"ours\n", chosen).count(b"BEGIN CERTIFICATE") > 20
+    assert certificate_bundle.with_roots("SSL_CERT_FILE", b"ours\n", chosen) == ROOT + b"ours\n"
+    assert (
+        certificate_bundle.with_roots("REQUESTS_CA_BUNDLE", b"ours\n", chosen).count(b"BEGIN CERTIFICATE")
+        > 20
+    )
 
 
 def test_what_openssl_makes_of_the_roots_is_all_of_them(tmp_path: Path) -> None:
     bundle = tmp_path / "roots.pem"
-    bundle.write_bytes(roots.with_roots("SSL_CERT_FILE", b"", {}))
+    bundle.write_bytes(certificate_bundle.with_roots("SSL_CERT_FILE", b"", {}))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(bundle)
     assert len(context.get_ca_certs()) > 20

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nestedpve.context import ContextError, forget, load, save, vmids
+from pytest_nestedpve.config.legacy_context import ContextError, forget, load, save, vmids
 
 FACTS: dict[str, dict[str, Any]] = {
     "provision": {"vmid": 99911, "name": "nested-pve-3fa9c2d41b07"},

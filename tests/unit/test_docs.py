@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve import builtin, hooks, options
-from pytest_nestedpve.nested import NestedPve
-from pytest_nestedpve.options import KEYS
-from pytest_nestedpve.pve.routes import grants
-from pytest_nestedpve.settings import PROFILE_KEYS, Settings
+from pytest_nestedpve import setup
+from pytest_nestedpve.config import keys
+from pytest_nestedpve.config.keys import KEYS
+from pytest_nestedpve.config.settings import PROFILE_KEYS, Settings
+from pytest_nestedpve.pve.identity import grants
+from pytest_nestedpve.session import hookspecs
+from pytest_nestedpve.session.nested_pve import NestedPve
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,7 +136,7 @@ def _options() -> dict[str, str]:
             return None
 
     parser: Any = Parser()
-    options.register(parser)
+    keys.register(parser)
     return found
 
 
@@ -178,7 +180,7 @@ def test_the_defaults_in_the_page_are_the_codes() -> None:
 
 def test_the_phases_are_documented_in_their_order() -> None:
     page = (ROOT / "docs" / "phases.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == [p.name for p in builtin.default_phases()]
+    assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == [p.name for p in setup.default_phases()]
 
 
 def test_every_playbook_is_documented() -> None:
@@ -200,7 +202,7 @@ def test_every_hook_is_documented_with_its_arguments_and_no_other() -> None:
     told = re.findall(r"^\| `(pytest_nestedpve_\w+)\(([^)]*)\)` \|", page, re.MULTILINE)
     known = {
         name: list(inspect.signature(hook).parameters)
-        for name, hook in vars(hooks).items()
+        for name, hook in vars(hookspecs).items()
         if name.startswith("pytest_nestedpve_")
     }
     assert {name: arguments.split(", ") for name, arguments in told} == known

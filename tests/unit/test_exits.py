@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve import exits
-from pytest_nestedpve.exits import Tally
+from pytest_nestedpve.session import exit_status
+from pytest_nestedpve.session.exit_status import Tally
 
 
 def report(
@@ -15,9 +15,9 @@ def report(
 ) -> Any:
     found = pytest.TestReport(nodeid, ("f", 0, "n"), {}, outcome, None, when)  # type: ignore[arg-type]
     if uses:
-        setattr(found, exits.USES, True)
+        setattr(found, exit_status.USES, True)
     if cause is not None:
-        setattr(found, exits.CAUSE, cause)
+        setattr(found, exit_status.CAUSE, cause)
     return found
 
 
@@ -41,7 +41,7 @@ def tally(*reports: Any, **fields: Any) -> Tally:
         (tally(report("a", "failed", cause="preflight"), left=True), 1, 1),
         (tally(report("a", "passed"), left=True), 0, 1),
         (tally(left=True), 5, 1),
-        (tally(report("a", "failed", cause=exits.CAUSE_NO_HOST)), 1, 4),
+        (tally(report("a", "failed", cause=exit_status.CAUSE_NO_HOST)), 1, 4),
         (tally(report("a", "passed"), signum=15), 2, 143),
         (tally(left=True, signum=2), 2, 130),
         (tally(), 5, 5),

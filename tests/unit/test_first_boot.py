@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve.builtin import address
+from pytest_nestedpve.setup import address
 
 OTHER = "status: from the command"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve.builtin.generalise import FIRST_BOOT, GENERALISE
+from pytest_nestedpve.setup.generalise import FIRST_BOOT, GENERALISE
 
 MAC = "bc:24:11:00:00:01"
 INTERFACES = """\

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "pytest_nestedpve"
-LONGEST = 500
+LONGEST = 600
 
 
 def modules() -> dict[str, Path]:
@@ -105,11 +105,11 @@ def _all(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.pve")])
 def test_what_talks_to_a_host_knows_nothing_of_pytest(name: str) -> None:
-    below = {"pytest_nestedpve", "pytest_nestedpve.pve", "pytest_nestedpve.timing"}
+    below = {"pytest_nestedpve", "pytest_nestedpve.pve", "pytest_nestedpve.pve.deadline"}
     for other in _all(name):
         assert not re.match(r"_?pytest(\.|$)", other), f"{name} imports {other}"
         if other.startswith("pytest_nestedpve"):
-            inside = other.startswith(("pytest_nestedpve.pve.", "pytest_nestedpve.timing."))
+            inside = other.startswith(("pytest_nestedpve.pve.", "pytest_nestedpve.pve.deadline."))
             assert inside or other in below, f"{name} imports {other}, which lies above it"
 
 
@@ -120,7 +120,7 @@ def test_only_the_place_that_finds_hosts_knows_the_lab() -> None:
         if not name.startswith("pytest_nestedpve.lab")
         and any(other.startswith("pytest_nestedpve.lab") for other in _all(name))
     }
-    assert users <= {"pytest_nestedpve.hosts"}
+    assert users <= {"pytest_nestedpve.config.hosts"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.lab.node.")])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve.lab.node.alive import held
+from pytest_nestedpve.lab.node.machine.alive import held
 
 HOLDER = """
 import fcntl, sys

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve.lab import keys, repo
-from pytest_nestedpve.lab.debs import build_deb, unpack
-from pytest_nestedpve.lab.image import DUMMIES
+from pytest_nestedpve.lab.build import keys, repository
+from pytest_nestedpve.lab.build.debs import build_deb, unpack
+from pytest_nestedpve.lab.build.image import DUMMIES
 from pytest_nestedpve.lab.node.packages import VERSIONS, DebSpec
 
 
@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def specs() -> dict[str, DebSpec]:
-    return {spec.name: spec for spec in repo.standins()}
+    return {spec.name: spec for spec in repository.standins()}
 
 
 @pytest.mark.usefixtures("cache")

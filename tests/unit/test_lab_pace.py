@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
-from pytest_nestedpve.lab import cli, pace
+from pytest_nestedpve.lab import cli, speed
 from pytest_nestedpve.lab.names import LabUsage
-from pytest_nestedpve.lab.node import supervisor
+from pytest_nestedpve.lab.node.machine import supervisor
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def slow(node: Node, **seconds: float) -> None:
 
 
 def test_seconds_are_read_by_key() -> None:
-    assert pace.parse(["cli_delay_s=1.3", "stop_s=0"]) == {"cli_delay_s": 1.3, "stop_s": 0.0}
+    assert speed.parse(["cli_delay_s=1.3", "stop_s=0"]) == {"cli_delay_s": 1.3, "stop_s": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_key_or_value_that_means_nothing_is_refused_before_a_lab_is_asked(
     pair: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(LabUsage, match="expected"):
-        pace.parse(["destroy_s=1", pair])
+        speed.parse(["destroy_s=1", pair])
     assert cli.main(["set", "no-such-lab", pair]) == 4
     assert pair.partition("=")[0] in capsys.readouterr().err
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.lease import LeaseKeeper
-from pytest_nestedpve.ownership import LeaseLost, create_pool, parse_lease, pool_name, read_pool, renew
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.lease_keeper import LeaseKeeper
+from pytest_nestedpve.ownership.lease import LeaseLost, parse_lease
+from pytest_nestedpve.ownership.pool import create_pool, pool_name, read_pool, renew
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.run.audit_log import AuditLog
+from pytest_nestedpve.run.identity import Run
 
 
 @pytest.fixture

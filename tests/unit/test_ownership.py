@@ -13,22 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_host import MemoryHost
 
-from pytest_nestedpve.ownership import (
-    Lease,
-    LeaseLost,
-    Marker,
-    create_pool,
-    judge,
-    parse_lease,
-    parse_marker,
-    pool_name,
-    read_pool,
-    renew,
-    run_of_pool,
-)
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.ownership.lease import Lease, LeaseLost, parse_lease
+from pytest_nestedpve.ownership.marker import Marker, parse_marker
+from pytest_nestedpve.ownership.pool import create_pool, pool_name, read_pool, renew, run_of_pool
+from pytest_nestedpve.ownership.proof import judge
 from pytest_nestedpve.pve.errors import AlreadyExists, NotFound, PveError
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.run.identity import Run
 
 RUN = "3fa9c2d41b07"
 UUID = "6e1f0a52-1c1f-4f5e-9a37-0c2b5d8e4a11"

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pytest_nestedpve.parallel import in_parallel
+from pytest_nestedpve.pve.parallel import in_parallel
 
 
 def test_results_come_in_the_order_of_the_items_and_no_more_at_a_time_than_told() -> None:
@@ -45,7 +45,7 @@ def test_an_error_of_one_is_raised_after_the_others_are_through() -> None:
 
 WAITS = r"""
 import os, threading
-from pytest_nestedpve.parallel import in_parallel
+from pytest_nestedpve.pve.parallel import in_parallel
 
 def work(item):
     os.write(1, b"at work\n")

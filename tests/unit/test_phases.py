@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve.phases import Phase, PhaseBroken, PhaseListError, PhaseRunner, check, needed_before
+from pytest_nestedpve.environment.phase_runner import PhaseRunner
+from pytest_nestedpve.environment.phases import Phase, PhaseBroken, PhaseListError, check, needed_before
 from pytest_nestedpve.pve.errors import PveError
 
 

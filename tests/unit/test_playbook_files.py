@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve.playbook_files import digest_of, files_of
+from pytest_nestedpve.setup.ansible.dependencies import digest_of, files_of
 
 FILES = {
     "site.yml": "- import_playbook: base.yml\n- hosts: all\n  roles: [web]\n",

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve import timing
-from pytest_nestedpve.ansible import PlaybookResult
-from pytest_nestedpve.builtin import playbooks
-from pytest_nestedpve.environment import Environment
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.pve import deadline
+from pytest_nestedpve.setup.ansible import playbooks
+from pytest_nestedpve.setup.ansible.runner import PlaybookResult
 
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
 LIMITS = {
@@ -31,10 +31,10 @@ LIMITS = {
 
 @pytest.fixture
 def doubled() -> Iterator[None]:
-    before = timing.scale()
-    timing.set_scale(2.0)
+    before = deadline.scale()
+    deadline.set_scale(2.0)
     yield
-    timing.set_scale(before)
+    deadline.set_scale(before)
 
 
 @pytest.mark.parametrize("name", sorted(LIMITS))

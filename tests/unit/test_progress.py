@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from terminals import on_terminal
 
-from pytest_nestedpve.progress import clip, progress_line
+from pytest_nestedpve.report.progress import clip, progress_line
 
 PLUGIN = """
 import threading, pytest
-from pytest_nestedpve import progress
-from pytest_nestedpve.phases import Phase
+from pytest_nestedpve.report import progress
+from pytest_nestedpve.environment.phases import Phase
 
 progress.FRESH, progress.PLAIN, progress.QUIET = 0.05, 0.1, 0.2
 phase = Phase(name="ensure_pve", title="install", do=lambda env: None, usual=90.0)

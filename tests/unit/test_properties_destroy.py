@@ -16,19 +16,21 @@ from hypothesis import strategies as st
 from memory_host import MemoryApi, MemoryHost
 from odd_answers import odd
 
-from pytest_nestedpve import zombies
-from pytest_nestedpve.audit import AuditLog, task_ids
-from pytest_nestedpve.cleanup import plan
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.destroy import destroy
-from pytest_nestedpve.discovery import discover
-from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name, prove
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.ownership import killed_tasks
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.ownership.marker import Marker, new_uuid
+from pytest_nestedpve.ownership.pool import create_pool, pool_name
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.volumes import Volumes
+from pytest_nestedpve.run.audit_log import AuditLog, task_ids
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.teardown.destroy import destroy
+from pytest_nestedpve.teardown.plan import plan
+from pytest_nestedpve.teardown.volumes import Volumes
 
 NAME = "nested-pve-old"
 
@@ -48,8 +50,8 @@ class World:
         self.api.post("/pools", poolid="theirs", comment="somebody's")
         self.mine = [create_marked(self.host, self.run, self.settings).vmid for _ in range(5)]
         self.free = (vmid for vmid in range(99_900, 100_000) if vmid not in self.mine)
-        guests.start(self.api, "father", self.mine[0])
-        guests.configure(self.api, "father", self.mine[1], scsi0="local:8,format=qcow2")
+        qemu.start(self.api, "father", self.mine[0])
+        qemu.configure(self.api, "father", self.mine[1], scsi0="local:8,format=qcow2")
         self.api.put(f"/nodes/father/qemu/{self.mine[2]}/config", protection=1)
         self.api.post(f"/nodes/father/qemu/{self.mine[3]}/template")
         with self.memory.open() as model:
@@ -174,7 +176,7 @@ def chosen(world: World, host: PveHost) -> set[int]:
             if prove(host.api, world.settings, each, world.run).ok:
                 found.add(each.vmid)
                 continue
-            left = zombies.remains(host, each.node, each.vmid, world.ours)
+            left = killed_tasks.remains(host, each.node, each.vmid, world.ours)
             if left is not None and left.ours and not left.running:
                 found.add(each.vmid)
         except PveError:

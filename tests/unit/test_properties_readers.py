@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from odd_answers import ODD, printed
 from recorded import EVERY, Recorded
 
-from pytest_nestedpve import zombies
-from pytest_nestedpve.creation import free_ids
-from pytest_nestedpve.discovery import Candidate, discover
-from pytest_nestedpve.ownership import parse_lease, parse_marker, prove, read_pool
-from pytest_nestedpve.pve import agent, guests, tasks
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.ownership import killed_tasks
+from pytest_nestedpve.ownership.create import free_ids
+from pytest_nestedpve.ownership.discover import Candidate, discover
+from pytest_nestedpve.ownership.lease import parse_lease
+from pytest_nestedpve.ownership.marker import parse_marker
+from pytest_nestedpve.ownership.pool import read_pool
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import agent, qemu, tasks
 from pytest_nestedpve.pve.answers import entries, mapping, read_answer, shown
 from pytest_nestedpve.pve.errors import ApiError, PveError, classify, plain
 from pytest_nestedpve.pve.host import NODE_NAME, PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.pve.transport import PveshApi
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.unmarked import _Jobs
-from pytest_nestedpve.volumes import Volumes, belongs
+from pytest_nestedpve.pve.pvesh import PveshApi
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.teardown.unmarked import _Jobs
+from pytest_nestedpve.teardown.volumes import Volumes, belongs
 
 RUN = "3fa9c2d1e0ab"
 POOL = f"npve-{RUN}"
@@ -62,10 +65,10 @@ class Prints(Recorded):
         return self.result
 
 
-def usable_guests(found: list[guests.Guest]) -> None:
+def usable_guests(found: list[qemu.Guest]) -> None:
     for guest in found:
         assert type(guest.vmid) is int
-        assert guests.is_vmid(guest.vmid)
+        assert qemu.is_vmid(guest.vmid)
         assert NODE_NAME.match(guest.node)
 
 
@@ -77,7 +80,7 @@ def usable_interfaces(found: tuple[agent.Interface, ...]) -> None:
 
 def usable_pool(found: Any) -> None:
     for _, vmid, node in found.members if found else ():
-        assert guests.is_vmid(vmid)
+        assert qemu.is_vmid(vmid)
         assert NODE_NAME.match(node)
 
 
@@ -88,7 +91,7 @@ def usable_tasks(found: list[tuple[tasks.Upid, bool]]) -> None:
 
 
 def usable_ids(found: int) -> None:
-    assert guests.is_vmid(found)
+    assert qemu.is_vmid(found)
 
 
 def nothing(_found: Any) -> None:
@@ -102,18 +105,18 @@ def jobs(host: PveHost) -> None:
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGRv"
 SETTINGS = Settings()
 READERS: dict[str, tuple[Callable[[PveHost], Any], Any, Callable[[Any], None]]] = {
-    "guests": (lambda h: guests.list_guests(h.api), [GUEST, GUEST | {"vmid": 102}], usable_guests),
-    "config": (lambda h: guests.guest_config(h.api, "father", 101), CONFIG, nothing),
-    "status": (lambda h: guests.guest_status(h.api, "father", 101), STATUS, nothing),
+    "guests": (lambda h: qemu.list_guests(h.api), [GUEST, GUEST | {"vmid": 102}], usable_guests),
+    "config": (lambda h: qemu.guest_config(h.api, "father", 101), CONFIG, nothing),
+    "status": (lambda h: qemu.guest_status(h.api, "father", 101), STATUS, nothing),
     "node": (lambda h: h.node, [{"type": "node", "local": 1, "name": "father"}], nothing),
     "pool": (
         lambda h: read_pool(h.api, POOL), [{"poolid": POOL, "comment": "c", "members": [GUEST]}], usable_pool
     ),
     "task": (lambda h: tasks.wait_task(h.api, UPID, timeout=0.01), STATUS, nothing),
     "task log": (lambda h: tasks.task_log(h.api, UPID), [{"n": 1, "t": "TASK OK"}], nothing),
-    "tasks": (lambda h: zombies.read_tasks(h.api, "father"), [TASK, TASK], usable_tasks),
-    "running tasks": (lambda h: zombies.running_tasks(h.api, "father", 101), [TASK, TASK], nothing),
-    "remains": (lambda h: zombies.remains(h, "father", 101, frozenset()), {"lock": "create"}, nothing),
+    "tasks": (lambda h: killed_tasks.read_tasks(h.api, "father"), [TASK, TASK], usable_tasks),
+    "running tasks": (lambda h: killed_tasks.running_tasks(h.api, "father", 101), [TASK, TASK], nothing),
+    "remains": (lambda h: killed_tasks.remains(h, "father", 101, frozenset()), {"lock": "create"}, nothing),
     "proof": (
         lambda h: prove(h.api, SETTINGS, Candidate(101, "father", ""), RUN), CONFIG | STATUS, nothing
     ),
@@ -178,8 +181,8 @@ def test_names_of_a_host_are_checked_before_they_are_used(value: Any, what: str)
     elif what == "volid":
         assert not belongs(str(value), 101)
     else:
-        guest = guests.read_guest(GUEST | {what: value})
-        assert guest is None or (NODE_NAME.match(guest.node) and guests.is_vmid(guest.vmid))
+        guest = qemu.read_guest(GUEST | {what: value})
+        assert guest is None or (NODE_NAME.match(guest.node) and qemu.is_vmid(guest.vmid))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,7 @@ def test_a_task_that_cannot_be_read_is_not_passed_over() -> None:
     # The newest task decides whose a bare lock is: with it left out, an older one of ours would.
     for entry in ({"upid": None}, {"upid": "x"}, {}, 7):
         with pytest.raises(PveError):
-            zombies.read_tasks(_prints([TASK, entry]), "father")
+            killed_tasks.read_tasks(_prints([TASK, entry]), "father")
 
 
 @pytest.mark.parametrize("name", [None, 7, "../local", "local/x"])
@@ -303,9 +306,9 @@ def test_ids_are_free_only_when_every_storage_was_asked(name: Any) -> None:
 def test_a_task_began_when_its_id_says_and_is_over_only_after_that() -> None:
     later = UPID.replace("6B04D317", "6B04D318")
     listed = [TASK | {"starttime": 2**40}, TASK | {"upid": later, "starttime": None, "endtime": 7}]
-    assert zombies._newest_tasks(_prints(listed), "father", 101) == [later]
+    assert killed_tasks._newest_tasks(_prints(listed), "father", 101) == [later]
     for endtime in (7, "x", None, True, 2**70, [1]):
-        found = zombies.read_tasks(_prints([TASK | {"endtime": endtime}]), "father")
+        found = killed_tasks.read_tasks(_prints([TASK | {"endtime": endtime}]), "father")
         assert [over for _, over in found] == [False], endtime
 
 
@@ -313,7 +316,7 @@ def test_a_task_that_ended_without_a_word_proves_nothing() -> None:
     ends: tuple[Any, ...] = (None, "", 7, [])
     for end in ends:
         with pytest.raises(PveError):
-            zombies._ended(_prints({"status": "stopped", "exitstatus": end}), "father", UPID)
+            killed_tasks._ended(_prints({"status": "stopped", "exitstatus": end}), "father", UPID)
 
 
 def _prints(answer: Any) -> PveshApi:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from recorded import EVERY, FAILURES, Recorded, ended, log
 
-from pytest_nestedpve.pve import errors, guests, tasks
+from pytest_nestedpve.pve import errors, qemu, tasks
 from pytest_nestedpve.pve.answers import entries, read_answer
 from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify, is_noise, plain
-from pytest_nestedpve.pve.transport import PveshApi
+from pytest_nestedpve.pve.pvesh import PveshApi
 
 # By kind, not by text: several commands and several words for each. What recorded_answers.jsonl has of
 # them is classified in test_transport.
@@ -237,7 +237,7 @@ def test_a_call_that_exits_with_0_fails_as_its_task_did(name: str) -> None:
     said = record["stderr"].strip().splitlines()[-1]
     api = PveshApi(Recorded(record, ended(said), log("TASK ERROR: " + said)))
     with pytest.raises(ApiError) as caught:
-        guests.awaited(api, lambda: api.post("/x"), 5, again=False)
+        qemu.awaited(api, lambda: api.post("/x"), 5, again=False)
     kind = type(classify(record["stderr"]))
     assert type(caught.value) is (errors.TaskFailed if kind is ApiError else kind)
     assert said in str(caught.value)
@@ -278,7 +278,7 @@ PERL = 'perl: warning: Setting locale failed.\n\tLANG = "de_DE"\n    are support
 )
 def test_the_task_of_a_call_is_found_behind_whatever_it_printed(printed: str) -> None:
     ssh = Recorded((0, printed, ""), ended("OK"))
-    done = guests.create_diskless(PveshApi(ssh), "father", 150, name="x")
+    done = qemu.create_diskless(PveshApi(ssh), "father", 150, name="x")
     assert done.upid == UPID
     assert ssh.asked[1][4] == f"/nodes/father/tasks/{UPID}/status"
 
@@ -297,7 +297,7 @@ def test_the_task_of_a_call_is_found_behind_whatever_it_printed(printed: str) ->
 )
 def test_a_call_that_must_fork_a_task_and_names_none_did_not_succeed(printed: str) -> None:
     with pytest.raises(UnreadableAnswer):
-        guests.create_diskless(PveshApi(Recorded((0, printed, ""))), "father", 150, name="x")
+        qemu.create_diskless(PveshApi(Recorded((0, printed, ""))), "father", 150, name="x")
 
 
 def test_downloads_print_wgets_output_in_front_of_their_task() -> None:
@@ -328,15 +328,15 @@ def test_a_task_that_failed_with_control_sequences_is_told_without_them() -> Non
 def test_the_index_of_a_missing_vm_is_no_vm() -> None:
     index = EVERY["basic-136"]
     assert index["rc"] == 0
-    for read in (guests.guest_config, guests.guest_status):
+    for read in (qemu.guest_config, qemu.guest_status):
         with pytest.raises(UnreadableAnswer):
             read(PveshApi(Recorded(index)), "father", 999)
 
 
 def test_an_empty_list_is_one_and_nothing_at_all_is_none() -> None:
-    assert guests.list_guests(PveshApi(Recorded((0, "[]\n", "")))) == []
+    assert qemu.list_guests(PveshApi(Recorded((0, "[]\n", "")))) == []
     for printed in ("", "\n", f"{PERL}\n"[:1], "null\n", "{}\n"):
         with pytest.raises(UnreadableAnswer):
-            guests.list_guests(PveshApi(Recorded((0, printed, ""))))
+            qemu.list_guests(PveshApi(Recorded((0, printed, ""))))
     with pytest.raises(UnreadableAnswer):
         entries(None)

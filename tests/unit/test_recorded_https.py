@@ -15,18 +15,18 @@ from memory_environment import ours
 from memory_host import MemoryApi, MemoryHost, MemorySsh
 from recorded import EVERY, HTTPS, Recorded
 
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.destroy import Outcome, destroy
-from pytest_nestedpve.discovery import discover
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import create_pool, pool_name, read_pool
-from pytest_nestedpve.pve import agent, errors, guests, tasks
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.ownership.pool import create_pool, pool_name, read_pool
+from pytest_nestedpve.pve import agent, errors, qemu, tasks
 from pytest_nestedpve.pve.errors import ApiError, classify
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.hostapi import HostApi
 from pytest_nestedpve.pve.https import ReplyLost, Unauthorized
-from pytest_nestedpve.pve.transport import PveshApi
-from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.pve.pvesh import PveshApi
+from pytest_nestedpve.pve.transports import HostApi
+from pytest_nestedpve.teardown.destroy import Outcome, destroy
+from pytest_nestedpve.teardown.teardown import teardown
 
 VM = "/nodes/father/qemu/99901"
 GUESTS = "/nodes/father/qemu"
@@ -217,10 +217,10 @@ def test_a_task_that_failed_behind_its_200_is_the_error_that_pvesh_prints(
 ) -> None:
     host.answers += [replayed("https-018", only="/status/start"), replayed("https-019", only="/tasks/")]
     # That it runs already is what was wanted of a start.
-    assert guests.start(api.free(), "father", 99901) is None
+    assert qemu.start(api.free(), "father", 99901) is None
     host.answers[:] = [replayed("https-018", only="/config"), replayed("https-019", only="/tasks/")]
     with pytest.raises(errors.Running) as caught:
-        guests.configure(api.free(), "father", 99901, memory=64)
+        qemu.configure(api.free(), "father", 99901, memory=64)
     assert caught.value.text == classify(EVERY["power-008"]["stderr"]).text.replace("103", "140")
 
 

@@ -10,16 +10,17 @@ import pytest
 from memory_host import MemoryApi, MemoryHost
 from recorded import EVERY, Recorded, ended, log
 
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.destroy import Outcome, destroy
-from pytest_nestedpve.discovery import Candidate, discover
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import prove, read_pool
-from pytest_nestedpve.pve import agent, errors, guests
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.discover import Candidate, discover
+from pytest_nestedpve.ownership.pool import read_pool
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import agent, errors, qemu
 from pytest_nestedpve.pve.errors import ApiError, classify
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.transport import PveshApi
-from pytest_nestedpve.teardown import teardown
+from pytest_nestedpve.pve.pvesh import PveshApi
+from pytest_nestedpve.teardown.destroy import Outcome, destroy
+from pytest_nestedpve.teardown.teardown import teardown
 
 pytestmark = pytest.mark.usefixtures("pool")
 
@@ -153,7 +154,7 @@ def test_a_create_that_was_refused_for_good_is_given_up(env: Environment, memory
 def test_a_create_whose_worker_was_killed_takes_another_id_and_the_teardown_takes_the_rest(
     env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_nestedpve.creation._SETTLE", 0.3)
+    monkeypatch.setattr("pytest_nestedpve.ownership.create._SETTLE", 0.3)
     killed: list[str] = []
 
     def instead(method: str, path: str, params: dict[str, Any]) -> Any:
@@ -185,15 +186,15 @@ def test_a_start_that_failed_is_told_and_one_that_was_needless_is_done() -> None
     for name, kind in (("power-034", errors.StartFailed), ("clone-023", errors.WrongState)):
         said = EVERY[name]["stderr"].strip()
         with pytest.raises(kind, match=re.escape(said)):
-            guests.start(PveshApi(Recorded(EVERY[name], ended(said), log())), "father", 101)
+            qemu.start(PveshApi(Recorded(EVERY[name], ended(said), log())), "father", 101)
     said = EVERY["power-008"]["stderr"].strip()
-    assert guests.start(PveshApi(Recorded(EVERY["power-008"], ended(said), log())), "father", 103) is None
+    assert qemu.start(PveshApi(Recorded(EVERY["power-008"], ended(said), log())), "father", 103) is None
 
 
 def test_a_guest_that_does_not_go_down_in_time_is_told() -> None:
     record = EVERY["power-048"]
     with pytest.raises(errors.GuestTimeout, match="got timeout"):
-        guests.shutdown(
+        qemu.shutdown(
             PveshApi(Recorded(record, ended(record["stderr"].strip()), log())), "father", 103, timeout=5
         )
 

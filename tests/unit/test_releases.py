@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_nestedpve import playvars
-from pytest_nestedpve.builtin import setup, vendor
+from pytest_nestedpve.config.settings import PROFILE_KEYS, Settings
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.settings import PROFILE_KEYS, Settings
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.setup import host_phases, vendor_data
+from pytest_nestedpve.setup.ansible import play_variables
 
 pytestmark = pytest.mark.thorough
 
@@ -79,7 +79,7 @@ def render(tmp_path: Path) -> Render:
 def test_each_debian_release_gets_the_pve_that_belongs_to_it(
     render: Render, release: str, suite: str, key: str, checksum: str, keyring: str
 ) -> None:
-    found = render(release, playvars.pve_install(Settings(), {}))
+    found = render(release, play_variables.pve_install(Settings(), {}))
     assert found["pve_install_release"]["suite"] == suite
     assert found["pve_install_release"]["keyring"].endswith(f"/{keyring}")
     assert found["pve_install_key_url"].endswith(f"/{key}")
@@ -94,7 +94,7 @@ def test_each_debian_release_gets_the_pve_that_belongs_to_it(
 @pytest.mark.parametrize("release", ["12", "13"])
 def test_what_the_host_profile_says_reaches_the_installation(render: Render, release: str) -> None:
     settings = Settings().with_profile(SITE)
-    found = render(release, playvars.pve_install(settings, {}))
+    found = render(release, play_variables.pve_install(settings, {}))
     assert found["pve_install_repository_url"] == SITE["pve_repository_url"]
     assert found["pve_install_key_url"] == SITE["pve_repository_key_url"]
     assert found["pve_install_key_checksum"].strip() == f"sha256:{SITE['pve_repository_key_sha256']}"
@@ -105,13 +105,13 @@ def test_what_the_host_profile_says_reaches_the_installation(render: Render, rel
 
 def test_mirror_and_proxy_are_used_at_the_first_boot() -> None:
     settings = Settings().with_profile(SITE)
-    data = json.loads(vendor.user_data(settings).partition("\n")[2])
+    data = json.loads(vendor_data.user_data(settings).partition("\n")[2])
     assert data["apt"]["primary"] == [{"arches": ["default"], "uri": SITE["mirror"]}]
     assert data["apt"]["http_proxy"] == data["apt"]["https_proxy"] == SITE["http_proxy"]
 
 
 def test_the_name_that_has_to_resolve_behind_the_bridge_is_the_sites_own() -> None:
-    variables = playvars.network(Settings().with_profile(SITE), {})
+    variables = play_variables.network(Settings().with_profile(SITE), {})
     assert variables["pve_repository_url"] == SITE["pve_repository_url"]
 
 
@@ -138,13 +138,13 @@ class Node:
 @pytest.mark.parametrize(("version", "well"), [("9.2.11", True), ("8.2.2", True), ("8.10.0", True)])
 def test_a_new_enough_pve_is_well(version: str, well: bool) -> None:
     node = cast(Any, Node(version))
-    assert (setup.health(PveHost("nested", node, node, "nested"))[0] == version) is well
+    assert (host_phases.health(PveHost("nested", node, node, "nested"))[0] == version) is well
 
 
 @pytest.mark.parametrize("version", ["8.1.4", "7.4-3"])
 def test_a_pve_that_is_too_old_is_told_with_the_version_that_is_needed(version: str) -> None:
     node = cast(Any, Node(version))
-    found, wrong = setup.health(PveHost("nested", node, node, "nested"))
+    found, wrong = host_phases.health(PveHost("nested", node, node, "nested"))
     assert found is None
     assert version in wrong
     assert "8.2" in wrong
@@ -153,4 +153,4 @@ def test_a_pve_that_is_too_old_is_told_with_the_version_that_is_needed(version: 
 def test_a_clone_that_was_made_too_old_is_not_proved() -> None:
     node = cast(Any, Node("8.1.4"))
     env = SimpleNamespace(inner=PveHost("nested", node, node, "nested"), ip="10.0.0.5")
-    assert setup.probe_pve(cast(Any, env)) is None
+    assert host_phases.probe_pve(cast(Any, env)) is None

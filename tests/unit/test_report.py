@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nestedpve.report import write_report
-from pytest_nestedpve.report.model import RunReport, build, read_audit
-from pytest_nestedpve.report.page import section, standalone
-from pytest_nestedpve.report.text import summary_lines
+from pytest_nestedpve.report.audit_model import RunReport, build, read_audit
+from pytest_nestedpve.report.html import section, standalone
+from pytest_nestedpve.report.summary import summary_lines
 from pytest_nestedpve.report.timeline import duration, tick_distance, timeline
 
 RUN = "3fa9c2d41b07"

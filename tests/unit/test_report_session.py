@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 CONFTEST = """
-from pytest_nestedpve.phases import Phase
+from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.pve.errors import PveError
 import os
 

@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_host import MemoryHost
 
-from pytest_nestedpve.audit import AuditLog, audited, task_ids
-from pytest_nestedpve.masking import MASK, Masker
+from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.run import BadHostKey, Run, RunDirectory, RunDirectoryError, SessionLock, client_hash
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.run.audit_log import AuditLog, audited, task_ids
+from pytest_nestedpve.run.directory import BadHostKey, RunDirectory, RunDirectoryError
+from pytest_nestedpve.run.identity import Run, client_hash
+from pytest_nestedpve.run.lock import SessionLock
+from pytest_nestedpve.run.masking import MASK, Masker
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"
 
@@ -170,7 +172,7 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_held_once(
 
 def test_a_killed_process_frees_its_lock(run: Run) -> None:
     script = (
-        "import sys; from pytest_nestedpve.run import SessionLock\n"
+        "import sys; from pytest_nestedpve.run.lock import SessionLock\n"
         f"lock = SessionLock({run.id!r}); lock.acquire(); print('held', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(

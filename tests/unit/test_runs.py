@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from pytest_nestedpve import keeping
-from pytest_nestedpve.audit import AuditLog
-from pytest_nestedpve.run import SessionLock, state_home
-from pytest_nestedpve.runs import NEWEST, note_over, prune
+from pytest_nestedpve.run import kept_runs
+from pytest_nestedpve.run.audit_log import AuditLog
+from pytest_nestedpve.run.identity import state_home
+from pytest_nestedpve.run.lock import SessionLock
+from pytest_nestedpve.run.old_runs import NEWEST, note_over, prune
 
 CLEAN: dict[str, Any] = {"event": "teardown", "phase": "destroy", "status": "clean"}
 
@@ -99,11 +100,11 @@ LOCKS: list[SessionLock] = []
 
 def store(run: str) -> None:
     """As a session that keeps it does."""
-    kept = keeping.Kept(run, "father", "/", "client", "owner", 1, 1 << 40, {})
+    kept = kept_runs.Kept(run, "father", "/", "client", "owner", 1, 1 << 40, {})
     target = state_home() / "kept" / run
     target.mkdir(parents=True)
     (target / "kept.json").write_text(json.dumps(dataclasses.asdict(kept)))
-    assert [each.run for each in keeping.all_kept()] == [run]
+    assert [each.run for each in kept_runs.all_kept()] == [run]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_what_cannot_be_removed_or_read_does_not_fail_the_session(
     monkeypatch.setattr(Path, "rename", refuse)
     prune(folder, own="f" * 12)
     assert there(folder) == set(runs)
-    monkeypatch.setattr(keeping, "all_kept", refuse)
+    monkeypatch.setattr(kept_runs, "all_kept", refuse)
     prune(folder, own="f" * 12)
 
 

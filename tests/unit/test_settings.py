@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nestedpve import commands, options, together, values
-from pytest_nestedpve.settings import PROFILE_KEYS, Settings, SettingsError, load
+from pytest_nestedpve.config import conflicts, keys, parsers
+from pytest_nestedpve.config.settings import PROFILE_KEYS, Settings, SettingsError, load
+from pytest_nestedpve.run import rerun_commands
 
 
 def settings(
@@ -16,7 +17,7 @@ def settings(
     pytester.makeini("[pytest]\n" + ini)
     config = pytester.parseconfig(*args)
     found = load(config, env or {})
-    together.check(found, config)
+    conflicts.check(found, config)
     return found
 
 
@@ -79,7 +80,7 @@ def test_an_empty_value_counts_as_not_set(pytester: pytest.Pytester) -> None:
 
 def test_a_host_may_not_choose_what_the_client_runs(pytester: pytest.Pytester) -> None:
     found = settings(pytester)
-    for key in {key.name for key in options.KEYS} - PROFILE_KEYS:
+    for key in {key.name for key in keys.KEYS} - PROFILE_KEYS:
         with pytest.raises(SettingsError, match=key):
             found.with_profile({key: "x"})
 
@@ -202,10 +203,10 @@ def test_sources_are_paths_or_git_addresses(pytester: pytest.Pytester) -> None:
         "    b=git@git.example:x/y.git@v1\n    c=ssh://git@git.example/x.git\n",
     )
     assert found.sources == (
-        values.Source("site", str(pytester.path / "site")),
-        values.Source("a", "https://git.example/x/y.git", "feature/z"),
-        values.Source("b", "git@git.example:x/y.git", "v1"),
-        values.Source("c", "ssh://git@git.example/x.git"),
+        parsers.Source("site", str(pytester.path / "site")),
+        parsers.Source("a", "https://git.example/x/y.git", "feature/z"),
+        parsers.Source("b", "git@git.example:x/y.git", "v1"),
+        parsers.Source("c", "ssh://git@git.example/x.git"),
     )
     assert [each.is_git for each in found.sources] == [False, True, True, True]
 
@@ -245,12 +246,12 @@ def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest
     }
     args = [word for name, value in typed.items() for word in ("-o", f"nested_pve_{name}={value}")]
     found = settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
-    said = commands.again(found)
+    said = rerun_commands.again(found)
     assert "hunter2" not in said
     # A clean-up reads few of them, and takes no text that was masked.
     clean = "pytest --pve-host father -o nested_pve_vmid_range=200-210"
-    assert commands.finishing(found, None) == f"{clean} --nested-destroy-only"
-    assert commands.finishing(found, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
+    assert rerun_commands.finishing(found, None) == f"{clean} --nested-destroy-only"
+    assert rerun_commands.finishing(found, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
     assert said.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
     for name in typed:
         assert f"nested_pve_{name}=" in said
@@ -283,6 +284,6 @@ def test_image_and_template_of_the_same_user_contradict(pytester: pytest.Pyteste
 
 
 def test_every_key_is_a_field_and_says_what_it_is() -> None:
-    for key in options.KEYS:
+    for key in keys.KEYS:
         assert hasattr(Settings(), key.target), key
         assert len(key.help) > 15

@@ -12,11 +12,11 @@ from typing import cast
 
 import pytest
 
-from pytest_nestedpve import playvars
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.sources import Packed, SourceError, pack
-from pytest_nestedpve.values import Source
+from pytest_nestedpve.config.parsers import Source
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.setup.ansible import play_variables
+from pytest_nestedpve.setup.ansible.sources import Packed, SourceError, pack
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=main"]
 
@@ -129,10 +129,10 @@ def test_a_secret_inside_of_a_source_goes_by_itself_and_not_to_the_leaf(tmp_path
     secret = write(tmp_path, "plain/secrets.yml")
     write(tmp_path, "plain/site.yml")
     settings = Settings(sources=(Source("site", str(secret.parent)),), secrets=(secret,))
-    packed = playvars.pack_sources(settings, cast(Run, SimpleNamespace(dir=tmp_path / "run")))
+    packed = play_variables.pack_sources(settings, cast(Run, SimpleNamespace(dir=tmp_path / "run")))
     assert [each.files for each in packed] == [("site.yml",)]
-    assert playvars.leaf(settings, packed)["nested_pve_secret_files"] == []
-    (there,) = playvars.source_variables(settings, packed)["nested_pve_secret_files"]
+    assert play_variables.leaf(settings, packed)["nested_pve_secret_files"] == []
+    (there,) = play_variables.source_variables(settings, packed)["nested_pve_secret_files"]
     assert there == {"src": str(secret), "dest": "/opt/sources/site/secrets.yml"}
 
 

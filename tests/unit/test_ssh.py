@@ -18,7 +18,8 @@ import pytest
 from paramiko.common import MSG_CHANNEL_EOF
 from sshd import MakeServer, Sshd, free_port
 
-from pytest_nestedpve import hosts
+from pytest_nestedpve.config import hosts
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import (
     CommandTimeout,
     HostKeyMismatch,
@@ -27,9 +28,8 @@ from pytest_nestedpve.pve.errors import (
     PveError,
     SshError,
 )
-from pytest_nestedpve.pve.ssh import CommandFailed, CommandResult, SshConnection
-from pytest_nestedpve.pve.sshconfig import read_ssh_config
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.ssh.config import read_ssh_config
+from pytest_nestedpve.pve.ssh.connection import CommandFailed, CommandResult, SshConnection
 
 # -- commands -----------------------------------------------------------------------------------------
 

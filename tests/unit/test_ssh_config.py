@@ -11,8 +11,8 @@ from ssh_world import World, agent, both, ours, sign
 from sshd import make_key
 
 from pytest_nestedpve.pve.errors import SshError
-from pytest_nestedpve.pve.sshconfig import read_ssh_config
-from pytest_nestedpve.pve.target import SshTarget
+from pytest_nestedpve.pve.ssh.config import read_ssh_config
+from pytest_nestedpve.pve.ssh.target import SshTarget
 
 RELAY = """\
 import os, socket, sys, threading

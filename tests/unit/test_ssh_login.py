@@ -12,13 +12,9 @@ from pathlib import Path
 import pytest
 from sshd import MakeServer, Sshd, free_port, make_key
 
-from pytest_nestedpve.pve.errors import (
-    HostKeyMismatch,
-    HostUnreachable,
-    LoginRefused,
-)
-from pytest_nestedpve.pve.ssh import SshConnection, SshTarget
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, LoginRefused
+from pytest_nestedpve.pve.ssh.connection import SshConnection, SshTarget
 
 # -- logging in ---------------------------------------------------------------------------------------
 

@@ -11,15 +11,10 @@ from pathlib import Path
 import pytest
 from sshd import MakeServer, Sshd, free_port
 
-from pytest_nestedpve.pve.errors import (
-    HostKeyMismatch,
-    HostUnreachable,
-    PveError,
-    SshError,
-)
-from pytest_nestedpve.pve.ssh import SshConnection
-from pytest_nestedpve.pve.sshconfig import read_ssh_config
-from pytest_nestedpve.timing import Deadline, wait_until
+from pytest_nestedpve.pve.deadline import Deadline, wait_until
+from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, PveError, SshError
+from pytest_nestedpve.pve.ssh.config import read_ssh_config
+from pytest_nestedpve.pve.ssh.connection import SshConnection
 
 
 def ours(pid: int) -> bool:

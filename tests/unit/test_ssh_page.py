@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ssh_world import World, both, sign
 
-from pytest_nestedpve.pve import algorithms, sshconfig, sshoptions
+from pytest_nestedpve.pve.ssh import algorithms, config, config_options
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ssh.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- ssh: (\S+) -->\n```\n(.*?)```", PAGE, re.DOTALL))
@@ -59,11 +59,11 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_page_names_every_option_that_is_passed_over_and_what_that_means() -> None:
     told = {row[0].strip("`"): row[1].rstrip(" |") for row in rows("What is not")}
-    assert told == sshoptions.NOT_HONOURED
+    assert told == config_options.NOT_HONOURED
 
 
 def test_the_page_names_every_option_that_is_honoured_and_no_other() -> None:
-    source = Path(sshconfig.__file__).read_text(encoding="utf-8")
+    source = Path(config.__file__).read_text(encoding="utf-8")
     read = {name.lower() for name in re.findall(r'(?:_one\(said|paths\(|_one\(_ask.*), ?"(\w+)"', source)}
     read |= {name.lower() for name in re.findall(r'paths\("(\w+)"\)', source)} | set(algorithms.OPTIONS)
     read |= set(re.findall(r'"(\w+knownhostsfile)"', source))
@@ -82,8 +82,8 @@ def test_openssh_knows_every_option_that_the_page_names(tmp_path: Path) -> None:
 
 
 def test_the_errors_that_the_page_explains_are_those_of_the_code() -> None:
-    folder = Path(sshconfig.__file__).parent
-    files = [*sorted(folder.glob("*.py")), folder.parent / "hosts.py"]
+    folder = Path(config.__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parents[1] / "config" / "hosts.py"]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in files))
     for row in rows("When it does not work"):
         assert row[0].strip("`") in source, row[0]

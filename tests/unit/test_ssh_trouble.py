@@ -22,14 +22,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from ssh_world import World, both, ours
 from sshd import Sshd
 
-from pytest_nestedpve import hosts, lifecycle
-from pytest_nestedpve.pve import sshoptions
+from pytest_nestedpve.config import hosts
+from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.pve.errors import HostUnreachable, LoginRefused, SshError
-from pytest_nestedpve.pve.ssh import SshConnection
-from pytest_nestedpve.pve.sshconfig import read_ssh_config
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.session import KEY
-from pytest_nestedpve.settings import Settings
+from pytest_nestedpve.pve.ssh import config_options
+from pytest_nestedpve.pve.ssh.config import read_ssh_config
+from pytest_nestedpve.pve.ssh.connection import SshConnection
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.session import hooks
+from pytest_nestedpve.session.session import KEY
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_an_option_that_matters_and_is_not_honoured_is_told_with_its_place(tmp_p
 
 
 def test_every_option_that_is_told_has_its_test() -> None:
-    assert {line.split()[0] for line in NOTED} == set(sshoptions.NOT_HONOURED)
+    assert {line.split()[0] for line in NOTED} == set(config_options.NOT_HONOURED)
 
 
 def test_nothing_is_told_of_what_does_not_matter_for_connecting(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_the_session_tells_once_what_is_passed_over_on_the_whole_way(
     monkeypatch.setattr(hosts, "resolve", lambda name: resolve(name, ssh_config=config))
     session: Any = SimpleNamespace(on_close=[], remarks=[], observe=lambda _: None)
     for _ in range(2):
-        lifecycle.default_host(SimpleNamespace(stash={KEY: session}), "far").close()  # type: ignore[arg-type]
+        hooks.default_host(SimpleNamespace(stash={KEY: session}), "far").close()  # type: ignore[arg-type]
     assert [note.partition(" is not honoured for ")[2].partition(":")[0] for note in session.remarks] == [
         "far",
         "near",

@@ -17,7 +17,8 @@ from urllib.parse import urlencode
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
-from pytest_nestedpve.lab.node import cluster_fs, proxy, store
+from pytest_nestedpve.lab.node.api import proxy
+from pytest_nestedpve.lab.node.state import cluster_fs, store
 
 POOL = "npve-1a2b3c4d5e6f"
 TOKEN = f"root@pam!{POOL}"

@@ -17,8 +17,9 @@ from typing import IO, Any
 import pytest
 from standin_support import FakeMachines, Node, fake_machines, make_root
 
-from pytest_nestedpve.lab.node import access, cluster_fs, forward, guests, members, tree
-from pytest_nestedpve.lab.node.errors import PveFailure
+from pytest_nestedpve.lab.node.api import access, forward, tree
+from pytest_nestedpve.lab.node.api.errors import PveFailure
+from pytest_nestedpve.lab.node.state import cluster_fs, guests, members
 
 DATA = Path(__file__).parents[1] / "data" / "cluster-recorded.jsonl"
 ADDRESSES = {"nodea": "10.77.9.11", "nodeb": "10.77.9.12"}

@@ -9,7 +9,8 @@ from typing import Any
 
 from standin_support import Answer, Node, _node  # noqa: F401 (a fixture)
 
-from pytest_nestedpve.lab.node import cloudinit, disks, guests, locks
+from pytest_nestedpve.lab.node.machine import cloudinit, disks
+from pytest_nestedpve.lab.node.state import guests, locks
 
 IMAGE = b"hsqs" + b"\0" * 4092
 

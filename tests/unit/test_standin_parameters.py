@@ -9,8 +9,8 @@ import json
 import pytest
 from standin_support import Node, _node  # noqa: F401 (a fixture)
 
-from pytest_nestedpve.lab.node import access, tree
-from pytest_nestedpve.lab.node.errors import BadParameters
+from pytest_nestedpve.lab.node.api import access, tree
+from pytest_nestedpve.lab.node.api.errors import BadParameters
 
 BAD = "400 Parameter verification failed.\n"
 SET = "qm set <vmid> [OPTIONS]\n"

@@ -18,13 +18,14 @@ from memory_environment import environments, ours
 from memory_host import MemoryHost
 from memory_model import Model
 
-from pytest_nestedpve.cleanup import execute, plan
-from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name, uuid_of
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.ownership.marker import Marker, new_uuid, uuid_of
+from pytest_nestedpve.ownership.pool import create_pool, pool_name
+from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.deadline import set_scale
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.run import RUN_ID
-from pytest_nestedpve.teardown import teardown
-from pytest_nestedpve.timing import set_scale
+from pytest_nestedpve.run.identity import RUN_ID
+from pytest_nestedpve.teardown.plan import execute, plan
+from pytest_nestedpve.teardown.teardown import teardown
 
 LOCKS = ("snapshot", "backup", "migrate", "rollback", "clone")
 NODES = ("father", "father2")
@@ -41,7 +42,7 @@ class Everything(RuleBasedStateMachine):
         folder = Path(self.ends.enter_context(tempfile.TemporaryDirectory()))
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         # The same ids each time: a sequence that failed can be run again.
-        patch.setattr("pytest_nestedpve.creation.random.SystemRandom", lambda: random.Random(7))
+        patch.setattr("pytest_nestedpve.ownership.create.random.SystemRandom", lambda: random.Random(7))
         set_scale(0.02)
         self.ends.callback(set_scale, 1.0)
         self.memory = MemoryHost(folder / "host.json")
@@ -152,7 +153,7 @@ class Everything(RuleBasedStateMachine):
         api = self.memory.connect().api
         api.post(f"/nodes/{node}/qemu", vmid=vmid, **options)
         if looks == "running":
-            guests.start(api, node, vmid)
+            qemu.start(api, node, vmid)
         if looks == "locked":
             with self.memory.open() as model:
                 model.state["vms"][str(vmid)]["config"]["lock"] = "backup"

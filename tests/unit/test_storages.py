@@ -11,14 +11,14 @@ import pytest
 from memory_environment import Make, environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve.builtin import snapshots
-from pytest_nestedpve.builtin.clone import clone_marked
-from pytest_nestedpve.builtin.preflight import PreflightError, preflight
-from pytest_nestedpve.creation import create_marked
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import create_pool
-from pytest_nestedpve.pve import guests, storages
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import create_marked
+from pytest_nestedpve.ownership.pool import create_pool
+from pytest_nestedpve.pve import qemu, storage
 from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.setup import snapshots
+from pytest_nestedpve.setup.clone import clone_marked
+from pytest_nestedpve.setup.preflight import PreflightError, preflight
 
 DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
 KINDS = {each["name"]: each for each in DATA["kinds"]}
@@ -41,24 +41,24 @@ def with_storage(host: MemoryHost, kind: dict[str, Any], **changed: Any) -> str:
 
 @pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
 def test_a_storages_answers_decide_on_format_snapshots_and_room(kind: dict[str, Any]) -> None:
-    assert storages.disk_format(kind["entry"]) == kind["format"]
-    assert storages.has_snapshots(kind["entry"]) is kind["snapshots"]
-    assert storages.takes_room_at_once(kind["entry"], kind["config"]) is kind["at_once"]
-    assert storages.shared(kind["entry"]) is kind["shared"]
-    assert storages.usable(kind["entry"])
+    assert storage.disk_format(kind["entry"]) == kind["format"]
+    assert storage.has_snapshots(kind["entry"]) is kind["snapshots"]
+    assert storage.takes_room_at_once(kind["entry"], kind["config"]) is kind["at_once"]
+    assert storage.shared(kind["entry"]) is kind["shared"]
+    assert storage.usable(kind["entry"])
 
 
 @pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
 def test_a_name_decides_nothing(kind: dict[str, Any]) -> None:
     for name in ("local-zfs", "local-lvm", "qcow2", "nfs"):
         named = {**kind["entry"], "storage": name}
-        assert storages.disk_format(named) == kind["format"]
-        assert storages.has_snapshots(named) is kind["snapshots"]
+        assert storage.disk_format(named) == kind["format"]
+        assert storage.has_snapshots(named) is kind["snapshots"]
 
 
 @pytest.mark.parametrize("kind", DATA["pve8"], ids=lambda each: each["name"])
 def test_the_older_form_of_the_answer_is_read_too(kind: dict[str, Any]) -> None:
-    assert storages.disk_format(kind["entry"]) == kind["format"]
+    assert storage.disk_format(kind["entry"]) == kind["format"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_older_form_of_the_answer_is_read_too(kind: dict[str, Any]) -> None:
     ids=str,
 )
 def test_an_odd_answer_is_taken_for_raw_volumes(odd: dict[str, Any]) -> None:
-    assert storages.disk_format({"type": "lvmthin", **odd}) is None
+    assert storage.disk_format({"type": "lvmthin", **odd}) is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_odd_answer_is_taken_for_raw_volumes(odd: dict[str, Any]) -> None:
 def test_a_storage_is_used_only_if_it_is_enabled_and_active(
     enabled: object, active: object, able: bool
 ) -> None:
-    assert storages.usable({"enabled": enabled, "active": active}) is able
+    assert storage.usable({"enabled": enabled, "active": active}) is able
 
 
 @pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
@@ -153,7 +153,7 @@ def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: MemoryHo
 def nested(env: Environment) -> int:
     create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
     made = create_marked(env.outer, env.run, env.settings)
-    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
+    qemu.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
     env.facts["provision"] = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid}
     return made.vmid
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from recorded import EVERY, HTTPS
 
-from pytest_nestedpve import symptoms
-from pytest_nestedpve.options import KEYS
-from pytest_nestedpve.symptoms import KINDS, Recognised, Symptom, Text, recognise, table
+from pytest_nestedpve.config.keys import KEYS
+from pytest_nestedpve.report import symptoms
+from pytest_nestedpve.report.symptoms import KINDS, Recognised, Symptom, Text, recognise, table
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = ROOT / "tests" / "data"
@@ -231,7 +231,7 @@ def test_the_tables_are_read_only_when_something_failed() -> None:
     import sys
 
     code = (
-        "import sys, pytest_nestedpve.plugin, pytest_nestedpve.session\n"
+        "import sys, pytest_nestedpve.plugin, pytest_nestedpve.session.session\n"
         "print([name for name in sys.modules if 'symptoms' in name or 'diagnosis' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -255,13 +255,13 @@ def test_the_page_on_failures_lists_the_table_as_it_is() -> None:
 
 
 def test_the_page_on_failures_names_every_file_and_limit() -> None:
-    from pytest_nestedpve import artifacts, collecting
+    from pytest_nestedpve.report import artifacts, collect
 
     page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
     for file, *_ in artifacts.QUESTIONS:
         assert f"nested-{file}" in page
-    one, inside = collecting.ITEM, collecting.ITEM + artifacts.REACH
+    one, inside = collect.ITEM, collect.ITEM + artifacts.REACH
     assert f"{one:.0f} seconds for each thing ({inside:.0f} for what a guest is asked)" in page
-    assert f"{collecting.BUDGET:.0f} for all together" in page
-    assert f"{collecting.TOTAL_LIMIT >> 20} MiB in all" in page
+    assert f"{collect.BUDGET:.0f} for all together" in page
+    assert f"{collect.TOTAL_LIMIT >> 20} MiB in all" in page
     assert f"last {artifacts.TASKS} tasks" in page

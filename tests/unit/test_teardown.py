@@ -13,18 +13,19 @@ import pytest
 from memory_environment import ours
 from memory_host import MemoryHost
 
-from pytest_nestedpve.creation import NoFreeId, create_marked
-from pytest_nestedpve.destroy import BUDGET
-from pytest_nestedpve.discovery import discover
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import Marker, create_pool, new_uuid, pool_name
-from pytest_nestedpve.phases import Phase
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.ownership.create import NoFreeId, create_marked
+from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.ownership.marker import Marker, new_uuid
+from pytest_nestedpve.ownership.pool import create_pool, pool_name
+from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.deadline import set_scale
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.report.model import TEARDOWN_PHASES
-from pytest_nestedpve.run import Run
-from pytest_nestedpve.teardown import TeardownReport, teardown
-from pytest_nestedpve.timing import set_scale
+from pytest_nestedpve.report.audit_model import TEARDOWN_PHASES
+from pytest_nestedpve.run.identity import Run
+from pytest_nestedpve.teardown.destroy import BUDGET
+from pytest_nestedpve.teardown.teardown import TeardownReport, teardown
 
 LOW, HIGH = 99900, 99999
 
@@ -132,7 +133,7 @@ def test_a_vm_swapped_in_between_stop_and_delete_is_not_destroyed(
     env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vmid = ours(env, running=True)
-    stop = guests.stop
+    stop = qemu.stop
 
     def stop_and_swap(api: Any, node: str, which: int, **kwargs: Any) -> Any:
         result = stop(api, node, which, **kwargs)
@@ -140,7 +141,7 @@ def test_a_vm_swapped_in_between_stop_and_delete_is_not_destroyed(
             model.state["vms"][str(vmid)]["config"] = {"name": "somebodys", "smbios1": f"uuid={new_uuid()}"}
         return result
 
-    monkeypatch.setattr(guests, "stop", stop_and_swap)
+    monkeypatch.setattr(qemu, "stop", stop_and_swap)
     report = teardown(env)
     with memory.open() as model:
         assert list(model.state["vms"]) == [str(vmid)]

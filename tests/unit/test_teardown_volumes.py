@@ -10,11 +10,11 @@ from memory_environment import ours
 from memory_host import MemoryHost
 from memory_model import volume
 
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.tasks import TaskResult
-from pytest_nestedpve.teardown import teardown
-from pytest_nestedpve.volumes import Volumes
+from pytest_nestedpve.teardown.teardown import teardown
+from pytest_nestedpve.teardown.volumes import Volumes
 
 pytestmark = pytest.mark.usefixtures("pool")
 
@@ -37,14 +37,14 @@ def warned(memory: MemoryHost, vmid: int) -> bool:
 
 def after_each_destroy(monkeypatch: pytest.MonkeyPatch, then: Callable[[TaskResult], None]) -> None:
     """Have `then` called between the end of a destroy and what is made of it."""
-    destroy = guests.destroy
+    destroy = qemu.destroy
 
     def both(*given: Any, **more: Any) -> TaskResult:
         done = destroy(*given, **more)
         then(done)
         return done
 
-    monkeypatch.setattr(guests, "destroy", both)
+    monkeypatch.setattr(qemu, "destroy", both)
 
 
 def test_a_volume_that_a_destroy_left_with_a_warning_is_found_and_removed(

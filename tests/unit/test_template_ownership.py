@@ -12,27 +12,28 @@ import pytest
 from memory_environment import environments
 from memory_host import MemoryHost
 
-from pytest_nestedpve import expired, templates
-from pytest_nestedpve.builtin import template as making
-from pytest_nestedpve.cleanup import execute, plan
-from pytest_nestedpve.creation import Created, create_marked
-from pytest_nestedpve.environment import Environment
-from pytest_nestedpve.ownership import Marker, create_pool, host_clock, new_uuid, pool_name
-from pytest_nestedpve.pve import guests
+from pytest_nestedpve.config.settings import Settings
+from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.ownership.create import Created, create_marked
+from pytest_nestedpve.ownership.marker import Marker, new_uuid
+from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
+from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.ssh import CommandResult
-from pytest_nestedpve.rows import Row
-from pytest_nestedpve.run import SessionLock
-from pytest_nestedpve.settings import Settings
-from pytest_nestedpve.teardown import teardown
-from pytest_nestedpve.templates import Deed
+from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.run.lock import SessionLock
+from pytest_nestedpve.setup import make_template as making
+from pytest_nestedpve.teardown import lapsed_runs, templates
+from pytest_nestedpve.teardown.plan import execute, plan
+from pytest_nestedpve.teardown.plan_row import Row
+from pytest_nestedpve.teardown.teardown import teardown
+from pytest_nestedpve.teardown.templates import Deed
 
 
 def begun(env: Environment) -> Created:
     """The run's own VM, with a disk."""
     create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
     made = create_marked(env.outer, env.run, env.settings)
-    guests.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2", sshkeys="ssh-ed25519")
+    qemu.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2", sshkeys="ssh-ed25519")
     return made
 
 
@@ -102,7 +103,7 @@ def test_a_template_is_not_swept_however_old_it_is(
     with environments(memory, tmp_path / "another") as make:
         later = make()
         create_pool(later.outer.api, later.run, later.settings, host_clock(later.outer))
-        expired.sweep(later)
+        lapsed_runs.sweep(later)
         assert teardown(later).left == ()
     assert vmids(memory) == [deed.vmid]
 
@@ -116,7 +117,7 @@ def test_a_context_file_that_names_a_template_does_not_take_it(env: Environment,
 
 def test_a_template_carries_nothing_of_its_run(env: Environment, memory: MemoryHost) -> None:
     deed = template(env)
-    config = guests.guest_config(env.outer.api, "father", deed.vmid)
+    config = qemu.guest_config(env.outer.api, "father", deed.vmid)
     assert config["name"] == f"nested-pve-{deed.template}"
     assert not {"cicustom", "sshkeys"} & set(config)
     assert pool_name(env.settings, env.run) not in pools(memory)
@@ -146,7 +147,7 @@ def test_a_template_that_vms_hang_on_stays_until_they_are_gone(env: Environment,
     assert said.startswith("left ")
     assert "cloned from it go first" in said
     assert vmids(memory) == [500, deed.vmid]
-    guests.destroy(env.outer.api, "father", 500)
+    qemu.destroy(env.outer.api, "father", 500)
     assert clean_up(env, deed.template) == {f"nested-pve-{deed.template}": "gone"}
 
 
@@ -175,7 +176,7 @@ def test_what_is_not_the_template_any_more_stays_though_it_is_named(
 def test_another_vm_of_the_templates_id_stays(env: Environment, memory: MemoryHost) -> None:
     deed = template(env)
     (row,) = rows(env, deed.template)
-    guests.destroy(env.outer.api, "father", deed.vmid)
+    qemu.destroy(env.outer.api, "father", deed.vmid)
     env.outer.api.post("/nodes/father/qemu", vmid=deed.vmid, name="nested-pve-other", scsi0="local:4")
     outcome = templates.end(env.outer, env.settings, row)
     assert outcome.result == "foreign"
@@ -251,7 +252,7 @@ def test_a_making_that_fails_leaves_nothing(env: Environment, memory: MemoryHost
     inner = SimpleNamespace(ssh=None, run=lambda command, **_: CommandResult(str(command), 0, b"", b"", 1.0))
     cast(Any, env)._inner = inner
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guests, "shutdown", lambda *_, **__: None)
+        patch.setattr(qemu, "shutdown", lambda *_, **__: None)
         method, _, path = fails.partition(" ")
         memory.fault(method, path, text="no space left", times=1)
         with pytest.raises(PveError, match="no space left"):
@@ -284,7 +285,7 @@ def test_a_vm_that_was_moved_becomes_a_template_where_it_is(
     if when == "before":
         move()
     cast(Any, env)._inner = SimpleNamespace(ssh=None, run=run)
-    monkeypatch.setattr(guests, "shutdown", shutdown)
+    monkeypatch.setattr(qemu, "shutdown", shutdown)
     assert making.make(env).vmid == made.vmid
     with memory.open() as model:
         vm = model.state["vms"][str(made.vmid)]

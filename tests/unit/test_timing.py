@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_nestedpve import timing
+from pytest_nestedpve.pve import deadline as timing
+from pytest_nestedpve.pve.deadline import Deadline, set_scale, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout
-from pytest_nestedpve.timing import Deadline, set_scale, wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from recorded import RECORDED, Recorded, ended, log
 
-from pytest_nestedpve.pve import agent, errors, guests, tasks
+from pytest_nestedpve.pve import agent, errors, qemu, tasks
 from pytest_nestedpve.pve.answers import entries, flag, mapping, read_answer, text, whole
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.pve.transport import PveshApi
+from pytest_nestedpve.pve.pvesh import PveshApi
 
 # What the client makes of the words of each recorded failure, whichever command printed them.
 FAILURES: dict[type[ApiError], str] = {
@@ -170,10 +170,10 @@ def test_a_task_that_failed_behind_exit_0_is_found_out(name: str, kind: type[Api
     said = record["stderr"].splitlines()[0]
     api = PveshApi(Recorded(record, ended(said), log("trying", f"TASK ERROR: {said}")))
     if kind is None:
-        assert guests.start(api, "father", 103) is None
+        assert qemu.start(api, "father", 103) is None
         return
     with pytest.raises(kind, match=re.escape(said[:20])) as caught:
-        guests.awaited(api, lambda: api.post("/x"), 5)
+        qemu.awaited(api, lambda: api.post("/x"), 5)
     failed = caught.value if isinstance(caught.value, errors.TaskFailed) else caught.value.__cause__
     assert isinstance(failed, errors.TaskFailed)
     assert failed.log[-1] == f"TASK ERROR: {said}"
@@ -215,7 +215,7 @@ def test_a_stop_that_met_a_held_lock_file_is_tried_again() -> None:
     lock = "can't lock file '/var/lock/qemu-server/lock-977.conf' - got timeout"
     upid = '"UPID:father:00001037:0008381C:6B04D317:qmstop:977:root@pam:"\n'
     ssh = Recorded((0, upid, lock), ended(lock), log(), (0, upid, ""), ended("OK"))
-    assert guests.stop(PveshApi(ssh), "father", 977, timeout=20).exitstatus == "OK"
+    assert qemu.stop(PveshApi(ssh), "father", 977, timeout=20).exitstatus == "OK"
     assert [words[3] for words in ssh.asked].count("create") == 2
 
 
@@ -223,7 +223,7 @@ def test_a_destroy_is_never_sent_again_by_itself_and_never_purges() -> None:
     record = RECORDED["concurrency-017"]
     ssh = Recorded(record, ended(record["stderr"].strip()), log())
     with pytest.raises(errors.LockTimeout):
-        guests.destroy(PveshApi(ssh), "father", 153)
+        qemu.destroy(PveshApi(ssh), "father", 153)
     assert shlex.join(ssh.asked[0]) == (
         "env LC_ALL=C.UTF-8 pvesh delete /nodes/father/qemu/153 --output-format json"
     )
@@ -232,10 +232,10 @@ def test_a_destroy_is_never_sent_again_by_itself_and_never_purges() -> None:
 
 def test_a_vm_is_made_without_volumes() -> None:
     with pytest.raises(errors.BadParameter, match="scsi0"):
-        guests.create_diskless(PveshApi(Recorded()), "father", 150, name="x", scsi0="local:4")
+        qemu.create_diskless(PveshApi(Recorded()), "father", 150, name="x", scsi0="local:4")
     for node, vmid in (("a/b", 150), ("", 150), ("father", 99), ("father", True)):
         with pytest.raises(errors.BadParameter):
-            guests.destroy(PveshApi(Recorded()), node, vmid)
+            qemu.destroy(PveshApi(Recorded()), node, vmid)
 
 
 # -- guests and agents --------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_guests_are_read_from_the_resources() -> None:
         {"type": "qemu", "vmid": 103, "node": "../x"},
         "nonsense",
     ]
-    found = guests.list_guests(PveshApi(Recorded((0, json.dumps(answer), ""))))
+    found = qemu.list_guests(PveshApi(Recorded((0, json.dumps(answer), ""))))
     assert [(guest.vmid, guest.name, guest.kind, guest.template) for guest in found] == [
         (100, "7", "qemu", False),
         (101, None, "qemu", False),
@@ -451,7 +451,7 @@ FIELD = JSON | st.sampled_from(["1", "0", "qemu", "father", "100", "a;b"])
     )
 )
 def test_a_strange_entry_is_no_guest_or_one_that_can_be_trusted(entry: dict[str, Any]) -> None:
-    guest = guests.read_guest(entry)
+    guest = qemu.read_guest(entry)
     if guest is None:
         return
     assert type(guest.vmid) is int
@@ -466,7 +466,7 @@ def test_small_readers_take_anything(value: Any) -> None:
     assert whole(value) is None or type(whole(value)) is int
     assert isinstance(flag(value), bool)
     assert text(value) is None or isinstance(text(value), str)
-    assert isinstance(guests.read_tags(value), tuple)
+    assert isinstance(qemu.read_tags(value), tuple)
     readers: tuple[Callable[[Any], Any], ...] = (entries, mapping, tasks.parse_upid)
     for reader in readers:
         try:
@@ -478,7 +478,7 @@ def test_small_readers_take_anything(value: Any) -> None:
 @given(JSON)
 def test_no_agent_answer_crashes(answer: Any) -> None:
     printed = (0, json.dumps(answer), "")
-    for call in (agent.interfaces, agent.host_keys, guests.guest_config, guests.guest_status):
+    for call in (agent.interfaces, agent.host_keys, qemu.guest_config, qemu.guest_status):
         try:
             call(PveshApi(Recorded(*[printed] * 3)), "father", 120)
         except UnreadableAnswer:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from https_host import HttpsHost, certificate, https_host
 
-from pytest_nestedpve.audit import AuditedApi, AuditLog
 from pytest_nestedpve.pve import tokens
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import (
@@ -25,10 +24,11 @@ from pytest_nestedpve.pve.errors import (
     PermissionDenied,
     UnreadableAnswer,
 )
-from pytest_nestedpve.pve.hostapi import HostApi
 from pytest_nestedpve.pve.https import ReplyLost, Unauthorized
-from pytest_nestedpve.pve.routes import Grant, Identity, grants, identity, storages
+from pytest_nestedpve.pve.identity import Grant, Identity, grants, identity, storages
 from pytest_nestedpve.pve.tokens import remove_grants, run_tokens
+from pytest_nestedpve.pve.transports import HostApi
+from pytest_nestedpve.run.audit_log import AuditedApi, AuditLog
 
 POOL = "npve-a1b2c3d4e5f6"
 VM = "/nodes/father/qemu/99901"
@@ -393,7 +393,7 @@ def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
     host.listens = True
     assert api.get("/version") == {"by": "pvesh"}  # not asked again at once
     later = time.monotonic() + 6
-    monkeypatch.setattr("pytest_nestedpve.timing.time.monotonic", lambda: later)
+    monkeypatch.setattr("pytest_nestedpve.pve.deadline.time.monotonic", lambda: later)
     assert api.get("/version") == {"by": "https"}
     assert api.transport.startswith("HTTPS")
 
@@ -416,7 +416,7 @@ def test_a_proxy_that_restarts_is_waited_for(host: HttpsHost, api: HostApi) -> N
 def test_a_proxy_that_stays_away_is_given_up(
     host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_nestedpve.pve.hostapi.RESTART", 0.3)
+    monkeypatch.setattr("pytest_nestedpve.pve.transports.RESTART", 0.3)
     api.get("/version")
     host.listens = False
     api.line.tokens.seeing().close()

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from pytest_nestedpve.builtin import default_phases
-from pytest_nestedpve.usual import RUNS, usual_times
+from pytest_nestedpve.report.usual_times import RUNS, usual_times
+from pytest_nestedpve.setup import default_phases
 
 
 def log(runs: Path, name: str, host: str, ms: float, *, age: int = 0, status: str = "done") -> None:

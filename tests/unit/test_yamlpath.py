@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nestedpve.yamlpath import YamlPathError, parse_path, set_in_file, set_value
+from pytest_nestedpve.config.yaml_path import YamlPathError, parse_path, set_in_file, set_value
 
 USERS = """\
 # secrets of the site

@@ -6,8 +6,8 @@ import pytest
 from memory_host import MemoryHost
 from memory_model import Model
 
+from pytest_nestedpve.ownership.killed_tasks import bare_lock, remains
 from pytest_nestedpve.pve.host import PveHost
-from pytest_nestedpve.zombies import bare_lock, remains
 
 VMID = 99920
 

@@ -111,10 +111,10 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "pve-cluster",
         "nestedpve-lab-node, libpve-access-control",
         files={
-            "/usr/bin/pvecm": _door("cli_pvecm"),
+            "/usr/bin/pvecm": _door("commands.pvecm"),
             "/usr/lib/systemd/system/pve-cluster.service": _unit(
                 "The Proxmox VE cluster filesystem",
-                f"Type=notify\n{_ENVIRONMENT}\nExecStart={_PYTHON}.cluster_fs\n"
+                f"Type=notify\n{_ENVIRONMENT}\nExecStart={_PYTHON}.state.cluster_fs\n"
                 "ExecStartPost=-/usr/bin/pvecm updatecerts --silent\nTimeoutStopSec=10",
                 after="network-online.target local-fs.target",
                 wants="network-online.target",
@@ -127,13 +127,13 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "pve-manager",
         "pve-cluster, qemu-server, libpve-storage-perl, libpve-access-control, proxmox-archive-keyring",
         files={
-            "/usr/bin/pvesh": _door("cli_pvesh"),
-            "/usr/bin/pveversion": _door("cli_pveversion"),
+            "/usr/bin/pvesh": _door("commands.pvesh"),
+            "/usr/bin/pveversion": _door("commands.pveversion"),
             "/etc/apt/sources.list.d/pve-enterprise.sources": (_ENTERPRISE, 0o644),
             "/usr/lib/systemd/system/pveproxy.service": _unit(
                 "PVE API Proxy Server",
                 f"Type=simple\n{_ENVIRONMENT}\nExecStartPre=-/usr/bin/pvecm updatecerts --silent\n"
-                f"ExecStart={_PYTHON}.proxy\nExecReload=/bin/kill -HUP $MAINPID\nKillMode=mixed\n"
+                f"ExecStart={_PYTHON}.api.proxy\nExecReload=/bin/kill -HUP $MAINPID\nKillMode=mixed\n"
                 "Restart=on-failure\nRestartSec=1",
                 after="pve-cluster.service network.target ssh.service pvedaemon.service",
                 wants="pve-cluster.service pvedaemon.service",
@@ -146,7 +146,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
             ),
             "/usr/lib/systemd/system/pvestatd.service": _unit(
                 "PVE Status Daemon",
-                f"Type=simple\n{_ENVIRONMENT}\nExecStart={_PYTHON}.broadcast\nRestart=on-failure\nRestartSec=1",
+                f"Type=simple\n{_ENVIRONMENT}\nExecStart={_PYTHON}.state.broadcast\nRestart=on-failure\nRestartSec=1",
                 after="pve-cluster.service",
                 wants="pve-cluster.service",
             ),
@@ -165,11 +165,11 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "qemu-server",
         "nestedpve-lab-node, pve-cluster, libpve-storage-perl",
         files={
-            "/usr/sbin/qm": _door("cli_qm"),
+            "/usr/sbin/qm": _door("commands.qm"),
             "/usr/lib/systemd/system/pve-guests.service": _unit(
                 "PVE guests",
                 f"Type=oneshot\nRemainAfterExit=yes\n{_ENVIRONMENT}\n"
-                f"ExecStart={_PYTHON}.autostart start\nExecStop={_PYTHON}.autostart stop",
+                f"ExecStart={_PYTHON}.state.autostart start\nExecStop={_PYTHON}.state.autostart stop",
                 after="pve-cluster.service pvestatd.service",
                 wants="pve-cluster.service",
             ),
@@ -177,9 +177,11 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         postinst=_enable("pve-guests.service"),
         prerm=_disable("pve-guests.service"),
     )
-    storage = spec("libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _door("cli_pvesm")})
+    storage = spec(
+        "libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _door("commands.pvesm")}
+    )
     access = spec(
-        "libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("cli_pveum")}
+        "libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("commands.pveum")}
     )
     keys = spec(
         "proxmox-archive-keyring",

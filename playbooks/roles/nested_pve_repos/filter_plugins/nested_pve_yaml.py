@@ -6,7 +6,7 @@ from ansible.errors import AnsibleFilterError
 def nested_pve_yaml_set(text, keys, value):
     """`text` with `value` at the path `keys`; comments and order stay."""
     try:
-        from pytest_nestedpve.yamlpath import YamlPathError, set_value
+        from pytest_nestedpve.config.yaml_path import YamlPathError, set_value
     except ImportError as e:
         raise AnsibleFilterError(
             "putting the token into a YAML file needs the Python package pytest-nestedpve beside "

@@ -7,11 +7,12 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from .. import guests, machine
-from ..access import Caller
-from ..errors import PveFailure
-from ..guests import Guest
-from ..tree import api
+from ..api.access import Caller
+from ..api.errors import PveFailure
+from ..api.tree import api
+from ..machine import machine
+from ..state import guests
+from ..state.guests import Guest
 from .power import agent_enabled
 
 HERE = "/nodes/{node}/qemu/{vmid}/agent"

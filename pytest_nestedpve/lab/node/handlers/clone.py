@@ -6,11 +6,13 @@ import re
 import uuid
 from typing import Any
 
-from .. import access, disks, guests, locks, members, options, paths, volumes
-from ..access import Caller
-from ..errors import PveFailure
-from ..guests import NETS, Guest
-from ..tree import api, task
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import PveFailure
+from ..api.tree import api, task
+from ..machine import disks
+from ..state import guests, locks, members, paths, vm_options, volumes
+from ..state.guests import NETS, Guest
 from . import pools
 from .cluster import taken
 
@@ -51,7 +53,7 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
             if params.get("pool"):
                 pools.add_guest(params["pool"], new)
         except BaseException as e:
-            options.take_back(made)
+            vm_options.take_back(made)
             guests.remove(new, target)
             if isinstance(e, disks.DiskError):
                 raise PveFailure(f"clone failed: {e}") from e
@@ -95,8 +97,8 @@ def _can_be_there(source: dict[str, str], target: str, storage: str | None) -> N
 
 def _check_rights(caller: Caller, source: dict[str, str], storage: str | None) -> None:
     for key, value in sorted(source.items()):
-        if NETS.fullmatch(key) and (bridge := options.net_parts(value).get("bridge")):
-            access.check(caller, f"{options.NETWORK}/{bridge}", ["SDN.Use"])
+        if NETS.fullmatch(key) and (bridge := vm_options.net_parts(value).get("bridge")):
+            access.check(caller, f"{vm_options.NETWORK}/{bridge}", ["SDN.Use"])
     for value in _disks(source).values():
         access.check(caller, f"/storage/{storage or volumes.split(value)[0]}", ["Datastore.AllocateSpace"])
 
@@ -123,7 +125,7 @@ def _clone(
             conf[key] = ",".join(filter(None, (_linked(volid, new, key, made), rest)))
     for key in [key for key in conf if NETS.fullmatch(key)]:
         conf[key] = re.sub(
-            r"=[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", f"={options.new_mac()}", conf[key], count=1
+            r"=[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", f"={vm_options.new_mac()}", conf[key], count=1
         )
     smbios = conf.get("smbios1", "uuid=")
     conf["smbios1"] = re.sub(r"uuid=[^,]*", f"uuid={uuid.uuid4()}", smbios)

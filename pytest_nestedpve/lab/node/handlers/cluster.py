@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import access, broadcast, cluster_fs, guests, members, paths, tasks
-from ..access import Caller
-from ..errors import BadParameters, PveFailure
-from ..store import store
-from ..tree import api
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import BadParameters, PveFailure
+from ..api.tree import api
+from ..state import broadcast, cluster_fs, guests, members, paths, tasks
+from ..state.store import store
 from .nodes import task_row
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import checks, cloudinit, disks, guests, locks, machine, options, schema, volumes
-from ..access import Caller
-from ..errors import BadParameters, PveFailure, Unsupported
-from ..guests import DRIVES, NETS, Guest
-from ..tree import api, task
+from ..api import schema, validation
+from ..api.access import Caller
+from ..api.errors import BadParameters, PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import cloudinit, disks, machine
+from ..state import guests, locks, vm_options, volumes
+from ..state.guests import DRIVES, NETS, Guest
 
 HERE = "/nodes/{node}/qemu/{vmid}"
 # What a running VM takes at once; the rest is pending until it was off.
@@ -43,7 +45,7 @@ def _verify(values: dict[str, str]) -> None:
     """PVE checks its own answer: `lock: destroyed` fails there (facts 59)."""
     method = schema.method("POST", "/nodes/{node}/qemu")
     definition = method.definition("lock") if method else None
-    if "lock" in values and definition and (error := checks.value(definition, values["lock"])):
+    if "lock" in values and definition and (error := validation.value(definition, values["lock"])):
         raise BadParameters({"lock": error}, rc=255, text="Result verification failed")
 
 
@@ -77,7 +79,7 @@ def update_as_task(caller: Caller, params: dict[str, Any]) -> Any:
 
 def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
     vmid = int(params["vmid"])
-    given = {key: str(value) for key, value in params.items() if key not in options.NOT_OPTIONS}
+    given = {key: str(value) for key, value in params.items() if key not in vm_options.NOT_OPTIONS}
     deleted = [name for name in re.split(r"[,;\s]+", params.get("delete", "")) if name]
     revert = [name for name in re.split(r"[,;\s]+", params.get("revert", "")) if name]
     if not given and not deleted and not revert:
@@ -90,10 +92,10 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
             raise BadParameters({"delete": words}, rc=255)
     if "hookscript" in given and not volumes.path(given["hookscript"]).exists():
         raise BadParameters({"hookscript": f"script '{given['hookscript']}' does not exist\n"})
-    options.check_rights(caller, vmid, None, [*given, *deleted, *revert], given)
-    options.check_storage(caller, vmid, given)
+    vm_options.check_rights(caller, vmid, None, [*given, *deleted, *revert], given)
+    vm_options.check_storage(caller, vmid, given)
     if "tags" in given or "tags" in deleted:
-        options.check_tags(caller, vmid)
+        vm_options.check_tags(caller, vmid)
     skip = params.get("skiplock") == "1"
     before = guests.load(vmid)
     before.check_digest(params.get("digest"))
@@ -122,7 +124,7 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
 def _known(parameter: str, names: list[str]) -> None:
     method = schema.method("POST", "/nodes/{node}/qemu")
     for name in names:
-        if not method or method.definition(name) is None or name in options.NOT_OPTIONS:
+        if not method or method.definition(name) is None or name in vm_options.NOT_OPTIONS:
             raise BadParameters({parameter: f"unknown option '{name}'"}, rc=255)
 
 
@@ -147,14 +149,14 @@ def _apply(
         drives = {name: value for name, value in given.items() if DRIVES.fullmatch(name)}
         for name in drives:
             _retire(guest, name)
-        options.make_drives(guest, drives, made=made)
+        vm_options.make_drives(guest, drives, made=made)
     except BaseException:
-        options.take_back(made)
+        vm_options.take_back(made)
         raise
     for name, value in given.items():
         if name in drives:
             continue
-        value = options.normal(name, value)
+        value = vm_options.normal(name, value)
         if name == "template" and value == "0":
             guest.conf.pop("template", None)
         elif on and not AT_ONCE.fullmatch(name):
@@ -166,7 +168,7 @@ def _apply(
         else:
             if on and NETS.fullmatch(name):
                 machine.set_link(
-                    guest.vmid, int(name[3:]), up=options.net_parts(value).get("link_down") != "1"
+                    guest.vmid, int(name[3:]), up=vm_options.net_parts(value).get("link_down") != "1"
                 )
             guest.conf[name] = value
     guest.save()
@@ -226,14 +228,17 @@ def resize(caller: Caller, params: dict[str, Any]) -> Any:
             volid = guest.conf[name].split(",")[0]
             file = volumes.path(volid)
             now = int(disks.info(file)["size"])
-            relative, amount = params["size"].startswith("+"), checks.size(params["size"].lstrip("+")) or 0
+            relative, amount = (
+                params["size"].startswith("+"),
+                validation.size(params["size"].lstrip("+")) or 0,
+            )
             wanted = now + amount if relative else amount
             if wanted < now:
                 raise PveFailure("shrinking disks is not supported")
             if wanted > now:
                 disks.resize(file, wanted)
                 print("Image resized.", flush=True)
-            parts = options.drive_parts(guest.conf[name])
+            parts = vm_options.drive_parts(guest.conf[name])
             parts.pop("file")
             parts["size"] = volumes.short_size(wanted)
             guest.conf[name] = volid + "".join(f",{key}={parts[key]}" for key in sorted(parts))

@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-from .. import cluster_fs, disks, forward, guests, locks, machine, members, options, paths, volumes
-from ..access import Caller
-from ..errors import BadParameters, PveFailure, Unsupported
-from ..guests import Guest
-from ..members import Member
-from ..store import store
-from ..tree import api, task
+from ..api import forward
+from ..api.access import Caller
+from ..api.errors import BadParameters, PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import disks, machine
+from ..state import cluster_fs, guests, locks, members, paths, vm_options, volumes
+from ..state.guests import Guest
+from ..state.members import Member
+from ..state.store import store
 
 HERE = "/nodes/{node}/qemu/{vmid}/migrate"
 
@@ -101,7 +103,7 @@ def _local(guest: Guest) -> Iterator[str]:
     """The guest's volumes on storages that the other nodes do not have."""
     seen: set[str] = set()
     for conf in (guest.conf, *guest.snapshots.values()):
-        for volid in options.volids(conf):
+        for volid in vm_options.volids(conf):
             name, _ = volumes.split(volid)
             if volid not in seen and not volumes.shared(name) and volumes.owner(volid) == guest.vmid:
                 seen.add(volid)

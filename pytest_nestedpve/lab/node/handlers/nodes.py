@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import access, broadcast, cluster_fs, guests, paths, tasks, vitals
-from ..access import Caller
-from ..errors import BadParameters
-from ..tree import api
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import BadParameters
+from ..api.tree import api
+from ..state import broadcast, cluster_fs, guests, paths, tasks, vitals
 
 
 def fingerprint(node: str) -> str | None:

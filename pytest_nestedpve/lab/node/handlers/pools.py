@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import access, broadcast, guests, volumes
-from ..access import Caller
-from ..errors import NotAllowed, PveFailure
-from ..store import store
-from ..tree import api
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import NotAllowed, PveFailure
+from ..api.tree import api
+from ..state import broadcast, guests, volumes
+from ..state.store import store
 from .cluster import taken
 
 

@@ -8,12 +8,14 @@ import sys
 import time
 from typing import Any
 
-from .. import checks, cloudinit, disks, guests, locks, machine, options, paths, tasks, volumes
-from ..access import Caller
-from ..errors import PveFailure, Unsupported
-from ..guests import NETS, Guest
-from ..store import store
-from ..tree import api, task
+from ..api import validation
+from ..api.access import Caller
+from ..api.errors import PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import cloudinit, disks, machine
+from ..state import guests, locks, paths, tasks, vm_options, volumes
+from ..state.guests import NETS, Guest
+from ..state.store import store
 
 HERE = "/nodes/{node}/qemu/{vmid}/status"
 
@@ -38,7 +40,7 @@ def current(caller: Caller, params: dict[str, Any]) -> Any:
 
 def agent_enabled(guest: Guest) -> bool:
     first = guest.conf.get("agent", "0").split(",")[0].removeprefix("enabled=")
-    return checks.as_boolean(first) == "1"
+    return validation.as_boolean(first) == "1"
 
 
 @api("POST", HERE + "/start")
@@ -93,7 +95,7 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
             raise PveFailure(f"volume '{volid}' does not exist")
     nics = []
     for key in sorted((k for k in guest.conf if NETS.fullmatch(k)), key=lambda k: int(k[3:])):
-        parts = options.net_parts(guest.conf[key])
+        parts = vm_options.net_parts(guest.conf[key])
         bridge = parts.get("bridge", "vmbr0")
         if not paths.at(f"/sys/class/net/{bridge}/bridge").exists():
             raise PveFailure(f"bridge '{bridge}' does not exist")
@@ -107,7 +109,7 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
     disk = str(volumes.path(guest.conf[drive].split(",")[0])) if drive else None
     if disk is not None and not disks.bootable(disk):
         disk = None
-    smbios = checks.split(checks.SMBIOS1, guest.conf.get("smbios1", ""))
+    smbios = validation.split(validation.SMBIOS1, guest.conf.get("smbios1", ""))
     return machine.MachineSpec(
         vmid=guest.vmid,
         name=cloudinit.host_name(guest),

@@ -7,12 +7,14 @@ import time
 import uuid
 from typing import Any
 
-from .. import access, disks, guests, locks, machine, options, paths, tasks, volumes
-from ..access import Caller
-from ..errors import NotAllowed, PveFailure, Unsupported
-from ..guests import Guest
-from ..store import store
-from ..tree import api, task
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import NotAllowed, PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import disks, machine
+from ..state import guests, locks, paths, tasks, vm_options, volumes
+from ..state.guests import Guest
+from ..state.store import store
 from . import pools
 from .cluster import forget_everywhere, taken
 
@@ -62,16 +64,16 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, pool = int(params["vmid"]), params.get("pool")
     if "archive" in params:
         raise Unsupported("restoring a backup")
-    given = {key: str(value) for key, value in params.items() if key not in options.NOT_OPTIONS}
+    given = {key: str(value) for key, value in params.items() if key not in vm_options.NOT_OPTIONS}
     if pool is not None:
         pools.require(pool)
     if not caller.is_root:
         _may_create(caller, vmid, pool)
-        options.check_rights(caller, vmid, pool, given, given)
-    options.check_storage(caller, vmid, given)
+        vm_options.check_rights(caller, vmid, pool, given, given)
+    vm_options.check_storage(caller, vmid, given)
     for name in ("sshkeys", "net0"):
         if name in given:
-            options.normal(name, given[name])
+            vm_options.normal(name, given[name])
     _reserve(vmid, caller)
 
     def work() -> None:
@@ -82,7 +84,7 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
                 if pool is not None:
                     pools.add_guest(pool, vmid)
         except BaseException as e:
-            options.take_back(made)
+            vm_options.take_back(made)
             guests.remove(vmid)
             if isinstance(e, PveFailure):
                 raise PveFailure(f"unable to create VM {vmid} - {e.for_cli().rstrip()}") from e
@@ -117,18 +119,18 @@ def _reserve(vmid: int, caller: Caller) -> None:
 
 def _create(caller: Caller, vmid: int, given: dict[str, str], made: list[str]) -> None:
     if "tags" in given:
-        options.check_tags(caller, vmid)
+        vm_options.check_tags(caller, vmid)
     guest = Guest(vmid)
-    options.make_drives(guest, given, made=made)
+    vm_options.make_drives(guest, given, made=made)
     for name, value in given.items():
         if name not in guest.conf:
-            guest.conf[name] = options.normal(name, value)
+            guest.conf[name] = vm_options.normal(name, value)
     guest.conf.setdefault("smbios1", f"uuid={uuid.uuid4()}")
     if guest.conf.get("vmgenid", "1") == "1":
         guest.conf["vmgenid"] = str(uuid.uuid4())
     elif guest.conf["vmgenid"] == "0":
         del guest.conf["vmgenid"]
-    guest.conf.setdefault("boot", options.default_boot(guest.conf))
+    guest.conf.setdefault("boot", vm_options.default_boot(guest.conf))
     if not guest.conf.get("description"):
         guest.conf.pop("description", None)
     guest.conf["meta"] = f"creation-qemu={paths.QEMU},ctime={int(time.time())}"
@@ -178,7 +180,7 @@ def _not_running(vmid: int) -> None:
 def _destroy(guest: Guest, *, unreferenced: bool) -> None:
     volids: list[str] = []
     for conf in (guest.conf, *guest.snapshots.values()):
-        volids += [volid for volid in options.volids(conf) if volid not in volids]
+        volids += [volid for volid in vm_options.volids(conf) if volid not in volids]
     mine = []
     for volid in volids:
         try:

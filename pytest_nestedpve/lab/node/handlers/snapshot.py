@@ -6,11 +6,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .. import disks, guests, locks, machine, volumes
-from ..access import Caller
-from ..errors import PveFailure, Unsupported
-from ..guests import Guest
-from ..tree import api, task
+from ..api.access import Caller
+from ..api.errors import PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import disks, machine
+from ..state import guests, locks, volumes
+from ..state.guests import Guest
 from .power import agent_enabled, boot, off
 
 HERE = "/nodes/{node}/qemu/{vmid}/snapshot"

@@ -7,11 +7,13 @@ import hashlib
 import re
 from typing import Any
 
-from .. import access, checks, cluster_fs, disks, paths, volumes
-from ..access import Caller
-from ..errors import BadParameters, PveFailure, Unsupported
-from ..store import store
-from ..tree import api, task
+from ..api import access, validation
+from ..api.access import Caller
+from ..api.errors import BadParameters, PveFailure, Unsupported
+from ..api.tree import api, task
+from ..machine import disks
+from ..state import cluster_fs, paths, volumes
+from ..state.store import store
 
 HERE = "/nodes/{node}/storage"
 
@@ -204,7 +206,7 @@ def allocate(caller: Caller, params: dict[str, Any]) -> Any:
     match = re.fullmatch(r"vm-(\d+)-\S+", file) if file else None
     if file and match is None:
         raise PveFailure(f"illegal name '{file}' - should be 'vm-{vmid}-*'")
-    size = checks.size(params["size"]) or 0
+    size = validation.size(params["size"]) or 0
     if params["size"].isdigit():
         size = int(params["size"]) * 1024
     volid = f"{name}:{vmid}/{file or volumes.next_name(name, vmid, fmt)}"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import paths, volumes
-from ..access import Caller
-from ..errors import BadParameters, PveFailure, Unsupported
-from ..tree import api, task
+from ..api.access import Caller
+from ..api.errors import BadParameters, PveFailure, Unsupported
+from ..api.tree import api, task
+from ..state import paths, volumes
 
 HERE = "/nodes/{node}/storage/{storage}"
 

@@ -8,11 +8,12 @@ import time
 import uuid
 from typing import Any
 
-from .. import access, cluster_fs, guests
-from ..access import Caller
-from ..errors import BadParameters, NotAllowed, PveFailure
-from ..store import store
-from ..tree import api
+from ..api import access
+from ..api.access import Caller
+from ..api.errors import BadParameters, NotAllowed, PveFailure
+from ..api.tree import api
+from ..state import cluster_fs, guests
+from ..state.store import store
 
 ROOT_USER = {"enable": 1}
 

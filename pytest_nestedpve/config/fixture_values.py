@@ -1,0 +1,72 @@
+"""The settings of the VM's shape with the values that a project's fixtures give them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.config import parsers
+from pytest_nestedpve.config.keys import KEYS, Key
+from pytest_nestedpve.config.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    pass
+
+
+#: The settings that a session fixture `nested_pve_<name>` may decide instead.
+NAMES = ("cores", "memory", "disk", "image", "vm_options", "extra_vars", "playbook_dir")
+_KEYS = {key.name: key for key in KEYS if key.name in NAMES}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def apply(settings: Settings, chosen: Mapping[str, Any], base: Path) -> Settings:
+    """The settings with what the fixtures say; None is the default. Raises SettingsError.
+
+    `base`: where relative paths start from. Values may be what the setting's text says, or typed.
+    """
+    changes: dict[str, Any] = {}
+    origins = dict(settings.origins)
+    for name in NAMES:
+        given = chosen.get(name, getattr(settings, name))
+        if given == getattr(settings, name):
+            continue
+        origin = f"the fixture nested_pve_{name}"
+        try:
+            changes[name] = _value(_KEYS[name], given, base)
+        except ValueError as e:
+            raise SettingsError(f"{origin}: {e}") from e
+        origins[name] = origin
+    if changes.get("image") and settings.template:
+        raise SettingsError(
+            f"an image ({origins['image']}) and a template ({settings.origin('template')}) are both set; "
+            "the nested VM is made from one: leave the other out"
+        )
+    return replace(settings, **changes, origins=origins)
+
+
+def _value(key: Key, given: Any, base: Path) -> Any:
+    if given is None:
+        return getattr(Settings(), key.target)
+    if not isinstance(given, Mapping):
+        return key.parse(parsers.Text(str(given), base))
+    if key.name not in ("vm_options", "extra_vars"):
+        raise ValueError(f"expected a single value, found {given!r}")
+    if key.name == "vm_options":
+        return {
+            parsers.option_name(name): str(int(value) if isinstance(value, bool) else value)
+            for name, value in given.items()
+        }
+    for name in given:
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError(f"expected names that match {_VARIABLE.pattern}, found {name!r}")
+    try:
+        return dict(json.loads(json.dumps(dict(given))))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"expected values that JSON can say: {e}") from e
+
+
+assert set(NAMES) <= {each.name for each in fields(Settings)}

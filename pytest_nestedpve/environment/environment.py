@@ -1,0 +1,263 @@
+"""What the phases of a run work on: settings, facts, hosts, logins."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.run.phase_record import PhaseRecord
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.environment.lease_keeper import LeaseKeeper
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.pve.ssh.connection import CommandResult, SshConnection
+    from pytest_nestedpve.run.audit_log import AuditLog
+    from pytest_nestedpve.run.identity import Run
+
+
+class NotReady(PveError):
+    """Something was asked for whose phase has not been done."""
+
+
+class Environment:
+    """What the phases of one run share. State on the client is the run's; on the host, what facts name.
+
+    `settings` change once, in preflight, when the host's profile is read; `wanted` are those before that.
+    `facts` are by phase, `record` what else is known of them. `resumed`: the run is one that was kept.
+    `secrets` are values that playbooks' artifacts and the log must not show.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        run: Run,
+        connect: Callable[[], PveHost],
+        audit: AuditLog,
+        progress: Callable[[str], None],
+        rootdir: Path,
+    ) -> None:
+        self.settings = self.wanted = settings
+        self.run = run
+        self.audit = audit
+        self.progress = progress
+        self.rootdir = rootdir
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.record = PhaseRecord()
+        self.resumed = False
+        self.remarks: list[str] = []
+        self.leaf_used = False  # a test logged in to the VM inside
+        self.workers = 1  # how many environments of its kind this session has at once
+        self.secrets: list[str] = []
+        self.undo: list[Callable[[], list[str]]] = []  # at the end, the latest first; lines: what stays
+        self.missing: dict[str, str] = {}  # of an attached PVE, by phase: what its probe found lacking
+        self.chosen: frozenset[str] = frozenset()  # of an attached PVE: phases whose steps were chosen
+        self._connect = connect
+        self._lock = threading.RLock()
+        self._outer: PveHost | None = None
+        self._inner: PveHost | None = None
+        self._leaf: SshConnection | None = None
+        self._on_close: list[Callable[[], None]] = []
+        self._lease: LeaseKeeper | None = None
+
+    def __repr__(self) -> str:
+        return f"<Environment of run {self.run.id}>"
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def fact(self, phase: str, key: str) -> Any:
+        """One fact of a phase. Raises NotReady when that phase has not said it."""
+        try:
+            return self.facts[phase][key]
+        except KeyError as e:
+            raise NotReady(
+                f"expected the phase {phase} to have been done and to say its {key}; known of it: "
+                f"{', '.join(sorted(self.facts.get(phase, {}))) or 'nothing'}"
+            ) from e
+
+    @property
+    def attached(self) -> bool:
+        """Whether the nested PVE is one that exists; it is `outer` as well then, and none is above it."""
+        return self.settings.attach is not None
+
+    @property
+    def ip(self) -> str:
+        """The nested PVE's address as it is now: the network set-up may have changed it."""
+        for phase in ("setup_network", "ensure_pve"):
+            if self.facts.get(phase, {}).get("ip"):
+                return str(self.facts[phase]["ip"])
+        return str(self.fact("wait_ip", "ip"))
+
+    def hide(self, secret: str) -> None:
+        """Keep a value out of the log and out of playbooks' artifacts from now on."""
+        self.audit.masker.add(secret)
+        if secret not in self.secrets:
+            self.secrets.append(secret)
+
+    def start_over(self) -> None:
+        """What was known of a kept run does not hold any more: every phase but preflight is to do."""
+        for name in [name for name in self.facts if name != "preflight"]:
+            del self.facts[name]
+        self.record.digests.clear()
+        self.record.begun = None
+        self.forget_connections()
+
+    def remark(self, text: str) -> None:
+        """Something that whoever looks at the session's end should know."""
+        self.remarks.append(text)
+        self.audit.write("remark", cause=text)
+        self.progress(text)
+
+    # -- lease ------------------------------------------------------------------------------------
+
+    def keep_lease(self) -> None:
+        """Renew the lease of the run's pool from now on, until `close`."""
+        from pytest_nestedpve.environment.lease_keeper import LeaseKeeper
+
+        if self._lease is None:
+            self._lease = LeaseKeeper(self.outer, self.run, self.settings, self.audit)
+            self._lease.start()
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether the run's lease is being renewed."""
+        return self._lease is not None
+
+    def end_lease(self) -> None:
+        """Renew the lease no more."""
+        if self._lease is not None:
+            self._lease.stop()
+
+    def check_lease(self) -> None:
+        """Raises LeaseLost when the run's pool is not ours any more: then nothing more may be made."""
+        if self._lease is not None:
+            self._lease.check()
+
+    # -- hosts ------------------------------------------------------------------------------------
+
+    @property
+    def outer(self) -> PveHost:
+        """The outer host, connected at first use, its calls written to the audit log. Raises PveError."""
+        from pytest_nestedpve.run.audit_log import audited
+
+        with self._lock:
+            if self._outer is None:
+                from pytest_nestedpve.ownership.pool import pool_name
+
+                host = self._connect()
+                known = audited(host, self.audit)
+                known.ssh_config = host.ssh_config
+                # PVE itself refuses what would touch another's guest.
+                self._outer = known.within(lambda: pool_name(self.settings, self.run))
+            return self._outer
+
+    @property
+    def inner(self) -> PveHost:
+        """The nested PVE, reached through the outer host with the run's key. Raises NotReady, PveError."""
+        if self.attached:
+            return self.outer
+        with self._lock:
+            if self._inner is None:
+                self._inner = self._nested_host(str(self.fact("provision", "name")), self.ip)
+            return self._inner
+
+    @property
+    def leaf_ssh(self) -> SshConnection:
+        """A login at the leaf, through the outer host and the nested PVE. Raises NotReady."""
+        with self._lock:
+            if self._leaf is None:
+                name = str(self.fact("leaf_provision", "name"))
+                ip = str(self.fact("leaf_wait_ip", "ip"))
+                self._leaf = self.guest_ssh(name, ip, cast("SshConnection", self.inner.ssh))
+            return self._leaf
+
+    def guest_ssh(self, name: str, ip: str, via: SshConnection, *, timeout: float = 20.0) -> SshConnection:
+        """A login at a guest of ours: the run's key and nothing else is offered, its pinned key expected."""
+        from pytest_nestedpve.pve.ssh.connection import SshConnection, SshTarget
+
+        directory = self.run.directory
+        target = SshTarget(
+            host=ip,
+            identity_files=(directory.key,),
+            known_hosts=(directory.known_hosts,),
+            host_key_alias=name,
+            allow_agent=False,
+            identities_only=True,
+            connect_timeout=timeout,
+            alias=name,
+        )
+        return SshConnection(target, via=via, observer=self._observer(name))
+
+    def forget_connections(self) -> None:
+        """The nested PVE was rebooted or has a new address: log in anew at the next use."""
+        with self._lock:
+            # Only the logins: what the API made for itself on a node that is rebooting expires by itself.
+            for connection in (self._leaf, self._inner.ssh if self._inner is not None else None):
+                if connection is not None:
+                    with contextlib.suppress(Exception):
+                        connection.close()
+            self._leaf = self._inner = None
+
+    def _nested_host(self, name: str, ip: str) -> PveHost:
+        from pytest_nestedpve.ownership.pool import pool_name
+        from pytest_nestedpve.pve.host import PveHost
+        from pytest_nestedpve.pve.transports import HostApi
+        from pytest_nestedpve.run.audit_log import audited
+
+        ssh = self.guest_ssh(name, ip, cast("SshConnection", self.outer.ssh))
+        host = audited(PveHost(name, ssh, HostApi(ssh)), self.audit)
+        settings = replace(self.settings, pool_parent=None)
+        return host.within(lambda: pool_name(settings, self.run))
+
+    def _observer(self, host: str) -> Callable[[CommandResult], None]:
+        from pytest_nestedpve.run.audit_log import in_the_log
+
+        def observe(result: CommandResult) -> None:
+            if not in_the_log(result.command):
+                self.audit.write(
+                    "call", host=host, transport="ssh", cmd=result.command[:2000], rc=result.rc, ms=result.ms
+                )
+
+        return observe
+
+    def write_ssh_config(self) -> Path:
+        """The run's ssh_config for what is known now of the nested PVE and the leaf."""
+        outer, name = self.outer, str(self.fact("provision", "name"))
+        target = getattr(outer.ssh, "target", None)
+        block = None
+        if self.attached:
+            from pytest_nestedpve.run.directory import ssh_block
+
+            block = ssh_block(target, name, self.ip, self.run.directory.known_hosts)
+        return self.run.directory.write_ssh_config(
+            getattr(target, "alias", "") or outer.name,
+            outer.ssh_config,
+            self.ip,
+            name,
+            self.facts.get("leaf_wait_ip", {}).get("ip"),
+            self.facts.get("leaf_provision", {}).get("name"),
+            nested_block=block,
+        )
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def on_close(self, close: Callable[[], None]) -> None:
+        """Have `close` called at the end; the latest first."""
+        self._on_close.append(close)
+
+    def close(self) -> None:
+        """End the lease's thread, forwards and the logins at guests; the outer host's connection belongs
+        to who made it."""
+        if self._lease is not None:
+            self._lease.stop()
+        for close in reversed(self._on_close):
+            with contextlib.suppress(Exception):
+                close()
+        self._on_close.clear()
+        self.forget_connections()

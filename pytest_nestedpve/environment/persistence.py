@@ -1,0 +1,98 @@
+"""An environment on disk: facts and record after each phase, keeping it after the session, resuming it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.ownership.lease import Lease, LeaseLost, parse_lease
+from pytest_nestedpve.ownership.pool import host_clock, pool_name, read_pool, renew
+from pytest_nestedpve.pve.api import patiently
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.run import phase_record
+from pytest_nestedpve.run.identity import HARD_LIMIT
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+from pytest_nestedpve.run.kept_runs import store
+
+ADOPTED = "adopted"
+"""The file in a run's directory that tells xdist's controller that a worker went on with a kept run."""
+
+
+def keep(env: Environment) -> Lease:
+    """Have the lease say that the run is kept, and write its record. Raises PveError, OSError."""
+    env.end_lease()
+    host, settings = env.outer, env.settings
+    now = host_clock(host)
+    lease = renew(host.api, env.run, settings, now, state="kept", seconds=settings.keep_expiry)
+    store(env.run, env.wanted, env.rootdir, int(time.time()) + lease.expires - now)
+    return lease
+
+
+def adopt(env: Environment) -> bool:
+    """Make a kept run's lease this session's; False when the run is gone from the host.
+
+    Who calls this holds the run's lock: no other session of this client can. Raises LeaseLost when the lease
+    is somebody else's or has lapsed, PveError.
+    """
+    host, run, settings = env.outer, env.run, env.settings
+    name = pool_name(settings, run)
+    pool = read_pool(host.api, name)
+    if pool is None:
+        return False
+    lease, now = parse_lease(pool.comment), host_clock(host)
+    if lease is None or (lease.client, lease.owner) != (run.client, run.owner):
+        whose = "no lease can be read" if lease is None else f"it is {lease.owner}'s"
+        raise LeaseLost(f"the kept run {run.id} cannot be gone on with: {whose} in the pool {name}")
+    if lease.lapsed(now):
+        raise LeaseLost(f"the kept run {run.id} has expired by the clock of {host.name}, and may go any time")
+    ours = Lease(
+        run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
+    )
+    patiently(lambda: host.api.put("/pools", poolid=name, comment=ours.to_text()))
+    run.directory.write(ADOPTED, "")
+    return True
+
+
+class StateKeeper:
+    """Keeps facts and record in the run's directory after each phase, and facts in a context file."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+
+    def acting(self, _phase: Any) -> None:
+        """A phase's action begins: from now on it is not known to be done."""
+        self._env.run.directory.write(phase_record.FILE, self._env.record.to_text())
+
+    def phase_started(self, phase: Any) -> None:
+        pass
+
+    def phase_finished(
+        self, phase: Any, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None:
+        del phase, seconds, facts, cause
+        if status == "failed":
+            return
+        facts_now, path = self._env.facts, self._env.settings.context_file
+        self._env.run.directory.save_state(facts_now)
+        self._env.run.directory.write(phase_record.FILE, self._env.record.to_text())
+        if path is not None:
+            from pytest_nestedpve.config import legacy_context
+
+            legacy_context.save(path, facts_now)
+
+    def progress(self, text: str) -> None:
+        pass
+
+
+def load(env: Environment) -> None:
+    """Have a resumed environment know what its run's directory says. Raises PveError."""
+    directory = env.run.directory
+    env.facts.update(directory.load_state())
+    try:
+        env.record = phase_record.parse((directory.path / phase_record.FILE).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise PveError(f"the record of the kept run {env.run.id} cannot be read: {e}") from e

@@ -1,0 +1,123 @@
+"""Phases, the named steps of the set-up, and what the runner reports of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+
+ATTACHED = "attached"
+SETTLED = ("done", "proved", ATTACHED)
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
+
+Facts = dict[str, Any]
+
+
+class PhaseListError(ValueError):
+    """The list of phases, as hooks left it, cannot be run: a name twice, a need that does not exist."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named step of the set-up.
+
+    `do` does it and may return facts, which become `environment.facts[name]`; a fact `did` is one line
+    for the report. `probe` says whether it is done: its facts, or None. Without a probe it always runs.
+    Both raise a PveError to fail; anything else is shown with its traceback.
+    `timeout` (seconds) bounds `probe` and `do` together. `needs` names earlier phases that must be done
+    first, None means all of them. `usual` (seconds) is what it takes, shown until
+    an earlier run on the same host tells better. `inputs` says what it depends on beside the phases before
+    it (texts, numbers, lists, maps): where that changes, or does for one of the phases `depends` (None: all
+    before it), the phase is done again on a kept environment.
+    """
+
+    name: str
+    title: str
+    do: Callable[[Environment], Mapping[str, Any] | None]
+    probe: Callable[[Environment], Mapping[str, Any] | None] | None = None
+    timeout: float = 600.0
+    needs: tuple[str, ...] | None = None
+    usual: float | None = None
+    inputs: Callable[[Environment], object] | None = None
+    depends: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The first cause: which phase failed, and the text of its error."""
+
+    phase: str
+    cause: str
+
+
+class PhaseBroken(Exception):
+    """A phase failed, or needs one that failed earlier; always carries the first cause.
+
+    `expected` is False when the cause was not a PveError: then its traceback is worth showing.
+    """
+
+    def __init__(self, broken: Broken, *, wanted: str, expected: bool = True) -> None:
+        text = broken.cause
+        if broken.phase != wanted:
+            text = f"{wanted} needs {broken.phase}, which failed: {text}"
+        super().__init__(text)
+        self.broken = broken
+        self.wanted = wanted
+        self.expected = expected
+
+
+class Listener(Protocol):
+    """Is told what the phases do; every method is called in the thread that runs the phase."""
+
+    def phase_started(self, phase: Phase) -> None: ...
+
+    def phase_finished(
+        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
+    ) -> None: ...
+
+    def progress(self, text: str) -> None: ...
+
+
+def check(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """The phases as a tuple; raises PhaseListError when they cannot be run in this order."""
+    seen: list[str] = []
+    result = tuple(phases)
+    for phase in result:
+        if not _NAME.match(phase.name):
+            raise PhaseListError(
+                f"a phase name is made of lower-case letters, digits and _; found {phase.name!r}"
+            )
+        if phase.name in seen:
+            raise PhaseListError(f"two phases are named {phase.name!r}; replace the first one in the list")
+        for need in phase.needs or ():
+            if need not in seen:
+                raise PhaseListError(
+                    f"phase {phase.name!r} needs {need!r}, which is not among the phases before it: "
+                    f"{', '.join(seen) or 'none'}"
+                )
+        seen.append(phase.name)
+    return result
+
+
+def needed_before(phases: Sequence[Phase], name: str) -> tuple[str, ...]:
+    """The names of all phases that must be done before `name`, in order. Raises KeyError."""
+    earlier: list[Phase] = []
+    for phase in phases:
+        if phase.name == name:
+            break
+        earlier.append(phase)
+    else:
+        raise KeyError(name)
+    if phase.needs is None:
+        return tuple(each.name for each in earlier)
+    wanted = set(phase.needs)
+    for each in reversed(earlier):
+        if each.name in wanted:
+            before = each.needs if each.needs is not None else needed_before(phases, each.name)
+            wanted.update(before)
+    return tuple(each.name for each in earlier if each.name in wanted)

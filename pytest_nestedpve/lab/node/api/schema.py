@@ -1,0 +1,223 @@
+"""The table of the API (schema.json): which methods there are, their parameters, who may call them.
+
+`check` verifies parameters as PVE does: types, formats, enumerations, limits, unknown and missing ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import validation
+from .errors import BadParameters
+
+Definition = dict[str, Any]
+
+# Methods of the real node that the table does not list, with what the lab needs to know about them.
+NODE: Definition = {"type": "string", "format": "pve-node"}
+EXTRA: dict[str, dict[str, dict[str, Any]]] = {
+    "/nodes/{node}/version": {"GET": {"p": {"node": NODE}, "perm": {"user": "all"}}},
+    "/nodes/{node}/status": {
+        "GET": {"p": {"node": NODE}, "perm": {"check": ["perm", "/nodes/{node}", ["Sys.Audit"]]}}
+    },
+    "/nodes/{node}/time": {"GET": {"p": {"node": NODE}, "perm": {"user": "all"}}},
+    "/nodes/{node}/dns": {
+        "GET": {"p": {"node": NODE}, "perm": {"check": ["perm", "/nodes/{node}", ["Sys.Audit"]]}}
+    },
+    "/nodes/{node}/query-url-metadata": {
+        "GET": {
+            "p": {
+                "node": NODE,
+                "url": {"type": "string", "pattern": "https?://.*"},
+                "verify-certificates": {"type": "boolean", "optional": 1, "default": 1},
+            },
+            # As of download-url, whose first step it is.
+            "perm": {
+                "check": [
+                    "or",
+                    ["perm", "/", ["Sys.Audit", "Sys.Modify"]],
+                    ["perm", "/nodes/{node}", ["Sys.AccessNetwork"]],
+                ]
+            },
+        }
+    },
+    "/nodes/{node}/services": {
+        "GET": {"p": {"node": NODE}, "perm": {"check": ["perm", "/nodes/{node}", ["Sys.Audit"]]}}
+    },
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of one path. `parameters` by name, `name[n]` standing for name0, name1, …"""
+
+    verb: str
+    path: str
+    parameters: Mapping[str, Definition]
+    permissions: Mapping[str, Any] | None
+    returns: Mapping[str, Any]
+    more: bool = False  # takes parameters it does not name
+
+    @property
+    def uri_parameters(self) -> tuple[str, ...]:
+        return tuple(re.findall(r"{(\w+)}", self.path))
+
+    def definition(self, name: str) -> Definition | None:
+        return self.parameters.get(name) or self.parameters.get(validation.family(name) or "")
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((Path(__file__).parent / "schema.json").read_text())
+    return loaded
+
+
+@functools.cache
+def paths() -> dict[str, tuple[str, ...]]:
+    """All paths of the table, each with its verbs."""
+    every = {path: tuple(verbs) for path, verbs in _table()["methods"].items()}
+    return every | {path: tuple(verbs) for path, verbs in EXTRA.items()}
+
+
+@functools.cache
+def method(verb: str, path: str) -> Method | None:
+    if extra := EXTRA.get(path, {}).get(verb):
+        return Method(verb, path, extra["p"], extra["perm"], {"type": "any"})
+    found = _table()["methods"].get(path, {}).get(verb)
+    if found is None:
+        return None
+    definitions = _table()["definitions"]
+    return Method(
+        verb,
+        path,
+        {name: definitions[index] for name, index in found["p"].items()},
+        found["perm"],
+        definitions[found["ret"]] or {"type": "null"},
+        bool(found.get("more")),
+    )
+
+
+@functools.cache
+def _templates() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    def pattern(path: str) -> re.Pattern[str]:
+        parts = []
+        for part in path.split("/"):
+            if part == "{volume}":
+                parts.append(r"(?P<volume>.+)")  # volume ids have slashes
+            elif part.startswith("{"):
+                parts.append(rf"(?P<{part[1:-1]}>[^/]+)")
+            else:
+                parts.append(re.escape(part))
+        return re.compile("/".join(parts))
+
+    # Fixed parts win over variable ones.
+    order = sorted(paths(), key=lambda path: (path.count("{"), path))
+    return tuple((path, pattern(path)) for path in order)
+
+
+def resolve(path: str) -> tuple[str, dict[str, str]] | None:
+    """The template that an address fits, with the values of its variables."""
+    path = "/" + path.strip("/")
+    if path in paths():
+        return path, {}
+    for template, pattern in _templates():
+        if "{" in template and (match := pattern.fullmatch(path)):
+            return template, match.groupdict()
+    return None
+
+
+# What a node has, as `pvesh ls` lists it [basic-073], and what a cluster has that the table has not.
+LISTED = {
+    "/nodes/{node}": """
+        -r-c-:aplinfo Dr---:apt Dr---:capabilities Dr---:ceph Dr---:certificates -rw--:config Dr---:disks
+        -rw--:dns Dr---:firewall Dr---:hardware -r-c-:hosts -r---:journal Dr-c-:lxc ---c-:migrateall
+        -r---:netstat Drwcd:network Dr-c-:qemu -r---:query-oci-repo-tags -r---:query-url-metadata
+        Dr---:replication -r---:report -r---:rrd -r---:rrddata Dr---:scan Dr---:sdn Dr---:services
+        ---c-:spiceshell ---c-:startall -r-c-:status ---c-:stopall Dr---:storage -rwcd:subscription
+        ---c-:suspendall -r---:syslog Dr---:tasks ---c-:termproxy -rw--:time -r---:version ---c-:vncshell
+        ---c-:vzdump ---c-:wakeonlan
+    """,
+    "/cluster": """
+        Dr---:acme Dr---:ceph Dr---:firewall Dr---:mapping Dr---:metrics Dr---:notifications Drw--:sdn
+    """,
+    "/nodes/{node}/qemu/{vmid}": "Dr---:firewall",  # [basic-136]
+}
+LETTERS = {"GET": "r", "PUT": "w", "POST": "c", "DELETE": "d"}
+
+
+@functools.cache
+def listed(path: str) -> dict[str, str]:
+    """What `pvesh ls` marks the names below a path with, where the table does not tell."""
+    marked = (entry.partition(":") for entry in LISTED.get(path, "").split())
+    return {name: marks for marks, _, name in marked}
+
+
+def elsewhere(verb: str, address: str) -> bool:
+    """Whether the real thing has a method there that the table has not: not supported, but not unknown."""
+    if not address.strip("/"):
+        return verb == "GET"
+    if re.fullmatch(r"/?nodes/[^/]+/execute/?", address):  # [extra-020], and in no list
+        return verb == "POST"
+    for parent in LISTED:
+        pattern = re.sub(r"{\w+}", "[^/]+", parent) + r"/([^/]+)(/.+)?"
+        match = re.fullmatch(pattern, "/" + address.strip("/"))
+        marks = listed(parent).get(match[1], "") if match else ""
+        if match is None or not marks:
+            continue
+        if match[2] is None:
+            return LETTERS[verb] in marks
+        below = f"{parent}/{match[1]}/"
+        if marks.startswith("D") and not any(path.startswith(below) for path in paths()):
+            return True
+    return False
+
+
+def children(path: str) -> list[str]:
+    """The names directly below an address, as `pvesh ls` shows fixed ones."""
+    prefix = path.rstrip("/") + "/"
+    names = {rest[len(prefix) :].split("/")[0] for rest in paths() if rest.startswith(prefix)}
+    return sorted(name for name in names if not name.startswith("{"))
+
+
+def check(method: Method, values: Mapping[str, Any], *, rc: int = 2) -> dict[str, Any]:
+    """Parameters of a call, verified; BadParameters names every bad one. The values stay as they came,
+    but for booleans, which become "1" or "0"."""
+    errors: dict[str, str] = {}
+    good: dict[str, Any] = {}
+    for name, value in values.items():
+        definition = method.definition(name)
+        if definition is None:
+            if method.more:
+                good[name] = value
+            else:
+                errors[name] = (
+                    "property is not defined in schema and the schema does not allow additional properties"
+                )
+            continue
+        value = _plain(value)
+        error = validation.value(definition, value, name)
+        if error:
+            errors[name] = error
+        good[name] = validation.as_boolean(value) if definition.get("type") == "boolean" else value
+        needed = definition.get("requires")
+        if needed and needed not in values:
+            errors[needed] = f"missing property required by '{name}'"
+    for name, definition in method.parameters.items():
+        if not definition.get("optional") and "[n]" not in name and name not in values:
+            errors[name] = "property is missing and it is not optional"
+    if errors:
+        raise BadParameters(errors, rc=rc)
+    return good
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str) else str(value)

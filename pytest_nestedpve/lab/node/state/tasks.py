@@ -1,0 +1,342 @@
+"""The task engine: a worker process per task, a UPID, a log file, an exit status.
+
+A worker is forked and detached: it outlives who started it (recordings disconnect-*). In a command on
+the node (`sync`) the caller relays its output and waits; behind pveproxy the caller gets the UPID at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api.errors import BadParameters, PveFailure
+from . import paths
+from .store import release, store
+
+_worker: Worker | None = None
+
+
+@dataclass
+class Worker:
+    """The task this process runs."""
+
+    upid: str
+    warnings: int = 0
+
+
+@dataclass(frozen=True)
+class Upid:
+    """The parts of a UPID; `user` may be a token's full id."""
+
+    text: str
+    node: str
+    pid: int
+    pstart: int
+    starttime: int
+    type: str
+    id: str
+    user: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A task that was started. `status` is its exit status if it was awaited ("OK" or the error)."""
+
+    upid: str
+    status: str | None = None
+    error: str | None = None  # the error's words with their line breaks
+    warnings: int = 0
+
+
+class Interrupted(BaseException):
+    """The worker got SIGTERM or SIGINT: "received interrupt"."""
+
+
+def in_worker() -> bool:
+    return _worker is not None
+
+
+def warn(text: str) -> None:
+    """A warning in the task's log; the task ends "WARNINGS: n"."""
+    print(f"WARN: {text}", flush=True)
+    if _worker is not None:
+        _worker.warnings += 1
+
+
+def parse(text: str) -> Upid:
+    match = re.fullmatch(
+        r"UPID:([a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?):([0-9A-Fa-f]{8}):([0-9A-Fa-f]{8,9}):([0-9A-Fa-f]{8}):"
+        r"([^:\s]+):([^:\s]*):([^:\s]+):",
+        text,
+    )
+    if match is None:
+        raise BadParameters({"upid": "unable to parse worker upid"}, rc=255)
+    g = match.groups()
+    return Upid(text, g[0], int(g[2], 16), int(g[3], 16), int(g[4], 16), g[5], g[6], g[7])
+
+
+def log_file(upid: str) -> Path:
+    start = parse(upid).starttime
+    return paths.at(f"/var/log/pve/tasks/{start & 0xF:X}") / upid
+
+
+def start(kind: str, ident: str, user: str, work: Callable[[], Any], *, sync: bool) -> Started:
+    """Run `work` as a task. With `sync` its output goes to our stdout too, and its end is awaited."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    release()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(read)
+            if os.fork() == 0:
+                _be_worker(kind, ident, user, work, write, sync)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        return _follow(pipe, sync)
+
+
+def _follow(pipe: Any, sync: bool) -> Started:
+    """Messages of the worker: one byte of kind, four of length, the text."""
+    upid, status, error, warnings = "", None, None, 0
+    while True:
+        head = _exactly(pipe, 5)
+        if not head:
+            break
+        text = _exactly(pipe, int.from_bytes(head[1:], "big")).decode()
+        if head[:1] == b"U":
+            upid = text
+            if not sync:
+                break
+        elif head[:1] == b"O":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif head[:1] == b"X":
+            sys.stdout.flush()
+            sys.stderr.write(text)
+        elif head[:1] == b"S":
+            status = text
+            break  # the last word; a machine's supervisor may keep the pipe open
+        elif head[:1] == b"E":
+            error = text
+        elif head[:1] == b"W":
+            warnings = int(text)
+    if not upid:
+        raise PveFailure("got no worker upid - start worker failed")
+    if sync and status is None:
+        status = error = "unexpected status"
+    return Started(upid, status, error, warnings)
+
+
+def _exactly(pipe: Any, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = pipe.read(count - len(data))
+        if not piece:
+            return b""
+        data += piece
+    return data
+
+
+class _Tee:
+    """The worker's stdout or stderr: the log, and who started it as long as that one listens."""
+
+    encoding = "utf-8"
+    errors = "replace"
+
+    def __init__(self, log: Any, pipe: int | None, kind: bytes = b"O") -> None:
+        self._log = log
+        self._pipe = pipe
+        self._kind = kind
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        self._log.flush()
+        self.send(self._kind, text)
+        return len(text)
+
+    def send(self, kind: bytes, text: str) -> None:
+        if self._pipe is None:
+            return
+        data = text.encode()
+        try:
+            os.write(self._pipe, kind + len(data).to_bytes(4, "big") + data)
+        except OSError:
+            self._pipe = None
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+def process_start(pid: int) -> int | None:
+    """When process `pid` started, in ticks since boot; None if there is none (or only its corpse)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _be_worker(
+    kind: str, ident: str, user: str, work: Callable[[], Any], pipe: int, sync: bool
+) -> None:  # never returns
+    global _worker
+    os.setsid()
+    # Nothing of who started us stays open: not its connection, not its locks.
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 4096)
+    now = int(time.time())
+    pid, pstart = os.getpid(), process_start(os.getpid()) or 0
+    node = paths.node()
+    upid = f"UPID:{node}:{pid:08X}:{pstart:08X}:{now:08X}:{kind}:{ident}:{user}:"
+    file = log_file(upid)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = open(file, "w")  # noqa: SIM115 (for the process's life)
+    _worker = Worker(upid)
+    store().run(
+        "INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)",
+        *(upid, node, pid, pstart, now, kind, ident, user),
+    )
+    tee = _Tee(log, pipe)
+    tee.send(b"U", upid)
+    errors = _Tee(log, pipe if sync else None, b"X")
+    if not sync:
+        os.close(pipe)
+        tee._pipe = None
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    sys.stdout, sys.stderr = tee, errors
+    status = "unexpected status"
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        result = work()
+        del result
+        count = _worker.warnings
+        status = f"WARNINGS: {count}" if count else "OK"
+    except Interrupted:
+        status = "received interrupt"
+    except PveFailure as e:
+        status = e.for_cli().rstrip("\n")
+    except Exception as e:
+        traceback.print_exc(file=log)
+        status = f"{e.__class__.__name__}: {e}"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(Exception):
+            _end(upid, status, tee, log, sync)
+        os._exit(0)
+
+
+def _interrupt(*_: Any) -> None:
+    raise Interrupted
+
+
+def _end(upid: str, status: str, tee: _Tee, log: Any, sync: bool) -> None:
+    good = status == "OK" or status.startswith("WARNINGS: ")
+    line = status.replace("\n", " ").strip()
+    if good:
+        log.write(f"TASK {status}\n")
+        if _worker is not None and _worker.warnings:
+            tee.send(b"W", str(_worker.warnings))
+    else:
+        # A command on the node prints its error itself: that line is empty in the log [tasks-012].
+        log.write(("\n" if sync else "") + f"TASK ERROR: {line}\n")
+        tee.send(b"E", status)
+    log.flush()
+    store().run("UPDATE task SET endtime=?, status=? WHERE upid=?", int(time.time()), line, upid)
+    tee.send(b"S", line)
+
+
+# -- asking about tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the list of tasks; `status` and `endtime` None while it runs."""
+
+    upid: str
+    node: str
+    pid: int
+    pstart: int
+    starttime: int
+    type: str
+    id: str
+    user: str
+    endtime: int | None
+    status: str | None
+
+    @property
+    def running(self) -> bool:
+        return self.endtime is None
+
+
+def _settle(task: Task) -> Task:
+    """A task whose worker is gone without a word ended with "unexpected status" [ownE-015]."""
+    if not task.running or task.node != paths.node() or process_start(task.pid) == task.pstart:
+        return task
+    again = store().rows("SELECT * FROM task WHERE upid=?", task.upid)  # it may have ended just now
+    if again and again[0][8] is not None:
+        return Task(*again[0])
+    ended = dataclasses.replace(task, endtime=int(time.time()), status="unexpected status")
+    store().run(
+        "UPDATE task SET endtime=?, status=? WHERE upid=? AND endtime IS NULL",
+        *(ended.endtime, ended.status, task.upid),
+    )
+    return ended
+
+
+def find(upid: str) -> Task | None:
+    rows = store().rows("SELECT * FROM task WHERE upid=?", upid)
+    return _settle(Task(*rows[0])) if rows else None
+
+
+def every(ident: str | None = None) -> list[Task]:
+    """This node's tasks, or those of one id, the newest first."""
+    return [task for task in everywhere(ident) if task.node == paths.node()]
+
+
+def everywhere(ident: str | None = None) -> list[Task]:
+    """The same of all nodes; what became of one that another node runs is that one's to say."""
+    which, values = ("WHERE id=?", [ident]) if ident is not None else ("", [])
+    rows = store().rows(f"SELECT * FROM task {which} ORDER BY starttime DESC, rowid DESC", *values)
+    return [_settle(Task(*row)) for row in rows]
+
+
+def stop(upid: str, *, wait: float = 5.0) -> None:
+    """Interrupt the task's worker and wait (at most `wait` seconds) until it has cleaned up."""
+    task = find(upid)
+    if task is None or not task.running:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(task.pid, signal.SIGTERM)
+    end = time.monotonic() + wait
+    while time.monotonic() < end and process_start(task.pid) == task.pstart:
+        threading.Event().wait(0.05)
+    if process_start(task.pid) == task.pstart:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(task.pid, signal.SIGKILL)

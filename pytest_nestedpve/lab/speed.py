@@ -1,0 +1,75 @@
+"""How slow a lab's nodes are: `nestedpve-lab set NAME cli_delay_s=1.3 stop_s=2 destroy_s=3`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from . import programs
+from .names import FATHER, LabError, LabUsage
+
+MOST = 600.0
+KEYS = {
+    "cli_delay_s": "each pvesh and qm takes that much longer, each pveum and pvesm 0.4 of it",
+    "start_s": "the start of a VM takes that much longer",
+    "stop_s": "the stop of a VM takes that much longer",
+    "destroy_s": "the destruction of a VM takes that much longer",
+}
+_FILE = "/etc/nestedpve-lab.json"
+
+
+def parse(pairs: Sequence[str]) -> dict[str, float]:
+    """Seconds by key, of words `key=seconds`. LabUsage for an unknown key or what is no number of seconds."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in KEYS:
+            known = "".join(f"\n  {name:12} {what}" for name, what in KEYS.items())
+            raise LabUsage(f"set: expected KEY=SECONDS, found {pair!r}; the keys are{known}")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= MOST:
+            raise LabUsage(f"set: {key}: expected seconds, 0 to {MOST:g}, found {value!r}")
+        found[key] = seconds
+    return found
+
+
+def change(lab: str, changes: Mapping[str, float]) -> dict[str, float]:
+    """Change a running lab's pace, at once and for all its nodes, those that boot later too; all of it, by
+    key. Without changes only tells it. LabError if the lab does not run."""
+    from . import lifecycle
+
+    found = dict.fromkeys(KEYS, 0.0) | _read(lab)
+    if not changes:
+        return found
+    found |= changes
+    # Written in place: the nodes inside have the very same file.
+    for node in lifecycle.need(lab).pids:
+        _on(node, lab, f"cat >{_FILE}", json.dumps(found))
+    return found
+
+
+def _read(lab: str) -> dict[str, float]:
+    text = _on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
+    try:
+        loaded = json.loads(text or "{}")
+        return {key: float(loaded[key]) for key in KEYS if key in loaded}
+    except (ValueError, TypeError) as e:
+        raise LabError(f"{_FILE} on {FATHER} of lab {lab} cannot be read: {e}; found {text[:200]!r}") from e
+
+
+def _on(node: str, lab: str, script: str, text: str = "") -> str:
+    from . import lifecycle
+    from .enter import namespace_command
+
+    argv = namespace_command(lifecycle.need(lab).pids, node, ["/bin/sh", "-c", script])
+    environment = {**os.environ, "PATH": programs.search_path()}
+    done = subprocess.run(argv, input=text, text=True, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        raise LabError(f"{node} of lab {lab}: `{script}` ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,4 @@
+"""Whose VM it is: marker, lease, pool, creation, discovery, and the proof.
+
+Nothing here destroys a VM.
+"""

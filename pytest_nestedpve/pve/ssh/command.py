@@ -1,0 +1,178 @@
+"""One command on one channel: both streams read while waiting, within a limit that interrupts."""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO
+
+from pytest_nestedpve.pve.deadline import Deadline
+from pytest_nestedpve.pve.errors import CommandTimeout, SshError
+
+if TYPE_CHECKING:
+    import paramiko
+
+OUTPUT_LIMIT = 256 * 1024 * 1024
+_CHUNK = 256 * 1024
+# What sshd takes before the command reads any of it.
+_AT_ONCE = 32 * 1024
+# A daemon that a command leaves behind keeps its output open: the exit status is enough then.
+_AFTER_EXIT = 1.0
+
+Ended = tuple[int, bytes, bytes]
+
+
+class Exchange:
+    """A command that has been sent: `finish` waits for its end.
+
+    `stdin` is sent and closed; None leaves standard input open for `pour_into`'s other end.
+    `shown` and `where` are for messages; with `secret` they hold nothing of the output.
+    """
+
+    def __init__(
+        self,
+        channel: paramiko.Channel,
+        command: str,
+        shown: str,
+        stdin: bytes | BinaryIO | None,
+        where: str,
+        secret: bool = False,
+    ) -> None:
+        self._channel = channel
+        self._command = command
+        self._shown = shown
+        self._where = where
+        self._stdin = stdin
+        self._secret = secret
+
+    def _start(self, deadline: Deadline) -> None:
+        import paramiko
+
+        self._channel.settimeout(max(0.05, deadline.remaining()))
+        try:
+            self._channel.exec_command(self._command)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise SshError(
+                f"the connection to {self._where} was lost as `{self._shown}` was sent: {error}. "
+                "Whether it ran is not known"
+            ) from error
+        if self._stdin is None:
+            return
+        if isinstance(self._stdin, bytes) and len(self._stdin) <= _AT_ONCE:
+            self._feed(self._stdin)
+        else:
+            threading.Thread(
+                target=self._feed, args=(self._stdin,), daemon=True, name="nested-pve-stdin"
+            ).start()
+
+    def _feed(self, data: bytes | BinaryIO) -> None:
+        # A command may end without reading all of its input: that is its affair.
+        with suppress(Exception):
+            if not isinstance(data, bytes):
+                while chunk := data.read(_CHUNK):
+                    self._channel.sendall(chunk)
+            elif data:
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
+
+    def finish(self, deadline: Deadline) -> Ended:
+        """Exit status, standard output, standard error; raises CommandTimeout, SshError."""
+        self._start(deadline)
+        return self._collect(deadline, None)
+
+    def _collect(self, deadline: Deadline, sink: Callable[[bytes], None] | None) -> Ended:
+        channel = self._channel
+        out: list[bytes] = []
+        err: list[bytes] = []
+        size = 0
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        after_exit: Deadline | None = None
+        while True:
+            got = False
+            if channel.recv_ready():
+                data = channel.recv(_CHUNK)
+                got = True
+                if sink is None:
+                    out.append(data)
+                    size += len(data)
+                else:
+                    sink(data)
+            if channel.recv_stderr_ready():
+                data = channel.recv_stderr(_CHUNK)
+                got = True
+                err.append(data)
+                size += len(data)
+            if size > OUTPUT_LIMIT:
+                raise SshError(f"`{self._shown}` at {self._where} wrote more than {OUTPUT_LIMIT >> 20} MiB")
+            if got:
+                after_exit = None
+                if deadline.expired:
+                    raise self._too_late(deadline, out, err)
+                continue
+            # Nothing is left of either stream; `eof_received` and `closed` come after their last bytes.
+            if channel.eof_received or channel.closed:
+                if channel.recv_ready() or channel.recv_stderr_ready():
+                    continue
+                break
+            if channel.exit_status_ready():
+                after_exit = after_exit or Deadline(_AFTER_EXIT)
+                if after_exit.expired:
+                    break
+            if deadline.expired:
+                raise self._too_late(deadline, out, err)
+            # The pipe tells of data and of the end, not of an exit status alone: hence the short wait.
+            poll.poll(max(1, min(250, deadline.remaining() * 1000)))
+        while not channel.status_event.wait(min(0.25, deadline.remaining())):
+            if deadline.expired:
+                raise self._too_late(deadline, out, err)
+        if not channel.exit_status_ready() or (channel.exit_status == -1 and self._lost()):
+            raise SshError(
+                f"the connection to {self._where} was lost while `{self._shown}` ran: "
+                "it may have gone on there"
+            )
+        return channel.exit_status, b"".join(out), b"".join(err)
+
+    def _lost(self) -> bool:
+        transport = self._channel.get_transport()
+        return not transport.is_active()
+
+    def _too_late(self, deadline: Deadline, out: list[bytes], err: list[bytes]) -> CommandTimeout:
+        tail = b"" if self._secret else b"".join(err)[-400:] or b"".join(out)[-400:]
+        said = f". Last words: {tail.decode('utf-8', 'replace').strip()!r}" if tail else ""
+        return CommandTimeout(
+            f"`{self._shown}` at {self._where} did not end within {deadline.limit:g} s; the channel was "
+            f"closed, the command may go on there{said}"
+        )
+
+    def pour_into(self, other: Exchange, deadline: Deadline) -> tuple[Ended, Ended]:
+        """Run this command and `other` at once, this one's output into the other's input."""
+        other._start(deadline)
+        theirs: list[Ended | BaseException] = []
+
+        def watch() -> None:
+            try:
+                theirs.append(other._collect(deadline, None))
+            except BaseException as error:
+                theirs.append(error)
+
+        watcher = threading.Thread(target=watch, daemon=True, name="nested-pve-pipe")
+        watcher.start()
+        self._start(deadline)
+
+        def pass_on(data: bytes) -> None:
+            other._channel.settimeout(max(0.05, deadline.remaining()))
+            # When the other end stopped reading, its own exit status tells why.
+            with suppress(OSError):
+                other._channel.sendall(data)
+
+        ours = self._collect(deadline, pass_on)
+        other._feed(b"")
+        watcher.join(deadline.remaining() + 1)
+        if not theirs:
+            raise other._too_late(deadline, [], [])
+        if isinstance(theirs[0], BaseException):
+            raise theirs[0]
+        return ours, theirs[0]

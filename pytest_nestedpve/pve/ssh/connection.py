@@ -1,0 +1,454 @@
+"""Commands, files and tunnels over one SSH login, which threads share and which comes back when lost."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from pytest_nestedpve.pve.deadline import Deadline
+from pytest_nestedpve.pve.errors import CommandTimeout, HostUnreachable, PveError, SshError
+from pytest_nestedpve.pve.ssh.command import Exchange
+from pytest_nestedpve.pve.ssh.login import log_in
+from pytest_nestedpve.pve.ssh.target import SshTarget
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from pytest_nestedpve.pve.ssh.forward import Forward
+
+__all__ = ["CommandFailed", "CommandResult", "SshConnection", "SshTarget"]
+
+# sshd's MaxSessions is 10, but it frees a slot late: with 5 at once none of 600 was refused, with 8 73.
+CHANNELS_PER_TRANSPORT = 5
+TRANSPORTS = 4
+GET_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command that ran left behind.
+
+    >>> result = CommandResult("id -un", 0, b"root\\n", b"", 5.8)
+    >>> result.ok, result.stdout
+    (True, 'root\\n')
+
+    `rc` is the exit status (-1: unknown, killed by a signal); `ms` wall-clock milliseconds.
+    """
+
+    command: str
+    rc: int
+    stdout_bytes: bytes
+    stderr_bytes: bytes
+    ms: float
+    secret: bool = False
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as text; bytes that are not UTF-8 are replaced."""
+        return self.stdout_bytes.decode("utf-8", "replace")
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as text; bytes that are not UTF-8 are replaced."""
+        return self.stderr_bytes.decode("utf-8", "replace")
+
+    @property
+    def ok(self) -> bool:
+        return self.rc == 0
+
+    def check(self) -> CommandResult:
+        """This result, if the exit status is 0; raises CommandFailed otherwise."""
+        if not self.ok:
+            raise CommandFailed(self)
+        return self
+
+
+class CommandFailed(PveError):
+    """A command ended with an exit status other than 0; `result` has it all."""
+
+    def __init__(self, result: CommandResult) -> None:
+        said = "" if result.secret else (result.stderr.strip() or result.stdout.strip())
+        tail = "".join(f"\n    {line}" for line in said.splitlines()[-12:])
+        super().__init__(f"`{result.command}` ended with exit status {result.rc}, expected 0{tail}")
+        self.result = result
+
+
+@dataclass
+class _Link:
+    transport: paramiko.Transport
+    done: Callable[[], None]
+    busy: int = 0
+    retired: bool = False  # no answer came: takes no new channels
+
+    @property
+    def alive(self) -> bool:
+        return not self.retired and bool(self.transport.is_active())
+
+    def close(self) -> None:
+        with suppress(Exception):
+            self.transport.close()
+        self.done()
+
+
+@dataclass
+class _Attempt:
+    """One log-in that several threads may be waiting for."""
+
+    error: PveError | None = None
+    ended: bool = field(default=False)
+
+
+class SshConnection:
+    """A login at one host. Lazy: connects with the first use, and anew when the connection was lost.
+
+    Thread-safe. At most five channels are in flight per transport; more transports are made when more
+    are wanted. `observer` is told of each command that ended; a secret one is told without its text.
+    `via` is the connection of the jump host; without it `target.jump` is connected by and by.
+    """
+
+    def __init__(
+        self,
+        target: SshTarget,
+        *,
+        via: SshConnection | None = None,
+        observer: Callable[[CommandResult], None] | None = None,
+    ) -> None:
+        self.target = target
+        self._own_via = via is None and target.jump is not None
+        self._via = SshConnection(target.jump) if via is None and target.jump is not None else via
+        self._observer = observer
+        self._changed = threading.Condition()
+        self._links: list[_Link] = []
+        self._attempt: _Attempt | None = None
+        self._closed = False
+        self._forwards: list[Forward] = []
+
+    def __enter__(self) -> SshConnection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SshConnection {self.target.text}>"
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float = 60.0,
+        secret: bool = False,
+    ) -> CommandResult:
+        """Run a command and wait for its end, at most `timeout` seconds (nominal) after it began.
+
+        A sequence is an argv and is quoted; a string is shell text. Connecting has its own limit.
+        `secret` keeps the text and the output out of the observer and of exceptions.
+        Raises SshError and its family when the connection failed, CommandTimeout when the limit passed.
+        The channel is closed then; what the command had started on the host may go on there.
+        An exit status other than 0 is no error: see `CommandResult.check`.
+        """
+        return self._execute(command, stdin or b"", timeout, secret)
+
+    def _execute(
+        self, command: str | Sequence[str], stdin: bytes | BinaryIO, timeout: float, secret: bool
+    ) -> CommandResult:
+        text, shown = _texts(command, secret)
+        began = time.monotonic()
+        try:
+            with self._channel(timeout) as (channel, link):
+                exchange = Exchange(channel, text, shown, stdin, self.target.text, secret)
+                try:
+                    rc, out, err = exchange.finish(Deadline(timeout))
+                except CommandTimeout:
+                    # Nothing tells a slow command from a dead line: new commands go over a new one.
+                    self._retire_if_silent(link)
+                    raise
+        except PveError as error:
+            self._tell(CommandResult(shown, -1, b"", str(error).encode(), _ms(began), secret))
+            raise
+        result = CommandResult(shown, rc, out, err, _ms(began), secret)
+        self._tell(result)
+        return result
+
+    def _tell(self, result: CommandResult) -> None:
+        if self._observer is not None:
+            self._observer(replace(result, stdout_bytes=b"", stderr_bytes=b"") if result.secret else result)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
+        """Write a file on the host: whole or not at all, under its name only when complete.
+
+        By `cat` into a file beside it, its size checked, then renamed: one round trip, and no SFTP
+        subsystem needed, which appliances often lack. A symbolic link at `remote` is replaced, not
+        followed. Below /etc/pve, where PVE decides on modes, `mode` is left out.
+        Raises CommandFailed (no such directory, disk full), SshError, CommandTimeout.
+        """
+        stream, size = _sized(data)
+        folder, slash, name = remote.rpartition("/")
+        partial = shlex.quote(f"{folder}{slash}.{name[:120]}.{secrets.token_hex(6)}.part")
+        chmod = "" if remote.startswith("/etc/pve/") else f"chmod {mode:o} -- {partial} && "
+        script = (
+            f"umask 077; trap {shlex.quote('rm -f -- ' + partial)} EXIT; "
+            f'cat >{partial} && test "$(wc -c <{partial})" -eq {size} && '
+            f"{chmod}mv -fT -- {partial} {shlex.quote(remote)}"
+        )
+        try:
+            # Half a minute and what the bytes take at 1 MiB/s.
+            self._execute(["sh", "-c", script], stream, 30 + size / 2**20, False).check()
+        finally:
+            stream.close()
+
+    def get(self, remote: str, limit: int = GET_LIMIT) -> bytes:
+        """The content of a file on the host; SshError when it has more than `limit` bytes.
+
+        Raises CommandFailed when it cannot be read.
+        """
+        result = self.run(["head", "-c", str(limit + 1), "--", remote], timeout=30 + limit / 2**20).check()
+        if len(result.stdout_bytes) > limit:
+            raise SshError(f"{remote} on {self.target.text} has more than the {limit} bytes expected")
+        return result.stdout_bytes
+
+    def pipe(
+        self,
+        command: str | Sequence[str],
+        other: SshConnection,
+        other_command: str | Sequence[str],
+        timeout: float = 600.0,
+    ) -> None:
+        """Run `command` here and `other_command` there, the output of the one into the other.
+
+        Nothing is kept here. Raises CommandFailed for the first of the two that failed (the writing
+        one, if both), SshError, CommandTimeout after `timeout` seconds (nominal).
+        """
+        text, shown = _texts(command, False)
+        other_text, other_shown = _texts(other_command, False)
+        began = time.monotonic()
+        with self._channel(timeout) as (source, _), other._channel(timeout) as (sink, _):
+            deadline = Deadline(timeout)
+            reader = Exchange(source, text, shown, b"", self.target.text)
+            writer = Exchange(sink, other_text, other_shown, None, other.target.text)
+            results = reader.pour_into(writer, deadline)
+        for (rc, out, err), what in zip(results, (shown, other_shown), strict=True):
+            CommandResult(what, rc, out, err, _ms(began)).check()
+
+    # -- tunnels ----------------------------------------------------------------------------------
+
+    def open_channel(self, host: str, port: int) -> Any:
+        """A connection from the host to `host`:`port`, as a socket-like thing; the caller closes it.
+
+        Raises HostUnreachable when the host cannot connect there.
+        """
+        return self._open_tunnel(host, port, Deadline(self.target.connect_timeout))
+
+    def forward(self, host: str, port: int) -> Forward:
+        """A listening port on this machine's loopback whose connections the host makes to `host`:`port`."""
+        from pytest_nestedpve.pve.ssh.forward import Forward
+
+        forward = Forward(lambda: self.open_channel(host, port))
+        self._forwards.append(forward)
+        return forward
+
+    def _open_tunnel(self, host: str, port: int, deadline: Deadline) -> Any:
+        import paramiko
+
+        while True:
+            # Tunnels do not count against MaxSessions, so they take no slot.
+            link = self._link(Deadline(self.target.connect_timeout), slot=False)
+            try:
+                return link.transport.open_channel(
+                    "direct-tcpip",
+                    (host, port),
+                    ("127.0.0.1", 0),
+                    timeout=max(0.1, deadline.remaining()),
+                )
+            except paramiko.ChannelException as error:
+                raise HostUnreachable(
+                    f"{self.target.text} cannot connect to {host} port {port}: {error.text}. Is that host "
+                    "up, its sshd running, TCP forwarding allowed on the way?"
+                ) from error
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                self._retire(link)
+                if deadline.expired:
+                    raise HostUnreachable(
+                        f"{self.target.text} did not connect to {host} port {port} within "
+                        f"{deadline.limit:g} s"
+                    ) from error
+
+    # -- transports -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _channel(self, timeout: float) -> Iterator[tuple[paramiko.Channel, _Link]]:
+        """A session channel. That sshd opens it is the proof that the transport lives."""
+        import paramiko
+
+        wait = Deadline(timeout + self.target.connect_timeout)
+        pause = 0.02
+        while True:
+            link = self._link(wait, slot=True)
+            try:
+                channel = link.transport.open_session(timeout=Deadline(self.target.connect_timeout).limit)
+                break
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                self._release(link)
+                refused = isinstance(error, paramiko.ChannelException) or "Unable to open" in str(error)
+                if not (refused and link.transport.is_active()):
+                    # No answer, or the connection is gone. Nothing was sent yet: again, on a new one.
+                    self._retire(link)
+                elif wait.remaining() > pause:
+                    threading.Event().wait(pause)
+                    pause = min(pause * 2, 0.5)
+                if wait.expired:
+                    raise SshError(f"{self.target.text} opens no further session: {error}") from error
+        try:
+            yield channel, link
+        finally:
+            with suppress(Exception):
+                channel.close()
+            self._release(link)
+
+    def _link(self, wait: Deadline, *, slot: bool) -> _Link:
+        while True:
+            with self._changed:
+                mine = self._attempt
+                while True:
+                    if self._closed:
+                        raise SshError(f"the connection to {self.target.text} was closed by this session")
+                    if mine is not None and mine.ended and mine.error is not None and not self._links:
+                        # Copy: several threads must not share one traceback.
+                        raise type(mine.error)(str(mine.error)) from mine.error
+                    link = self._free(slot)
+                    if link is not None:
+                        link.busy += slot
+                        return link
+                    if self._attempt is None and sum(link.alive for link in self._links) < TRANSPORTS:
+                        attempt = self._attempt = _Attempt()
+                        break
+                    mine = mine or self._attempt
+                    if not self._changed.wait(wait.remaining()) and wait.expired:
+                        raise CommandTimeout(
+                            f"no session was free at {self.target.text} for {wait.limit:g} s: "
+                            f"{sum(link.busy for link in self._links)} commands run there"
+                        )
+            self._add_link(attempt)
+
+    def _free(self, slot: bool) -> _Link | None:
+        for link in list(self._links):
+            if not link.transport.is_active() or (link.retired and not link.busy):
+                self._links.remove(link)
+                link.close()
+        alive = [link for link in self._links if link.alive]
+        able = [link for link in alive if not slot or link.busy < CHANNELS_PER_TRANSPORT]
+        return min(able, key=lambda link: link.busy) if able else None
+
+    def _add_link(self, attempt: _Attempt) -> None:
+        link: _Link | None = None
+        try:
+            via, target = self._via, self.target
+            if via is not None:
+                # Before the clock of this login starts: each hop has its own limit.
+                via._link(Deadline(via.target.connect_timeout), slot=False)
+            through = None if via is None else lambda left: via._open_tunnel(target.host, target.port, left)
+            link = _Link(*log_in(target, through))
+        except PveError as error:
+            attempt.error = error
+            # With other transports at hand one more is a wish, not a need.
+            if not self._links:
+                raise
+        finally:
+            with self._changed:
+                attempt.ended = True
+                self._attempt = None
+                if link is not None:
+                    self._links.append(link)
+                self._changed.notify_all()
+
+    def _release(self, link: _Link) -> None:
+        with self._changed:
+            link.busy -= 1
+            self._changed.notify_all()
+
+    def _retire(self, link: _Link) -> None:
+        with self._changed:
+            link.retired = True
+            if link in self._links and not link.busy:
+                self._links.remove(link)
+                link.close()
+            self._changed.notify_all()
+
+    def _retire_if_silent(self, link: _Link) -> None:
+        """Take no new commands on a transport that does not answer a question at once."""
+        answered = threading.Event()
+
+        def ask() -> None:
+            with suppress(Exception):
+                if link.transport.global_request("keepalive@openssh.com", wait=True) is None:
+                    # Refused is an answer as well; a dead transport is none.
+                    if link.transport.is_active():
+                        answered.set()
+                else:
+                    answered.set()
+
+        threading.Thread(target=ask, daemon=True, name="nested-pve-alive").start()
+        if not answered.wait(1.0):
+            self._retire(link)
+
+    def close(self) -> None:
+        """End everything; running commands of other threads fail. Nothing can be run afterwards."""
+        with self._changed:
+            self._closed = True
+            links, self._links = self._links, []
+            forwards, self._forwards = self._forwards, []
+            self._changed.notify_all()
+        for forward in forwards:
+            forward.close()
+        for link in links:
+            link.close()
+        if self._own_via and self._via is not None:
+            self._via.close()
+
+
+def _texts(command: str | Sequence[str], secret: bool) -> tuple[str, str]:
+    """What is sent and what is shown."""
+    if isinstance(command, str):
+        return command, "(a command with secrets)" if secret else command
+    argv = list(command)
+    if not argv or any("\0" in word for word in argv):
+        raise ValueError(f"expected a command of at least one word and no NUL byte, found {len(argv)} words")
+    return shlex.join(argv), f"{argv[0]} (arguments with secrets)" if secret else shlex.join(argv)
+
+
+def _sized(data: bytes | BinaryIO | Path) -> tuple[BinaryIO, int]:
+    """A stream that may be closed, and how many bytes it will give."""
+    if isinstance(data, bytes):
+        return io.BytesIO(data), len(data)
+    if isinstance(data, Path):
+        return data.open("rb"), data.stat().st_size
+    if isinstance(size := getattr(data, "size", None), int):
+        return data, size  # a stream that knows it; closed like the others
+    # The size must be known beforehand and the caller's stream stays open, so: a copy on disk.
+    copy = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
+    shutil.copyfileobj(data, copy)
+    size = copy.tell()
+    copy.seek(0)
+    return cast(BinaryIO, copy), size
+
+
+def _ms(began: float) -> float:
+    return (time.monotonic() - began) * 1000

@@ -1,0 +1,231 @@
+"""The records of environments that outlive their session: how to resume them, on this client.
+
+A record lies outside the project (its `git clean` must not take the only key to a running VM) and holds the
+run's keys, known hosts and state. The session that resumes a run holds the run's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.run import phase_record
+from pytest_nestedpve.run.directory import RunDirectoryError
+from pytest_nestedpve.run.identity import RUN_ID, client_hash, owner, state_home
+from pytest_nestedpve.run.lock import SessionLock
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.run.directory import RunDirectory
+    from pytest_nestedpve.run.identity import Run
+
+from pytest_nestedpve.config.vm_shape import SHAPE, shape
+
+_FILES = (
+    "key", "key.pub", "known_hosts", "state.json", phase_record.FILE, "api_token", "pve-root-ca.pem",
+    "root_password",
+)  # fmt: skip
+_RECORD, _SHAPE = "kept.json", "shape.json"
+_STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An environment that was kept. Times: epoch seconds of this client's clock.
+
+    `shape` holds the settings that made the VM, as texts, `fixtures` those of them that a fixture decided;
+    `rootdir` the project that may go on with it.
+    """
+
+    run: str
+    host: str
+    rootdir: str
+    client: str
+    owner: str
+    created: int
+    expires: int
+    shape: Mapping[str, str]
+    fixtures: Sequence[str] = ()
+
+    def differs(self, settings: Settings, *, early: bool = False) -> list[str]:
+        """The settings that are other ones now, in words; `early`: before fixtures say what they do."""
+        now = shape(settings)
+        return [
+            f"{name}: {self.shape.get(name, 'unknown')}, now {now[name]}"
+            for name in SHAPE
+            if self.shape.get(name) != now[name] and not (early and name in self.fixtures)
+        ]
+
+
+def _shaped(settings: Settings) -> dict[str, Any]:
+    by_fixture = [name for name in SHAPE if settings.origin(name).startswith("the fixture ")]
+    return {"shape": shape(settings), "fixtures": by_fixture}
+
+
+def joined(directory: RunDirectory, settings: Settings) -> None:
+    """As one of xdist's workers, which alone know what fixtures say: tell the controller, who stores it.
+
+    Raises PveError when the run is a kept one of another shape.
+    """
+    run_id = directory.path.name
+    kept = recorded(run_id)
+    if kept is not None and (differs := kept.differs(settings)):
+        raise PveError(
+            f"the kept run {run_id} was made with other settings ({'; '.join(differs)}), and workers that "
+            "share one environment (nested_pve_scope = run) cannot make another beside it; destroy it first: "
+            f"--nested-destroy-only --nested-run {run_id}"
+        )
+    directory.write(_SHAPE, json.dumps(_shaped(settings)))
+
+
+def _home() -> Path:
+    return state_home() / "kept"
+
+
+def all_kept() -> list[Kept]:
+    """The records on this client, the newest first; those that ended long ago are removed."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in _home().iterdir():
+            kept = _read(path)
+            if kept is not None and kept.expires + _STALE < time.time():
+                forget(kept.run)
+            elif kept is not None:
+                found.append(kept)
+    return sorted(found, key=lambda kept: kept.created, reverse=True)
+
+
+def _read(path: Path) -> Kept | None:
+    if not RUN_ID.match(path.name):
+        return None
+    try:
+        data = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        kept = Kept(**{name: data[name] for name in Kept.__dataclass_fields__ if name in data})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sound = kept.run == path.name and isinstance(kept.expires, int) and isinstance(kept.shape, dict)
+    return kept if sound else None
+
+
+def candidates(settings: Settings, rootdir: Path, *, early: bool) -> Iterator[tuple[Kept, str]]:
+    """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can).
+
+    `early`: before the project's fixtures say what they do.
+    """
+    if settings.make_template:
+        return  # of a VM that nobody has used
+    if settings.attach is not None:
+        return  # nothing of an attached PVE is kept, and what was kept has another one
+    for kept in all_kept():
+        if kept.rootdir != str(rootdir) or kept.host != str(settings.host):
+            continue
+        if kept.client != client_hash() or kept.owner != owner():
+            continue
+        if kept.expires <= time.time():
+            yield kept, "its time is over"
+        elif differs := kept.differs(settings, early=early):
+            yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
+        else:
+            yield kept, ""
+
+
+def recorded(run_id: str) -> Kept | None:
+    """The record of a run; None when it has none."""
+    return next((kept for kept in all_kept() if kept.run == run_id), None)
+
+
+def done_in(kept: Kept) -> frozenset[str]:
+    """The phases that are done in a kept run, by its record, unless what they depend on has changed."""
+    try:
+        said = phase_record.parse((_home() / kept.run / phase_record.FILE).read_text(encoding="utf-8"))
+    except (OSError, PveError):
+        return frozenset()
+    return frozenset(name for name, digest in said.digests.items() if digest)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A run whose lock is held: a new one, or `kept` to go on with. `remarks`: about other kept ones."""
+
+    lock: SessionLock
+    kept: Kept | None
+    remarks: tuple[str, ...]
+
+
+def resumable(settings: Settings, rootdir: Path) -> Kept | None:
+    """The kept run that a session would go on with, by what the client knows."""
+    return next((kept for kept, against in candidates(settings, rootdir, early=True) if not against), None)
+
+
+def take_lock(settings: Settings, rootdir: Path, run_id: str, *, early: bool = False) -> Taken:
+    """Hold the lock of a kept run that can be gone on with, or that of the new run `run_id`.
+
+    `early`: before the project's fixtures say what they do. Raises RunDirectoryError.
+    """
+    remarks: list[str] = []
+    for kept, against in candidates(settings, rootdir, early=early):
+        lock = SessionLock(kept.run)
+        try:
+            lock.acquire()
+        except RunDirectoryError as e:
+            against = str(e)
+        else:
+            if not against:
+                return Taken(lock, kept, tuple(remarks))
+            lock.release(remove=True)
+        remarks.append(f"the kept run {kept.run} is not gone on with: {against}")
+    lock = SessionLock(run_id)
+    lock.acquire()
+    return Taken(lock, None, tuple(remarks))
+
+
+def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
+    """Write the record of a run whose lease ends at `expires` (epoch seconds, this client's clock).
+
+    `settings` are those before the host's profile was read. Raises OSError.
+    """
+    target = _home() / run.id
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.chmod(0o700)
+    for name in _FILES:
+        _copy(run.dir / name, target / name)
+    told = run.dir / _SHAPE
+    shaped = json.loads(told.read_text(encoding="utf-8")) if told.exists() else _shaped(settings)
+    kept = Kept(
+        run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shaped
+    )
+    temporary = target / f".{_RECORD}"
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(asdict(kept), file, indent=1)
+    temporary.replace(target / _RECORD)
+
+
+def restore(kept: Kept, directory: RunDirectory) -> None:
+    """Bring a run's keys and state back into its directory. Raises OSError."""
+    for name in _FILES:
+        source = _home() / kept.run / name
+        if source.exists():
+            directory.write(name, source.read_bytes())
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        target.unlink(missing_ok=True)
+        return
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(source.read_bytes())
+
+
+def forget(run_id: str) -> None:
+    """Remove a run's record, keys included."""
+    if RUN_ID.match(run_id):
+        shutil.rmtree(_home() / run_id, ignore_errors=True)

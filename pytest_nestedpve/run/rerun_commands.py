@@ -1,0 +1,50 @@
+"""The commands that messages tell a person to type."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.run.masking import MASK, Masker
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
+
+
+_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # a token may stand there alone
+
+
+# What a clean-up reads; the rest may be long, or not to be shown.
+_CLEANS = frozenset(
+    f"nested_pve_{name}"
+    for name in ("name_pattern", "vmid_range", "pool_parent", "run_dir", "force_stop", "timeout_scale")
+)
+
+
+def again(settings: Settings) -> str:
+    """pytest with the same host, and with what was typed as `-o nested_pve_…`."""
+    return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", settings.typed)
+
+
+def finishing(settings: Settings, run_id: str | None) -> str:
+    """What finishes the teardown of a run, or of all runs of the host."""
+    # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
+    typed = {name: value for name, value in settings.typed.items() if name in _CLEANS}
+    words = [_pytest(settings, "--pve-host", typed), "--nested-destroy-only"]
+    return " ".join([*words, "--nested-run", shlex.quote(run_id)] if run_id is not None else words)
+
+
+def _pytest(settings: Settings, option: str, typed: Mapping[str, str]) -> str:
+    words = ["pytest", *([] if settings.host is None else [option, settings.host])]
+    for name, value in typed.items():
+        words += ["-o", f"{name}={_shown(name, value)}"]
+    return shlex.join(words)
+
+
+def _shown(name: str, value: str) -> str:
+    """The value, to be printed: variables of playbooks may be secrets whatever they are called."""
+    if name == "nested_pve_extra_vars":
+        return MASK
+    return Masker().mask(_USERINFO.sub(rf"\g<1>{MASK}@", value))

@@ -1,0 +1,141 @@
+"""One handler for INT, TERM and HUP that ends the session, and, while the teardown runs, only counts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The same Ctrl-C often arrives twice within milliseconds (from the terminal and through a parent).
+_SAME_BLOW = 1.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the session. A KeyboardInterrupt, so that no `except Exception` on its way holds it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class SignalGuard:
+    """Installed once, before the first object is made on a host; removed when the session is over.
+
+    `stop(text)` asks the session to end after the current test, for the case that the exception raised
+    by the handler is swallowed on its way. `say(text)` writes a line to the terminal, from inside a
+    signal handler.
+    `give_up(signum)` must not return: the third Ctrl-C calls it.
+    """
+
+    def __init__(
+        self, *, stop: Callable[[str], None], say: Callable[[str], None], give_up: Callable[[int], None]
+    ) -> None:
+        self._stop = stop
+        self._say = say
+        self._give_up = give_up
+        self._previous: dict[int, Any] = {}
+        self._first_at = 0.0
+        self.received: list[int] = []
+        self.counting = False  # the session is ending: signals no longer interrupt anything
+        self._divert: Callable[[int], None] | None = None
+
+    @property
+    def first(self) -> int | None:
+        """The signal that ended the session."""
+        return self.received[0] if self.received else None
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._previous)
+
+    def install(self) -> None:
+        """Take over the signals that are not ignored (nohup ignores HUP). Does nothing the second time, and
+        outside the main thread."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        for signum in ENDING:
+            if signal.getsignal(signum) is signal.SIG_IGN:
+                continue
+            self._previous[signum] = signal.signal(signum, self._handle)
+
+    def remove(self) -> None:
+        """Put back what was there before; what arrived meanwhile stays in `received`."""
+        for signum, handler in self._previous.items():
+            if signal.getsignal(signum) == self._handle:
+                signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    @contextlib.contextmanager
+    def diverted(self, deliver: Callable[[int], None]) -> Iterator[None]:
+        """In the body signals go to `deliver`, in their order; only the first is kept in `received`."""
+        self._divert = deliver
+        try:
+            yield
+        finally:
+            self._divert = None
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._divert is not None:
+            if not self.received:
+                self._first_at = time.monotonic()
+                self.received.append(signum)
+            self._divert(signum)
+            return
+        self.received.append(signum)
+        name = signal.Signals(signum).name
+        if self.received.count(signal.SIGINT) >= 3 and signum == signal.SIGINT:
+            self._give_up(signum)
+        if self.counting:
+            more = 3 - self.received.count(signal.SIGINT)
+            self._say(f"{name}: the teardown is running and goes on; {more} more Ctrl-C would give up on it")
+            return
+        now = time.monotonic()
+        if len(self.received) > 1 and now - self._first_at < _SAME_BLOW:
+            return
+        self._first_at = now
+        self._stop(f"{name} received")
+        raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise CommandTimeout inside the body when it takes longer than `seconds` (nominal).
+
+    Really interrupts, whatever the body waits for, by SIGALRM; so it only works in the main thread, and
+    does nothing in another. An alarm that was set before is put back, less the time that passed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from pytest_nestedpve.pve.deadline import scaled
+    from pytest_nestedpve.pve.errors import CommandTimeout
+
+    most = scaled(seconds)
+
+    def ring(_signum: int, _frame: FrameType | None) -> None:
+        raise CommandTimeout(f"{what} did not end within its limit of {most:g} s")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    started = time.monotonic()
+    # Again every second after that: something on the way may have swallowed the first one.
+    before, every = signal.setitimer(signal.ITIMER_REAL, most, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler if handler is not None else signal.SIG_DFL)
+        if before:
+            left = max(0.01, before - (time.monotonic() - started))
+            signal.setitimer(signal.ITIMER_REAL, left, every)
+
+
+def write_now(fd: int, text: str) -> None:
+    """Write a line past every buffer: fit for a signal handler."""
+    with contextlib.suppress(OSError):
+        os.write(fd, f"\n{text}\n".encode(errors="replace"))

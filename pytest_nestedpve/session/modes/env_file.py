@@ -1,0 +1,56 @@
+"""When the file of --nested-env-file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nestedpve.config import env_file
+from pytest_nestedpve.pve.errors import PveError
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.session.session import NestedSession
+
+
+class EnvFileHooks:
+    """Writes the file once all is set up: before the first user's own fixtures, or after the last step."""
+
+    def __init__(self, nested: NestedSession, path: Path) -> None:
+        self._nested = nested
+        self._path = path
+        self._tried = self._written = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+        result = yield
+        if fixturedef.argname == "nested_pve":
+            self._write()
+        return result
+
+    # For a later user who wants more than the first. Registered before the hooks that do the set-up, so that
+    # it is called after them.
+    def pytest_runtest_setup(self) -> None:
+        self._write()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        result = yield
+        self._write()
+        return result
+
+    def _write(self) -> None:
+        runner, environment = self._nested.runner, self._nested.environment
+        if self._written or runner is None or environment is None or runner.broken or not runner.complete():
+            return
+        run = environment.run.id
+        if not self._tried:
+            self._tried = True
+            environment.on_close(lambda: env_file.remove(self._path, run))
+        try:
+            env_file.write(self._path, env_file.text(self._nested.nested_pve().environ(), run))
+        except PveError as e:
+            raise pytest.fail.Exception(f"nested-pve: {e}", pytrace=False) from e
+        self._written = True

@@ -1,0 +1,132 @@
+"""What each playbook is told: settings and facts of the phases, as Ansible variables.
+
+Each function returns plain data; `extra_vars` of the settings come last and so win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.config import yaml_path
+from pytest_nestedpve.config.settings import secret_destination
+from pytest_nestedpve.setup.ansible import sources
+from pytest_nestedpve.setup.ansible.sources import Packed
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.run.identity import Run
+
+Facts = Mapping[str, Mapping[str, Any]]
+
+_REPOSITORY = ("pve_repository_url", "pve_repository_key_url", "pve_repository_key_sha256")
+
+
+def pve_install(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """For pve-install.yml: the node's name, its address, and where packages come from."""
+    variables = _common(facts)
+    for key in _REPOSITORY:
+        if value := getattr(settings, key):
+            variables[key] = value
+    if settings.mirror:
+        variables["nested_pve_mirror"] = settings.mirror
+    if settings.http_proxy:
+        variables["nested_pve_http_proxy"] = settings.http_proxy
+    return variables | dict(settings.extra_vars)
+
+
+def network(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """For nested-pve-network.yml: which card (by net0's MAC), and the addressing that `ipconfig` names."""
+    variables = _common(facts) | {"nested_pve_bridge": "vmbr0"}
+    if settings.pve_repository_url:
+        variables["pve_repository_url"] = settings.pve_repository_url
+    if mac := facts.get("provision", {}).get("mac"):
+        variables["nested_pve_mac"] = str(mac).lower()
+    parts = dict(part.partition("=")[::2] for part in settings.ipconfig.split(","))
+    if parts.get("ip", "dhcp") == "dhcp":
+        variables["nested_pve_network_mode"] = "dhcp"
+    else:
+        variables |= {
+            "nested_pve_network_mode": "static",
+            "nested_pve_address": parts["ip"],
+            "nested_pve_gateway": parts.get("gw", ""),
+        }
+    return variables | dict(settings.extra_vars)
+
+
+def ssh(settings: Settings, facts: Facts, run: Run) -> dict[str, Any]:
+    """For nested-pve-ssh.yml: the run's key pair. Its private half is a secret."""
+    public = (run.dir / "key.pub").read_text(encoding="ascii").strip()
+    return (
+        _common(facts)
+        | {
+            "nested_pve_authorized_keys": [public],
+            "nested_pve_run_key": (run.dir / "key").read_text(encoding="ascii"),
+            "nested_pve_run_public_key": public,
+            "nested_pve_leaf_pattern": f"{settings.name_prefix}-leaf-*",
+        }
+        | dict(settings.extra_vars)
+    )
+
+
+def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
+    """Every configured source as a tar below the run's directory. Raises SourceError, CommandTimeout.
+
+    Secrets go by themselves, with their own mode and not to the leaf: no source has them.
+    """
+    return tuple(
+        sources.pack(source, run.dir / "sources", without=settings.secrets) for source in settings.sources
+    )
+
+
+def repos(
+    settings: Settings, facts: Facts, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
+) -> dict[str, Any]:
+    """For nested-pve-repos.yml. `outer_keys`: public keys of the outer host's root, as lines.
+
+    Raises YamlPathError for a token_path that is none.
+    """
+    variables = source_variables(settings, packed) | _common(facts)
+    variables["nested_pve_outer_public_keys"] = list(outer_keys)
+    if settings.bootstrap:
+        name, _, command = settings.bootstrap.partition(":")
+        variables["nested_pve_bootstrap"] = {"name": name.strip(), "command": command.strip()}
+    if settings.token_path:
+        name, file, path = settings.token_path.split(":", 2)
+        variables["nested_pve_token_file"] = f"{settings.sources_dest}/{name}/{file}"
+        variables["nested_pve_token_keys"] = list(yaml_path.parse_path(path, _node(facts)))
+    return variables | dict(settings.extra_vars)
+
+
+def source_variables(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
+    """Archives and secrets, for nested-pve-repos.yml and nested-pve-leaf.yml alike."""
+    return {
+        "nested_pve_sources_dest": settings.sources_dest,
+        "nested_pve_source_archives": [
+            {"name": each.name, "archive": str(each.archive.absolute()), "digest": each.digest}
+            for each in packed
+        ],
+        "nested_pve_secret_files": [
+            {"src": str(path), "dest": secret_destination(path, settings)} for path in settings.secrets
+        ],
+    }
+
+
+def leaf(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
+    """For nested-pve-leaf.yml: the sources alone; secrets stay on the nested node."""
+    variables = source_variables(settings, packed)
+    variables["nested_pve_secret_files"] = []
+    return variables | dict(settings.extra_vars)
+
+
+def _common(facts: Facts) -> dict[str, Any]:
+    variables: dict[str, Any] = {"pve_hostname": _node(facts)}
+    address = facts.get("setup_network", {}).get("ip") or facts.get("wait_ip", {}).get("ip")
+    if address:
+        variables["nested_pve_ip"] = address
+    return {name: value for name, value in variables.items() if value}
+
+
+def _node(facts: Facts) -> str:
+    # cloud-init makes the VM's name the node's host name
+    return str(facts.get("provision", {}).get("name", ""))

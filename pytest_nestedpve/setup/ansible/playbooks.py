@@ -1,0 +1,105 @@
+"""Running a playbook against the nested PVE: its inventory, its variables, what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve.deadline import Deadline, scale
+from pytest_nestedpve.setup.ansible.ansible_cfg import GUARDS
+from pytest_nestedpve.setup.ansible.inventory import nested_inventory
+from pytest_nestedpve.setup.ansible.runner import (
+    Inventory,
+    PlaybookEvent,
+    PlaybookFailed,
+    PlaybookResult,
+    project_config,
+    run_playbook,
+)
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+
+def run(
+    env: Environment,
+    playbook: Path,
+    variables: Mapping[str, Any],
+    *,
+    timeout: float,
+    check: bool = True,
+    inventory: Inventory | None = None,
+) -> PlaybookResult:
+    """Run it within `timeout` seconds (nominal), by default against the nested PVE; told to the audit log.
+
+    Raises PlaybookFailed, PlaybookTimeout.
+    """
+    name = str(env.fact("provision", "name"))
+    env.write_ssh_config()
+    tell_what_does_not_apply(env, variables)
+    deadline = Deadline(timeout)
+    result: PlaybookResult | None = None
+    try:
+        result = run_playbook(
+            env,
+            playbook,
+            inventory=inventory
+            or nested_inventory(
+                name, address=env.ip, groups=env.settings.inventory_groups, extra=variables_of(env)
+            ),
+            # not with the variables that a phase's inputs are: another factor changes nothing on the node
+            variables={"nested_pve_timeout_scale": scale(), **variables},
+            timeout=timeout,
+            on_event=_progress(env),
+            check=check,
+        )
+        return result
+    except PlaybookFailed as e:
+        result = e.result
+        raise
+    finally:
+        env.audit.write(
+            "playbook",
+            playbook=playbook.name,
+            ms=round(deadline.elapsed() * 1000, 1),
+            rc=result.rc if result else None,
+            status="ok" if result and result.ok else "failed",
+            recap={host: asdict(recap) for host, recap in result.recap.items()} if result else None,
+            failures=list(result.failures) if result and result.failures else None,
+        )
+
+
+def variables_of(env: Environment) -> dict[str, Any]:
+    """What else a playbook may want to know of the node it runs on."""
+    facts = env.facts["provision"]
+    found = {"nested_pve_run": env.run.id, "nested_pve_vmid": facts.get("vmid")}
+    found["nested_pve_host"] = env.settings.host
+    found["nested_pve_leaf_ip"] = env.facts.get("leaf_wait_ip", {}).get("ip")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def tell_what_does_not_apply(env: Environment, variables: Mapping[str, Any]) -> None:
+    """Once, of the project's ansible.cfg and of variables that would undo the run's SSH."""
+    config = project_config(env.rootdir)
+    said = config.remark() if config is not None else None
+    guarded = sorted(name for name in (*GUARDS, "ansible_ssh_args") if name in variables)
+    also = f"of the variables do not apply: {', '.join(guarded)}" if guarded else None
+    for line in filter(None, (said, also)):
+        if line not in env.remarks:
+            env.remark(line)
+
+
+def summary(result: PlaybookResult) -> str:
+    """A few words for the report, which has the recap besides."""
+    changed = result.changed
+    return f"{changed or 'no'} task{'' if changed == 1 else 's'} of {result.playbook} changed something"
+
+
+def _progress(env: Environment) -> Callable[[PlaybookEvent], None]:
+    def tell(event: PlaybookEvent) -> None:
+        if event.kind == "task":
+            env.progress(f"{event.role} : {event.name}" if event.role else event.name)
+
+    return tell

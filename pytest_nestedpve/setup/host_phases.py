@@ -1,0 +1,304 @@
+"""From a fresh Debian to a Proxmox VE that a consumer can use: the phases that are playbooks."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve.answers import mapping
+from pytest_nestedpve.pve.deadline import Deadline
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.setup.address import relocate
+from pytest_nestedpve.setup.ansible import play_variables, playbooks
+from pytest_nestedpve.setup.ansible.inventory import Inventory, InventoryHost
+from pytest_nestedpve.setup.ansible.runner import PlaybookFailed, PlaybookResult, playbook_path
+from pytest_nestedpve.setup.checks.host import LEAST_VERSION
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+TOKEN_STORE = "/root/.config/nested-pve/api-token"
+TOKEN_FILE = "api_token"
+KEY_FILE = "/root/.ssh/id_nestedpve"
+_TOKEN = re.compile(r"[A-Za-z0-9._-]+@[a-z]+![A-Za-z0-9._-]+=[0-9a-f-]{36}\Z")
+_PUBLIC_KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp\d+) [A-Za-z0-9+/]+={0,3}(?: .*)?\Z")
+
+
+def ask_pveproxy(host: PveHost, path: str, token: str = "", *, timeout: float = 60.0) -> str:
+    """Have a PVE node ask its own pveproxy, whose certificate it checks: what is wrong, or "".
+
+    Raises SshError.
+    """
+    script = playbook_path("roles/nested_pve_identity/files/ask_pveproxy.py").read_text(encoding="utf-8")
+    said = host.run(
+        ["python3", "-c", script, path], stdin=token.encode() or None, timeout=timeout, secret=bool(token)
+    )
+    return "" if said.ok else (said.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
+# -- ensure_pve -----------------------------------------------------------------------------------
+
+
+def installed(host: PveHost) -> bool:
+    """Whether PVE's commands are there. Raises SshError."""
+    return host.run("command -v pveversion pvesh pveproxy >/dev/null", timeout=30).ok
+
+
+def health(host: PveHost) -> tuple[str | None, str]:
+    """PVE's version if commands, API and services are well, else None; and what is wrong. Raises SshError."""
+    said = host.run(["pveversion"], timeout=60)
+    if not said.ok:
+        return None, f"pveversion: {(said.stderr or said.stdout).strip()[:300]}"
+    try:
+        version = str(mapping(host.api.get("/version")).get("version", ""))
+    except PveError as e:
+        return None, str(e)[:300]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < LEAST_VERSION:
+        return None, f"it is PVE {version}; expected {'.'.join(map(str, LEAST_VERSION))} or newer"
+    for service in ("pve-cluster", "pvedaemon", "pveproxy"):
+        state = host.run(["systemctl", "is-active", service], timeout=30).stdout.strip()
+        if state != "active":
+            return None, f"the service {service} is {state or 'unknown'}"
+    # The page that needs no login: a call without a ticket is refused as well, but only after three seconds.
+    if silent := ask_pveproxy(host, "/", timeout=40):
+        return None, f"pveproxy: {silent[:300]}"
+    return version or said.stdout.strip(), ""
+
+
+def probe_pve(env: Environment) -> dict[str, Any] | None:
+    """Whether PVE is there and well."""
+    host = env.inner
+    version = health(host)[0] if installed(host) else None
+    return None if version is None else _healthy(env, version)
+
+
+def _healthy(env: Environment, version: str) -> dict[str, Any]:
+    return {"version": version, "action": "healthy", "ip": env.ip, "did": f"PVE {version} is there and well"}
+
+
+def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
+    """Install PVE where it is absent, mend it where it is sick, by the same playbook."""
+    deadline = Deadline(timeout)
+    was_there = installed(env.inner)
+    wrong = "absent"
+    if was_there:
+        version, wrong = health(env.inner)
+        if version is not None:
+            return _healthy(env, version)
+    env.progress("installing PVE" if not was_there else f"mending PVE: {wrong}")
+    variables = play_variables.pve_install(env.settings, env.facts)
+    result = _play(env, "pve-install.yml", variables, deadline)
+    # The kernel is a new one, so the node was rebooted: it may have another lease now.
+    ip = relocate(env)
+    version, wrong = health(env.inner)
+    if version is None:
+        raise PveError(f"expected PVE to be well after pve-install.yml, found: {wrong}")
+    action = "mended" if was_there else "installed"
+    return {
+        "version": version, "action": action, "ip": ip,
+        "did": f"PVE {version} {action}; {playbooks.summary(result)}",
+    }  # fmt: skip
+
+
+def _play(
+    env: Environment,
+    name: str,
+    variables: dict[str, Any],
+    deadline: Deadline,
+    *,
+    inventory: Inventory | None = None,
+) -> PlaybookResult:
+    return playbooks.run(
+        env, playbook_path(name, env.settings), variables, timeout=deadline.nominal(), inventory=inventory
+    )
+
+
+# -- setup_network --------------------------------------------------------------------------------
+
+
+def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
+    """The card becomes a port of vmbr0; the address afterwards is read through the agent."""
+    deadline = Deadline(timeout)
+    if came_with_template(env, "setup_network") and (facts := probe_network(env)) is not None:
+        return facts
+    variables = play_variables.network(env.settings, env.facts)
+    before = env.ip
+    try:
+        result = _play(env, "nested-pve-network.yml", variables, deadline)
+    except PlaybookFailed as e:
+        if e.result is None or not e.result.unreachable:
+            raise
+        ip = relocate(env)
+        if ip == before:
+            raise
+        env.progress(f"the node is at {ip} now")
+        result = _play(
+            env, "nested-pve-network.yml", play_variables.network(env.settings, env.facts), deadline
+        )
+    ip = relocate(env)
+    mode = str(variables.get("nested_pve_network_mode", "dhcp"))
+    facts = {"ip": ip, "mode": mode}
+    wrong = network_fault(env.inner, ip, str(env.fact("provision", "mac")))
+    if wrong:
+        raise PveError(f"expected vmbr0 to have taken the network over; found: {wrong}")
+    return {**facts, "did": f"vmbr0 at {ip} ({mode}); {playbooks.summary(result)}"}
+
+
+def came_with_template(env: Environment, phase: str) -> bool:
+    """Whether the VM is a clone in which that phase has not been done by this run, nor is asked for anew."""
+    template = env.facts.get("preflight", {}).get("template")
+    return template is not None and not env.record.digests.get(phase) and not env.settings.redo
+
+
+def probe_network(env: Environment) -> dict[str, Any] | None:
+    """Whether vmbr0 has the address, the card is its port, nobody else manages it, and names resolve."""
+    host, ip = env.inner, env.ip
+    variables = play_variables.network(env.settings, env.facts)
+    wanted, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
+    if mode == "static" and str(wanted).partition("/")[0] != ip:
+        return None
+    if network_fault(host, ip, str(env.fact("provision", "mac"))):
+        return None
+    return {"ip": ip, "mode": mode, "did": f"vmbr0 has {ip} already"}
+
+
+_NETWORK = r"""
+ip=$1 mac=$2
+ip -4 -o addr show dev vmbr0 2>/dev/null | grep -qF " $ip/" || { echo "vmbr0 has not the address $ip"; exit; }
+port=
+for each in /sys/class/net/vmbr0/brif/*; do
+    [ -e "$each" ] && [ "$(cat "/sys/class/net/${each##*/}/address")" = "$mac" ] && port=${each##*/}
+done
+[ "$port" ] || { echo "no port of vmbr0 has the address $mac"; exit; }
+ip -4 -o addr show dev "$port" | grep -q . && { echo "$port has an address of its own"; exit; }
+for each in systemd-networkd NetworkManager; do
+    systemctl -q is-active $each && { echo "$each runs beside ifupdown2"; exit; }
+done
+named=$(getent ahostsv4 "$(hostname)" | cut -d' ' -f1 | sort -u)
+echo "$named" | grep -qxF "$ip" || { echo "the own name leads to ${named:-nothing}, not to $ip"; exit; }
+[ -z "$3" ] || getent ahosts "$3" >/dev/null || { echo "the name $3 does not resolve"; exit; }
+"""
+
+
+def network_fault(host: PveHost, ip: str, mac: str, name: str = "") -> str:
+    """What is not as setup_network leaves it, in words; empty when all is. Raises SshError."""
+    answer = host.run(["sh", "-c", _NETWORK, "sh", ip, mac, name], timeout=60).check()
+    return answer.stdout.strip()
+
+
+# -- setup_ssh ------------------------------------------------------------------------------------
+
+
+def setup_ssh(env: Environment, timeout: float) -> dict[str, Any]:
+    """The run's key pair goes onto the nested node, for its leaves."""
+    variables = play_variables.ssh(env.settings, env.facts, env.run)
+    env.hide(str(variables["nested_pve_run_key"]))
+    result = _play(env, "nested-pve-ssh.yml", variables, Deadline(timeout))
+    return {"root_public_key": root_public_key(env.inner), "did": playbooks.summary(result)}
+
+
+def probe_ssh(env: Environment) -> dict[str, Any] | None:
+    """Whether the key pair is in its place, and logs in."""
+    host = env.inner
+    public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}").split()[1]
+    there = host.run(["cat", f"{KEY_FILE}.pub"], timeout=30)
+    keys = host.run(["cat", "/root/.ssh/authorized_keys"], timeout=30)
+    private = host.run(["test", "-s", KEY_FILE], timeout=30)
+    if public not in there.stdout or public not in keys.stdout or not private.ok:
+        return None
+    return {"root_public_key": root_public_key(host), "did": "the keys are in their places"}
+
+
+def root_public_key(host: PveHost) -> str | None:
+    """The public key of the host's root, as PVE generated it; None without one."""
+    said = host.run(["cat", "/root/.ssh/id_rsa.pub"], timeout=30)
+    line = said.stdout.strip()
+    return line if said.ok and _PUBLIC_KEY.match(line) else None
+
+
+# -- setup_repos, sync_repos ----------------------------------------------------------------------
+
+
+def setup_repos(env: Environment, timeout: float) -> dict[str, Any]:
+    """Sources, secrets, storage content, certificate, API token, bootstrap; the token is fetched."""
+    deadline = Deadline(timeout)
+    env.progress("packing sources")
+    packed = play_variables.pack_sources(env.settings, env.run)
+    outer_key = None if env.attached else root_public_key(env.outer)
+    variables = play_variables.repos(
+        env.settings, env.facts, packed=packed, outer_keys=[outer_key] if outer_key else []
+    )
+    if env.attached:
+        # By this name the teardown finds it as the run's.
+        variables.setdefault("nested_pve_token_name", f"npve-{env.run.id}-{env.run.session[:8]}")
+    result = _play(env, "nested-pve-repos.yml", variables, deadline)
+    token_id = fetch_token(env)
+    names = [each.name for each in packed]
+    listed = ", ".join(names) or "no sources"
+    return {"token_id": token_id, "sources": names, "did": f"{listed}; {playbooks.summary(result)}"}
+
+
+def probe_repos(env: Environment) -> dict[str, Any] | None:
+    """Whether the token answers and the sources are there as they are here now."""
+    if not (env.run.dir / TOKEN_FILE).exists():
+        return None
+    packed = play_variables.pack_sources(env.settings, env.run)
+    if not all(source_there(env, env.inner, each.name, each.digest) for each in packed):
+        return None
+    try:
+        token_id = fetch_token(env)
+    except PveError:
+        return None
+    return {"token_id": token_id, "sources": [each.name for each in packed], "did": "token and sources there"}
+
+
+def source_there(env: Environment, host: Any, name: str, digest: str) -> bool:
+    """Whether a source is on a machine in the state of that digest."""
+    return bool(
+        host.run(["cat", f"{env.settings.sources_dest}/.nested-pve/{name}.digest"], timeout=30).stdout.strip()
+        == digest
+    )
+
+
+def fetch_token(env: Environment) -> str:
+    """Read the API token that the playbook keeps on the node, prove that it works, keep it here (0600).
+
+    Returns its id, which is no secret. Raises PveError.
+    """
+    said = env.inner.run(["cat", TOKEN_STORE], timeout=30, secret=True)
+    token = said.stdout.strip()
+    if not said.ok or not _TOKEN.match(token):
+        raise PveError(f"expected an API token in {TOKEN_STORE} on the nested PVE, found none that is one")
+    env.hide(token.partition("=")[2])
+    if reason := ask_pveproxy(env.inner, "/api2/json/version", token):
+        raise PveError(f"expected the API of the nested PVE to take the token, found: {reason[:200]}")
+    env.run.directory.write(TOKEN_FILE, token + "\n")
+    return token.partition("=")[0]
+
+
+def sync_repos(env: Environment, timeout: float) -> dict[str, Any]:
+    """The sources go on to the leaf; secrets stay on the nested PVE."""
+    deadline = Deadline(timeout)
+    packed = play_variables.pack_sources(env.settings, env.run)
+    if not packed:
+        return {"sources": [], "did": "no sources are configured"}
+    name = str(env.fact("leaf_provision", "name"))
+    inventory = Inventory((InventoryHost(name, {"ansible_host": name, "ansible_user": "root"}),))
+    result = _play(
+        env, "nested-pve-leaf.yml", play_variables.leaf(env.settings, packed), deadline, inventory=inventory
+    )
+    missing = [each.name for each in packed if not source_there(env, env.leaf_ssh, each.name, each.digest)]
+    if missing:
+        raise PveError(f"expected these sources on the leaf, found them not there: {', '.join(missing)}")
+    names = [each.name for each in packed]
+    return {"sources": names, "did": f"{', '.join(names)}; {playbooks.summary(result)}"}
+
+
+def probe_sync(env: Environment) -> dict[str, Any] | None:
+    """Whether the leaf has the sources as they are here now."""
+    packed = play_variables.pack_sources(env.settings, env.run)
+    if not all(source_there(env, env.leaf_ssh, each.name, each.digest) for each in packed):
+        return None
+    return {"sources": [each.name for each in packed], "did": "the sources are on the leaf"}

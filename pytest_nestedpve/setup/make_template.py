@@ -1,0 +1,71 @@
+"""The nested VM becomes a template: generalised, shut down, given a pool of its own, converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from pytest_nestedpve.ownership.pool import host_clock
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.setup.generalise import GENERALISE
+from pytest_nestedpve.setup.migration import outer
+from pytest_nestedpve.setup.vm import made_of
+from pytest_nestedpve.teardown import templates
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+AFTER = "setup_network"
+"""The phase that is the last one before."""
+GENERALISE_LIMIT = 300.0
+SHUTDOWN_LIMIT = 180.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A template that is ready. `template` is what `--nested-run` calls it."""
+
+    template: str
+    vmid: int
+    name: str
+
+
+def make(env: Environment) -> Made:
+    """Make one of the run's nested VM, which has been set up as far as `AFTER`. Raises PveError.
+
+    What is half-way when something fails is removed here; when the process is killed, the next
+    `--nested-destroy-only` on this machine does it.
+    """
+    settings, facts = env.settings, env.facts["provision"]
+    found = made_of(facts)
+    proof = prove(env.outer.api, settings, found, env.run)
+    if not proof.ok:
+        raise PveError(f"expected VM {found.vmid} to be the run's own; found: {proof.reason}")
+    facts["node"] = proof.node
+    env.check_lease()
+    env.progress("generalising it")
+    said = env.inner.run(["sh", "-s"], stdin=GENERALISE.encode(), timeout=GENERALISE_LIMIT)
+    if not said.ok:
+        reason = (said.stderr or said.stdout).strip()[-400:] or f"exit status {said.rc}"
+        raise PveError(f"expected the nested PVE to be generalised; found: {reason}")
+    env.forget_connections()
+    env.progress("shutting it down")
+    # It may be moved while it is generalised: this follows it, and so do the facts.
+    qemu.shutdown(outer(env).api, str(facts["node"]), found.vmid, timeout=SHUTDOWN_LIMIT)
+    env.check_lease()
+    # The run's token has no right on what is not in the run's pool any more: root, from here on.
+    host = env.outer.within(cast(Any, lambda: None))
+    deed = templates.own_deed(env.run.id, found.vmid, found.uuid, host_clock(host))
+    try:
+        env.progress("giving it a pool of its own")
+        templates.claim(host, settings, deed)
+        env.audit.write("template_converting", phase="make_template", vmid=found.vmid)
+        name = templates.convert(host, settings, deed, str(facts["node"]), env.progress)
+    except BaseException as error:
+        stays = templates.undo(host, settings, deed)
+        if stays and isinstance(error, PveError):
+            raise PveError(f"{error}; what was begun could not be removed: {stays}") from error
+        raise
+    return Made(deed.template, found.vmid, name)

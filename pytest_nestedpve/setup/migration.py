@@ -1,0 +1,77 @@
+"""Where the nested VM is now: a member of a cluster may be moved to another node at any moment.
+
+A call for it goes to the node that it was on last. When that has no such configuration the cluster is asked,
+the VM there is proved to be the same by its SMBIOS uuid, and the call is made again; facts follow.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.ownership.marker import uuid_of
+from pytest_nestedpve.pve.api import Verbs
+from pytest_nestedpve.pve.cluster import node_of
+from pytest_nestedpve.pve.errors import GuestNotFound
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.qemu import guest_config
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+    from pytest_nestedpve.pve.api import Api
+
+_GUEST = re.compile(r"/nodes/[^/]+/qemu/(?P<vmid>\d+)(?P<rest>/.+)\Z")
+
+
+def outer(env: Environment) -> PveHost:
+    """The outer host at the node that the nested VM is on, or will be made on. Raises PveError."""
+    host = env.outer
+    if env.attached or not host.cluster.several:
+        return host
+    known = env.facts.get("provision", {}).get("node") or env.facts.get("preflight", {}).get("node")
+    there = host.at(str(known or host.node))
+    found = PveHost(there.name, there.ssh, Following(env, host.api), there.node)
+    found.ssh_config, found._cluster, found._entry = host.ssh_config, host.cluster, host
+    return found
+
+
+def chosen(env: Environment) -> PveHost:
+    """The outer host at the node that preflight chose, where the image is. Raises PveError."""
+    host = env.outer
+    node = env.facts.get("preflight", {}).get("node")
+    return host if node is None or env.attached else host.at(str(node))
+
+
+class Following(Verbs):
+    """The API; calls for the nested VM find it where it is."""
+
+    def __init__(self, env: Environment, api: Api) -> None:
+        self._env = env
+        self._api = api
+
+    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
+        facts = self._env.facts.get("provision", {})
+        guest = _GUEST.match(path)
+        if guest is None or int(guest["vmid"]) != facts.get("vmid"):
+            return getattr(self._api, verb)(path, **params)
+        rest = guest["rest"]
+        if verb != "get" and not rest.startswith("/agent/"):
+            # A task would be begun on the wrong node, and fail there.
+            self._call("get", f"{path.removesuffix(rest)}/status/current", {})
+        while True:
+            node = str(facts["node"])
+            try:
+                return getattr(self._api, verb)(f"/nodes/{node}/qemu/{guest['vmid']}{rest}", **params)
+            except GuestNotFound:
+                if not self._moved(facts):
+                    raise
+
+    def _moved(self, facts: dict[str, Any]) -> bool:
+        node = node_of(self._api, int(facts["vmid"]))
+        if node is None or node == facts["node"]:
+            return False
+        if uuid_of(guest_config(self._api, node, int(facts["vmid"]))) != facts["uuid"]:
+            return False
+        self._env.remark(f"VM {facts['vmid']} was moved from {facts['node']} to {node}")
+        facts["node"] = node
+        return True

@@ -1,0 +1,282 @@
+"""The list of phases: names, limits, probes and actions, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.environment.phases import Phase
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.environment.environment import Environment
+
+LEAF_MEMORY = 1024  # MiB
+
+Action = Callable[["Environment"], Mapping[str, Any] | None]
+
+
+def default_phases() -> list[Phase]:
+    """The fourteen phases. Limits are nominal seconds; what a phase usually takes is measured (usual.py)."""
+    own = ("ensure_pve", "download_image")
+    return [
+        Phase("preflight", "look at the outer host", preflight, timeout=600),
+        Phase("provision", "make the VM", _provision, _probe_provision, 3300, inputs=_input("shape")),
+        Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
+        Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
+        Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, 3600, inputs=_input("install")),
+        Phase("setup_network", "give it its bridge", _network, _probe_network, 900, inputs=_input("network")),
+        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, 600, inputs=_input("ssh")),
+        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, 2700, inputs=_input("repos")),
+        Phase(
+            "download_image", "bring the leaf's image", _image, _probe_image, 1800,
+            inputs=_input("leaf_image"), depends=("ensure_pve",),
+        ),
+        Phase(
+            "leaf_provision", "make the VM inside", _leaf, _probe_leaf, 1500,
+            inputs=_input("leaf"), depends=own,
+        ),
+        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), 180, depends=own),
+        Phase(
+            "leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960, depends=own
+        ),
+        Phase(
+            "sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, 900,
+            inputs=_input("leaf_sources"), depends=("leaf_provision",),
+        ),
+        Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300),
+    ]  # fmt: skip
+
+
+# Imports stand in the functions: the list alone is needed to collect tests, and must cost nothing.
+
+
+def _level(role: str) -> Any:
+    from pytest_nestedpve.setup import vm
+
+    return vm.NESTED if role == "nested" else vm.LEAF
+
+
+def _input(name: str) -> Callable[[Environment], object]:
+    def inputs(env: Environment) -> object:
+        from pytest_nestedpve.setup import inputs
+
+        return getattr(inputs, name)(env)
+
+    return inputs
+
+
+def preflight(env: Environment) -> Mapping[str, Any]:
+    """The action of the phase of that name."""
+    return _look(env, image=True)
+
+
+def preflight_without_image(env: Environment) -> Mapping[str, Any]:
+    """The same for a VM that the project makes: what it boots is not looked for."""
+    return _look(env, image=False)
+
+
+def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached
+    from pytest_nestedpve.setup import preflight as look
+    from pytest_nestedpve.teardown import lapsed_runs
+
+    found = attached.preflight(env) if env.attached else look.preflight(env, image=image)
+    if found["version"] is not None:
+        lapsed_runs.sweep(env)
+    return found
+
+
+def _provision(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import vm
+
+    settings, found = env.settings, env.facts["preflight"]
+    given = settings.image if found["image"] else None
+    shape = vm.Shape(
+        storage=found["storage"],
+        bridge=found["bridge"],
+        cores=settings.cores,
+        memory=settings.memory,
+        disk=settings.disk,
+        keys=(env.run.directory.ensure_key(f"nested-pve run {env.run.id}"),),
+        ipconfig=settings.ipconfig,
+        image=found["image"],
+        brought=given if given and given != found["image"] else None,
+        template=found["template"],
+        format=found["format"],
+        snippets=found["snippets"],
+        options=settings.vm_options,
+    )
+    return vm.provision(env, vm.NESTED, shape)
+
+
+def _probe_provision(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import resume, vm
+
+    if env.resumed and not env.has_lease and not resume.resume(env):
+        return None
+    return vm.probe_provision(env, vm.NESTED)
+
+
+def _leaf(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.pve.answers import entries
+    from pytest_nestedpve.setup import attached, leaf_image, vm
+    from pytest_nestedpve.setup.preflight import disk_format
+
+    settings, inner = env.settings, env.inner
+    storage = snippets = leaf_image.STORAGE
+    bridge: str = "vmbr0"
+    if env.attached:
+        attached.look_again(env)
+        found = env.facts["preflight"]
+        storage, snippets, bridge = found["storage"], found["snippets"], found["bridge"]
+    listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
+    own = env.facts.get("setup_ssh", {}).get("root_public_key")
+    public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
+    shape = vm.Shape(
+        storage=storage,
+        bridge=bridge,
+        cores=1,
+        memory=LEAF_MEMORY,
+        disk=vm.LEAF_DISK,
+        keys=(public, own) if own else (public,),
+        image=env.fact("download_image", "volid"),
+        format=disk_format(listed[0]) if listed else None,
+        snippets=snippets,
+        options=settings.leaf_options,
+    )
+    return vm.provision(env, vm.LEAF, shape)
+
+
+def _probe_leaf(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import vm
+
+    return vm.probe_provision(env, vm.LEAF)
+
+
+def _start(role: str) -> Action:
+    def start(env: Environment) -> Mapping[str, Any]:
+        from pytest_nestedpve.setup import vm
+
+        return vm.start(env, _level(role))
+
+    return start
+
+
+def _probe_start(role: str) -> Action:
+    def probe(env: Environment) -> Mapping[str, Any] | None:
+        from pytest_nestedpve.setup import vm
+
+        return vm.probe_start(env, _level(role))
+
+    return probe
+
+
+def _wait(role: str, limit: float) -> Action:
+    def wait(env: Environment) -> Mapping[str, Any]:
+        from pytest_nestedpve.setup import address
+
+        return address.wait_ip(env, _level(role), limit)
+
+    return wait
+
+
+def _probe_ip(role: str) -> Action:
+    def probe(env: Environment) -> Mapping[str, Any] | None:
+        from pytest_nestedpve.setup import address
+
+        return address.probe_ip(env, _level(role))
+
+    return probe
+
+
+def _ensure_pve(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    if env.attached:
+        attached.before_pve(env)
+    return host_phases.ensure_pve(env, 3400)
+
+
+def _probe_pve(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    return attached.probe_pve(env) if env.attached else host_phases.probe_pve(env)
+
+
+def _network(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    if env.attached:
+        attached.before_network(env)
+    return host_phases.setup_network(env, 600)
+
+
+def _probe_network(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    return attached.probe_network(env) if env.attached else host_phases.probe_network(env)
+
+
+def _ssh(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    if env.attached:
+        attached.before_ssh(env)
+    return host_phases.setup_ssh(env, 540)
+
+
+def _probe_ssh(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    return attached.probe_ssh(env) if env.attached else host_phases.probe_ssh(env)
+
+
+def _repos(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    if env.attached:
+        attached.before_repos(env)
+    return host_phases.setup_repos(env, 2600)
+
+
+def _probe_repos(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import attached, host_phases
+
+    return attached.probe_repos(env) if env.attached else host_phases.probe_repos(env)
+
+
+def _image(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, leaf_image
+
+    if env.attached:
+        attached.look_again(env)
+        attached.before_image(env)
+    return leaf_image.download_image(env, 1700)
+
+
+def _probe_image(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import attached, leaf_image
+
+    if env.attached:
+        attached.look_again(env)
+    return leaf_image.probe_image(env)
+
+
+def _sync(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import host_phases
+
+    return host_phases.sync_repos(env, 850)
+
+
+def _probe_sync(env: Environment) -> Mapping[str, Any] | None:
+    from pytest_nestedpve.setup import host_phases
+
+    return host_phases.probe_sync(env)
+
+
+def _chain(env: Environment) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import attached, ssh_chain
+
+    if env.attached:
+        attached.before_chain(env)
+    return ssh_chain.verify_ssh_chain(env, 280)

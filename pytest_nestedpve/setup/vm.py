@@ -1,0 +1,258 @@
+"""A VM of ours on a PVE host, made, started and waited for: the same for the nested PVE and for the leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.ownership.create import Created, create_marked
+from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
+from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.pve.answers import text
+from pytest_nestedpve.pve.api import call_limit, patiently
+from pytest_nestedpve.pve.cluster import node_of
+from pytest_nestedpve.pve.errors import PveError, Running
+from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.tasks import wait_task
+from pytest_nestedpve.setup import image_file, migration, vendor_data
+from pytest_nestedpve.setup.clone import clone_marked
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.environment.environment import Environment
+
+CREATE_LIMIT = 120.0
+BRING_LIMIT = 1800.0
+IMPORT_LIMIT = 1200.0
+START_LIMIT = 120.0
+LEAF_DISK = 8  # GiB
+_DISK_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 1024.0}
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where a VM of a run lives and what its phases are called: the outer host's, or the nested PVE's."""
+
+    role: str  # nested | leaf
+    provision: str  # the phase whose facts name the VM
+    wait_ip: str
+
+    def host(self, env: Environment) -> PveHost:
+        return migration.outer(env) if self.role == "nested" else env.inner
+
+
+NESTED = Level("nested", "provision", "wait_ip")
+LEAF = Level("leaf", "leaf_provision", "leaf_wait_ip")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a VM is to be. Memory in MiB, disk in GiB; `options` are qm's and outrank all others."""
+
+    storage: str
+    bridge: str
+    cores: int
+    memory: int
+    disk: int
+    keys: tuple[str, ...]
+    ipconfig: str = "ip=dhcp"
+    image: str | None = None
+    brought: str | None = None  # what `image` is brought from, by a setting; None: it is there
+    template: int | None = None
+    format: str | None = None
+    snippets: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+def level_settings(env: Environment, level: Level) -> Settings:
+    """The settings as they apply on that host: a nested PVE of the run has no parent for pools."""
+    return env.settings if level.role == "nested" or env.attached else replace(env.settings, pool_parent=None)
+
+
+def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
+    """Make pool and VM: diskless and marked, tagged, then its disk and the rest. Facts. Raises PveError."""
+    host = level.host(env)
+    settings = level_settings(env, level)
+    env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
+    env.progress("making the run's pool")
+    create_pool(host.api, env.run, settings, host_clock(host))
+    if level.role == "nested" or env.attached:
+        env.keep_lease()
+    env.check_lease()
+    if shape.image is not None and shape.brought is not None:
+        storage = shape.image.partition(":")[0]
+        image_file.bring(host, storage, image_file.read(shape.brought), BRING_LIMIT, env.progress)
+        env.check_lease()
+    base_options: dict[str, Any] = {
+        "memory": shape.memory, "cores": shape.cores, "ostype": "l26", "agent": "1",
+    }  # fmt: skip
+    env.progress("making the VM")
+    if shape.template is not None:
+        made = clone_marked(
+            host, env.run, settings, shape.template,
+            storage=shape.storage, format=shape.format,
+            source=node_of(host.api, shape.template) if host.cluster.several else None,
+        )  # fmt: skip
+    else:
+        made = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
+    pool = pool_name(settings, env.run)
+    facts = {
+        "vmid": made.vmid, "node": made.node, "uuid": made.uuid, "name": made.name, "pool": pool,
+        "storage": shape.storage, "bridge": shape.bridge,
+    }  # fmt: skip
+    # Known from here on to whoever tears down, should anything below fail.
+    env.facts[level.provision] = facts
+    base = f"/nodes/{made.node}/qemu/{made.vmid}"
+    snippet = None
+    if shape.snippets is not None:
+        snippet = vendor_data.write_snippet(
+            host, shape.snippets, env.run.id, vendor_data.user_data(env.settings)
+        )
+    config = host.api.get(f"{base}/config")
+    wanted = _config(shape, config if isinstance(config, dict) else {}, snippet)
+    if shape.template is not None:
+        wanted = {**base_options, **wanted}
+    env.progress(f"importing {shape.image}" if shape.image else "configuring the clone")
+    with call_limit(IMPORT_LIMIT):
+        task(host, host.api.post(f"{base}/config", **wanted), IMPORT_LIMIT)
+    size = _grow(host, base, shape)
+    mac = mac_of(host.api.get(f"{base}/config"))
+    source = shape.image or f"template {shape.template}"
+    did = (
+        f"VM {made.vmid} ({made.name}) in pool {pool}: {shape.cores} cores, {shape.memory} MiB, "
+        f"{size:g} GiB from {source} on {shape.storage}"
+    )
+    return {**facts, "mac": mac, "snippet": snippet, "did": did}
+
+
+def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
+    """The facts, when the VM that they name exists, is proved ours, and has its disk."""
+    facts = env.facts.get(level.provision)
+    if not facts or "mac" not in facts:
+        return None
+    proof = prove(level.host(env).entry.api, level_settings(env, level), made_of(facts), env.run)
+    facts["node"] = proof.node
+    whole = proof.ok and proof.config is not None and "scsi0" in proof.config and "lock" not in proof.config
+    return dict(facts) if whole else None
+
+
+def task(host: PveHost, answer: Any, limit: float) -> None:
+    """Await the task that a call answered with; calls that fork none answer nothing. Raises PveError."""
+    if isinstance(answer, str) and answer.strip():
+        wait_task(host.api, answer, timeout=limit)
+
+
+def made_of(facts: Mapping[str, Any]) -> Created:
+    """The VM that a provision phase's facts name."""
+    return Created(int(facts["vmid"]), str(facts["node"]), str(facts["name"]), str(facts["uuid"]))
+
+
+def _config(shape: Shape, now: Mapping[str, Any], snippet: str | None) -> dict[str, Any]:
+    from urllib.parse import quote
+
+    slow = shape.options.get("kvm") == "0"
+    wanted: dict[str, Any] = {
+        "cores": shape.cores,
+        "memory": shape.memory,
+        "cpu": "max" if slow else "host",
+        "agent": "1",
+        "ciupgrade": 0,
+        "ciuser": "root",
+        # The API wants this one URL-encoded, line ends included.
+        "sshkeys": quote("\n".join(shape.keys), safe=""),
+        "ipconfig0": shape.ipconfig,
+        "net0": f"virtio,bridge={shape.bridge},firewall=0",
+        "serial0": "socket",
+        "onboot": 0,
+    }
+    if shape.image is not None:
+        disk = f"{shape.storage}:0,import-from={shape.image},discard=on"
+        wanted["scsi0"] = disk + (f",format={shape.format}" if shape.format else "")
+        wanted["scsihw"] = "virtio-scsi-single"
+        wanted["boot"] = "order=scsi0"
+    if not any("cloudinit" in str(value) for key, value in now.items() if key[:3] in ("ide", "sat", "scs")):
+        wanted["ide2"] = f"{shape.storage}:cloudinit"
+    if snippet is not None:
+        wanted["cicustom"] = f"vendor={snippet}"
+    return {**wanted, **shape.options}
+
+
+def _grow(host: PveHost, base: str, shape: Shape) -> float:
+    config = host.api.get(f"{base}/config")
+    disk = text(config.get("scsi0")) if isinstance(config, dict) else None
+    size = disk_size(disk or "")
+    if size is None or size >= shape.disk:
+        return size if size is not None else float(shape.disk)
+    with call_limit(START_LIMIT):
+        task(host, host.api.put(f"{base}/resize", disk="scsi0", size=f"{shape.disk}G"), START_LIMIT)
+    return float(shape.disk)
+
+
+def disk_size(disk: str) -> float | None:
+    """GiB of a disk line such as `local:100/vm-100-disk-0.qcow2,size=3G`; None when it does not say."""
+    for part in disk.split(","):
+        key, _, value = part.partition("=")
+        if key == "size" and value[:-1].isdigit() and value[-1] in _DISK_UNITS:
+            return int(value[:-1]) * _DISK_UNITS[value[-1]]
+    return None
+
+
+def mac_of(config: object) -> str:
+    """The MAC address of net0, lower case. Raises PveError."""
+    net0 = str(config.get("net0") or "") if isinstance(config, dict) else ""
+    for part in net0.split(","):
+        _, _, value = part.partition("=")
+        if value.count(":") == 5:
+            return value.lower()
+    raise PveError(f"expected a MAC address in the VM's net0, found {net0[:200]!r}")
+
+
+def start(env: Environment, level: Level) -> dict[str, Any]:
+    """Start the VM and await it."""
+    vmid = env.facts[level.provision]["vmid"]
+    try:
+        starting(env, level, "status/start", START_LIMIT)
+    except PveError as e:
+        # A task's reason is its cause: one that was started meanwhile is what was wanted.
+        if isinstance(e, Running) or isinstance(e.__cause__, Running):
+            return {"did": f"VM {vmid} runs already"}
+        raise
+    return {"did": f"VM {vmid} started on {level.host(env).name}"}
+
+
+def starting(env: Environment, level: Level, how: str, limit: float, **params: Any) -> None:
+    """Await a task of the VM that starts it. Raises PveError.
+
+    A snippet on a storage that is not shared stays behind when the VM is moved, and PVE refuses then: it is
+    written where the VM is, and the task begun again.
+    """
+    facts = env.facts[level.provision]
+    snippet = facts.get("snippet")
+
+    def begin() -> None:
+        host, made = level.host(env), made_of(facts)
+        with call_limit(limit):
+            task(host, host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/{how}", **params), limit)
+
+    try:
+        patiently(begin)
+    except PveError as e:
+        if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
+            raise
+        host = level.host(env)
+        env.remark(f"the snippet of VM {facts['vmid']} was not on {host.node}; it is written there")
+        storage = str(snippet).partition(":")[0]
+        vendor_data.write_snippet(host, storage, env.run.id, vendor_data.user_data(env.settings))
+        patiently(begin)
+
+
+def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:
+    """Whether it runs."""
+    facts = env.facts.get(level.provision)
+    if not facts:
+        return None
+    made = made_of(facts)
+    status = level.host(env).api.get(f"/nodes/{made.node}/qemu/{made.vmid}/status/current")
+    running = isinstance(status, dict) and status.get("status") == "running"
+    return {"did": f"VM {made.vmid} runs"} if running else None

@@ -1,0 +1,166 @@
+"""The volumes of VMs that are destroyed: listed before the first blow, looked for after the last."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.answers import STORAGE_NAME, entries, whole
+from pytest_nestedpve.pve.api import patiently
+from pytest_nestedpve.pve.cluster import node_of
+from pytest_nestedpve.pve.errors import ApiError, GuestNotFound, NotFound, PveError
+from pytest_nestedpve.pve.tasks import wait_task
+
+if TYPE_CHECKING:
+    from pytest_nestedpve.pve.api import Api
+
+_DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
+# Storage and name; it becomes part of a path, so nothing in it may end or leave one.
+_VOLID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*:(?!(?:.*/)?\.{0,2}(?:/|\Z))[A-Za-z0-9_./@+=,~^-]+\Z")
+
+
+_LONGEST = 1000
+
+
+@dataclass
+class _Noted:
+    """What goes with one VM: volumes by node, each with what speaks against removing it (None: nothing)."""
+
+    volumes: dict[tuple[str, str], str | None] = field(default_factory=dict)
+
+    def add(self, node: str, volid: str, doubt: str | None) -> None:
+        self.volumes.setdefault((node, volid), doubt)
+
+
+class Volumes:
+    """The volumes of the VMs that go: listed once before the first blow, and looked for after the last."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._lock = threading.Lock()
+        self._listed: dict[str, dict[int, list[str]]] = {}
+        self._shared: set[str] = set()
+        self._noted: dict[int, _Noted] = {}
+
+    def look(self, node: str) -> None:
+        """List what the node's storages hold, if that has not been done. Raises PveError."""
+        with self._lock:
+            if node not in self._listed:
+                self._listed[node] = self._list(node)
+
+    def note(
+        self,
+        node: str,
+        vmid: int,
+        config: Mapping[str, Any],
+        *,
+        marked: bool = True,
+        made_there: bool = True,
+    ) -> None:
+        """Remember what its configuration names, and what storages hold for its id. Raises PveError.
+
+        An id is only ever taken when no storage holds a volume of it, so what is there came with a VM that is
+        `marked` (an import that was cut off leaves a volume that no configuration names). Not so beside a VM
+        without a marker, and not on a shared storage, where a guest of another cluster may have the same id:
+        there such a volume is told, and stays; nor on a node that the VM came to from another one, whose
+        storages were not looked at when the id was taken (`made_there` is false).
+        """
+        self.look(node)
+        named = volumes_of(config, vmid)
+        with self._lock:
+            known = self._noted.setdefault(vmid, _Noted())
+            known.volumes |= dict.fromkeys((node, volid) for volid in named)
+            for volid in self._listed[node].get(vmid, ()):
+                if not belongs(volid, vmid):
+                    known.add(node, volid, "listed for this id, and not named for it")
+                elif volid in self._shared:
+                    known.add(node, volid, "on a shared storage, and no configuration of ours names it")
+                elif not marked:
+                    known.add(node, volid, "no configuration names it")
+                elif not made_there:
+                    known.add(node, volid, f"on {node} perhaps before the VM, and no configuration names it")
+                else:
+                    known.add(node, volid, None)
+
+    def _list(self, node: str) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        path = f"/nodes/{node}/storage"
+        for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
+            name = storage.get("storage")
+            if isinstance(name, str) and STORAGE_NAME.match(name) and whole(storage.get("active", 1)) != 0:
+                call = f"{path}/{name}/content"
+                try:
+                    listed = entries(self._api.get(call, content="images"), call=f"get {call}")
+                except ApiError:
+                    continue  # a sick storage holds up no teardown; what a configuration names is looked for
+                for each in listed:
+                    vmid = whole(each.get("vmid"))
+                    if vmid is not None and isinstance(each.get("volid"), str):
+                        found.setdefault(vmid, []).append(each["volid"])
+                        if qemu.cautious(storage.get("shared")):
+                            self._shared.add(each["volid"])
+        return found
+
+    def sweep(self, gone: Mapping[int, str]) -> Iterator[tuple[int, str]]:
+        """Remove what is left of the volumes of VMs that are gone (id and node); of each that still has some,
+        yields its id and a text about them."""
+        there: dict[str, frozenset[str]] = {}
+        for vmid in gone:
+            stays = []
+            for (node, volid), doubt in self._noted.get(vmid, _Noted()).volumes.items():
+                path = f"/nodes/{node}/storage/{volid.partition(':')[0]}/content"
+                try:
+                    if path not in there:
+                        there[path] = self._content(path)
+                    if volid in there[path] and doubt:
+                        stays.append(f"{volid} ({doubt})")
+                    elif volid in there[path]:
+                        stays += patiently(partial(self._remove, node, vmid, path, volid))
+                except PveError as e:
+                    stays.append(f"{volid} ({e})")
+            if stays:
+                yield vmid, f"volumes left: {', '.join(stays)}"
+
+    def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
+        try:
+            config = qemu.guest_config(self._api, node, vmid)
+            if volid in volumes_of(config, vmid):
+                return []  # it is that VM's: PVE gives a name anew when nothing has it any more
+            return [f"{volid} (the id is in use again)"]
+        except GuestNotFound:
+            pass  # any other error: the id may be in use
+        elsewhere = node_of(self._api, vmid)
+        if elsewhere is not None:
+            return [f"{volid} (the id is in use again, on {elsewhere})"]
+        upid = self._api.delete(f"{path}/{volid}")
+        if isinstance(upid, str) and upid.startswith("UPID:"):
+            wait_task(self._api, upid, timeout=60)
+        return [volid] if volid in self._content(path) else []
+
+    def _content(self, path: str) -> frozenset[str]:
+        try:
+            found = entries(self._api.get(path, content="images"), call=f"get {path}")
+        except NotFound as error:
+            if not re.search(r"storage '?[^\s']+'? does not exist", error.text):
+                raise
+            return frozenset()  # the storage itself is gone
+        return frozenset(str(each.get("volid")) for each in found)
+
+
+def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
+    """The volumes of a configuration that belong to the VM itself, not to another one or to a library."""
+    first = (str(value).split(",", 1)[0] for key, value in config.items() if _DISK.match(key))
+    return [volid for volid in first if belongs(volid, vmid)]
+
+
+def belongs(volid: str, vmid: int) -> bool:
+    """Whether a volume is the VM's own by the last part of its name: what a linked clone hangs on is not."""
+    if len(volid) > _LONGEST or not _VOLID.match(volid):
+        return False
+    *above, name = volid.partition(":")[2].split("/")
+    return re.match(rf"(?:vm|base|subvol)-{vmid}-", name) is not None or above[-1:] == [str(vmid)]
