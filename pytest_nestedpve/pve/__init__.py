@@ -1,1 +1,4 @@
-"""Talking to a Proxmox VE host over SSH and its API; knows nothing of pytest."""
+"""A Proxmox VE host: its API over HTTPS or pvesh, SSH, tasks, guests, storages, clusters.
+
+Knows nothing of pytest, of runs or of the lab.
+"""

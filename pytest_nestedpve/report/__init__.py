@@ -1,6 +1,6 @@
-"""What a run did, told from its audit log: HTML, JUnit properties, the text after a failure.
+"""Reports of a run, built from its audit log: HTML, JUnit properties, the terminal summary, progress.
 
-The audit log is the only source, so a run that was interrupted or killed has a report too:
+Decides nothing about a run. The audit log is the only source, so a killed run has a report too:
 `python -m pytest_nestedpve.report RUN_DIRECTORY` writes it at any time.
 """
 

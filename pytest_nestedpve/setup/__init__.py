@@ -1,4 +1,7 @@
-"""The fourteen phases that come with the package."""
+"""The set-up: the packaged phases, the checks before them, the playbooks they run.
+
+In which order phases run, and when one is probed instead, is decided in `environment`.
+"""
 
 from __future__ import annotations
 

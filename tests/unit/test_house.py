@@ -103,14 +103,61 @@ def _all(name: str) -> set[str]:
     return imports(name, inside_functions=True, for_types=True)
 
 
+#: The rooms from the top of the house down: each imports only from those after it.
+ROOMS = (
+    "plugin",
+    "session",
+    "report",
+    "setup",
+    "teardown",
+    "environment",
+    "ownership",
+    "run",
+    "config",
+    "lab",
+    "pve",
+)
+#: What the lab, which stands beside the rooms, may import of them.
+LAB_IMPORTS = {"pve.deadline", "pve.errors"}
+
+
+def room(name: str) -> str:
+    """The room of a module, or the name of a module at the top."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_the_top_of_the_package_has_at_most_twelve_entries() -> None:
+    own = {"__init__.py", "__pycache__", "py.typed"}
+    entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in own}
+    assert entries == {*ROOMS, "steps"}
+    assert len(entries) <= 12
+
+
+@pytest.mark.parametrize("name", ROOMS[1:])
+def test_a_room_says_what_it_is_responsible_for_and_what_not(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert len(re.findall(r"[.](?:\s|\Z)", docstring)) >= 2, (
+        f"{name}: expected two sentences, found {docstring!r}"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in ROOMS])
+def test_a_room_imports_only_from_rooms_below_it(name: str) -> None:
+    """Not when a module is loaded, not later in its functions, and not for types either."""
+    here = ROOMS.index(room(name))
+    for other in _all(name):
+        if other not in MODULES or room(other) not in ROOMS or room(other) == room(name):
+            continue
+        assert ROOMS.index(room(other)) > here, f"{name} imports {other}"
+        if room(name) == "lab":
+            assert other in {"pytest_nestedpve.pve", *(f"pytest_nestedpve.{each}" for each in LAB_IMPORTS)}
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.pve")])
 def test_what_talks_to_a_host_knows_nothing_of_pytest(name: str) -> None:
-    below = {"pytest_nestedpve", "pytest_nestedpve.pve", "pytest_nestedpve.pve.deadline"}
     for other in _all(name):
         assert not re.match(r"_?pytest(\.|$)", other), f"{name} imports {other}"
-        if other.startswith("pytest_nestedpve"):
-            inside = other.startswith(("pytest_nestedpve.pve.", "pytest_nestedpve.pve.deadline."))
-            assert inside or other in below, f"{name} imports {other}, which lies above it"
 
 
 def test_only_the_place_that_finds_hosts_knows_the_lab() -> None:
