@@ -20,7 +20,7 @@ from urllib.parse import quote
 from memory_model import Model, State, fail, new_state
 from memory_routes import ROUTES
 
-from pytest_nestedpve.pve.errors import CommandTimeout
+from pytest_nestedpve.pve.errors import CommandTimeout, SshError
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 
@@ -137,7 +137,12 @@ class MemorySsh:
         self._host = host
 
     def run(
-        self, command: Any, *, stdin: bytes | None = None, timeout: float = 60.0, secret: bool = False
+        self,
+        command: Any,
+        *,
+        stdin: bytes | BinaryIO | None = None,
+        timeout: float = 60.0,
+        secret: bool = False,
     ) -> CommandResult:
         del timeout, secret
         text = command if isinstance(command, str) else shlex.join(command)
@@ -156,7 +161,7 @@ class MemorySsh:
             files = model.site(node)["files"]
             match words:
                 case ["sh", "-c", script] if "mv -fT -- " in script:
-                    files[shlex.split(script.partition("mv -fT -- ")[2])[1]] = (stdin or b"").decode()
+                    files[shlex.split(script.partition("mv -fT -- ")[2])[1]] = _content(stdin).decode()
                 case ["command", "-v", "pveversion", *_]:
                     rc = 0 if model.state.get("installed", True) else 1
                 case ["date", "+%s"]:
@@ -199,13 +204,20 @@ class MemorySsh:
 
     def get(self, remote: str, limit: int = 1 << 20) -> bytes:
         with self._host.open() as model:
-            return str(model.state["files"][remote]).encode()[:limit]
+            content = str(model.state["files"][remote]).encode()
+        if len(content) > limit:
+            raise SshError(f"{remote}: expected at most {limit} bytes, found more")
+        return content
 
     def open_channel(self, host: str, port: int) -> Any:
         raise CommandTimeout(f"no network behind this host: {host}:{port}")
 
     def close(self) -> None:
         pass
+
+
+def _content(stdin: bytes | BinaryIO | None) -> bytes:
+    return b"" if stdin is None else stdin if isinstance(stdin, bytes) else stdin.read()
 
 
 def match_config(model: Model, path: str) -> int | None:

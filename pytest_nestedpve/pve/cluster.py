@@ -1,14 +1,13 @@
-"""The cluster that a host is a member of, if it is: its nodes, where a guest is, commands on another node.
+"""The cluster of a host: its nodes, the node of a guest, commands on another node.
 
-Sources: recordings of PVE 9.2, groups cluster and nodedown. Root of each node may log in at every other one;
-PVE itself hands calls on that way. The keys by which the nodes know each other are the cluster's own.
+Sources: recordings of PVE 9.2, groups cluster and nodedown. Root of each node may log in at every other
+node, with keys that the cluster manages; PVE itself forwards calls that way.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-import secrets
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pytest_nestedpve.pve.answers import entries, flag, shown, text, whole
 from pytest_nestedpve.pve.errors import NodeUnreachable, UnreadableAnswer
+from pytest_nestedpve.pve.ssh import remote_file
 
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api
-    from pytest_nestedpve.pve.ssh.connection import CommandResult
+    from pytest_nestedpve.pve.ssh.command import CommandResult
 
 NODE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
-# What ssh itself says when it, and not the command, ends with 255.
+# Messages of ssh itself, for when ssh and not the command ended with exit status 255.
 _SSH_FAILED = re.compile(
     r"(?m)^(?:ssh: |Host key verification failed|kex_exchange_identification|No \S+ host key is known|"
     r"Connection (?:closed|reset|timed)|.*Permission denied \()"
@@ -32,7 +32,7 @@ _SSH_FAILED = re.compile(
 
 @dataclass(frozen=True)
 class Member:
-    """A node of the cluster; `local`: the one that was asked; `ip`: its address among the nodes."""
+    """A node of the cluster; `local`: the connected node; `ip`: the address that other nodes use."""
 
     name: str
     online: bool
@@ -42,43 +42,43 @@ class Member:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes; `name` is None for a host that stands alone, which has only itself."""
+    """The nodes of a cluster; `name` is None for a stand-alone host, which is its only node."""
 
     name: str | None
     members: tuple[Member, ...]
 
     @property
     def several(self) -> bool:
-        """Whether a guest may be on another node than the one that was asked."""
+        """Whether a guest may be on another node than the connected one."""
         return len(self.members) > 1
 
     @property
     def local(self) -> Member:
-        return next(each for each in self.members if each.local)
+        return next(member for member in self.members if member.local)
 
     def member(self, node: str) -> Member | None:
-        return next((each for each in self.members if each.name == node), None)
+        return next((member for member in self.members if member.name == node), None)
 
 
 def read_cluster(answer: Any) -> Cluster:
-    """The cluster from /cluster/status. Raises UnreadableAnswer when it names no local node."""
-    name, members = None, []
+    """The cluster from an answer of /cluster/status. Raises UnreadableAnswer when no node is local."""
+    cluster_name, members = None, []
     # A stand-alone host has exactly one entry, type node, local 1 (facts 36).
     for entry in answer if isinstance(answer, list) else ():
         if not isinstance(entry, dict):
             continue
-        called = entry.get("name")
+        name = entry.get("name")
         if entry.get("type") == "cluster":
-            name = text(called)
-        elif entry.get("type") == "node" and isinstance(called, str) and NODE_NAME.match(called):
+            cluster_name = text(name)
+        elif entry.get("type") == "node" and isinstance(name, str) and NODE_NAME.match(name):
             online, local = flag(entry.get("online", 1)), flag(entry.get("local", 0))
-            members.append(Member(called, online, local, _address(entry.get("ip"))))
-    if not any(each.local for each in members):
+            members.append(Member(name, online, local, _address(entry.get("ip"))))
+    if not any(member.local for member in members):
         raise UnreadableAnswer(
             f"expected one entry of type node with local=1 and a valid name, found {str(answer)[:300]!r}",
             call="get /cluster/status",
         )
-    return Cluster(name, tuple(members))
+    return Cluster(cluster_name, tuple(members))
 
 
 def _address(value: Any) -> str | None:
@@ -89,9 +89,9 @@ def _address(value: Any) -> str | None:
 
 
 def node_of(api: Api, vmid: int) -> str | None:
-    """The node that a VM is on now, None if there is no such VM. Raises PveError.
+    """The current node of a VM, None if the VM does not exist. Raises PveError.
 
-    The place is live in /cluster/resources, whatever the age of the rest of an entry (recorded).
+    /cluster/resources always has the current node, also where the rest of an entry is old (recorded).
     """
     for entry in entries(api.get("/cluster/resources", type="vm"), call="get /cluster/resources"):
         if entry.get("type") == "qemu" and whole(entry.get("vmid")) == vmid:
@@ -103,20 +103,20 @@ def node_of(api: Api, vmid: int) -> str | None:
 
 
 def nodes_now(api: Api) -> dict[str, str]:
-    """The nodes and what the cluster says of each: "online", "offline", "unknown". Raises PveError."""
-    found = entries(api.get("/nodes"), call="get /nodes")
-    return {str(each.get("node")): str(each.get("status") or "unknown") for each in found}
+    """The status of each node, by its name: "online", "offline", "unknown". Raises PveError."""
+    answer = entries(api.get("/nodes"), call="get /nodes")
+    return {str(entry.get("node")): str(entry.get("status") or "unknown") for entry in answer}
 
 
 class NodeSsh:
-    """Commands and files on another node, through the connection at the first one and that one's own ssh.
+    """Commands and files on another node: the connected node's ssh logs in there.
 
-    A network connection still begins at the first node: `open_channel` is that one's.
+    `ssh` is the connection to the connected node. Network connections (`open_channel`) start at that node.
     """
 
     def __init__(self, ssh: Any, member: Member) -> None:
         if member.ip is None:
-            raise NodeUnreachable(f"the cluster says no address of its node {member.name}")
+            raise NodeUnreachable(f"expected an address of node {member.name} in /cluster/status, found none")
         self._ssh = ssh
         self._member = member
         self._login = [
@@ -134,49 +134,31 @@ class NodeSsh:
         self,
         command: str | Sequence[str],
         *,
-        stdin: bytes | None = None,
+        stdin: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         secret: bool = False,
     ) -> CommandResult:
-        """As of any connection; raises NodeUnreachable when the nodes' own ssh fails."""
+        """Like `SshConnection.run`. Raises NodeUnreachable when the login from node to node fails."""
         words = command if isinstance(command, str) else shlex.join(command)
         result: CommandResult = self._ssh.run(
             [*self._login, words], stdin=stdin, timeout=timeout, secret=secret
         )
-        self._reached(result)
-        return replace(result, command=words)
-
-    def _reached(self, result: CommandResult) -> None:
         if result.rc == 255 and _SSH_FAILED.search(result.stderr):
-            said = " / ".join(result.stderr.strip().splitlines()[-2:])[:300]
+            message = " / ".join(result.stderr.strip().splitlines()[-2:])[:300]
             raise NodeUnreachable(
                 f"no login from node to node, as PVE itself makes them, at {self._member.name} "
-                f"({self._member.ip}): {said}; `pvecm updatecerts` on both mends what they know of each other"
+                f"({self._member.ip}): {message}; `pvecm updatecerts` on both nodes repairs their keys for "
+                "each other"
             )
+        return replace(result, command=words)
 
     def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
-        """Write a file there: whole or not at all."""
-        folder, slash, name = remote.rpartition("/")
-        partial = shlex.quote(f"{folder}{slash}.{name[:120]}.{secrets.token_hex(6)}.part")
-        script = (
-            f"umask 077; trap {shlex.quote('rm -f -- ' + partial)} EXIT; cat >{partial} && "
-            f"chmod {mode:o} -- {partial} && mv -fT -- {partial} {shlex.quote(remote)}"
-        )
-        command = shlex.join(["sh", "-c", script])
-        if isinstance(data, bytes):
-            self.run(command, stdin=data).check()
-            return
-        # Too large for memory: by way of the first node's disk.
-        halfway = f"/var/tmp/.nestedpve-{secrets.token_hex(8)}"
-        self._ssh.put(data, halfway)
-        way = f"{shlex.join([*self._login, command])} <{halfway}; rc=$?; rm -f -- {halfway}; exit $rc"
-        result: CommandResult = self._ssh.run(["sh", "-c", way], timeout=3600)
-        self._reached(result)
-        result.check()
+        """Write a file on the node, whole or not at all: see `remote_file.write`."""
+        remote_file.write(self.run, data, remote, mode)
 
-    def get(self, remote: str, limit: int = 1 << 20) -> bytes:
-        """The first `limit` bytes of a file there."""
-        return self.run(["head", "-c", str(limit), "--", remote]).check().stdout_bytes
+    def get(self, remote: str, limit: int = remote_file.READ_LIMIT) -> bytes:
+        """The content of a file on the node; SshError when it has more than `limit` bytes."""
+        return remote_file.read(self.run, remote, limit, self._member.name)
 
     def pipe(
         self,
@@ -185,7 +167,7 @@ class NodeSsh:
         other_command: str | Sequence[str],
         timeout: float = 600.0,
     ) -> None:
-        """Run `command` there and `other_command` at `other`, the output of the one into the other."""
+        """Run `command` on the node and `other_command` at `other`, with the output of the first as input."""
         words = command if isinstance(command, str) else shlex.join(command)
         self._ssh.pipe([*self._login, words], other, other_command, timeout)
 
@@ -193,4 +175,4 @@ class NodeSsh:
         return self._ssh.open_channel(host, port)
 
     def close(self) -> None:
-        """The connection belongs to the first node."""
+        """Does nothing: the connection belongs to the connected node."""

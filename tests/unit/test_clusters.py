@@ -26,8 +26,8 @@ from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve import deadline, qemu
 from pytest_nestedpve.pve.cluster import Member, NodeSsh, node_of, read_cluster
-from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, PveError, UnreadableAnswer
-from pytest_nestedpve.pve.ssh.connection import CommandResult
+from pytest_nestedpve.pve.errors import GuestNotFound, NodeUnreachable, PveError, SshError, UnreadableAnswer
+from pytest_nestedpve.pve.ssh.command import CommandResult
 from pytest_nestedpve.setup import snapshots, vendor_data, vm
 from pytest_nestedpve.setup.preflight import PreflightError, preflight
 from pytest_nestedpve.teardown import plan
@@ -546,28 +546,34 @@ class Shell:
     """A login whose commands this machine's shell runs; `ssh` there is a program that runs its last word."""
 
     def __init__(self, folder: Path) -> None:
-        program = folder / "ssh"
-        program.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
-        program.chmod(0o755)
+        self._program = folder / "ssh"
         self.path = f"{folder}:{os.environ['PATH']}"
+        self.forward("exec")
 
-    def run(self, command: Any, *, stdin: bytes | None = None, **_: Any) -> CommandResult:
+    def forward(self, prefix: str) -> None:
+        """Have `ssh` run its last word behind `prefix`, shell text."""
+        self._program.write_text(f'#!/bin/sh\nfor last; do :; done\n{prefix} sh -c "$last"\n')
+        self._program.chmod(0o755)
+
+    def run(self, command: Any, *, stdin: Any = None, **_: Any) -> CommandResult:
+        data = stdin.read() if hasattr(stdin, "read") else stdin
         argv = ["sh", "-c", command] if isinstance(command, str) else list(command)
         done = subprocess.run(
-            argv, input=stdin or b"", capture_output=True, check=False, env={**os.environ, "PATH": self.path}
+            argv, input=data or b"", capture_output=True, check=False, env={**os.environ, "PATH": self.path}
         )
         return CommandResult(str(command), done.returncode, done.stdout, done.stderr, 1.0)
 
-    def put(self, data: Any, remote: str, mode: int = 0o600) -> None:
-        Path(remote).write_bytes(data.read_bytes())
-        Path(remote).chmod(mode)
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    return Shell(programs)
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> NodeSsh:
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    return NodeSsh(Shell(programs), Member("father2", True, False, "10.77.7.12"))
+def there(shell: Shell) -> NodeSsh:
+    return NodeSsh(shell, Member("father2", True, False, "10.77.7.12"))
 
 
 def test_a_command_for_another_node_keeps_its_words_its_input_and_its_exit_status(there: NodeSsh) -> None:
@@ -578,30 +584,72 @@ def test_a_command_for_another_node_keeps_its_words_its_input_and_its_exit_statu
     assert there.run("exit 255").rc == 255
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["bytes", "a file, by way of the first node's disk"])
+@pytest.mark.parametrize("from_file", [False, True])
 def test_a_file_is_on_the_other_node_whole_and_nothing_else(
-    there: NodeSsh, tmp_path: Path, large: bool
+    there: NodeSsh, tmp_path: Path, from_file: bool
 ) -> None:
     content = b"\x00\xff" * 100_000
     source, folder = tmp_path / "image.raw", tmp_path / "a folder's"
     source.write_bytes(content)
     folder.mkdir()
     before = set(Path("/var/tmp").glob(".nestedpve-*"))
-    there.put(source if large else content, f"{folder}/image.raw", mode=0o644)
+    there.put(source if from_file else content, f"{folder}/image.raw", mode=0o644)
     assert [each.name for each in folder.iterdir()] == ["image.raw"]
     assert (folder / "image.raw").read_bytes() == content
     assert (folder / "image.raw").stat().st_mode & 0o777 == 0o644
-    assert there.get(f"{folder}/image.raw", limit=4) == content[:4]
+    assert there.get(f"{folder}/image.raw") == content
     assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("from_file", [False, True])
 def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(
-    there: NodeSsh, tmp_path: Path, large: bool
+    there: NodeSsh, tmp_path: Path, from_file: bool
 ) -> None:
     source = tmp_path / "image.raw"
     source.write_bytes(b"x")
     before = set(Path("/var/tmp").glob(".nestedpve-*"))
     with pytest.raises(PveError, match="no such folder"):
-        there.put(source if large else b"x", f"{tmp_path}/no such folder/image.raw")
+        there.put(source if from_file else b"x", f"{tmp_path}/no such folder/image.raw")
     assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_file_cut_off_between_the_nodes_leaves_the_whole_one_before_it(
+    shell: Shell, there: NodeSsh, tmp_path: Path, from_file: bool
+) -> None:
+    source, folder = tmp_path / "image.raw", tmp_path / "images"
+    source.write_bytes(b"new" * 1000)
+    folder.mkdir()
+    (folder / "image.raw").write_text("old")
+    shell.forward("head -c 1500 |")
+    with pytest.raises(PveError, match=r"image\.raw is unchanged: .*expected 3000 bytes, received 1500"):
+        there.put(source if from_file else source.read_bytes(), f"{folder}/image.raw")
+    assert (folder / "image.raw").read_text() == "old"
+    assert [path.name for path in folder.iterdir()] == ["image.raw"]
+
+
+def test_a_file_for_the_other_node_is_in_no_other_place_when_the_connection_is_lost(
+    shell: Shell, there: NodeSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connected node's ssh runs, and no further command after it."""
+    source = tmp_path / "image.raw"
+    source.write_bytes(b"x" * 100)
+    before = set(Path("/var/tmp").glob(".nestedpve-*"))
+    commands: list[Any] = []
+
+    def run(command: Any, **_: Any) -> CommandResult:
+        commands.append(command)
+        raise SshError("the connection was lost")
+
+    monkeypatch.setattr(shell, "run", run)
+    with pytest.raises(SshError, match="lost"):
+        there.put(source, f"{tmp_path}/copy.raw")
+    assert [command[0] for command in commands] == ["ssh"]
+    assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
+
+
+def test_a_file_larger_than_the_limit_is_an_error_and_never_cut(there: NodeSsh, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(1000))
+    with pytest.raises(SshError, match="large on father2: expected at most 999 bytes"):
+        there.get(f"{tmp_path}/large", limit=999)
+    assert there.get(f"{tmp_path}/large", limit=1000) == bytes(1000)

@@ -220,7 +220,7 @@ def test_a_put_whose_connection_dies_leaves_nothing_under_the_name(
 
 def test_get_refuses_what_is_larger_than_expected(ssh: SshConnection, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1000))
-    with pytest.raises(SshError, match="more than the 999 bytes"):
+    with pytest.raises(SshError, match="expected at most 999 bytes, found more"):
         ssh.get(str(tmp_path / "large"), limit=999)
     assert len(ssh.get(str(tmp_path / "large"), limit=1000)) == 1000
     with pytest.raises(CommandFailed, match="No such file"):

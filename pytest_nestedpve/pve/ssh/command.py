@@ -6,10 +6,11 @@ import select
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from pytest_nestedpve.pve.deadline import Deadline
-from pytest_nestedpve.pve.errors import CommandTimeout, SshError
+from pytest_nestedpve.pve.errors import CommandTimeout, PveError, SshError
 
 if TYPE_CHECKING:
     import paramiko
@@ -22,6 +23,55 @@ _AT_ONCE = 32 * 1024
 _AFTER_EXIT = 1.0
 
 Ended = tuple[int, bytes, bytes]
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command that ran left behind.
+
+    >>> result = CommandResult("id -un", 0, b"root\\n", b"", 5.8)
+    >>> result.ok, result.stdout
+    (True, 'root\\n')
+
+    `rc` is the exit status (-1: unknown, killed by a signal); `ms` wall-clock milliseconds.
+    """
+
+    command: str
+    rc: int
+    stdout_bytes: bytes
+    stderr_bytes: bytes
+    ms: float
+    secret: bool = False
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as text; bytes that are not UTF-8 are replaced."""
+        return self.stdout_bytes.decode("utf-8", "replace")
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as text; bytes that are not UTF-8 are replaced."""
+        return self.stderr_bytes.decode("utf-8", "replace")
+
+    @property
+    def ok(self) -> bool:
+        return self.rc == 0
+
+    def check(self) -> CommandResult:
+        """This result, if the exit status is 0; raises CommandFailed otherwise."""
+        if not self.ok:
+            raise CommandFailed(self)
+        return self
+
+
+class CommandFailed(PveError):
+    """A command ended with an exit status other than 0; `result` has it all."""
+
+    def __init__(self, result: CommandResult) -> None:
+        said = "" if result.secret else (result.stderr.strip() or result.stdout.strip())
+        tail = "".join(f"\n    {line}" for line in said.splitlines()[-12:])
+        super().__init__(f"`{result.command}` ended with exit status {result.rc}, expected 0{tail}")
+        self.result = result
 
 
 class Exchange:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import secrets
 import shlex
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import CommandTimeout, HostUnreachable, PveError, SshError
-from pytest_nestedpve.pve.ssh.command import Exchange
+from pytest_nestedpve.pve.ssh import remote_file
+from pytest_nestedpve.pve.ssh.command import CommandFailed, CommandResult, Exchange
 from pytest_nestedpve.pve.ssh.login import log_in
 from pytest_nestedpve.pve.ssh.target import SshTarget
 
@@ -32,56 +29,6 @@ __all__ = ["CommandFailed", "CommandResult", "SshConnection", "SshTarget"]
 # sshd's MaxSessions is 10, but it frees a slot late: with 5 at once none of 600 was refused, with 8 73.
 CHANNELS_PER_TRANSPORT = 5
 TRANSPORTS = 4
-GET_LIMIT = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class CommandResult:
-    """What a command that ran left behind.
-
-    >>> result = CommandResult("id -un", 0, b"root\\n", b"", 5.8)
-    >>> result.ok, result.stdout
-    (True, 'root\\n')
-
-    `rc` is the exit status (-1: unknown, killed by a signal); `ms` wall-clock milliseconds.
-    """
-
-    command: str
-    rc: int
-    stdout_bytes: bytes
-    stderr_bytes: bytes
-    ms: float
-    secret: bool = False
-
-    @property
-    def stdout(self) -> str:
-        """Standard output as text; bytes that are not UTF-8 are replaced."""
-        return self.stdout_bytes.decode("utf-8", "replace")
-
-    @property
-    def stderr(self) -> str:
-        """Standard error as text; bytes that are not UTF-8 are replaced."""
-        return self.stderr_bytes.decode("utf-8", "replace")
-
-    @property
-    def ok(self) -> bool:
-        return self.rc == 0
-
-    def check(self) -> CommandResult:
-        """This result, if the exit status is 0; raises CommandFailed otherwise."""
-        if not self.ok:
-            raise CommandFailed(self)
-        return self
-
-
-class CommandFailed(PveError):
-    """A command ended with an exit status other than 0; `result` has it all."""
-
-    def __init__(self, result: CommandResult) -> None:
-        said = "" if result.secret else (result.stderr.strip() or result.stdout.strip())
-        tail = "".join(f"\n    {line}" for line in said.splitlines()[-12:])
-        super().__init__(f"`{result.command}` ended with exit status {result.rc}, expected 0{tail}")
-        self.result = result
 
 
 @dataclass
@@ -151,28 +98,25 @@ class SshConnection:
         self,
         command: str | Sequence[str],
         *,
-        stdin: bytes | None = None,
+        stdin: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         secret: bool = False,
     ) -> CommandResult:
         """Run a command and wait for its end, at most `timeout` seconds (nominal) after it began.
 
-        A sequence is an argv and is quoted; a string is shell text. Connecting has its own limit.
+        A sequence is an argv and is quoted; a string is shell text. `stdin` is sent up to its end; a
+        stream is not closed. Connecting has its own limit.
         `secret` keeps the text and the output out of the observer and of exceptions.
         Raises SshError and its family when the connection failed, CommandTimeout when the limit passed.
         The channel is closed then; what the command had started on the host may go on there.
         An exit status other than 0 is no error: see `CommandResult.check`.
         """
-        return self._execute(command, stdin or b"", timeout, secret)
-
-    def _execute(
-        self, command: str | Sequence[str], stdin: bytes | BinaryIO, timeout: float, secret: bool
-    ) -> CommandResult:
         text, shown = _texts(command, secret)
+        given = b"" if stdin is None else stdin
         began = time.monotonic()
         try:
             with self._channel(timeout) as (channel, link):
-                exchange = Exchange(channel, text, shown, stdin, self.target.text, secret)
+                exchange = Exchange(channel, text, shown, given, self.target.text, secret)
                 try:
                     rc, out, err = exchange.finish(Deadline(timeout))
                 except CommandTimeout:
@@ -193,37 +137,18 @@ class SshConnection:
     # -- files ------------------------------------------------------------------------------------
 
     def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None:
-        """Write a file on the host: whole or not at all, under its name only when complete.
+        """Write a file on the host, whole or not at all: see `remote_file.write`.
 
-        By `cat` into a file beside it, its size checked, then renamed: one round trip, and no SFTP
-        subsystem needed, which appliances often lack. A symbolic link at `remote` is replaced, not
-        followed. Below /etc/pve, where PVE decides on modes, `mode` is left out.
         Raises CommandFailed (no such directory, disk full), SshError, CommandTimeout.
         """
-        stream, size = _sized(data)
-        folder, slash, name = remote.rpartition("/")
-        partial = shlex.quote(f"{folder}{slash}.{name[:120]}.{secrets.token_hex(6)}.part")
-        chmod = "" if remote.startswith("/etc/pve/") else f"chmod {mode:o} -- {partial} && "
-        script = (
-            f"umask 077; trap {shlex.quote('rm -f -- ' + partial)} EXIT; "
-            f'cat >{partial} && test "$(wc -c <{partial})" -eq {size} && '
-            f"{chmod}mv -fT -- {partial} {shlex.quote(remote)}"
-        )
-        try:
-            # Half a minute and what the bytes take at 1 MiB/s.
-            self._execute(["sh", "-c", script], stream, 30 + size / 2**20, False).check()
-        finally:
-            stream.close()
+        remote_file.write(self.run, data, remote, mode)
 
-    def get(self, remote: str, limit: int = GET_LIMIT) -> bytes:
+    def get(self, remote: str, limit: int = remote_file.READ_LIMIT) -> bytes:
         """The content of a file on the host; SshError when it has more than `limit` bytes.
 
-        Raises CommandFailed when it cannot be read.
+        Raises CommandFailed when the file cannot be read.
         """
-        result = self.run(["head", "-c", str(limit + 1), "--", remote], timeout=30 + limit / 2**20).check()
-        if len(result.stdout_bytes) > limit:
-            raise SshError(f"{remote} on {self.target.text} has more than the {limit} bytes expected")
-        return result.stdout_bytes
+        return remote_file.read(self.run, remote, limit, self.target.text)
 
     def pipe(
         self,
@@ -432,22 +357,6 @@ def _texts(command: str | Sequence[str], secret: bool) -> tuple[str, str]:
     if not argv or any("\0" in word for word in argv):
         raise ValueError(f"expected a command of at least one word and no NUL byte, found {len(argv)} words")
     return shlex.join(argv), f"{argv[0]} (arguments with secrets)" if secret else shlex.join(argv)
-
-
-def _sized(data: bytes | BinaryIO | Path) -> tuple[BinaryIO, int]:
-    """A stream that may be closed, and how many bytes it will give."""
-    if isinstance(data, bytes):
-        return io.BytesIO(data), len(data)
-    if isinstance(data, Path):
-        return data.open("rb"), data.stat().st_size
-    if isinstance(size := getattr(data, "size", None), int):
-        return data, size  # a stream that knows it; closed like the others
-    # The size must be known beforehand and the caller's stream stays open, so: a copy on disk.
-    copy = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
-    shutil.copyfileobj(data, copy)
-    size = copy.tell()
-    copy.seek(0)
-    return cast(BinaryIO, copy), size
 
 
 def _ms(began: float) -> float:
