@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.errors import PveError
 
 _OURS = "# Variables of nested-pve run "
@@ -67,16 +67,10 @@ def write(path: Path, content: str) -> None:
     reason = fault(path)
     if reason:
         raise EnvFileError(f"--nested-env-file: {reason}")
-    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(content)
-        draft.replace(path)
+        local_file.write(path, content)
     except OSError as e:
         raise EnvFileError(f"--nested-env-file: {path} cannot be written: {e}") from e
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def remove(path: Path, run: str) -> None:

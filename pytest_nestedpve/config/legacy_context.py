@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.answers import whole
 from pytest_nestedpve.pve.errors import PveError
 
@@ -107,11 +105,7 @@ def _id_of(each: Any) -> Any:
 
 
 def _write(path: Path, context: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        draft.write_text(json.dumps(context, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        local_file.write(path, json.dumps(context, indent=2) + "\n", mode=0o666)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         raise ContextError(f"cannot write {path}: {e}") from e

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.errors import PveError
 
 
@@ -99,18 +99,12 @@ def set_in_file(path: Path, keys: Sequence[str], value: Any) -> bool:
         raise YamlPathError(f"{path}: {e}") from e
     if after == before:
         return False
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(after)
-            if found is not None:
-                os.fchmod(file.fileno(), found.st_mode & 0o7777)
-                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(file.fileno(), found.st_uid, found.st_gid)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with local_file.replacement(path) as file:
+        file.write(after.encode())
+        if found is not None:
+            os.fchmod(file.fileno(), found.st_mode & 0o7777)
+            if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(file.fileno(), found.st_uid, found.st_gid)
     return True
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout
 
@@ -131,9 +132,7 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
             "address": subnets.uplink_father,
             "bridge": subnets.bridge,
         }
-        temporary = folder / "lab.json.new"
-        temporary.write_text(json.dumps(state))
-        temporary.rename(folder / "lab.json")
+        local_file.write(folder / "lab.json", json.dumps(state), mode=0o666)
         if not report.closed:
             _tell(report, {"ok": True, **state})
             threading.Thread(target=_watch_sessions, args=(folder,), daemon=True).start()
@@ -251,9 +250,7 @@ def _launch_uncle(folder: Path, uncle: launcher.Container) -> launcher.Started:
         if _closing.is_set():
             raise LabError("the lab goes down")
         started = launcher.launch(uncle)
-    temporary = pid_file(folder).with_suffix(".new")
-    temporary.write_text(str(started.init))
-    temporary.rename(pid_file(folder))
+    local_file.write(pid_file(folder), str(started.init), mode=0o666)
     return started
 
 

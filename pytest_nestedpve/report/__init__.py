@@ -19,16 +19,11 @@ def write_report(run_directory: Path) -> Path:
     Raises OSError when the log cannot be read or the page cannot be written. Lines that are no JSON (a
     process was killed while it wrote) are passed over.
     """
-    import os
-
+    from pytest_nestedpve.pve import local_file
     from pytest_nestedpve.report.audit_model import read_audit
     from pytest_nestedpve.report.html import standalone
 
     page = standalone(read_audit(run_directory / "audit.jsonl"))
     target = run_directory / REPORT_NAME
-    draft = target.with_name(f".{REPORT_NAME}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        out.write(page)
-    draft.replace(target)
+    local_file.write(target, page)
     return target

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import threading
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.deadline import Deadline, scaled
 from pytest_nestedpve.run.masking import MASK
 
@@ -181,11 +180,7 @@ def _write(directory: Path, item: Item, data: str | bytes, mask: Callable[[str],
     if len(data) > room:
         raise OSError(f"the files of this failure have {TOTAL_LIMIT >> 20} MiB already")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = directory / item.file
-    with contextlib.suppress(FileNotFoundError):
-        target.unlink()
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
+    local_file.write(directory / item.file, data)
     return Kept(item.file, item.what, item.kind, len(data), words)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.errors import PveError
 
 if TYPE_CHECKING:
@@ -79,17 +78,8 @@ class RunDirectory:
 
     def write(self, name: str, data: str | bytes) -> Path:
         """Write a file of the directory (0600) in one step."""
-        target = self.path / name
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return target
+        local_file.write(self.path / name, data)
+        return self.path / name
 
     def save_state(self, facts: Mapping[str, Any]) -> None:
         """Keep the facts by phase in state.json."""

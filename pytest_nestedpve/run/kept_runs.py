@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.run import phase_record
 from pytest_nestedpve.run.directory import RunDirectoryError
@@ -202,10 +202,7 @@ def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
     kept = Kept(
         run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shaped
     )
-    temporary = target / f".{_RECORD}"
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(asdict(kept), file, indent=1)
-    temporary.replace(target / _RECORD)
+    local_file.write(target / _RECORD, json.dumps(asdict(kept), indent=1))
 
 
 def restore(kept: Kept, directory: RunDirectory) -> None:
@@ -220,9 +217,7 @@ def _copy(source: Path, target: Path) -> None:
     if not source.exists():
         target.unlink(missing_ok=True)
         return
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(source.read_bytes())
+    local_file.write(target, source.read_bytes())
 
 
 def forget(run_id: str) -> None:

@@ -118,7 +118,7 @@ ROOMS = (
     "pve",
 )
 #: What the lab, which stands beside the rooms, may import of them.
-LAB_IMPORTS = {"pve.deadline", "pve.errors"}
+LAB_IMPORTS = {"pve.deadline", "pve.errors", "pve.local_file", "pve.lock_file"}
 
 
 def room(name: str) -> str:

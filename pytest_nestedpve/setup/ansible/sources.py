@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pytest_nestedpve.config.parsers import Source, without_password
+from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.deadline import scaled
 from pytest_nestedpve.pve.errors import CommandTimeout, PveError
 
@@ -180,27 +181,20 @@ def _write(name: str, root: Path, files: Iterable[str], target: Path, origin: st
     archive = target / f"{name}.tar.gz"
     digest, size = hashlib.sha256(), 0
     added: list[str] = []
-    temporary = archive.with_name(archive.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with (
-            os.fdopen(descriptor, "wb") as out,
-            tarfile.open(fileobj=out, mode="w:gz", compresslevel=3) as tar,
-        ):
-            for each in chosen:
-                entry = _entry(name, root, each)
-                if entry is None:
-                    continue
-                info, data = entry
-                tar.addfile(info, io.BytesIO(data) if info.isreg() else None)
-                fields = (each, oct(info.mode), info.linkname, hashlib.sha256(data).hexdigest())
-                digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
-                size += len(data)
-                added.append(each)
-        temporary.replace(archive)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with (
+        local_file.replacement(archive) as out,
+        tarfile.open(fileobj=out, mode="w:gz", compresslevel=3) as tar,
+    ):
+        for each in chosen:
+            entry = _entry(name, root, each)
+            if entry is None:
+                continue
+            info, data = entry
+            tar.addfile(info, io.BytesIO(data) if info.isreg() else None)
+            fields = (each, oct(info.mode), info.linkname, hashlib.sha256(data).hexdigest())
+            digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
+            size += len(data)
+            added.append(each)
     if not added:
         raise SourceError(f"source {name}: expected files at {origin}, found none that belong to it")
     return Packed(name, archive, digest.hexdigest(), tuple(added), size, origin)
