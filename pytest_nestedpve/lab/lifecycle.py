@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_nestedpve.pve import lock_file
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 
 from . import outer_node, programs, requirements, run_leftovers, supervisor
@@ -185,7 +185,7 @@ def sweep() -> list[str]:
                 swept.append(name)
     for left in labs_dir().glob(".*.lock"):
         if not lab_dir(left.name[1:-5]).exists():
-            with contextlib.suppress(BlockingIOError, OSError), _locked(left, wait=False):
+            with contextlib.suppress(BlockingIOError, OSError), lock_file.locked(left, wait=False):
                 left.unlink()
     return swept
 
@@ -249,31 +249,18 @@ def _nodes_of(folder: Path) -> int:
 @contextlib.contextmanager
 def building() -> Iterator[None]:
     """Held while something is made in the cache, or taken out of it."""
-    with _locked(labs_dir().parent / "build.lock"):
+    labs_dir().parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.locked(labs_dir().parent / "build.lock"):
         yield
 
 
 @contextlib.contextmanager
 def lab_lock(name: str, *, wait: bool = True) -> Iterator[None]:
     """Held while a lab is started, stopped or joined. BlockingIOError if it is held and `wait` is false."""
-    with _locked(supervisor.lock_file(lab_dir(name)), wait=wait):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    path = supervisor.lock_file(lab_dir(name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # The file may have been removed, and made anew, while this waited.
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError:
-                same = False
-            if same:
-                yield
-                return
+    with lock_file.locked(path, wait=wait):
+        yield
 
 
 def _alive(folder: Path) -> bool:

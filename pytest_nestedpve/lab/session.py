@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_nestedpve.pve.deadline import Deadline
+from pytest_nestedpve.pve.lock_file import lock
 
 from . import lifecycle, requirements
 from .names import DEFAULT_LAB, check_name, lab_dir
@@ -74,8 +74,7 @@ def acquire(name: str = "") -> LabSession:
     lifecycle.sweep()
     with lifecycle.lab_lock(name):
         lab = lifecycle.start_locked(name, hand=False, say=_say)
-        hold = (lab_dir(name) / "session.lock").open()
-        fcntl.flock(hold, fcntl.LOCK_SH)
+        hold = os.fdopen(lock(lab_dir(name) / "session.lock", shared=True, create=False))
     with contextlib.suppress(OSError):
         (lab_dir(name) / "kept").unlink(missing_ok=True)
     return LabSession(name, lab.host, Path(lab.ssh_config), hold, lab.supervisor)

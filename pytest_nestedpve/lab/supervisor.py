@@ -7,7 +7,6 @@ it; what is then left (directories, an empty cgroup) the next lab command remove
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout
+from pytest_nestedpve.pve.lock_file import lock, locked
 
 from . import outer_node, programs, run_leftovers, subnet_allocation
 from .names import FATHER, UNCLE, LabError, Subnets, lab_dir
@@ -49,8 +49,7 @@ def main(arguments: list[str]) -> int:
         os._exit(0)  # nobody's child: it outlives the one who started it, and leaves him no zombie
     report = os.fdopen(os.dup(1), "w")
     _to_log(folder / "supervisor.log")
-    lock = (folder / "supervisor.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock(folder / "supervisor.lock", wait=False)  # until this process ends
     (folder / "supervisor.pid").write_text(str(os.getpid()))
     before = subnet_allocation.own_cgroup()
     subnets = subnet_allocation.take()
@@ -281,8 +280,8 @@ def _watch_sessions(folder: Path) -> None:
     if (folder / "hand").exists():
         return
     while True:
-        with open(folder / "session.lock", "a") as sessions:
-            fcntl.flock(sessions, fcntl.LOCK_EX)
+        with locked(folder / "session.lock"):
+            pass
         try:
             marked = run_leftovers.marked_guests(folder)
         except LabError as e:
@@ -293,10 +292,9 @@ def _watch_sessions(folder: Path) -> None:
             _stay(folder, f"VMs of runs are there: {', '.join(marked)}", 10)
             continue
         # Nobody can begin a session while the lab's lock is held.
-        with open(lock_file(folder), "a") as lab, open(folder / "session.lock", "a") as own:
-            fcntl.flock(lab, fcntl.LOCK_EX)
+        with locked(lock_file(folder)), contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(folder / "session.lock", wait=False))
             except BlockingIOError:
                 continue
             if (folder / "hand").exists():

@@ -7,7 +7,6 @@ at the set-up: each first learns from the run's directory what the others did, a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.environment.phases import Broken
+from pytest_nestedpve.pve import lock_file
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.run import kept_runs, phase_record
 from pytest_nestedpve.run.identity import Run
@@ -43,7 +43,7 @@ class Membership:
     def __init__(self, env: Environment, runner: PhaseRunner, shown: dict[str, str]) -> None:
         self._env, self._runner, self._shown = env, runner, shown
         self._dir = env.run.dir
-        self._member = _locked(self._dir / _MEMBERS, fcntl.LOCK_SH)
+        self._member = lock_file.lock(self._dir / _MEMBERS, shared=True)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -65,9 +65,8 @@ class Membership:
         os.close(self._member)
         if SessionLock.alive(self._env.run.id):
             return False
-        try:
-            last = _locked(self._dir / _MEMBERS, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        last = _try_lock(self._dir / _MEMBERS)
+        if last is None:
             return False
         os.close(last)
         self._learn()
@@ -99,18 +98,8 @@ class Membership:
             self._env.run.directory.write(BROKEN, text)
 
 
-def _locked(path: Path, how: int) -> int:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, how)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
 def _try_lock(path: Path) -> int | None:
     try:
-        return _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_file.lock(path, wait=False)
     except BlockingIOError:
         return None
