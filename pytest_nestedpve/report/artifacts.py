@@ -7,7 +7,7 @@ import re
 import shlex
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.report.collect import ITEM, Item, NotThere
@@ -238,34 +238,19 @@ class _Guest:
 
 
 def by_agent(api: Api, node: str, vmid: int, script: str) -> str:
-    """What a guest's agent says to shell text. Raises NotThere when that is nothing, and PveError."""
-    from pytest_nestedpve.pve.answers import mapping
+    """The output of shell text that a guest's agent runs. Raises NotThere when it is empty, and PveError."""
+    from pytest_nestedpve.pve import agent
     from pytest_nestedpve.pve.api import call_limit
-    from pytest_nestedpve.pve.deadline import Deadline, wait_until
-
-    path = f"/nodes/{node}/qemu/{vmid}/agent"
-
-    def ended() -> dict[str, Any] | None:
-        answer = _unwrapped(api.get(f"{path}/exec-status", pid=pid))
-        return answer if answer.get("exited") in (1, True, "1") else None
+    from pytest_nestedpve.pve.deadline import Deadline
 
     with call_limit(ITEM):
-        started = _unwrapped(api.post(f"{path}/exec", command=["sh", "-c", script]))
-        pid = int(started.get("pid", 0))
-        answer = mapping(
-            wait_until(ended, deadline=Deadline(ITEM), what="the guest's answer", interval=(0.2, 1.0)),
-            call=f"get {path}/exec-status",
+        ended = agent.execute(
+            api, node, vmid, ["sh", "-c", script], deadline=Deadline(ITEM), what="the guest's answer"
         )
-    text = str(answer.get("out-data") or "") + str(answer.get("err-data") or "")
+    text = ended.stdout + ended.stderr
     if not text.strip():
-        raise NotThere(f"the guest said nothing (exit status {answer.get('exitcode')})")
-    return text + ("\n[cut off by the guest agent]\n" if answer.get("out-truncated") else "")
-
-
-def _unwrapped(answer: Any) -> dict[str, Any]:
-    if isinstance(answer, dict) and isinstance(answer.get("result"), dict):
-        answer = answer["result"]
-    return answer if isinstance(answer, dict) else {}
+        raise NotThere(f"the guest said nothing (exit status {ended.rc})")
+    return text + ("\n[cut off by the guest agent]\n" if ended.truncated else "")
 
 
 # -- tasks -------------------------------------------------------------------------------------------------

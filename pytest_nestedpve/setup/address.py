@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pytest_nestedpve.ownership.create import Created
 from pytest_nestedpve.pve import agent
-from pytest_nestedpve.pve.answers import flag, whole
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import (
     AgentUnavailable,
@@ -255,45 +254,6 @@ def connect(env: Environment, level: Level, ip: str) -> SshConnection:
 # -- first boot -----------------------------------------------------------------------------------
 
 
-def execute(
-    host: PveHost, made: Created, command: list[str], deadline: Deadline, what: str
-) -> tuple[int, str, str]:
-    """Run a command in the guest by its agent: exit status, output, errors. Raises PveError.
-
-    An agent that is away for a moment (its package is being configured) is waited for.
-    """
-    base = f"/nodes/{made.node}/qemu/{made.vmid}/agent"
-
-    def begin() -> int | None:
-        try:
-            return whole(_result(host.api.post(f"{base}/exec", command=command)).get("pid"))
-        except AgentUnavailable:
-            return None
-
-    pid = wait_until(begin, deadline=deadline, what=f"the agent of VM {made.vmid} to take {what}")
-
-    def ended() -> dict[str, Any] | None:
-        try:
-            answer = _result(host.api.get(f"{base}/exec-status", pid=pid))
-        except AgentUnavailable:
-            return None
-        return answer if flag(answer.get("exited")) else None
-
-    answer = wait_until(
-        ended, deadline=deadline, what=f"the end of {what} in VM {made.vmid}", interval=(0.1, 0.3)
-    )
-    rc = whole(answer.get("exitcode"))
-    if rc is None:
-        return -1, str(answer.get("out-data") or ""), f"ended by signal {answer.get('signal')}"
-    return rc, str(answer.get("out-data") or ""), str(answer.get("err-data") or "")
-
-
-def _result(answer: Any) -> dict[str, Any]:
-    if isinstance(answer, dict) and isinstance(answer.get("result"), dict):
-        answer = answer["result"]
-    return answer if isinstance(answer, dict) else {}
-
-
 def wait_cloud_init(host: PveHost, made: Created, deadline: Deadline) -> tuple[str, str]:
     """Wait for the end of the first boot's set-up; its state, and its own words where it warns.
 
@@ -302,23 +262,25 @@ def wait_cloud_init(host: PveHost, made: Created, deadline: Deadline) -> tuple[s
     """
     for attempt in (1, 2):
         try:
-            rc, out, err = execute(
-                host, made, ["/bin/sh", "-c", _CLOUD_INIT], deadline, "`cloud-init status --wait`"
-            )
+            ended = agent.execute(
+                host.api, made.node, made.vmid, ["/bin/sh", "-c", _CLOUD_INIT],
+                deadline=deadline, what="`cloud-init status --wait`", retry=True,
+            )  # fmt: skip
             break
         except ApiError as e:
             # The agent that took the command was restarted and does not know its number any more.
             if attempt == 2 or ("PID" not in str(e) and "pid" not in str(e)):
                 raise
-    words = _complaints(out)
-    if rc == 0:
-        return ("absent" if out.strip() == "absent" else "done"), ""
-    if rc == 2:
+    words = _complaints(ended.stdout)
+    if ended.rc == 0:
+        return ("absent" if ended.stdout.strip() == "absent" else "done"), ""
+    if ended.rc == 2:
         return "done with warnings", words
+    err = ended.stderr if ended.signal is None else f"ended by signal {ended.signal}"
     log = "`/var/log/cloud-init-output.log` in the VM has it all"
     raise PveError(
-        f"cloud-init in VM {made.vmid} ended with an error (exit status {rc}): "
-        f"{words or (out + err).strip()[-800:] or 'it said nothing'}; {log}"
+        f"cloud-init in VM {made.vmid} ended with an error (exit status {ended.rc}): "
+        f"{words or (ended.stdout + err).strip()[-800:] or 'it said nothing'}; {log}"
     )
 
 
