@@ -1,8 +1,8 @@
-"""Limits and waits: every limit is scaled in one place, every wait ends.
+"""Limits and waits: all limits are scaled in one place, all waits end.
 
-Convention: limits handed to functions of this package are *nominal* seconds; they are multiplied by
-the scale once, where the clock starts (`Deadline`, `scaled`). To hand the rest of a deadline on to a
-function that scales by itself, use `Deadline.nominal()`.
+Convention: limits passed to functions of this package are *nominal* seconds; they are multiplied by the
+scale once, where the clock starts (`Deadline`, `scaled`). To pass the rest of a deadline to a function that
+scales it too, use `Deadline.nominal()`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SHARE = 0.05
-"""Of the time waited so far, what may be lost between an event and its being noticed."""
+"""The share of the time waited so far that may pass between an event and its detection."""
 
 _scale = 1.0
 
@@ -33,12 +33,12 @@ def set_scale(factor: float) -> None:
 
 
 def scale() -> float:
-    """The factor in force."""
+    """The current factor."""
     return _scale
 
 
 def scaled(seconds: float) -> float:
-    """`seconds` times the factor in force."""
+    """`seconds` times the current factor."""
     return seconds * _scale
 
 
@@ -54,11 +54,11 @@ class Deadline:
         return max(0.0, self.limit - self.elapsed())
 
     def nominal(self) -> float:
-        """The seconds left, to be handed to something that scales them itself."""
+        """Nominal seconds left, for a function that scales them again."""
         return self.remaining() / _scale
 
     def elapsed(self) -> float:
-        """Wall-clock seconds since this was made."""
+        """Wall-clock seconds since the deadline was created."""
         return time.monotonic() - self._start
 
     @property
@@ -74,23 +74,23 @@ def wait_until(
     interval: tuple[float, float] = (0.05, 0.3),
     wake: threading.Event | None = None,
 ) -> T:
-    """Call `check` until it returns something other than None or False, and return that.
+    """Poll `check` until it returns a value other than None and False, and return that value.
 
-    The pause between two calls is a twentieth of the time waited so far, and at least what the call took
-    (no more than half of the time is spent asking), but within interval[0] and interval[1] seconds. `wake`,
-    when set by another thread, ends the pause at once (it is cleared here). `what` names what was waited
-    for, or is a function that also tells what was seen last; it ends up in the CommandTimeout raised when
-    the deadline has passed. `check` is called at least once, and once more at the deadline.
+    The pause between two calls is a twentieth of the time waited so far, and at least the duration of the
+    last call (at most half of the time is spent in calls), within interval[0] and interval[1] seconds.
+    `wake`, when set by another thread, ends the pause at once (it is cleared here). `what` names the awaited
+    event for the message, or is a function that does, with the last state. `check` is called at least once,
+    and once more at the deadline. Raises CommandTimeout then.
     """
     shortest, longest = interval
-    nudge = wake if wake is not None else threading.Event()
+    wake = wake if wake is not None else threading.Event()
     began = time.monotonic()
     while True:
         last = deadline.expired
-        asked = time.monotonic()
-        found = check()
-        if found is not None and found is not False:
-            return found
+        call_began = time.monotonic()
+        result = check()
+        if result is not None and result is not False:
+            return result
         if last:
             from pytest_nestedpve.pve.errors import CommandTimeout
 
@@ -100,6 +100,6 @@ def wait_until(
                 f"of {deadline.limit:g} s"
             )
         now = time.monotonic()
-        pause = min(longest, max(shortest, SHARE * (now - began), now - asked))
-        if nudge.wait(min(pause, deadline.remaining() or 0.001)):
-            nudge.clear()
+        pause = min(longest, max(shortest, SHARE * (now - began), now - call_began))
+        if wake.wait(min(pause, deadline.remaining() or 0.001)):
+            wake.clear()

@@ -1,4 +1,4 @@
-"""What can go wrong when talking to a PVE host, as types; and how PVE's own words map to them."""
+"""Errors of a PVE host and its guests, as types, and their choice by PVE's messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 
 class PveError(Exception):
-    """Base of all errors of this package that are about a host or a guest."""
+    """Base of the errors of this package that concern a host, a guest or their files."""
 
 
 class SshError(PveError):
@@ -35,9 +35,9 @@ class ProfileError(PveError):
 
 
 class ApiError(PveError):
-    """The PVE API refused or failed a call; `text` is PVE's own words.
+    """The PVE API refused or failed a call; `text` is PVE's message.
 
-    PVE's exit codes carry no meaning (they are errno at `die`), so subclasses are chosen by text.
+    PVE's exit statuses have no meaning (they are errno at `die`): the text chooses the subclass.
     """
 
     def __init__(self, text: str, *, call: str = "", rc: int | None = None) -> None:
@@ -52,11 +52,11 @@ class NotFound(ApiError):
 
 
 class GuestNotFound(NotFound):
-    """The guest itself has no configuration on the node asked (not: something it refers to)."""
+    """The guest itself has no configuration on the node of the call (not: an object it refers to)."""
 
 
 class AlreadyExists(ApiError):
-    """The id or name is taken."""
+    """The id or name is in use."""
 
 
 class Locked(ApiError):
@@ -64,7 +64,7 @@ class Locked(ApiError):
 
 
 class LockTimeout(Locked):
-    """The guest's lock file or a cluster lock was held for longer than PVE waits: try again."""
+    """The guest's lock file or a cluster lock was held for longer than PVE waits: retry."""
 
 
 class Protected(ApiError):
@@ -72,23 +72,23 @@ class Protected(ApiError):
 
 
 class Running(ApiError):
-    """The guest runs and must not for this call."""
+    """The guest is running, and this call needs a stopped one."""
 
 
 class NotRunning(ApiError):
-    """The guest does not run and must for this call."""
+    """The guest is not running, and this call needs a running one."""
 
 
 class InUse(ApiError):
-    """Something else still needs the thing: a pool with members, a base of linked clones, HA."""
+    """Another object depends on this one: a pool has members, a base has linked clones, HA manages it."""
 
 
 class StorageFull(ApiError):
-    """There is no room on the storage, or on the host's own disk, for what was asked."""
+    """The storage, or the host's own disk, has too little free space for the request."""
 
 
 class Changed(ApiError):
-    """The digest given with the call is not the configuration's any more."""
+    """The configuration has changed: its digest is not that of the call."""
 
 
 class PermissionDenied(ApiError):
@@ -100,31 +100,31 @@ class BadParameter(ApiError):
 
 
 class WrongState(ApiError):
-    """The guest is in a state that the call is not for, and stays in it: template, paused, with snapshots."""
+    """The call does not apply to the guest's state, which remains: template, paused, with snapshots."""
 
 
 class StartFailed(ApiError):
-    """The host could not start the guest's QEMU (no KVM, or QEMU ended at once)."""
+    """The host could not start the guest's QEMU (no KVM, or QEMU exited at once)."""
 
 
 class GuestTimeout(ApiError):
-    """The guest, or its QEMU, did not do in time what it was asked to; it may yet do it."""
+    """The guest, or its QEMU, did not act within the time limit; it may do so later."""
 
 
 class Interrupted(ApiError):
-    """The task's process ended before its work did; what it was to make or remove may be there by halves."""
+    """The task's process ended before its work: the object may be partly created or removed."""
 
 
 class Unsupported(ApiError):
-    """The storage is disabled, or it cannot hold or do what was asked."""
+    """The storage is disabled, or does not support the content or the operation."""
 
 
 class DownloadFailed(ApiError):
-    """The host could not fetch the file."""
+    """The host could not download the file."""
 
 
 class WrongContent(DownloadFailed):
-    """The file was fetched, and is not the one expected (checksum, format); PVE has removed it again."""
+    """The downloaded file is not the expected one (checksum, format); PVE has removed it."""
 
 
 class NoQuorum(ApiError):
@@ -136,23 +136,23 @@ class AgentUnavailable(ApiError):
 
 
 class AgentFailed(ApiError):
-    """The guest agent answered, and could not do it: no such file, no such command."""
+    """The guest agent answered with an error: no such file, no such command."""
 
 
 class NodeUnreachable(ApiError):
-    """The node that was asked could not reach the other node of its cluster, or finds no address for it."""
+    """A node could not connect to another node of its cluster, or has no address of it."""
 
 
 class ClusterFilesystemDown(ApiError):
-    """pmxcfs does not run on the host, so that no PVE command works."""
+    """pmxcfs is not running on the host: no PVE command works."""
 
 
 class WorkerFailed(ApiError):
-    """The host could not start the task's process; what the call was to make may be there all the same."""
+    """The host could not start the task's process; the object of the call may exist nevertheless."""
 
 
 class HostFault(ApiError):
-    """PVE itself failed: an error in its own code, with the place in it."""
+    """PVE itself failed: an error in its code, with file and line."""
 
 
 class NoPve(ApiError):
@@ -160,7 +160,7 @@ class NoPve(ApiError):
 
 
 class UnreadableAnswer(ApiError):
-    """The answer is not what the API documents."""
+    """The answer does not have the documented form."""
 
 
 class TaskFailed(ApiError):
@@ -182,11 +182,11 @@ class TaskFailed(ApiError):
         return classify(self.exitstatus, None, f"task {self.upid}")
 
 
-# In this order; the first that fits decides. The words are those of recordings of PVE 9.2.11, and PVE's usual
-# ones for what was not recorded (ZFS, LVM, shares, containers).
-# `^` is the start of a line: guests' and volumes' names, which others choose, seldom stand there.
+# In this order; the first match decides. The messages are those of recordings of PVE 9.2.11, and PVE's usual
+# ones for unrecorded cases (ZFS, LVM, shares, containers).
+# `^` is the start of a line, where names of guests and volumes, which users choose, are rare.
 _TABLE: tuple[tuple[type[ApiError], str], ...] = (
-    # `env` says it in the language of root's login.
+    # The message of `env` is in the language of root's login.
     (
         NoPve,
         r"pvesh: (?:command )?not found|pvesh\W{0,2}: No such file or directory|"
@@ -316,7 +316,7 @@ _TABLE: tuple[tuple[type[ApiError], str], ...] = (
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _TABLE)
 
-# Said beside the real reason, by commands that succeed too.
+# Messages beside the real reason, also of commands that succeed.
 _NOISE = re.compile(
     r"^(?:user config - ignore invalid |perl: warning: |\s*(?:WARN(?:ING)?|Warning): |"
     r"\s+(?:LANGUAGE|LC_\w+|LANG) = |"
@@ -325,17 +325,17 @@ _NOISE = re.compile(
     r"(?:USAGE: |\s+)(?:pvesh|qm|pveum|pvesm|pvecm) |"
     r"(?:pvesh|qm|pveum|pvesm|pvecm) .*(?:<\w+>|\[OPTIONS\]))"
 )
-# pmxcfs is asked three times, and each time it is told; the line after them says what failed for it.
+# Three calls to pmxcfs fail, with a message each; the line after them has the failure that follows.
 _BESIDE = re.compile(r"^ipcc_send_rec\[\d+\] failed: ")
-# What stands before the reason proper: who says it, or which call it was.
-_SAYS = re.compile(
+# Prefixes of the reason: the program, or the call.
+_PREFIX = re.compile(
     r"^(?:proxy handler failed: |TASK ERROR: |ERROR: |unable to (?:create|restore) (?:VM|CT) \d+ - |"
     r"error during cfs-locked '[^'\n]*' operation: |"
     r"(?:create|delete|update|modify|set|add|remove|clone|generating|modifying|removing|ACL)(?: \w+)? "
     r"failed: )+",
     re.MULTILINE,
 )
-# Everything that is no mark on paper, but for newline, tab and space: controls, odd spaces, what turns the
+# All characters without a visible form, except newline, tab and space: controls, odd spaces, changes of the
 # direction of writing.
 _CONTROLS = dict.fromkeys(
     n
@@ -348,7 +348,7 @@ _LINE = 1000
 
 
 def is_noise(text: str) -> bool:
-    """Whether nothing in `text` is a reason: empty, or warnings that stand beside results too."""
+    """Whether `text` holds no reason of a failure: it is empty, or has only warnings as beside results."""
     return not any(line.strip() and not _NOISE.match(line) for line in plain(text[:_READ_LIMIT]).split("\n"))
 
 
@@ -360,22 +360,22 @@ def plain(text: str) -> str:
 
 
 def classify(text: str, rc: int | None = None, call: str = "") -> ApiError:
-    """The typed error for PVE's words; not raised here. `rc` is kept, but decides nothing.
+    """The typed error for PVE's message; not raised here. `rc` is stored, and decides nothing.
 
-    Never fails: words nobody has seen become a plain ApiError.
+    Never fails: an unknown message becomes a plain ApiError.
     """
     if len(text) > _READ_LIMIT:
         text = text[: _READ_LIMIT // 2] + "\n" + text[-_READ_LIMIT // 2 :]
     readable = plain(text)
-    # Each line once: what is said twice is said by the task and by the one who waited for it.
+    # Without repetitions: the task and the command that waited for it print the same lines.
     lines = dict.fromkeys(line.rstrip() for line in readable.split("\n") if line.strip())
-    told = [line for line in lines if not _NOISE.match(line)]
-    told = [line for line in told if not _BESIDE.match(line)] or told[:1]
-    said = "\n".join(told or lines) or f"failed without a word (exit status {rc})"
-    if len(said) > _TEXT_LIMIT:
-        said = said[: _TEXT_LIMIT // 2] + "\n[…]\n" + said[-_TEXT_LIMIT // 2 :]
-    reason = _SAYS.sub("", said)
+    reasons = [line for line in lines if not _NOISE.match(line)]
+    reasons = [line for line in reasons if not _BESIDE.match(line)] or reasons[:1]
+    message = "\n".join(reasons or lines) or f"failed without a message (exit status {rc})"
+    if len(message) > _TEXT_LIMIT:
+        message = message[: _TEXT_LIMIT // 2] + "\n[…]\n" + message[-_TEXT_LIMIT // 2 :]
+    reason = _PREFIX.sub("", message)
     for kind, pattern in _COMPILED:
-        if pattern.search(said) or (reason != said and pattern.search(reason)):
-            return kind(said, call=call, rc=rc)
-    return ApiError(said, call=call, rc=rc)
+        if pattern.search(message) or (reason != message and pattern.search(reason)):
+            return kind(message, call=call, rc=rc)
+    return ApiError(message, call=call, rc=rc)

@@ -1,4 +1,4 @@
-"""Work done several at a time, by threads that never hold the process up."""
+"""Several calls at a time, by threads that never delay the end of the process."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ R = TypeVar("R")
 
 
 def in_parallel(function: Callable[[T], R], items: Sequence[T], width: int) -> list[R]:
-    """`function` of each item, `width` at a time; the results in the order of the items.
+    """`function` of all items, `width` at a time; the results in the order of the items.
 
-    The first exception is raised once all are through. Who is interrupted while waiting here is not held up:
-    no further item is begun, and threads still at work end with the process (those of concurrent.futures are
-    joined when the interpreter exits, whatever happened before).
+    The first exception is raised once all calls have ended. An interrupt of the caller is raised at once: no
+    further item is started, and running threads end with the process (the interpreter would join those of
+    concurrent.futures when it exits).
     """
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    pending: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(items)):
-        todo.put(index)
+        pending.put(index)
     results: dict[int, R] = {}
     errors: dict[int, BaseException] = {}
-    over = threading.Event()
+    stopped = threading.Event()
 
     def work() -> None:
-        while not over.is_set():
+        while not stopped.is_set():
             try:
-                index = todo.get_nowait()
+                index = pending.get_nowait()
             except queue.Empty:
                 return
             try:
@@ -46,7 +46,7 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T], width: int) -> l
         for thread in threads:
             thread.join()
     finally:
-        over.set()
+        stopped.set()
     if errors:
         raise errors[min(errors)]
     return [results[index] for index in range(len(items))]

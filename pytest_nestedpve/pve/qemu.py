@@ -1,4 +1,4 @@
-"""Guests of a PVE host: reading what is there, and the few verbs that change it, each one awaited."""
+"""Guests of a PVE host: their lists and configurations, and the calls that change them, awaited."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pytest_nestedpve.pve.tasks import TaskResult, wait_task
 # Keys of a VM's configuration that bring a volume with them.
 _DISK = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+\Z")
 UNREADABLE = "(unreadable)"
-"""Stands for a pool or lock that the host names in no readable way; no pool or lock is called so."""
+"""Replaces an unreadable name of a pool or lock; no pool or lock has this name."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Guest:
 
 
 def list_guests(api: Api) -> list[Guest]:
-    """All guests of the host or cluster, by id. Entries that make no sense are left out."""
+    """All guests of the host or cluster, by id, without unreadable entries."""
     call = "get /cluster/resources"
-    found = (read_guest(entry) for entry in entries(api.get("/cluster/resources", type="vm"), call=call))
-    return sorted((guest for guest in found if guest is not None), key=lambda guest: guest.vmid)
+    guests = (read_guest(entry) for entry in entries(api.get("/cluster/resources", type="vm"), call=call))
+    return sorted((guest for guest in guests if guest is not None), key=lambda guest: guest.vmid)
 
 
 def read_guest(entry: Mapping[str, Any]) -> Guest | None:
-    """A guest from an entry of /cluster/resources or of a pool's members; None if it is none.
+    """A guest from an entry of /cluster/resources or of a pool's members; None if the entry is no guest.
 
-    What cannot be read is taken for that which keeps the guest from being touched.
+    An unreadable value is read as the one that protects the guest from changes.
     """
     vmid, node, kind = whole(entry.get("vmid")), text(entry.get("node")), entry.get("type")
     if vmid is None or not is_vmid(vmid) or kind not in ("qemu", "lxc"):
@@ -66,7 +66,7 @@ def read_guest(entry: Mapping[str, Any]) -> Guest | None:
     return Guest(
         vmid=vmid,
         node=node,
-        # A guest without a name is shown by this one, which no guest can have for its own.
+        # PVE shows a guest without a name by this text, which no guest can have as its name.
         name=None if name in (f"VM {vmid}", f"CT {vmid}") else name,
         status=text(entry.get("status")) or "unknown",
         pool=text(entry.get("pool")) or (UNREADABLE if protects(entry, "pool") else None),
@@ -78,24 +78,24 @@ def read_guest(entry: Mapping[str, Any]) -> Guest | None:
 
 
 def read_tags(value: Any) -> tuple[str, ...]:
-    """Tags in any of PVE's separators, lower case as PVE keeps them."""
+    """Tags in any of PVE's separators, in lower case as PVE stores them."""
     if not isinstance(value, str):
         return ()
     return tuple(tag.lower() for tag in re.split(r"[;,\s]+", value) if tag)
 
 
 def cautious(value: Any) -> bool:
-    """False only for what surely means no (absent, 0, "0", "", false): for flags that protect a guest."""
+    """False only for certain negatives (absent, 0, "0", "", false): for flags that protect a guest."""
     return value not in (None, 0, "0", "", False)
 
 
 def protects(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a key that would keep a guest from being touched says so: it is there, and no plain no."""
+    """Whether a key that protects a guest from changes is set: it exists and is no certain negative."""
     return key in values and (values[key] is None or cautious(values[key]))
 
 
 def is_vmid(value: int) -> bool:
-    """Whether a guest may have that id."""
+    """Whether a guest may have this id."""
     return 100 <= value <= 999_999_999
 
 
@@ -129,14 +129,14 @@ def create_diskless(
     timeout: float = 60.0,
     **options: Any,
 ) -> TaskResult:
-    """Make a VM without any volume; `options` are further keys of its configuration.
+    """Create a VM without any volume; `options` are further keys of its configuration.
 
-    Raises AlreadyExists when the id is taken (ask for the next one). Any other error is no proof that
-    nothing was made (facts of PVE 9.2, 67): read the id's configuration.
+    Raises AlreadyExists when the id is in use (try the next one). After any other error the VM may exist
+    (facts of PVE 9.2, 67): read the id's configuration.
     """
     disks = sorted(key for key in options if _DISK.match(key))
     if disks:
-        raise BadParameter(f"a VM is made without volumes first, found {', '.join(disks)}")
+        raise BadParameter(f"expected options of a VM without volumes, found {', '.join(disks)}")
     given = {"vmid": vmid, "name": name, "pool": pool, "description": description, **options}
     return awaited(api, lambda: api.post(path_of(node), **given), timeout)
 
@@ -147,7 +147,7 @@ def configure(api: Api, node: str, vmid: int, *, timeout: float = 120.0, **optio
 
 
 def start(api: Api, node: str, vmid: int, *, timeout: float = 120.0) -> TaskResult | None:
-    """Start a VM; None if it runs already. Raises the typed reason of the task that failed."""
+    """Start a VM; None if it is running. Raises the typed reason of a failed task."""
     try:
         return awaited(api, lambda: api.post(f"{path_of(node, vmid)}/status/start"), timeout)
     except Running:
@@ -155,33 +155,33 @@ def start(api: Api, node: str, vmid: int, *, timeout: float = 120.0) -> TaskResu
 
 
 def stop(api: Api, node: str, vmid: int, *, timeout: float = 60.0) -> TaskResult:
-    """Switch a VM off at once; a stopped one stays so. Raises when the task did not end with OK."""
+    """Switch a VM off at once; no error for a stopped VM. Raises the typed reason of a failed task."""
     return awaited(api, lambda: api.post(f"{path_of(node, vmid)}/status/stop"), timeout)
 
 
 def shutdown(api: Api, node: str, vmid: int, *, timeout: float = 60.0) -> TaskResult:
-    """Ask the guest to go down; raises (ApiError "… got timeout") if it runs after `timeout` seconds."""
+    """Shut the guest down; raises ApiError ("… got timeout") if it still runs after `timeout` seconds."""
     seconds = max(1, int(timeout))
     post = f"{path_of(node, vmid)}/status/shutdown"
     return awaited(api, lambda: api.post(post, timeout=seconds), timeout + 30)
 
 
 def destroy(api: Api, node: str, vmid: int, *, timeout: float = 120.0) -> TaskResult:
-    """Destroy a stopped VM with the volumes of its configuration, and nothing else anywhere.
+    """Destroy a stopped VM with the volumes of its configuration, and nothing else.
 
-    Neither `purge` nor `destroy-unreferenced-disks`, ever. A held lock file is not waited for here: who
-    sends a delete to queue behind a lock may hit another VM of the same id (facts of PVE 9.2, 52), so
-    LockTimeout is raised and the caller proves again before trying again.
+    Never with `purge` or `destroy-unreferenced-disks`. A held lock file raises LockTimeout at once: a delete
+    that waits for a lock may destroy another VM of the same id (facts of PVE 9.2, 52), so the caller proves
+    the VM again before a retry.
     """
     return awaited(api, lambda: api.delete(path_of(node, vmid)), timeout, again=False)
 
 
 def awaited(api: Api, call: Callable[[], Any], timeout: float, *, again: bool = True) -> TaskResult:
-    """Make a call that forks a task and wait for its end, at most `timeout` seconds (nominal).
+    """Do a call that starts a task and wait for the task's end, at most `timeout` seconds (nominal).
 
-    With `again` a call that failed only because the lock file was held (PVE waits 10 s) is repeated
-    within the limit. Raises the typed reason of a failed task, its cause being the TaskFailed with the
-    log; TaskFailed itself when its words are unknown.
+    With `again`, a call that failed because the lock file was held (PVE waits 10 s) is retried within the
+    limit. Raises the typed reason of a failed task, with the TaskFailed and its log as cause; TaskFailed
+    itself when the reason has no type.
     """
     deadline = Deadline(timeout)
     refused: ApiError | None = None
@@ -213,7 +213,7 @@ def awaited(api: Api, call: Callable[[], Any], timeout: float, *, again: bool = 
 
 
 def path_of(node: str, vmid: int | None = None) -> str:
-    """The API's path of a node's guests, or of one. Raises BadParameter for what is no node or no id."""
+    """The API path of a node's guests, or of one guest. Raises BadParameter for an invalid node or id."""
     if not isinstance(node, str) or not NODE_NAME.match(node):
         raise BadParameter(f"expected the name of a node, found {node!r}")
     if vmid is not None and (isinstance(vmid, bool) or not isinstance(vmid, int) or not is_vmid(vmid)):

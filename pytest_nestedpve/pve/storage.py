@@ -1,7 +1,7 @@
-"""What a storage can, by what the host answers about it: formats, contents, room. Its name says nothing.
+"""Properties of a storage, by the host's answers and never by its name: formats, contents, allocation.
 
-An answer is an entry of /nodes/N/storage?format=1. Sources: the API's schema of PVE 9.2 (`formats`), PVE 8's
-form of the same (`format`), and which kinds of storage PVE documents to have snapshots.
+`storage` is an entry of /nodes/N/storage?format=1. Sources: the API's schema of PVE 9.2 (`formats`) and of
+PVE 8 (`format`), and PVE's documentation of snapshots by storage type.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pytest_nestedpve.pve.errors import PveError
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.api import Api
 
-# Where a raw volume has snapshots, and where it surely has none; of other kinds only a VM's own answer tells.
+# Storage types on which a raw volume has snapshots, or never has; for others, see `vm_can`.
 _RAW_SNAPSHOTS = {
     "lvmthin": True, "zfspool": True, "zfs": True, "rbd": True, "btrfs": True,
     "dir": False, "nfs": False, "cifs": False, "cephfs": False, "lvm": False, "iscsi": False,
@@ -31,51 +31,50 @@ def contents(storage: Mapping[str, Any]) -> frozenset[str]:
 
 
 def usable(storage: Mapping[str, Any]) -> bool:
-    """Whether a storage is enabled and active on the node that was asked."""
+    """Whether a storage is enabled, and active on the node of the answer."""
     return flag(storage.get("active", 1)) and flag(storage.get("enabled", 1))
 
 
 def shared(storage: Mapping[str, Any]) -> bool:
-    """Whether every node that has it sees the same volumes."""
+    """Whether the volumes are the same on all nodes that have the storage."""
     return flag(storage.get("shared", 0))
 
 
 def formats(storage: Mapping[str, Any]) -> frozenset[str]:
-    """The formats that its disks may have; raw alone where the answer names none.
+    """The formats that disks on the storage may have; only raw if the answer has none.
 
     PVE 9 answers `formats` ({"supported": […], "default": …}); PVE 8 answers `format`, a list whose first
-    element holds the formats as keys, and nothing at all for storages that have raw volumes only.
+    element has the formats as keys, and neither for storages with raw volumes only.
     """
-    said = storage.get("formats", storage.get("format"))
-    if isinstance(said, dict):
-        listed = said.get("supported")
-        found = [str(each) for each in listed] if isinstance(listed, (list, tuple)) else []
-    elif isinstance(said, list) and said and isinstance(said[0], dict):
-        found = [str(name) for name, able in said[0].items() if flag(able)]
-    elif storage.get("type") in ("dir", "nfs", "cifs") and not said:
-        found = ["raw", "qcow2"]  # asked without `format`
-    else:
-        found = []
-    return frozenset(found) or frozenset({"raw"})
+    answer = storage.get("formats", storage.get("format"))
+    names: list[str] = []
+    if isinstance(answer, dict):
+        supported = answer.get("supported")
+        names = [str(name) for name in supported] if isinstance(supported, (list, tuple)) else []
+    elif isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        names = [str(name) for name, able in answer[0].items() if flag(able)]
+    elif storage.get("type") in ("dir", "nfs", "cifs") and not answer:
+        names = ["raw", "qcow2"]  # the call had no `format`
+    return frozenset(names) or frozenset({"raw"})
 
 
 def disk_format(storage: Mapping[str, Any]) -> str | None:
-    """qcow2 where the storage can have it (raw files have no snapshots), else None: its own default."""
+    """qcow2 if the storage supports it (raw files have no snapshots), else None: the storage's default."""
     return "qcow2" if "qcow2" in formats(storage) else None
 
 
 def has_snapshots(storage: Mapping[str, Any]) -> bool | None:
-    """Whether a disk as `disk_format` has it can have snapshots; None: only the VM will tell (`feature`)."""
+    """Whether a disk in `disk_format` can have snapshots; None: known only of a VM (`vm_can`)."""
     if disk_format(storage) == "qcow2":
         return True
     return _RAW_SNAPSHOTS.get(str(storage.get("type")))
 
 
 def takes_room_at_once(storage: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a new disk takes all of its room when it is made; `config` is the entry of /storage.
+    """Whether a new disk is allocated in full; `config` is the entry of /storage.
 
-    A volume on LVM always does, also one in qcow2; a ZFS one unless the storage is `sparse`; a file only if
-    the storage says so (`preallocation`): raw files are sparse otherwise (recorded: preallocation=off).
+    A volume on LVM always is, also in qcow2; on ZFS, unless the storage is `sparse`; a file only with
+    `preallocation`: raw files are sparse otherwise (recorded: preallocation=off).
     """
     kind = storage.get("type")
     if kind in _GROWING:
@@ -88,7 +87,7 @@ def takes_room_at_once(storage: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 
 def vm_can(api: Api, node: str, vmid: int, feature: str) -> bool | None:
-    """Whether a VM's disks can "snapshot", "clone" (linked) or "copy"; None: the host does not say."""
+    """Whether a VM's disks support "snapshot", "clone" (linked) or "copy"; None: the host gives no answer."""
     try:
         answer = mapping(api.get(f"/nodes/{node}/qemu/{vmid}/feature", feature=feature))
     except PveError:
@@ -97,7 +96,7 @@ def vm_can(api: Api, node: str, vmid: int, feature: str) -> bool | None:
 
 
 def nodes_of(api: Api, node: str, vmid: int) -> frozenset[str]:
-    """The nodes on which all disks of a VM are to be had: of local ones only its own. Raises PveError."""
+    """The nodes that have all disks of a VM: only its own if a disk is local. Raises PveError."""
     answer = mapping(api.get(f"/nodes/{node}/qemu/{vmid}/feature", feature="copy"))
-    listed = answer.get("nodes")
-    return frozenset(str(each) for each in listed) if isinstance(listed, list) else frozenset({node})
+    names = answer.get("nodes")
+    return frozenset(str(name) for name in names) if isinstance(names, list) else frozenset({node})
