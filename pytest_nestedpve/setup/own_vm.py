@@ -1,6 +1,7 @@
-"""A VM that a project makes by its own tool becomes the run's: into its pool, with its marker, at once.
+"""Adoption of a VM that a project's own tool creates: into the run's pool, with the run's marker.
 
-Only a VM that was not there before the tool ran: the inventory taken then decides, not what the tool says.
+Only a VM that did not exist before the tool ran is adopted. The inventory taken at that time decides, not
+the answer of the tool.
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ LOCK_LIMIT = 60.0
 
 
 class NotAdopted(PveError):
-    """A VM was named that the run may not take; it is as it was."""
+    """The run may not adopt the VM that the tool returned; the VM is not changed."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the VM should be, for the tool that makes it. Memory in MiB, disk in GiB.
+class VmRequest:
+    """The requested properties of a VM, for the tool that creates it. Memory in MiB, disk in GiB.
 
-    `name`, `vmid` (free and in the range just now), `node` and `pool` should be used as they are. A tool that
-    can give `description` and the SMBIOS `uuid` with the create has a VM that can be proved the run's from
-    its first moment. `public_key` must be in root's authorized_keys; the guest agent is needed.
-    None: not known.
+    `name`, `vmid` (free and in the range at this moment), `node` and `pool` should be used unchanged. With
+    `description` and the SMBIOS `uuid` set at creation, the VM is provably the run's from the first moment.
+    `public_key` must be in root's authorized_keys; the guest agent is needed. None: not known.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Wish:
     bridge: str | None
 
 
-class Watch:
-    """The VMs of the outer host before a tool of the project ran, and what may be taken of those after."""
+class Adoption:
+    """The inventory of the outer host before the project's tool ran; adopts VMs that are new since then."""
 
     def __init__(self, env: Environment) -> None:
         self._env = env
         self._before = _inventory(env)
 
-    def take(self, node: object, vmid: object) -> Created:
-        """Have that VM be the run's. Raises NotAdopted (and the VM is as it was), PveError.
+    def adopt(self, node: object, vmid: object) -> Created:
+        """Adopt that VM into the run. Raises NotAdopted (the VM is not changed), PveError.
 
-        The marker goes in by a call that PVE refuses when the configuration is not the one that was judged.
+        The marker is written by a call that PVE refuses if the configuration has changed since it was judged.
         """
         env, number = self._env, whole(vmid)
         if number is None or not isinstance(node, str) or not NODE_NAME.match(node):
@@ -146,7 +146,7 @@ class Watch:
                 others.append(f"{vmid} ({found})")
                 continue
             try:
-                self.take(node, vmid)
+                self.adopt(node, vmid)
                 env.remark(f"VM {vmid} of a tool that then failed has the run's name: taken into the run")
             except PveError as e:
                 env.remark(str(e))
@@ -158,28 +158,28 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watched(env: Environment) -> Iterator[Watch]:
-    """Make the run's pool if need be and take the inventory; inside, let a tool make VMs and `take` them.
+def adopt_vms(env: Environment) -> Iterator[Adoption]:
+    """Create the run's pool if needed and take the inventory; create VMs and `adopt` them inside the block.
 
-    When the block is left by an exception, a VM that has the run's own name and was not there before is taken
-    all the same, so that the teardown destroys it.
+    If the block ends with an exception, a new VM with the run's own name is adopted as well, so that the
+    teardown destroys it.
     """
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     if not env.has_lease:
         create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
         env.keep_lease()
-    watch = Watch(env)
+    adoption = Adoption(env)
     try:
-        yield watch
+        yield adoption
     except BaseException:
-        # The tool's error is the one to be told.
+        # The tool's error is the one to report.
         with contextlib.suppress(PveError):
-            watch.recover()
+            adoption.recover()
         raise
 
 
-def wish(env: Environment) -> Wish:
-    """What the nested VM should be. Raises NoFreeId, PveError."""
+def vm_request(env: Environment) -> VmRequest:
+    """The requested properties of the nested VM. Raises NoFreeId, PveError."""
     from pytest_nestedpve.setup.migration import chosen
 
     settings, host, found = env.settings, chosen(env), env.facts.get("preflight", {})
@@ -189,7 +189,7 @@ def wish(env: Environment) -> Wish:
             f"expected a free VM id of the range on {host.name}, found none; widen nested_pve_vmid_range"
         )
     marker = Marker(env.run.id, vmid, new_uuid())
-    return Wish(
+    return VmRequest(
         name=guest_name(settings, env.run, "nested"),
         vmid=vmid,
         node=host.node,
@@ -208,16 +208,16 @@ def wish(env: Environment) -> Wish:
 
 
 def made_by(
-    create: Callable[[Environment, Wish], Mapping[str, Any]],
+    create: Callable[[Environment, VmRequest], Mapping[str, Any]],
     *,
     title: str = "have the VM made",
     timeout: float = 1500.0,
     usual: float | None = None,
     inputs: Callable[[Environment], object] | None = None,
 ) -> Phase:
-    """The phase `provision`, with the VM made by `create`, which returns at least its `node` and `vmid`.
+    """The phase `provision` with a VM created by `create`, which returns at least its `node` and `vmid`.
 
-    `inputs`: what the VM depends on beside the settings of its shape; see Phase.
+    `inputs`: further inputs of the VM beside the settings of its shape; see Phase.
     """
 
     def do(env: Environment) -> Mapping[str, Any]:
@@ -226,11 +226,11 @@ def made_by(
 
         if env.resumed and (env.has_lease or resume(env)):
             _destroy_former(env)
-        with watched(env) as watch:
-            answer = create(env, wish(env))
+        with adopt_vms(env) as adoption:
+            answer = create(env, vm_request(env))
             if not isinstance(answer, Mapping):
                 raise NotAdopted(f"expected a map with the VM's node and vmid, found {answer!r}")
-            made = watch.take(answer.get("node"), answer.get("vmid"))
+            made = adoption.adopt(answer.get("node"), answer.get("vmid"))
         config = guest_config(env.outer.api, made.node, made.vmid)
         pool = pool_name(env.settings, env.run)
         facts = {
@@ -264,12 +264,12 @@ def made_by(
 
 def replace_provision(
     phases: list[Phase],
-    create: Callable[[Environment, Wish], Mapping[str, Any]],
+    create: Callable[[Environment, VmRequest], Mapping[str, Any]],
     **options: Any,
 ) -> None:
-    """In a list of phases, have the VM made by `create`; `options` as for `made_by`. For the hook.
+    """Replace `provision` in a list of phases, for the hook; `create` and `options` as for `made_by`.
 
-    Preflight then asks for no image and no snippets, as it is not known what the tool needs.
+    Preflight then requires no image and no snippets, as the needs of the tool are not known.
     """
     from pytest_nestedpve.setup import phases as builtin
 

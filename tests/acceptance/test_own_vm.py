@@ -7,12 +7,12 @@ from acceptance.conftest import Project
 
 OWN = """
 
-from pytest_nestedpve.setup.own_vm import replace_provision
+from pytest_nestedpve import replace_provision
 
-def tool(environment, wish):
-    api, vmid = environment.outer.api, int(os.environ.get("NAMES") or wish.vmid)
+def tool(environment, request):
+    api, vmid = environment.outer.api, int(os.environ.get("NAMES") or request.vmid)
     if not os.environ.get("NAMES"):
-        options = {"name": wish.name, "net0": "virtio,bridge=vmbr0", "cores": wish.cores}
+        options = {"name": request.name, "net0": "virtio,bridge=vmbr0", "cores": request.cores}
         api.post("/nodes/father/qemu", vmid=vmid, **options)
         api.post(f"/nodes/father/qemu/{vmid}/config", scsi0="local:1")
     if os.environ.get("TOOL_FAILS"):

@@ -12,18 +12,18 @@ LOW = 96500
 
 CONFTEST = """
 import os
-from pytest_nestedpve.setup.own_vm import replace_provision
+from pytest_nestedpve import replace_provision
 
-def tool(environment, wish):
+def tool(environment, request):
     if os.environ.get("NAMES"):
-        return {"node": wish.node, "vmid": int(os.environ["NAMES"])}
-    create = ["qm", "create", str(wish.vmid), "--name", wish.name, "--memory", "512"]
+        return {"node": request.node, "vmid": int(os.environ["NAMES"])}
+    create = ["qm", "create", str(request.vmid), "--name", request.name, "--memory", "512"]
     described = ["--description", "made by hand", "--tags", "ours"]
     environment.outer.run([*create, *described, "--net0", "virtio,bridge=vmbr0"]).check()
-    environment.outer.run(["qm", "set", str(wish.vmid), "--scsi0", "local:1"]).check()
+    environment.outer.run(["qm", "set", str(request.vmid), "--scsi0", "local:1"]).check()
     if os.environ.get("RUNS"):
-        environment.outer.run(["qm", "start", str(wish.vmid)]).check()
-    return {"node": wish.node, "vmid": wish.vmid}
+        environment.outer.run(["qm", "start", str(request.vmid)]).check()
+    return {"node": request.node, "vmid": request.vmid}
 
 def pytest_nestedpve_phases(phases):
     replace_provision(phases, tool)

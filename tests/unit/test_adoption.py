@@ -20,12 +20,12 @@ from pytest_nestedpve.ownership.pool import read_pool
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.qemu import configure, create_diskless, destroy, start
-from pytest_nestedpve.setup.own_vm import NotAdopted, Wish, made_by, replace_provision
+from pytest_nestedpve.setup.own_vm import NotAdopted, VmRequest, made_by, replace_provision
 from pytest_nestedpve.teardown.teardown import teardown
 
 FOREIGN = 99950
 NET = "virtio,bridge=vmbr0"
-Create = Callable[[Environment, Wish], Any]
+Create = Callable[[Environment, VmRequest], Any]
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def put(host: MemoryHost, vmid: int, **options: Any) -> None:
     create_diskless(host.connect().api, "father", vmid, **options)
 
 
-def tofu(env: Environment, wish: Wish) -> dict[str, Any]:
+def tofu(env: Environment, request: VmRequest) -> dict[str, Any]:
     """What a project's tool does, by the name and the id that it was asked for."""
-    create_diskless(env.outer.api, wish.node, wish.vmid, name=wish.name, net0=NET, tags="tofu")
-    configure(env.outer.api, wish.node, wish.vmid, scsi0="local:1")
-    return {"node": wish.node, "vmid": wish.vmid}
+    create_diskless(env.outer.api, request.node, request.vmid, name=request.name, net0=NET, tags="tofu")
+    configure(env.outer.api, request.node, request.vmid, scsi0="local:1")
+    return {"node": request.node, "vmid": request.vmid}
 
 
 def do(env: Environment, create: Create) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def test_what_the_tool_made_is_the_runs_and_goes_with_it(env: Environment, host:
 
 
 def test_a_description_of_the_tools_stays_above_the_marker(env: Environment, host: MemoryHost) -> None:
-    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
-        put(host, wish.vmid, description="made by tofu\n\ndo not edit\n")
-        return {"node": wish.node, "vmid": str(wish.vmid)}
+    def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
+        put(host, request.vmid, description="made by tofu\n\ndo not edit\n")
+        return {"node": request.node, "vmid": str(request.vmid)}
 
     facts = do(env, create)
     described = everything(host)[str(facts["vmid"])][0]["description"]
@@ -92,19 +92,26 @@ def test_a_description_of_the_tools_stays_above_the_marker(env: Environment, hos
 
 
 def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) -> None:
-    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
-        uuid = f"uuid={wish.uuid}"
-        put(host, wish.vmid, name=wish.name, description=wish.description, smbios1=uuid, pool=wish.pool)
-        return {"node": wish.node, "vmid": wish.vmid}
+    def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
+        uuid = f"uuid={request.uuid}"
+        put(
+            host,
+            request.vmid,
+            name=request.name,
+            description=request.description,
+            smbios1=uuid,
+            pool=request.pool,
+        )
+        return {"node": request.node, "vmid": request.vmid}
 
     facts = do(env, create)
     assert everything(host)[str(facts["vmid"])][0]["description"].count("nestedpve:") == 1
 
 
 def test_a_vm_that_runs_already_is_taken(env: Environment) -> None:
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
-        made = tofu(env, wish)
-        start(env.outer.api, wish.node, wish.vmid)
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        made = tofu(env, request)
+        start(env.outer.api, request.node, request.vmid)
         return made
 
     do(env, create)
@@ -112,7 +119,7 @@ def test_a_vm_that_runs_already_is_taken(env: Environment) -> None:
 
 
 def _another(vmid: int) -> Create:
-    return lambda _env, wish: {"node": wish.node, "vmid": vmid}
+    return lambda _env, request: {"node": request.node, "vmid": vmid}
 
 
 def test_a_vm_that_was_there_before_is_refused_and_stays(env: Environment, host: MemoryHost) -> None:
@@ -129,10 +136,10 @@ def test_a_vm_that_was_there_before_is_refused_and_stays(env: Environment, host:
 def test_a_vm_made_anew_under_an_id_that_was_in_use_is_refused(env: Environment, host: MemoryHost) -> None:
     put(host, FOREIGN)
 
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
-        destroy(env.outer.api, wish.node, FOREIGN)
-        put(host, FOREIGN, name=wish.name)
-        return {"node": wish.node, "vmid": FOREIGN}
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        destroy(env.outer.api, request.node, FOREIGN)
+        put(host, FOREIGN, name=request.name)
+        return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="that id was in use before"):
         do(env, create)
@@ -161,9 +168,9 @@ def test_a_new_vm_that_may_not_be_ours_is_refused_untouched(
     options, vmid, reason = REFUSED[what]
     host.connect().api.post("/pools", poolid="production")
 
-    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
         put(host, vmid, **options)
-        return {"node": wish.node, "vmid": vmid}
+        return {"node": request.node, "vmid": vmid}
 
     with pytest.raises(NotAdopted, match=reason):
         do(env, create)
@@ -178,14 +185,14 @@ def test_a_new_vm_that_may_not_be_ours_is_refused_untouched(
 )
 def test_an_answer_that_names_no_vm_is_refused(env: Environment, answer: Any) -> None:
     with pytest.raises(NotAdopted, match="expected a"):
-        do(env, lambda _env, _wish: answer)
+        do(env, lambda _env, _request: answer)
 
 
 def test_a_vm_that_is_not_there_or_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
     with pytest.raises(NotAdopted, match="does not exist"):
         do(env, _another(FOREIGN))
 
-    def create(_env: Environment, _wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, _request: VmRequest) -> dict[str, Any]:
         put(host, FOREIGN)
         return {"node": "mother", "vmid": FOREIGN}
 
@@ -194,11 +201,11 @@ def test_a_vm_that_is_not_there_or_on_another_node_is_refused(env: Environment, 
 
 
 def test_a_container_is_refused(env: Environment, host: MemoryHost) -> None:
-    def create(_env: Environment, wish: Wish) -> dict[str, Any]:
+    def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
         put(host, FOREIGN)
         with host.open() as model:
             model.state["vms"][str(FOREIGN)]["kind"] = "lxc"
-        return {"node": wish.node, "vmid": FOREIGN}
+        return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="does not exist"):
         do(env, create)
@@ -233,8 +240,8 @@ def test_a_vm_that_changed_hands_between_look_and_mark_is_not_marked(
 def test_a_tool_that_fails_after_making_its_vm_leaves_nothing(
     env: Environment, host: MemoryHost, end: BaseException
 ) -> None:
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
-        tofu(env, wish)
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        tofu(env, request)
         put(host, FOREIGN, name="nested-pve-of-somebody")
         raise end
 
@@ -250,9 +257,9 @@ def test_a_tool_that_names_the_wrong_vm_still_leaves_nothing_of_its_own(
 ) -> None:
     put(host, FOREIGN)
 
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
-        tofu(env, wish)
-        return {"node": wish.node, "vmid": FOREIGN}
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        tofu(env, request)
+        return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted):
         do(env, create)
@@ -282,19 +289,19 @@ class _Place:
 def test_a_wish_says_what_the_settings_say(env: Environment) -> None:
     env.settings = replace(Settings(), cores=3, memory=4096, disk=40, bridge="vmbr7", pool_parent="ci")
     env.outer.api.post("/pools", poolid="ci")
-    seen: list[Wish] = []
+    seen: list[VmRequest] = []
 
-    def create(env: Environment, wish: Wish) -> dict[str, Any]:
-        seen.append(wish)
-        return tofu(env, wish)
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        seen.append(request)
+        return tofu(env, request)
 
     do(env, create)
-    (wish,) = seen
-    assert (wish.cores, wish.memory, wish.disk, wish.bridge) == (3, 4096, 40, "vmbr7")
-    assert wish.pool == f"ci/npve-{env.run.id}"
-    assert wish.name == f"nested-pve-{env.run.id}"
-    assert 99900 <= wish.vmid <= 99999
-    assert wish.public_key.startswith("ssh-ed25519 ")
+    (request,) = seen
+    assert (request.cores, request.memory, request.disk, request.bridge) == (3, 4096, 40, "vmbr7")
+    assert request.pool == f"ci/npve-{env.run.id}"
+    assert request.name == f"nested-pve-{env.run.id}"
+    assert 99900 <= request.vmid <= 99999
+    assert request.public_key.startswith("ssh-ed25519 ")
 
 
 def test_in_the_list_of_phases_it_takes_the_place_of_provision() -> None:
