@@ -1,14 +1,11 @@
-"""The nested PVE of this project: its size, its set-up, and how our tests talk to it."""
+"""The nested PVE of this project: its size, its set-up, and the API client of our tests."""
 
 from pathlib import Path
 
 import pytest
 from proxmoxer import ProxmoxAPI
 
-from pytest_nestedpve.environment.phases import Phase
-from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.session.nested_pve import NestedPve
-from pytest_nestedpve.setup.ansible.dependencies import digest_of
+from pytest_nestedpve import NestedPve, Phase, PveError, digest_of
 
 HERE = Path(__file__).parent
 PLAYBOOK = HERE / "playbooks" / "backup-storage.yml"
@@ -25,7 +22,9 @@ def nested_pve_memory():
 def pytest_nestedpve_phases(phases):
     phases[:] = [phase for phase in phases if phase.name not in UNUSED]
     phases.append(
-        Phase("backup_storage", "add our storage", add_storage, find_storage, timeout=300, inputs=what_counts)
+        Phase(
+            "backup_storage", "add our storage", add_storage, find_storage, timeout=300, inputs=storage_inputs
+        )
     )
 
 
@@ -41,14 +40,14 @@ def find_storage(environment):
         return None
 
 
-def what_counts(environment):
-    # On a kept environment the phase is done again when one of these has changed.
+def storage_inputs(environment):
+    # On a kept environment the phase runs again if one of these has changed.
     return [digest_of(PLAYBOOK, [HERE / "roles"]), dict(environment.settings.extra_vars)]
 
 
 @pytest.fixture(scope="session")
 def api(nested_pve):
-    """proxmoxer, as it would talk to any PVE: the certificate is checked."""
+    """A proxmoxer client, as for any PVE; the certificate is verified."""
     host = nested_pve.api_url.removeprefix("https://")
     account, _, secret = nested_pve.api_token.partition("=")
     user, _, name = account.partition("!")

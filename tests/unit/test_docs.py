@@ -102,8 +102,18 @@ def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert re.match(r"https?:", target) or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?:", target):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the usual viewers derive them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def settings_rows() -> list[str]:
@@ -191,7 +201,7 @@ def test_every_playbook_is_documented() -> None:
 
 def test_what_the_fixture_offers_is_documented_and_nothing_else() -> None:
     page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
-    table = page.partition("What the fixture offers:")[2].partition("\n\nA dry run")[0]
+    table = page.partition("What the fixture offers:")[2].partition("\n\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     told = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
     assert told == {name for name in vars(NestedPve) if not name.startswith("_")}
@@ -210,7 +220,7 @@ def test_every_hook_is_documented_with_its_arguments_and_no_other() -> None:
 
 def test_what_a_run_makes_on_a_host_and_what_its_token_may_is_in_the_table() -> None:
     page = (ROOT / "docs" / "real-hosts.md").read_text(encoding="utf-8")
-    table = page.partition("## What a run makes")[2].partition("## ")[0]
+    table = page.partition("## What a run creates")[2].partition("## ")[0]
     clone = "/nodes/father/qemu/9000/clone", {"pool": "npve-x", "storage": "fast", "net0": "virtio,bridge=b"}
     for path in ("/pool/npve-x", *(each.path for each in grants(*clone))):
         assert f"/{path.split('/')[1]}/" in table, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,19 @@ def test_steps_is_the_sentinel_module() -> None:
     from pytest_nestedpve import steps
 
     assert steps is sys.modules["pytest_nestedpve.steps"]
+
+
+def test_the_public_names_are_documented_and_no_other() -> None:
+    page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
+    table = page.partition("## Public names\n")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
+    assert sorted(documented) == sorted([*pytest_nestedpve.__all__, "steps"])
+
+
+def test_the_pages_and_examples_import_public_names_only() -> None:
+    for path in [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.py"), ROOT / "README.md"]:
+        for line in re.findall(r"^from pytest_nestedpve.*", path.read_text(encoding="utf-8"), re.MULTILINE):
+            source, _, names = line.partition(" import ")
+            assert source == "from pytest_nestedpve", f"{path.name}: {line}"
+            for name in re.findall(r"\w+", names.partition("#")[0]):
+                assert name in {*pytest_nestedpve.__all__, "steps"}, f"{path.name}: {line}"

@@ -58,7 +58,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def test_the_page_names_every_option_that_is_passed_over_and_what_that_means() -> None:
-    told = {row[0].strip("`"): row[1].rstrip(" |") for row in rows("What is not")}
+    told = {row[0].strip("`"): row[1].rstrip(" |") for row in rows("Options without effect")}
     assert told == config_options.NOT_HONOURED
 
 
@@ -67,7 +67,7 @@ def test_the_page_names_every_option_that_is_honoured_and_no_other() -> None:
     read = {name.lower() for name in re.findall(r'(?:_one\(said|paths\(|_one\(_ask.*), ?"(\w+)"', source)}
     read |= {name.lower() for name in re.findall(r'paths\("(\w+)"\)', source)} | set(algorithms.OPTIONS)
     read |= set(re.findall(r'"(\w+knownhostsfile)"', source))
-    told = {name.lower() for row in rows("What is honoured") for name in re.findall(r"`(\w+)`", row[0])}
+    told = {name.lower() for row in rows("Honoured options") for name in re.findall(r"`(\w+)`", row[0])}
     assert told == read - {"controlpath"}  # asked with a value of ours
 
 
@@ -75,7 +75,7 @@ def test_openssh_knows_every_option_that_the_page_names(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("")
     argv = ["ssh", "-G", "-F", str(tmp_path / "config"), "h"]
     printed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.lower()
-    told = {name.lower() for row in rows("What is honoured") for name in re.findall(r"`(\w+)`", row[0])}
+    told = {name.lower() for row in rows("Honoured options") for name in re.findall(r"`(\w+)`", row[0])}
     unset = {"proxyjump", "proxycommand", "bindaddress", "certificatefile", "hostkeyalias"}
     unset |= {"identityagent", "revokedhostkeys"}
     assert {name for name in told - unset if not re.search(rf"(?m)^{name} ", printed)} == set()
@@ -85,5 +85,5 @@ def test_the_errors_that_the_page_explains_are_those_of_the_code() -> None:
     folder = Path(config.__file__).parent
     files = [*sorted(folder.glob("*.py")), folder.parents[1] / "config" / "hosts.py"]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in files))
-    for row in rows("When it does not work"):
+    for row in rows("Troubleshooting"):
         assert row[0].strip("`") in source, row[0]

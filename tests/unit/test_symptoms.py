@@ -249,7 +249,7 @@ def test_the_page_on_failures_lists_the_table_as_it_is() -> None:
         f"| {_cell(each.title)} | {_cell(each.explanation)} | {_cell(each.fix)} | {_cell(each.source)} |"
         for each in table()
     ]
-    found = page[page.index("## What is recognised") :].split("|---|---|---|---|\n")[1].splitlines()
+    found = page[page.index("## Known symptoms") :].split("|---|---|---|---|\n")[1].splitlines()
     assert found == rows, "docs/failures.md should end with:\n" + "\n".join(rows)
     assert "failures.md" in (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
 
@@ -261,7 +261,7 @@ def test_the_page_on_failures_names_every_file_and_limit() -> None:
     for file, *_ in artifacts.QUESTIONS:
         assert f"nested-{file}" in page
     one, inside = collect.ITEM, collect.ITEM + artifacts.REACH
-    assert f"{one:.0f} seconds for each thing ({inside:.0f} for what a guest is asked)" in page
+    assert f"{one:.0f} seconds for each file ({inside:.0f} for a file from a guest)" in page
     assert f"{collect.BUDGET:.0f} for all together" in page
     assert f"{collect.TOTAL_LIMIT >> 20} MiB in all" in page
     assert f"last {artifacts.TASKS} tasks" in page

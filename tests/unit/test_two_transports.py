@@ -106,9 +106,9 @@ def test_what_changes_a_guest_goes_by_the_pools_token_and_by_nothing_else(
     assert identity(method, path, params, pool=pool) is expected
 
 
-def test_the_page_names_all_that_the_token_that_sees_may_change() -> None:
+def test_the_page_names_everything_that_the_session_token_may_change() -> None:
     page = (Path(__file__).parents[2] / "docs" / "transports.md").read_text(encoding="utf-8")
-    paragraph = next(line for line in page.splitlines() if line.startswith("- **One that sees.**"))
+    paragraph = next(line for line in page.splitlines() if line.startswith("- **The session token.**"))
     outer, _, nested = paragraph.partition("A nested PVE")
     for name, path in (
         ("pools", "/pools"),
