@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks import labs
 from benchmarks.rows import Row
 from pytest_nestedpve.ownership.discover import discover
+from pytest_nestedpve.ownership.proof import RunProver
 from pytest_nestedpve.teardown.destroy import WIDTH, destroy
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def measure_fifty() -> list[Row]:
 
 def _destroyed(host: PveHost, settings: Settings, run: Run) -> float:
     began = time.perf_counter()
-    outcomes = destroy(host, settings, run.id, discover(host, settings, run.id))
+    prover = RunProver(host.api, settings, run.id)
+    outcomes = destroy(host, prover, discover(host, settings, run.id), force_stop=True)
     taken = labs.seconds(began)
     left = [each for each in outcomes if each.result != "gone"]
     if left or discover(host, settings, run.id):

@@ -6,7 +6,7 @@ Sources for what PVE does are recordings of PVE 9.2 (pools, clones, reused ids) 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +30,7 @@ _MOVES = 4  # nodes on which a VM is looked for, one after the other, while it i
 
 
 class Located(Protocol):
-    """Anything that says which guest is meant."""
+    """Anything that names a guest: its id, and the node on which it was last seen."""
 
     @property
     def vmid(self) -> int: ...
@@ -41,12 +41,13 @@ class Located(Protocol):
 
 @dataclass(frozen=True)
 class Proof:
-    """Whether a VM is this run's, by what its configuration, status and pool said just now.
+    """Whether a VM may be destroyed, by its configuration, status and pool as the host reports them now.
 
-    `reason` says why not; `gone`: there is no such VM; `unreadable`: PVE refuses to print it.
-    `marked`: its marker is this run's, this VM's and this uuid's, whatever else speaks against it.
-    `status` is PVE's; `lock` the lock property; `config` the configuration proved. `node` is where the VM
-    was found, or looked for last: it may have been moved.
+    `reason`: why it may not. `gone`: no such VM exists. `marked`: its marker is ours, names this VM and has
+    its uuid, whatever else forbids to destroy it. `status` is PVE's, `lock` the lock property, `config` the
+    configuration that was proved. `identity` distinguishes it from another VM of the same id: the SMBIOS uuid
+    of a marked VM, the digest of the configuration of an unmarked one; empty if not known. `node`: where the
+    VM is, or was last searched for; it may have been moved.
     """
 
     ok: bool
@@ -54,60 +55,99 @@ class Proof:
     config_digest: str = ""
     status: str = ""
     lock: str | None = None
-    uuid: str = ""
+    identity: str = ""
     config: Mapping[str, Any] | None = None
     gone: bool = False
-    unreadable: bool = False
     marked: bool = False
     node: str = ""
+
+
+class Prover(Protocol):
+    """Decides whether a VM may be destroyed. The destroyer calls it before each step that changes the VM.
+
+    `own_tasks`: UPIDs of the tasks of the run that owns the VM. They may be stopped, locks of tasks that
+    ended may be removed, and leftovers of killed tasks deleted. None: the VM belongs to no run, and none of
+    that is done. `retries`: whether a failed attempt may be repeated; a VM without a marker gets one attempt.
+    """
+
+    @property
+    def own_tasks(self) -> frozenset[str] | None: ...
+
+    @property
+    def retries(self) -> bool: ...
+
+    def prove(self, vm: Located) -> Proof:
+        """Ask the host and judge; raises PveError when the host cannot be asked."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunProver:
+    """Proves VMs of one run: marker, SMBIOS uuid, id range, name and pool."""
+
+    api: Api
+    settings: Settings
+    run_id: str
+    own_tasks: frozenset[str] = frozenset()
+    retries: bool = True
+
+    def prove(self, vm: Located) -> Proof:
+        return prove(self.api, self.settings, vm, self.run_id)
 
 
 def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool: str | None = None) -> Proof:
     """Read configuration, status and pool of `guest` and judge. Never raises for a VM that is not ours.
 
     Raises PveError when the host cannot be asked: then nothing is proved either.
-    `pool`: the pool's full name where it is known from discovery (another `pool_parent`).
+    `pool`: the pool's full name where discovery found it (another `pool_parent`).
     """
     run_id = run if isinstance(run, str) else run.id
     name = pool if pool is not None and run_of_pool(pool) == run_id else pool_name(settings, run_id)
-    node = guest.node
+    return prove_where_it_is(
+        api, guest, lambda node: _prove_at(api, settings, node, guest.vmid, run_id, name)
+    )
+
+
+def prove_where_it_is(api: Api, vm: Located, prove_at: Callable[[str], Proof]) -> Proof:
+    """`prove_at(node)` on the node of the VM, which may have been moved. Raises PveError."""
+    node = vm.node
     for _ in range(_MOVES):
-        found = replace(_prove_at(api, settings, node, guest.vmid, run_id, name), node=node)
-        if not found.gone:
-            return found
-        # No configuration on that node: it is gone only if it is on no other one either.
-        there = node_of(api, guest.vmid)
-        if there is None or there == node:
-            return found
-        node = there
-    raise PveError(f"VM {guest.vmid} was on another node each time it was looked for, last on {node}")
+        proof = replace(prove_at(node), node=node)
+        if not proof.gone:
+            return proof
+        # No configuration on that node: the VM is gone only if it is on no other node either.
+        current = node_of(api, vm.vmid)
+        if current is None or current == node:
+            return proof
+        node = current
+    raise PveError(f"VM {vm.vmid} was on another node at each of {_MOVES} searches, last on {node}")
 
 
 def _prove_at(api: Api, settings: Settings, node: str, vmid: int, run_id: str, name: str) -> Proof:
     base = path_of(node, vmid)
     members = read_pool(api, name)
     try:
-        # The configuration last: what is read of it is the youngest when the blow follows.
+        # The configuration last: it is the most recent answer when the VM is stopped or deleted next.
         status = api.get(f"{base}/status/current")
         config = api.get(f"{base}/config", current=1)
     except GuestNotFound:
         return Proof(False, "there is no such VM", gone=True)
     except UnreadableAnswer as e:
         # `lock: destroyed`, or written by hand: pvesh refuses to print such a configuration.
-        return Proof(False, f"its configuration is not readable: {e.text}", unreadable=True)
-    found = judge(settings, vmid, run_id, config, status)
+        return Proof(False, f"its configuration is not readable: {e.text}")
+    proof = judge(settings, vmid, run_id, config, status)
     if (
-        found.ok
+        proof.ok
         and members is not None
         and vmid in members.vmids
         and ("qemu", vmid, node) not in members.members
     ):
         members = read_pool(api, name)  # moved between the two answers
-    if found.ok and members is None:
-        return replace(found, ok=False, reason=f"the pool {name} does not exist")
-    if found.ok and members is not None and ("qemu", vmid, node) not in members.members:
-        return replace(found, ok=False, reason=f"it is not in the pool {name}")
-    return found
+    if proof.ok and members is None:
+        return replace(proof, ok=False, reason=f"the pool {name} does not exist")
+    if proof.ok and members is not None and ("qemu", vmid, node) not in members.members:
+        return replace(proof, ok=False, reason=f"it is not in the pool {name}")
+    return proof
 
 
 def judge(settings: Settings, vmid: int, run_id: str, config: object, status: object) -> Proof:
@@ -115,23 +155,23 @@ def judge(settings: Settings, vmid: int, run_id: str, config: object, status: ob
     if not isinstance(config, dict) or not isinstance(status, dict):
         return Proof(False, "its configuration is not readable")
     lock = config.get("lock") or status.get("lock")
-    found = Proof(
-        True,
-        "",
+    marker_problem = _marker_problem(vmid, run_id, config)
+    reason = marker_problem or _obstacle(settings, vmid, config, status)
+    return Proof(
+        not reason,
+        reason,
         config_digest=str(config.get("digest") or ""),
         status=str(
             status.get("qmpstatus") if status.get("qmpstatus") == "paused" else status.get("status") or ""
         ),
         lock=str(lock) if lock else None,
-        uuid=uuid_of(config) or "",
+        identity=uuid_of(config) or "",
         config=config,
+        marked=not marker_problem,
     )
-    copied = _unmarked(vmid, run_id, config)
-    reason = copied or _against(settings, vmid, config, status)
-    return replace(found, ok=not reason, reason=reason, marked=not copied)
 
 
-def _unmarked(vmid: int, run_id: str, config: dict[str, Any]) -> str:
+def _marker_problem(vmid: int, run_id: str, config: dict[str, Any]) -> str:
     """What is wrong with the marker; empty if it is this run's, this VM's and this uuid's."""
     marker = parse_marker(config.get("description"))
     if not RUN_ID.match(run_id):
@@ -148,8 +188,8 @@ def _unmarked(vmid: int, run_id: str, config: dict[str, Any]) -> str:
     return ""
 
 
-def _against(settings: Settings, vmid: int, config: dict[str, Any], status: dict[str, Any]) -> str:
-    """What speaks against taking a VM of ours away."""
+def _obstacle(settings: Settings, vmid: int, config: dict[str, Any], status: dict[str, Any]) -> str:
+    """What forbids to destroy a VM although its marker is ours; empty if nothing does."""
     if not in_range(settings, vmid):
         return "its id is outside the range"
     if not name_matches(settings, config.get("name")):
@@ -165,7 +205,7 @@ def _against(settings: Settings, vmid: int, config: dict[str, Any], status: dict
 
 
 def _set(value: object) -> bool:
-    """A PVE boolean; everything but a plain no is a yes, also what is there and says nothing."""
+    """A PVE boolean; everything but a plain no is a yes, also a value that is present and empty."""
     return value is None or cautious(value)
 
 

@@ -15,7 +15,7 @@ from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.ownership.create import Created, NoFreeId, free_ids, guest_name, ids_in_pools
 from pytest_nestedpve.ownership.marker import TAG, Marker, new_uuid, parse_marker, uuid_of
 from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name, read_pool
-from pytest_nestedpve.ownership.proof import judge, prove
+from pytest_nestedpve.ownership.proof import RunProver, judge, prove
 from pytest_nestedpve.pve.answers import entries, whole
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import PveError
@@ -282,14 +282,16 @@ def replace_provision(
 
 
 def _destroy_former(env: Environment) -> None:
-    """On a kept run, whose VM is to be made anew: the old one goes first, proved."""
+    """Destroy the previous VM of a kept run, proved, before its replacement is created."""
     from pytest_nestedpve.ownership.discover import discover
     from pytest_nestedpve.teardown.destroy import destroy
 
-    host, run = env.outer, env.run
-    for outcome in destroy(host, env.settings, run.id, discover(host, env.settings, run.id)):
+    host, settings, run = env.outer, env.settings, env.run
+    prover = RunProver(host.api, settings, run.id)
+    candidates = discover(host, settings, run.id)
+    for outcome in destroy(host, prover, candidates, force_stop=settings.force_stop):
         if outcome.result != "gone":
-            raise PveError(f"VM {outcome.vmid}, the run's former one, is still there: {outcome.reason}")
+            raise PveError(f"VM {outcome.vmid}, the run's previous one, still exists: {outcome.reason}")
     env.facts.pop("provision", None)
     env.forget_connections()
 

@@ -1,4 +1,8 @@
-"""Destroying the VMs of one run: each proved before each blow, several at a time, on after a failure."""
+"""The destroyer: VMs are proved, stopped, proved again and deleted, several at a time, and retried.
+
+A `Prover` decides whether a VM may be destroyed: a run's VM (`ownership.proof.RunProver`), a VM without a
+marker (`teardown.unmarked.UnmarkedProver`) or a template (`teardown.templates.TemplateProver`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.ownership import killed_tasks
-from pytest_nestedpve.ownership.discover import Candidate
-from pytest_nestedpve.ownership.proof import Proof, prove
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.answers import entries, whole
 from pytest_nestedpve.pve.cluster import nodes_now
@@ -29,246 +31,272 @@ from pytest_nestedpve.pve.tasks import parse_upid, wait_task
 from pytest_nestedpve.teardown.volumes import Volumes
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.ownership.proof import Located, Proof, Prover
     from pytest_nestedpve.pve.host import PveHost
 
 WIDTH = 4
 BUDGET = 180.0
 """Seconds for one VM, retries included."""
 UNKNOWN_TASK = 30.0
-"""Seconds that a bare lock with a running task, perhaps of a call of ours that was cut off, is waited for."""
+"""Seconds to wait while a task runs on a configuration that is only a lock: it may be a create of ours whose
+call was cut off."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate: "gone", "foreign" (not ours, untouched) or "left", with the reason.
+    """The end of one VM: "gone", "foreign" (not ours, not touched) or "left", with the reason.
 
-    `again`: whether a second try may change it; not for volumes that outlive their VM, or one of ours
-    that somebody protected.
+    `retry`: whether a further attempt may succeed; not for volumes left over from a deleted VM, and not for a
+    VM of ours that is protected.
     """
 
     vmid: int
     node: str
     result: str
     reason: str = ""
-    again: bool = True
+    retry: bool = True
 
 
 def destroy(
     host: PveHost,
-    settings: Settings,
-    run_id: str,
-    candidates: Sequence[Candidate],
+    prover: Prover,
+    vms: Sequence[Located],
     *,
-    ours: frozenset[str] = frozenset(),
+    force_stop: bool,
     width: int = WIDTH,
     budget: float = BUDGET,
-    told: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Destroy those candidates that are proved to be the run's; goes on after failures, never raises.
+    """Destroy the VMs that `prover` proves, with their volumes; continues after failures, never raises.
 
-    `ours` are the UPIDs of tasks that the run is known to have started: they decide about zombies.
-    `budget` are nominal seconds for each VM. A VM that others of the run hang on (a base of linked clones)
-    is tried again after the rest, for as long as that changes something.
+    `force_stop`: whether running VMs are stopped; otherwise they are left. `budget` are nominal seconds for
+    each VM. A VM that others depend on (the base of linked clones) is retried after the rest, until a pass
+    changes nothing. `on_outcome` is called at the end of each attempt, by the thread that made it.
     """
 
     volumes = Volumes(host.api)
 
-    def one(candidate: Candidate) -> Outcome:
+    def attempt(vm: Located) -> Outcome:
         try:
-            outcome = _Target(host, settings, run_id, candidate, ours, Deadline(budget), volumes).destroy()
+            outcome = _Destruction(host, prover, vm, force_stop, Deadline(budget), volumes).run()
         except Exception as e:
-            outcome = Outcome(candidate.vmid, candidate.node, "left", f"{type(e).__name__}: {e}")
-        if told is not None:
-            told(outcome)
+            reason = f"{type(e).__name__}: {e}"
+            outcome = Outcome(vm.vmid, vm.node, "left", reason, retry=prover.retries)
+        if on_outcome is not None:
+            on_outcome(outcome)
         return outcome
 
     outcomes: dict[int, Outcome] = {}
-    waiting: Sequence[Candidate] = candidates
-    extra = 1  # one more try although nothing changed
-    while waiting:
-        found = in_parallel(one, waiting, width)
-        outcomes.update({each.vmid: each for each in found})
-        left = {each.vmid for each in found if each.result == "left" and each.again}
-        if len(left) == len(waiting):
-            extra -= 1
-            if extra < 0:
+    pending: Sequence[Located] = vms
+    spare_passes = 1  # one more pass although the last one changed nothing
+    while pending:
+        results = in_parallel(attempt, pending, width)
+        outcomes.update({outcome.vmid: outcome for outcome in results})
+        to_retry = {outcome.vmid for outcome in results if outcome.result == "left" and outcome.retry}
+        if len(to_retry) == len(pending):
+            spare_passes -= 1
+            if spare_passes < 0:
                 break
-        waiting = [each for each in waiting if each.vmid in left]
-    gone = {vmid: each.node for vmid, each in outcomes.items() if each.result == "gone"}
-    for vmid, stays in volumes.sweep(gone):
-        outcomes[vmid] = replace(outcomes[vmid], result="left", reason=stays, again=False)
-        if told is not None:
-            told(outcomes[vmid])
-    return [outcomes[each.vmid] for each in candidates]
+        pending = [vm for vm in pending if vm.vmid in to_retry]
+    gone = {vmid: outcome.node for vmid, outcome in outcomes.items() if outcome.result == "gone"}
+    for vmid, leftovers in volumes.sweep(gone):
+        outcomes[vmid] = replace(outcomes[vmid], result="left", reason=leftovers, retry=False)
+        if on_outcome is not None:
+            on_outcome(outcomes[vmid])
+    return [outcomes[vm.vmid] for vm in vms]
 
 
-class _Target:
-    """One candidate on its way: what was seen last, for the message when its time is up."""
+class _Destruction:
+    """The destruction of one VM. `obstacle` is what prevented it in the last round."""
 
     def __init__(
         self,
         host: PveHost,
-        settings: Settings,
-        run_id: str,
-        candidate: Candidate,
-        ours: frozenset[str],
+        prover: Prover,
+        vm: Located,
+        force_stop: bool,
         deadline: Deadline,
         volumes: Volumes,
     ) -> None:
-        self.host, self.api, self.settings, self.run_id = host, host.api, settings, run_id
-        self.candidate, self.vmid, self.node = candidate, candidate.vmid, candidate.node
-        self.ours, self.deadline = ours, deadline
-        self.patience = Deadline(UNKNOWN_TASK)
-        self.seen = ""
+        self.host, self.api, self.prover, self.force_stop = host, host.api, prover, force_stop
+        self.vmid, self.node = vm.vmid, vm.node
+        self.own_tasks = prover.own_tasks or frozenset()
+        self.deadline = deadline
+        self.unknown_task = Deadline(UNKNOWN_TASK)
         self.volumes = volumes
-        self.destroyed = False
+        self.obstacle = ""
+        self.deleted = False
 
-    def destroy(self) -> Outcome:
-        """Proof, stop, proof, delete, until it is gone or the time is up."""
+    def run(self) -> Outcome:
+        """Rounds until the VM is gone, must not be destroyed, or the time is up."""
+        if not self.prover.retries:
+            return self._attempt() or self._outcome("left", self.obstacle)
         try:
             return wait_until(
-                self._attempt, deadline=self.deadline, what=f"VM {self.vmid} to go", interval=(0.2, 5.0)
+                self._attempt,
+                deadline=self.deadline,
+                what=f"the destruction of VM {self.vmid}",
+                interval=(0.2, 5.0),
             )
         except CommandTimeout:
-            return self._say("left", self.seen or "the time for it was up")
+            return self._outcome("left", self.obstacle)
 
     def _attempt(self) -> Outcome | None:
-        """One round; None: not yet, look again."""
+        """One round; None: not yet, retry."""
         try:
             return self._round()
         except (InUse, PermissionDenied, Protected, BadParameter) as e:
-            # More of the same would not help. A base (in use) comes after its clones, in the next pass.
-            return self._say("left", e.text)
+            # A retry would not help now. A base (in use) is retried after its clones, in the next pass.
+            return self._outcome("left", e.text)
         except NodeUnreachable as e:
             return self._unreachable(e)
         except PveError as e:
-            self.seen = str(e)
+            self.obstacle = str(e)
             return None
 
+    def _round(self) -> Outcome | None:
+        """Lock wait, proof, stop, proof, delete. Raises PveError."""
+        node = self.node
+        self.volumes.look(node)
+        busy = self._is_busy()
+        proof = self._prove()
+        if proof.gone:
+            return self._outcome("gone")
+        if self.node != node:
+            self.obstacle = f"it was moved from {node} to {self.node}"
+            return None  # first come the tasks and volumes of that node
+        if not proof.ok:
+            return self._not_proved(proof)
+        if proof.status != "stopped" and not self.force_stop:
+            return self._outcome("left", "it runs, and force_stop is off")
+        if busy:
+            return None
+        self.volumes.note(
+            node,
+            self.vmid,
+            proof.config or {},
+            marked=proof.marked,
+            created_here=self._was_created_here(),
+        )
+        if proof.lock is not None:
+            self._release_lock(proof)
+            return None
+        if proof.status != "stopped":
+            qemu.stop(self.api, node, self.vmid, timeout=self._seconds_left())
+            busy = self._is_busy()
+            after_stop = self._prove()
+            if after_stop.gone:
+                return self._outcome("gone")
+            if after_stop.marked and not after_stop.ok:
+                return self._not_proved(after_stop)
+            if not after_stop.ok or after_stop.identity != proof.identity:
+                return self._outcome("foreign", after_stop.reason or "another VM has the id now")
+            if busy:
+                return None
+            if self.node != node or after_stop.status != "stopped" or after_stop.lock is not None:
+                self.obstacle = "it was moved, started or locked while it was stopped"
+                return None
+        # No call between the proof and the delete: a delete is never queued behind a lock or a task.
+        qemu.destroy(self.api, self.node, self.vmid, timeout=self._seconds_left())
+        self.deleted = True
+        # The task ended well. The configuration decides, and may be that of another VM already.
+        after_delete = self._prove()
+        if after_delete.gone or after_delete.identity not in ("", proof.identity):
+            return self._outcome("gone")
+        self.obstacle = "its destroy task ended well, and yet it exists"
+        return None
+
+    def _prove(self) -> Proof:
+        proof = self.prover.prove(self)
+        self.node = proof.node or self.node
+        return proof
+
+    def _outcome(self, result: str, reason: str = "") -> Outcome:
+        if result == "foreign" and self.deleted:
+            result, reason = "gone", ""  # ours is deleted, and another VM has the id: only volumes remain
+        return Outcome(self.vmid, self.node, result, reason, retry=self.prover.retries)
+
+    def _seconds_left(self) -> float:
+        return max(5.0, self.deadline.nominal())
+
     def _unreachable(self, error: NodeUnreachable) -> Outcome | None:
-        """It is not gone, whatever the other nodes say; of one that is off nothing can be waited for."""
-        self.seen = f"its node {self.node} cannot be reached: {error.text}"
+        """Not gone, whatever other nodes report. A node that is off is not awaited."""
+        self.obstacle = f"its node {self.node} cannot be reached: {error.text}"
         with contextlib.suppress(PveError):
             state = nodes_now(self.api).get(self.node, "no member of the cluster any more")
             if state != "online":
-                return self._say("left", f"its node {self.node} is {state}: it is there again when that is")
+                return self._outcome("left", f"its node {self.node} is {state}: the VM reappears with it")
         return None
 
-    def _round(self) -> Outcome | None:
-        node = self.node
-        self.volumes.look(node)
-        waits = self._waits()
-        proof = self._prove()
-        if proof.gone:
-            return self._say("gone")
-        if self.node != node:
-            return None  # it was moved: what works on it there is looked at first
-        if not proof.ok:
-            return self._remains(proof)
-        if proof.status != "stopped" and not self.settings.force_stop:
-            return self._say("left", "it runs, and force_stop is off")
-        if waits:
+    def _not_proved(self, proof: Proof) -> Outcome | None:
+        """Nothing is touched, except the leftover of a killed task of the run, which is deleted."""
+        leftover = None
+        if self.prover.own_tasks is not None:
+            leftover = killed_tasks.find_leftover(self.host, self.node, self.vmid, self.own_tasks)
+        if leftover is None and proof.marked:
+            reason = f"ours by its marker, but {proof.reason}"
+            return Outcome(self.vmid, self.node, "left", reason, retry=False)
+        if leftover is None:
+            return self._outcome("foreign", proof.reason)
+        if leftover.running and not self.unknown_task.expired:
+            self.obstacle = leftover.reason  # a create whose call was cut off becomes a VM of ours at its end
             return None
-        self.volumes.note(self.node, self.vmid, proof.config or {}, made_there=self._made_there())
-        if proof.lock is not None:
-            self._unlock(proof)
-            return None
-        if proof.status != "stopped":
-            qemu.stop(self.api, self.node, self.vmid, timeout=self._left())
-            again = self._prove()
-            if again.gone:
-                return self._say("gone")
-            if again.marked and not again.ok:
-                return self._remains(again)
-            if not again.ok or again.uuid != proof.uuid:
-                return self._say("foreign", again.reason or "another VM has taken the id")
-            if self.node != node or again.status != "stopped" or again.lock is not None or self._waits():
-                return None
-        # Nothing is between this proof and the call: a delete is never sent to queue behind a lock.
-        qemu.destroy(self.api, self.node, self.vmid, timeout=self._left())
-        self.destroyed = True
-        # Its task ended well; the configuration says whether it is gone, and may be another VM's by now.
-        after = self._prove()
-        return self._say("gone") if after.gone or (after.uuid and after.uuid != proof.uuid) else None
-
-    def _prove(self) -> Proof:
-        found = prove(self.api, self.settings, self.candidate, self.run_id)
-        if found.node != self.node:
-            self.node, self.candidate = found.node, replace(self.candidate, node=found.node)
-        return found
-
-    def _made_there(self) -> bool:
-        """Whether the VM was made on the node that it is on: then what its id has there came with it. In a
-        cluster only the run's own first task for the id tells that."""
-        if not self.host.cluster.several:
-            return True
-        tasks = (parse_upid(each) for each in self.ours)
-        own = [(task.starttime, task.node) for task in tasks if task.id == str(self.vmid)]
-        return bool(own) and min(own)[1] == self.node
-
-    def _left(self) -> float:
-        return max(5.0, self.deadline.nominal())
-
-    def _say(self, result: str, reason: str = "") -> Outcome:
-        if result == "foreign" and self.destroyed:
-            result, reason = "gone", ""  # ours is; its volumes are looked for, whoever has the id now
-        return Outcome(self.vmid, self.node, result, reason)
-
-    def _remains(self, proof: Proof) -> Outcome | None:
-        """Not proved: what a killed task of ours left is removed, anything else stays."""
-        found = killed_tasks.remains(self.host, self.node, self.vmid, self.ours)
-        if found is None and proof.marked:
-            return Outcome(
-                self.vmid, self.node, "left", f"ours by its marker, but {proof.reason}", again=False
-            )
-        if found is None:
-            return self._say("foreign", proof.reason)
-        if found.running and not self.patience.expired:
-            self.seen = found.reason  # a create whose call was cut off becomes a VM of ours when it ends
-            return None
-        if not found.ours or found.running:
-            return self._say("left" if found.ours else "foreign", found.reason)
-        self.volumes.note(self.node, self.vmid, {}, made_there=self._made_there())
+        if not leftover.ours or leftover.running:
+            return self._outcome("left" if leftover.ours else "foreign", leftover.reason)
+        self.volumes.note(self.node, self.vmid, {}, created_here=self._was_created_here())
         upid = self.api.delete(f"/nodes/{self.node}/qemu/{self.vmid}", skiplock=True)
-        wait_task(self.api, upid, timeout=self._left())
-        return self._say("gone", found.reason) if self._prove().gone else None
+        wait_task(self.api, upid, timeout=self._seconds_left())
+        if self._prove().gone:
+            return self._outcome("gone", leftover.reason)
+        self.obstacle = f"{leftover.reason}; its destroy task ended well, and yet it exists"
+        return None
 
-    def _waits(self) -> bool:
-        """Whether a task works on the VM; `seen` names it. Those of ours are stopped first, through the API,
+    def _is_busy(self) -> bool:
+        """Whether a task works on the VM; `obstacle` names it. Own tasks are stopped first, through the API,
         which cleans up (a killed one would not)."""
         running = killed_tasks.running_tasks(self.api, self.node, self.vmid)
-        for upid in (each for each in running if each in self.ours):
+        for upid in (upid for upid in running if upid in self.own_tasks):
             with contextlib.suppress(NotFound):
                 self.api.delete(f"/nodes/{parse_upid(upid).node}/tasks/{upid}")
-        if running and self.ours.issuperset(running):
-            self.seen = f"the task {running[0]} does not stop"
+        if running and self.own_tasks.issuperset(running):
+            self.obstacle = f"the task {running[0]} does not stop"
         elif running:
-            self.seen = f"the task {running[0]} works on it"
+            self.obstacle = f"the task {running[0]} works on it"
         return bool(running)
+
+    def _was_created_here(self) -> bool:
+        """Whether the VM was created on the node that it is on: then volumes of its id there came with it. In
+        a cluster only the run's own first task for the id proves that."""
+        if not self.host.cluster.several:
+            return True
+        tasks = (parse_upid(upid) for upid in self.own_tasks)
+        nodes_by_start = [(task.starttime, task.node) for task in tasks if task.id == str(self.vmid)]
+        return bool(nodes_by_start) and min(nodes_by_start)[1] == self.node
 
     def _is_moving(self) -> bool:
         """Whether a migration still works: on the node that it came from, when its configuration is here."""
         if not self.host.cluster.several:
             return False
-        listed = entries(self.api.get("/cluster/tasks"), call="get /cluster/tasks", strict=True)
-        mine = (each for each in listed if str(each.get("id")) == str(self.vmid))
-        return any("migrate" in str(each.get("type")) and whole(each.get("endtime")) is None for each in mine)
+        tasks = entries(self.api.get("/cluster/tasks"), call="get /cluster/tasks", strict=True)
+        own = (task for task in tasks if str(task.get("id")) == str(self.vmid))
+        return any("migrate" in str(task.get("type")) and whole(task.get("endtime")) is None for task in own)
 
-    def _unlock(self, proof: Proof) -> None:
-        """Lift the lock of a task that is dead, on our own VM, in exactly the configuration that was proved.
+    def _release_lock(self, proof: Proof) -> None:
+        """Remove the lock of an ended task from a run's VM, in exactly the configuration that was proved.
 
-        Nothing works on the VM (`_waits`); but a backup of several guests has no id in its task.
+        No task works on the VM (`_is_busy`); but a backup of several guests has no id in its task.
         """
+        self.obstacle = f"VM is locked ({proof.lock})"
+        if self.prover.own_tasks is None:
+            return
         if proof.lock == "backup":
             active = killed_tasks.read_tasks(self.api, self.node, source="active")
             if any(task.type == "vzdump" and not over for task, over in active):
-                self.seen = "a backup task runs, and it is locked (backup)"
+                self.obstacle = "a backup task runs, and it is locked (backup)"
                 return
         if proof.lock == "migrate" and self._is_moving():
-            self.seen = "it is being moved to another node"
+            self.obstacle = "it is being moved to another node"
             return
-        self.seen = f"VM is locked ({proof.lock})"
         self.api.put(
             f"/nodes/{self.node}/qemu/{self.vmid}/config",
             delete="lock",

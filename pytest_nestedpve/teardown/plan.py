@@ -11,7 +11,7 @@ from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.discover import Candidate, discover
 from pytest_nestedpve.ownership.lease import Lease, parse_lease
 from pytest_nestedpve.ownership.pool import host_clock, pool_name, run_of_pool
-from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.ownership.proof import RunProver, prove
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import NodeUnreachable
@@ -152,7 +152,7 @@ def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) ->
 def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -> Row:
     if candidate.bare is not None:
         audit = settings.run_dir / str(row.run) / "audit.jsonl"
-        found = killed_tasks.remains(host, candidate.node, candidate.vmid, task_ids(audit))
+        found = killed_tasks.find_leftover(host, candidate.node, candidate.vmid, task_ids(audit))
         if found is not None:
             return (
                 replace(row, reason=found.reason)
@@ -215,7 +215,9 @@ def _end_run(
         candidates = [
             Candidate(row.vmid, row.node, row.reason, row.bare) for row in rows if row.vmid is not None
         ]
-        for outcome in destroy(host, settings, run_id, candidates, ours=task_ids(audit), width=width):
+        prover = RunProver(host.api, settings, run_id, task_ids(audit))
+        force_stop = settings.force_stop
+        for outcome in destroy(host, prover, candidates, force_stop=force_stop, width=width):
             found[machines[outcome.vmid]] = outcome
         rest = clear_rest(host, settings, run_id)
         again = {each.vmid for each in discover(host, settings, run_id)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.ownership.discover import Candidate, discover
-from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.ownership.proof import RunProver, prove
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout, NoPve
 from pytest_nestedpve.run.audit_log import task_ids
@@ -187,7 +187,8 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate], say: Say
         if candidates:
             gone.clear()
             say(destroying(len(candidates)))
-        for outcome in destroy(host, settings, run.id, candidates, ours=ours, told=told):
+        prover = RunProver(host.api, settings, run.id, ours)
+        for outcome in destroy(host, prover, candidates, force_stop=settings.force_stop, on_outcome=told):
             outcomes[outcome.vmid] = outcome
         say("looking again")
         settled = {vmid for vmid, each in outcomes.items() if each.result != "gone"}
@@ -227,7 +228,8 @@ def _inner_first(env: Environment, candidates: list[Candidate], say: Say) -> Non
         inside = discover(inner, settings, env.run.id)
         say(f"{destroying(len(inside))} inside the nested PVE")
         ours = task_ids(env.run.directory.audit)
-        outcomes = destroy(inner, settings, env.run.id, inside, ours=ours, budget=INNER_BUDGET)
+        prover = RunProver(inner.api, settings, env.run.id, ours)
+        outcomes = destroy(inner, prover, inside, force_stop=settings.force_stop, budget=INNER_BUDGET)
         status = "left" if any(each.result == "left" for each in outcomes) else "clean"
         env.audit.write("teardown", phase="cleanup_inner", status=status, host=inner.name)
     except Exception as e:

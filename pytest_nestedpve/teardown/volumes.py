@@ -1,4 +1,4 @@
-"""The volumes of VMs that are destroyed: listed before the first blow, looked for after the last."""
+"""The volumes of VMs that are destroyed: listed before the first of them is touched, swept at the end."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LONGEST = 1000
 
 
 @dataclass
-class _Noted:
-    """What goes with one VM: volumes by node, each with what speaks against removing it (None: nothing)."""
+class _Record:
+    """The volumes of one VM, by node and volume id, with the reason not to remove each (None: remove it)."""
 
     volumes: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
@@ -38,17 +38,17 @@ class _Noted:
 
 
 class Volumes:
-    """The volumes of the VMs that go: listed once before the first blow, and looked for after the last."""
+    """The volumes of VMs that are destroyed: listed once before the first is touched, then swept."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
         self._lock = threading.Lock()
         self._listed: dict[str, dict[int, list[str]]] = {}
         self._shared: set[str] = set()
-        self._noted: dict[int, _Noted] = {}
+        self._records: dict[int, _Record] = {}
 
     def look(self, node: str) -> None:
-        """List what the node's storages hold, if that has not been done. Raises PveError."""
+        """List the volumes on the node's storages, unless that has been done. Raises PveError."""
         with self._lock:
             if node not in self._listed:
                 self._listed[node] = self._list(node)
@@ -60,35 +60,35 @@ class Volumes:
         config: Mapping[str, Any],
         *,
         marked: bool = True,
-        made_there: bool = True,
+        created_here: bool = True,
     ) -> None:
-        """Remember what its configuration names, and what storages hold for its id. Raises PveError.
+        """Record the volumes that its configuration names, and those that storages list for its id.
 
-        An id is only ever taken when no storage holds a volume of it, so what is there came with a VM that is
-        `marked` (an import that was cut off leaves a volume that no configuration names). Not so beside a VM
-        without a marker, and not on a shared storage, where a guest of another cluster may have the same id:
-        there such a volume is told, and stays; nor on a node that the VM came to from another one, whose
-        storages were not looked at when the id was taken (`made_there` is false).
+        An id is only drawn when no storage holds a volume of it, so a volume that no configuration names came
+        with a VM that is `marked` (an import that was cut off leaves one), and is removed. It is reported and
+        kept beside a VM without a marker; on a shared storage, where a guest of another cluster may have the
+        same id; and on a node to which the VM was moved, whose storages were not listed when the id was drawn
+        (`created_here` is false). Raises PveError.
         """
         self.look(node)
         named = volumes_of(config, vmid)
         with self._lock:
-            known = self._noted.setdefault(vmid, _Noted())
-            known.volumes |= dict.fromkeys((node, volid) for volid in named)
+            record = self._records.setdefault(vmid, _Record())
+            record.volumes |= dict.fromkeys((node, volid) for volid in named)
             for volid in self._listed[node].get(vmid, ()):
                 if not belongs(volid, vmid):
-                    known.add(node, volid, "listed for this id, and not named for it")
+                    record.add(node, volid, "listed for this id, and not named for it")
                 elif volid in self._shared:
-                    known.add(node, volid, "on a shared storage, and no configuration of ours names it")
+                    record.add(node, volid, "on a shared storage, and no configuration of ours names it")
                 elif not marked:
-                    known.add(node, volid, "no configuration names it")
-                elif not made_there:
-                    known.add(node, volid, f"on {node} perhaps before the VM, and no configuration names it")
+                    record.add(node, volid, "no configuration names it")
+                elif not created_here:
+                    record.add(node, volid, f"on {node} perhaps before the VM, and no configuration names it")
                 else:
-                    known.add(node, volid, None)
+                    record.add(node, volid, None)
 
     def _list(self, node: str) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
+        volids: dict[int, list[str]] = {}
         path = f"/nodes/{node}/storage"
         for storage in entries(self._api.get(path, content="images", enabled=True), call=f"get {path}"):
             name = storage.get("storage")
@@ -97,40 +97,40 @@ class Volumes:
                 try:
                     listed = entries(self._api.get(call, content="images"), call=f"get {call}")
                 except ApiError:
-                    continue  # a sick storage holds up no teardown; what a configuration names is looked for
-                for each in listed:
-                    vmid = whole(each.get("vmid"))
-                    if vmid is not None and isinstance(each.get("volid"), str):
-                        found.setdefault(vmid, []).append(each["volid"])
+                    continue  # no teardown waits for a broken storage; volumes of configurations are swept
+                for volume in listed:
+                    vmid = whole(volume.get("vmid"))
+                    if vmid is not None and isinstance(volume.get("volid"), str):
+                        volids.setdefault(vmid, []).append(volume["volid"])
                         if qemu.cautious(storage.get("shared")):
-                            self._shared.add(each["volid"])
-        return found
+                            self._shared.add(volume["volid"])
+        return volids
 
     def sweep(self, gone: Mapping[int, str]) -> Iterator[tuple[int, str]]:
-        """Remove what is left of the volumes of VMs that are gone (id and node); of each that still has some,
-        yields its id and a text about them."""
-        there: dict[str, frozenset[str]] = {}
+        """Remove left-over volumes of deleted VMs (id and node); where some remain, yields the VM's id and a
+        text that names them."""
+        content: dict[str, frozenset[str]] = {}
         for vmid in gone:
-            stays = []
-            for (node, volid), doubt in self._noted.get(vmid, _Noted()).volumes.items():
+            left = []
+            for (node, volid), doubt in self._records.get(vmid, _Record()).volumes.items():
                 path = f"/nodes/{node}/storage/{volid.partition(':')[0]}/content"
                 try:
-                    if path not in there:
-                        there[path] = self._content(path)
-                    if volid in there[path] and doubt:
-                        stays.append(f"{volid} ({doubt})")
-                    elif volid in there[path]:
-                        stays += patiently(partial(self._remove, node, vmid, path, volid))
+                    if path not in content:
+                        content[path] = self._content(path)
+                    if volid in content[path] and doubt:
+                        left.append(f"{volid} ({doubt})")
+                    elif volid in content[path]:
+                        left += patiently(partial(self._remove, node, vmid, path, volid))
                 except PveError as e:
-                    stays.append(f"{volid} ({e})")
-            if stays:
-                yield vmid, f"volumes left: {', '.join(stays)}"
+                    left.append(f"{volid} ({e})")
+            if left:
+                yield vmid, f"volumes left: {', '.join(left)}"
 
     def _remove(self, node: str, vmid: int, path: str, volid: str) -> list[str]:
         try:
             config = qemu.guest_config(self._api, node, vmid)
             if volid in volumes_of(config, vmid):
-                return []  # it is that VM's: PVE gives a name anew when nothing has it any more
+                return []  # it is that VM's: PVE reuses a name that no volume has any more
             return [f"{volid} (the id is in use again)"]
         except GuestNotFound:
             pass  # any other error: the id may be in use
@@ -144,12 +144,12 @@ class Volumes:
 
     def _content(self, path: str) -> frozenset[str]:
         try:
-            found = entries(self._api.get(path, content="images"), call=f"get {path}")
+            volumes = entries(self._api.get(path, content="images"), call=f"get {path}")
         except NotFound as error:
             if not re.search(r"storage '?[^\s']+'? does not exist", error.text):
                 raise
-            return frozenset()  # the storage itself is gone
-        return frozenset(str(each.get("volid")) for each in found)
+            return frozenset()  # the storage itself was removed
+        return frozenset(str(volume.get("volid")) for volume in volumes)
 
 
 def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
@@ -159,7 +159,7 @@ def volumes_of(config: Mapping[str, Any], vmid: int) -> list[str]:
 
 
 def belongs(volid: str, vmid: int) -> bool:
-    """Whether a volume is the VM's own by the last part of its name: what a linked clone hangs on is not."""
+    """Whether a volume is the VM's own by the last part of its name: the base of a linked clone is not."""
     if len(volid) > _LONGEST or not _VOLID.match(volid):
         return False
     *above, name = volid.partition(":")[2].split("/")

@@ -22,7 +22,7 @@ from pytest_nestedpve.ownership.create import create_marked
 from pytest_nestedpve.ownership.discover import discover
 from pytest_nestedpve.ownership.marker import Marker, new_uuid
 from pytest_nestedpve.ownership.pool import create_pool, pool_name
-from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.ownership.proof import RunProver, prove
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
@@ -176,7 +176,7 @@ def chosen(world: World, host: PveHost) -> set[int]:
             if prove(host.api, world.settings, each, world.run).ok:
                 found.add(each.vmid)
                 continue
-            left = killed_tasks.remains(host, each.node, each.vmid, world.ours)
+            left = killed_tasks.find_leftover(host, each.node, each.vmid, world.ours)
             if left is not None and left.ours and not left.running:
                 found.add(each.vmid)
         except PveError:
@@ -221,7 +221,8 @@ def test_odd_answers_in_the_middle_of_it_never_have_another_vm_or_volume_destroy
         candidates = discover(lies, world.settings, world.run.id)
     except PveError:
         candidates = discover(world.host, world.settings, world.run.id)
-    destroy(lies, world.settings, world.run.id, candidates, ours=world.ours, width=1, budget=0.1)
+    prover = RunProver(lies.api, world.settings, world.run.id, world.ours)
+    destroy(lies, prover, candidates, force_stop=True, width=1, budget=0.1)
     with world.memory.open() as model:
         gone = before - set(map(int, model.state["vms"]))
         lost = volumes - set(model.state["volumes"])

@@ -116,7 +116,9 @@ READERS: dict[str, tuple[Callable[[PveHost], Any], Any, Callable[[Any], None]]] 
     "task log": (lambda h: tasks.task_log(h.api, UPID), [{"n": 1, "t": "TASK OK"}], nothing),
     "tasks": (lambda h: killed_tasks.read_tasks(h.api, "father"), [TASK, TASK], usable_tasks),
     "running tasks": (lambda h: killed_tasks.running_tasks(h.api, "father", 101), [TASK, TASK], nothing),
-    "remains": (lambda h: killed_tasks.remains(h, "father", 101, frozenset()), {"lock": "create"}, nothing),
+    "leftover": (
+        lambda h: killed_tasks.find_leftover(h, "father", 101, frozenset()), {"lock": "create"}, nothing
+    ),
     "proof": (
         lambda h: prove(h.api, SETTINGS, Candidate(101, "father", ""), RUN), CONFIG | STATUS, nothing
     ),

@@ -19,6 +19,7 @@ from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked
 from pytest_nestedpve.ownership.discover import discover
 from pytest_nestedpve.ownership.pool import create_pool, pool_name, read_pool
+from pytest_nestedpve.ownership.proof import RunProver
 from pytest_nestedpve.pve import agent, errors, qemu, tasks
 from pytest_nestedpve.pve.errors import ApiError, classify
 from pytest_nestedpve.pve.host import PveHost
@@ -339,7 +340,9 @@ def instead(both: Both, verb: str, path: str, answer: Callable[[Any], bool]) -> 
 
 def ended(env: Environment, far: PveHost, vmid: int) -> Outcome:
     found = discover(far, env.settings, env.run.id)
-    return destroy(far, env.settings, env.run.id, [each for each in found if each.vmid == vmid], budget=20)[0]
+    prover = RunProver(far.api, env.settings, env.run.id)
+    candidates = [each for each in found if each.vmid == vmid]
+    return destroy(far, prover, candidates, force_stop=True, budget=20)[0]
 
 
 @pytest.mark.usefixtures("pool")

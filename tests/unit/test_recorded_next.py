@@ -14,7 +14,7 @@ from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked
 from pytest_nestedpve.ownership.discover import Candidate, discover
 from pytest_nestedpve.ownership.pool import read_pool
-from pytest_nestedpve.ownership.proof import prove
+from pytest_nestedpve.ownership.proof import RunProver, prove
 from pytest_nestedpve.pve import agent, errors, qemu
 from pytest_nestedpve.pve.errors import ApiError, classify
 from pytest_nestedpve.pve.host import PveHost
@@ -67,7 +67,8 @@ def one_of_ours(env: Environment) -> Candidate:
 
 
 def end(env: Environment, host: PveHost, candidate: Candidate, budget: float = 0.6) -> Outcome:
-    return destroy(host, env.settings, env.run.id, [candidate], budget=budget)[0]
+    prover = RunProver(host.api, env.settings, env.run.id)
+    return destroy(host, prover, [candidate], force_stop=True, budget=budget)[0]
 
 
 def deletes(memory: MemoryHost, candidate: Candidate) -> list[str]:

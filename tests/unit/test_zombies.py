@@ -6,7 +6,7 @@ import pytest
 from memory_host import MemoryHost
 from memory_model import Model
 
-from pytest_nestedpve.ownership.killed_tasks import bare_lock, remains
+from pytest_nestedpve.ownership.killed_tasks import bare_lock, find_leftover
 from pytest_nestedpve.pve.host import PveHost
 
 VMID = 99920
@@ -44,7 +44,7 @@ def began(model: Model, number: int, shift: float) -> str:
 
 def test_a_killed_create_of_ours_is_ours(memory: MemoryHost, host: PveHost) -> None:
     upid = killed(memory, host)
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert (found.lock, found.ours, found.running) == ("create", True, False)
 
@@ -56,14 +56,14 @@ def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
     with memory.open() as model:  # the create is older
         began(model, 0, -60)
     upid = killed(memory, host, "qmdestroy")
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert (found.lock, found.ours) == ("destroyed", True)
 
 
 def test_what_somebody_elses_task_left_is_not_ours(memory: MemoryHost, host: PveHost) -> None:
     killed(memory, host)
-    found = remains(
+    found = find_leftover(
         host, "father", VMID, frozenset({"UPID:father:00000001:00000001:00000001:qmcreate:1:root@pam:"})
     )
     assert found is not None
@@ -86,7 +86,7 @@ def test_a_create_of_ours_that_was_refused_does_not_make_the_thing_ours(
         ours = model.state["tasks"][-1]["upid"] = "UPID:father:0000AAAA:0000AAAA:" + (
             f"{int(model.now):08X}:qmcreate:{VMID}:root@pam:"
         )
-    found = remains(host, "father", VMID, frozenset({ours}))
+    found = find_leftover(host, "father", VMID, frozenset({ours}))
     assert found is not None
     assert not found.ours
     assert end in found.reason or repr(end) in found.reason
@@ -98,7 +98,7 @@ def test_a_newer_task_of_another_makes_it_theirs(memory: MemoryHost, host: PveHo
         began(model, -1, -60)
         model.state["vms"].clear()
     killed(memory, host)
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert not found.ours
 
@@ -112,7 +112,7 @@ def test_two_tasks_of_one_second_have_both_to_be_ours(memory: MemoryHost, host: 
         apart = model.state["tasks"][1]["start"] - model.state["tasks"][0]["start"]
         first = began(model, 0, apart)
     for ours, expected in (({first}, False), ({second}, False), ({first, second}, True)):
-        found = remains(host, "father", VMID, frozenset(ours))
+        found = find_leftover(host, "father", VMID, frozenset(ours))
         assert found is not None
         assert found.ours is expected
 
@@ -121,7 +121,7 @@ def test_a_create_that_still_works_is_not_touched(memory: MemoryHost, host: PveH
     with memory.open() as model:
         model.state["delays"]["*"] = 60
     upid = str(host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x"))
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert found.running
     assert not found.ours
@@ -135,7 +135,7 @@ def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: MemoryHost, host
     upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
     with memory.open() as model:
         model.state["vms"][str(VMID)].update(config={"lock": "create"}, running=False)
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert not found.ours
 
@@ -158,7 +158,7 @@ def test_a_configuration_with_anything_else_in_it_is_no_zombie(
     with memory.open() as model:
         model.state["vms"][str(VMID)]["config"] = config
     assert bare_lock(host, "father", VMID) is None
-    assert remains(host, "father", VMID, frozenset({upid})) is None
+    assert find_leftover(host, "father", VMID, frozenset({upid})) is None
 
 
 @pytest.mark.parametrize("lock", ["backup", "migrate", "snapshot"])
@@ -166,6 +166,6 @@ def test_another_lock_alone_is_nobodys_zombie(memory: MemoryHost, host: PveHost,
     upid = killed(memory, host)
     with memory.open() as model:
         model.state["vms"][str(VMID)]["config"] = {"lock": lock}
-    found = remains(host, "father", VMID, frozenset({upid}))
+    found = find_leftover(host, "father", VMID, frozenset({upid}))
     assert found is not None
     assert not found.ours
