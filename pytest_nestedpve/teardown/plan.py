@@ -99,7 +99,7 @@ def _end_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outc
 
 
 def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
-    return {row: unmarked.end(host, settings, row)}
+    return {row: unmarked.destroy_unmarked(host, settings, row)}
 
 
 # -- marked: runs by their pools -----------------------------------------------------------------

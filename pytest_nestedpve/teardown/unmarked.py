@@ -1,4 +1,4 @@
-"""VMs without a marker that look like ours: rules that err on keeping, and their end."""
+"""VMs without a marker that look like ours: the rules, which keep in doubt, and their destruction."""
 
 from __future__ import annotations
 
@@ -8,59 +8,59 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.create import ids_in_pools
+from pytest_nestedpve.ownership.discover import Candidate
 from pytest_nestedpve.ownership.marker import TAG, marker_lines, parse_marker
 from pytest_nestedpve.ownership.pool import host_clock
-from pytest_nestedpve.ownership.proof import in_range, name_matches
+from pytest_nestedpve.ownership.proof import Proof, in_range, name_matches
 from pytest_nestedpve.pve import answers, qemu
-from pytest_nestedpve.pve.answers import entries, whole
+from pytest_nestedpve.pve.answers import entries, shown, whole
 from pytest_nestedpve.pve.cluster import node_of
-from pytest_nestedpve.pve.errors import GuestNotFound, PveError
-from pytest_nestedpve.teardown.destroy import Outcome
+from pytest_nestedpve.pve.errors import GuestNotFound, PveError, UnreadableAnswer
+from pytest_nestedpve.teardown.destroy import Outcome, destroy
 from pytest_nestedpve.teardown.plan_row import Row
-from pytest_nestedpve.teardown.volumes import Volumes
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.ownership.proof import Located
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.pve.qemu import Guest
 
 OLD = 7 * 24 * 3600
-"""Seconds after which a VM without a marker is taken for somebody's own."""
+"""Seconds of age from which a VM without a marker is kept."""
 
 
 def rows(
     host: PveHost, settings: Settings, known: set[int | None], extra: frozenset[int], now: int
 ) -> list[Row]:
-    """The candidates that are in no run's pool (`known` are those that are) and what would become of each.
+    """A row for each VM that looks like ours and is in no run's pool (`known` are the ids that are).
 
-    Name and id make a candidate; for the ids in `extra` neither counts. `now` is the host's clock. Raises
-    PveError.
+    It looks like ours by name and id; an id in `extra` is a candidate whatever its name. `now` is the host's
+    clock, epoch seconds. Raises PveError.
     """
-    found = []
+    candidates = []
     jobs: _Jobs | None = None
     for guest in qemu.list_guests(host.api):
         if guest.vmid in known:
             continue
-        asked = guest.vmid in extra
-        if not asked and (not in_range(settings, guest.vmid) or (settings.any_id and guest.kind != "qemu")):
+        named = guest.vmid in extra
+        if not named and (not in_range(settings, guest.vmid) or (settings.any_id and guest.kind != "qemu")):
             continue
-        if not asked and guest.name is not None and not name_matches(settings, guest.name):
+        if not named and guest.name is not None and not name_matches(settings, guest.name):
             continue
         jobs = jobs or _Jobs.read(host)
-        row = _row(host, settings, guest, asked, jobs, now)
+        row = _row(host, settings, guest, named, jobs, now)
         if row is not None:
-            found.append(row)
-    return found
+            candidates.append(row)
+    return candidates
 
 
-def _row(host: PveHost, settings: Settings, guest: Guest, asked: bool, jobs: _Jobs, now: int) -> Row | None:
+def _row(host: PveHost, settings: Settings, guest: Guest, named: bool, jobs: _Jobs, now: int) -> Row | None:
     row = Row(
         guest.vmid, guest.node, guest.name or f"VM {guest.vmid}", None, None, None, None, "keep", "", ask=True
     )
     if guest.kind != "qemu":
-        return row.kept("it is a container", owed=False) if asked or guest.name else None
+        return row.kept("it is a container", owed=False) if named or guest.name else None
     try:
         config = qemu.guest_config(host.api, guest.node, guest.vmid)
     except GuestNotFound:
@@ -68,7 +68,7 @@ def _row(host: PveHost, settings: Settings, guest: Guest, asked: bool, jobs: _Jo
     except PveError as e:
         return row.kept(f"its configuration cannot be read: {e}", owed=False)
     name = config.get("name")
-    if not asked and not name_matches(settings, name):
+    if not named and not name_matches(settings, name):
         return None
     row = replace(
         row, name=str(name or row.name), digest=str(config.get("digest") or ""), created=_created(config)
@@ -80,21 +80,21 @@ def _row(host: PveHost, settings: Settings, guest: Guest, asked: bool, jobs: _Jo
         )
     if marker_lines(config.get("description")):
         return row.kept("its marker is malformed", owed=False)
-    if settings.any_id and not asked:
+    if settings.any_id and not named:
         return None  # with the range `any` only marked VMs are candidates
-    why = _why_kept(host, guest, config, jobs, now)
+    why = _why_kept(host, guest, config, _status(host, guest), jobs, now)
     if why:
         return row.kept(f"no marker, and {why}", owed=False)
     if not settings.force_stop and guest.status != "stopped":
         return row.kept("no marker; it runs, and force_stop is off")
-    source = "named by the context file" if asked else "its name and id match"
+    source = "named by the context file" if named else "its name and id match"
     return replace(row, verdict="destroy", reason=f"no marker, but {source}")
 
 
 @dataclass(frozen=True)
 class _Jobs:
-    """Who else counts on guests: backup jobs, replication, pools (of ids too that /cluster/resources, which
-    is a broadcast, shows in none)."""
+    """Guests that others depend on: `listed` by backup or replication jobs (`everything`: by one that may mean
+    any guest), and `pooled` (by the file: /cluster/resources, a broadcast, may show a guest in no pool)."""
 
     everything: bool
     listed: frozenset[int]
@@ -105,11 +105,11 @@ class _Jobs:
         everything, listed = False, set[int]()
         for job in entries(host.api.get("/cluster/backup"), call="get /cluster/backup", strict=True):
             ids = re.split(r"[,;\s]+", str(job["vmid"]).strip(",; ")) if job.get("vmid") else []
-            named = [whole(part) for part in ids]
-            # Neither a list of ids nor a pool (whose guests stay anyway): it may be about any guest.
-            unclear = None in named or not (named or answers.text(job.get("pool")))
+            vmids = [whole(part) for part in ids]
+            # Neither a list of ids nor a pool (whose guests are kept anyway): the job may mean any guest.
+            unclear = None in vmids or not (vmids or answers.text(job.get("pool")))
             everything = everything or unclear or qemu.protects(job, "all")
-            listed |= {vmid for vmid in named if vmid is not None}
+            listed |= {vmid for vmid in vmids if vmid is not None}
         call = "get /cluster/replication"
         for job in entries(host.api.get("/cluster/replication"), call=call, strict=True):
             vmid = whole(job.get("guest"))
@@ -118,21 +118,26 @@ class _Jobs:
         return cls(everything, frozenset(listed), frozenset(ids_in_pools(host)))
 
 
-def _why_kept(host: PveHost, guest: Guest, config: Mapping[str, Any], jobs: _Jobs, now: int) -> str:
-    """The first thing that speaks against destroying a VM without a marker; empty if nothing does."""
+def _status(host: PveHost, guest: Guest) -> object:
+    return host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/status/current")
+
+
+def _why_kept(
+    host: PveHost, guest: Guest, config: Mapping[str, Any], status: object, jobs: _Jobs, now: int
+) -> str:
+    """The first reason to keep a VM without a marker; empty if there is none."""
     protects = partial(qemu.protects, config)
-    status = host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/status/current")
     managed = status.get("ha") if isinstance(status, dict) else None
     created = _created(config)
     tags = [t for t in qemu.read_tags(config.get("tags")) if t != TAG and not t.startswith("npve-")]
     snapshots = [
-        each
-        for each in entries(
+        snapshot
+        for snapshot in entries(
             host.api.get(f"/nodes/{guest.node}/qemu/{guest.vmid}/snapshot"),
             call="get snapshots",
             strict=True,
         )
-        if each.get("name") != "current"
+        if snapshot.get("name") != "current"
     ]
     reasons = (
         (protects("template"), "it is a template"),
@@ -162,67 +167,53 @@ def _created(config: Mapping[str, Any]) -> int | None:
     return int(match[1]) if match else None
 
 
-def end(host: PveHost, settings: Settings, row: Row) -> Outcome:
-    """Destroy the VM of a row if all that was judged still holds, each time before it is touched; its volumes
-    are looked for afterwards. Never raises."""
+def destroy_unmarked(host: PveHost, settings: Settings, row: Row) -> Outcome:
+    """Destroy the VM of a row in one attempt, if everything that was judged is still true. Never raises."""
     assert row.vmid is not None
-    try:
-        volumes = Volumes(host.api)
-        outcome = _end(host, settings, row, row.vmid, volumes)
-        for _, stays in volumes.sweep({row.vmid: row.node} if outcome.result == "gone" else {}):
-            return replace(outcome, result="left", reason=stays)
-        return outcome
-    except Exception as e:
-        return Outcome(row.vmid, row.node, "left", f"{type(e).__name__}: {e}")
+    vm = Candidate(row.vmid, row.node, row.reason)
+    return destroy(host, UnmarkedProver(host, row.digest), [vm], force_stop=settings.force_stop)[0]
 
 
-def _end(host: PveHost, settings: Settings, row: Row, vmid: int, volumes: Volumes) -> Outcome:
-    def outcome(result: str, reason: str = "") -> Outcome:
-        return Outcome(vmid, row.node, result, reason)
+@dataclass(frozen=True)
+class UnmarkedProver:
+    """Proves that a VM without a marker is as it was judged, by the `digest` of its configuration then.
 
-    volumes.look(row.node)
-    try:
-        volumes.note(row.node, vmid, _as_judged(host, row, vmid), marked=False)
-        if qemu.guest_status(host.api, row.node, vmid) != "stopped":
-            if not settings.force_stop:
-                return outcome("left", "it runs, and force_stop is off")
-            qemu.stop(host.api, row.node, vmid)
-        # A delete is never sent to queue behind a task: what then has the id may be another VM.
-        running = killed_tasks.running_tasks(host.api, row.node, vmid)
-        if running:
-            return outcome("left", f"the task {running[0]} works on it")
-        # Nothing is between this and the call.
-        _as_judged(host, row, vmid)
-        qemu.destroy(host.api, row.node, vmid)
-        # Its task ended well; the configuration says whether it is gone, and may be another VM's by now.
-        after = qemu.guest_config(host.api, row.node, vmid)
-    except _NotAsJudged as e:
-        return outcome("foreign", str(e))
-    except GuestNotFound:
-        there = node_of(host.api, vmid)
-        return outcome("gone") if there is None else outcome("foreign", f"its id is on {there} now")
-    if str(after.get("digest")) == row.digest:
-        return outcome("left", "its destroy ended well, and yet it is there")
-    return outcome("gone")
+    Pools, jobs and HA are not in that digest: they are read again each time, the configuration last.
+    """
+
+    host: PveHost
+    digest: str
+    own_tasks: frozenset[str] | None = None
+    retries: bool = False
+
+    def prove(self, vm: Located) -> Proof:
+        """Judge the VM again; it is not followed to another node. Raises PveError."""
+        api = self.host.api
+        guest = next((guest for guest in qemu.list_guests(api) if guest.vmid == vm.vmid), None)
+        if guest is not None and (guest.kind, guest.node) != ("qemu", vm.node):
+            return _elsewhere(f"a {guest.kind} guest on {guest.node}")
+        jobs, now = _Jobs.read(self.host), host_clock(self.host)
+        try:
+            config = qemu.guest_config(api, vm.node, vm.vmid)
+            if guest is None:
+                return Proof(False, "the host lists no such guest, and yet it has a configuration")
+            status = _status(self.host, guest)
+            why = _why_kept(self.host, guest, config, status, jobs, now)
+            digest = str(qemu.guest_config(api, vm.node, vm.vmid).get("digest") or "")
+        except GuestNotFound:
+            node = node_of(api, vm.vmid)
+            return (
+                Proof(False, "there is no such VM", gone=True) if node is None else _elsewhere(f"on {node}")
+            )
+        reason = f"since it was judged, {why}" if why else ""
+        if not reason and (not self.digest or digest != self.digest):
+            reason = "its configuration changed since it was judged"
+        power = status.get("status") if isinstance(status, dict) else None
+        if not reason and (not isinstance(power, str) or not power):
+            raise UnreadableAnswer(f"expected the status of VM {vm.vmid}, found {shown(status)}")
+        return Proof(not reason, reason, status=str(power), identity=digest, config=config)
 
 
-class _NotAsJudged(Exception):
-    """Something about the VM has changed that speaks for keeping it."""
-
-
-def _as_judged(host: PveHost, row: Row, vmid: int) -> Mapping[str, Any]:
-    """The configuration, when nothing has changed. Pools, jobs and HA are not in its digest: they are asked
-    again, the configuration last. Raises _NotAsJudged, GuestNotFound, PveError."""
-    guest = next((each for each in qemu.list_guests(host.api) if each.vmid == vmid), None)
-    if guest is not None and (guest.kind, guest.node) != ("qemu", row.node):
-        raise _NotAsJudged(f"its id is a {guest.kind} guest on {guest.node} now")
-    jobs, now = _Jobs.read(host), host_clock(host)
-    config = qemu.guest_config(host.api, row.node, vmid)
-    if guest is None:
-        raise _NotAsJudged("the host lists no such guest, and yet it has a configuration")
-    why = _why_kept(host, guest, config, jobs, now)
-    if why:
-        raise _NotAsJudged(f"since it was judged, {why}")
-    if not row.digest or str(qemu.guest_config(host.api, row.node, vmid).get("digest")) != row.digest:
-        raise _NotAsJudged("its configuration changed since it was judged")
-    return config
+def _elsewhere(what: str) -> Proof:
+    """The id belongs to another guest now."""
+    return Proof(False, f"its id is {what} now", identity=what)
