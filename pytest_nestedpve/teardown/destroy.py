@@ -236,6 +236,9 @@ class _Destruction:
         if leftover is None and proof.marked:
             reason = f"ours by its marker, but {proof.reason}"
             return Outcome(self.vmid, self.node, "left", reason, retry=False)
+        if leftover is None and self.prover.own_tasks is not None and killed_tasks.is_bare(proof.config):
+            self.obstacle = "its configuration changed while it was judged"  # its create ended: prove again
+            return None
         if leftover is None:
             return self._outcome("foreign", proof.reason)
         if leftover.running and not self.unknown_task.expired:

@@ -95,7 +95,7 @@ def execute(
 
 
 def _end_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
-    return {row: templates.end(host, _below(settings, str(row.pool)), row)}
+    return {row: templates.destroy_template(host, _below(settings, str(row.pool)), row)}
 
 
 def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:

@@ -1,8 +1,8 @@
-"""Templates that this tool made: what is theirs on a host, the proof of it, and their end.
+"""Templates that this tool created: pool, marker and proof, their creation and their destruction.
 
-A template belongs to no run. Its pool, `npve-template-<id>`, has no lease, its marker is no run's: neither
-another session nor a clean-up takes it, unless it is named. The only exception is one whose making was cut
-off, on this machine: that is a left-over like any other.
+A template belongs to no run. Its pool, `npve-template-<id>`, has no lease, and its marker names no run:
+neither another session nor a clean-up destroys it unless it is named. The only exception is a template whose
+creation was interrupted on this machine: that is a leftover like any other.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.ownership.killed_tasks import running_tasks
+from pytest_nestedpve.ownership.discover import Candidate
 from pytest_nestedpve.ownership.marker import parse_marker, uuid_of
 from pytest_nestedpve.ownership.pool import read_pool, remove_pool
-from pytest_nestedpve.ownership.proof import name_matches
+from pytest_nestedpve.ownership.proof import Proof, name_matches, prove_where_it_is
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import patiently
 from pytest_nestedpve.pve.errors import GuestNotFound, PveError
 from pytest_nestedpve.run.identity import client_hash, owner
 from pytest_nestedpve.run.lock import SessionLock
-from pytest_nestedpve.teardown.destroy import Outcome
+from pytest_nestedpve.teardown.destroy import Outcome, destroy
 from pytest_nestedpve.teardown.plan_row import Row
-from pytest_nestedpve.teardown.volumes import Volumes
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
+    from pytest_nestedpve.ownership.proof import Located
     from pytest_nestedpve.pve.host import PveHost
 
 PREFIX = "template-"
@@ -42,7 +42,7 @@ MAKING, READY = "making", "ready"
 
 @dataclass(frozen=True)
 class Deed:
-    """The comment of a template's pool: which VM it is, and whose. `state`: making | ready."""
+    """The comment of a template's pool: its VM and its owner. `state`: making | ready."""
 
     template: str
     vmid: int
@@ -92,47 +92,62 @@ def pool_name(settings: Settings, template: str) -> str:
 
 
 def guest_name(settings: Settings, template: str) -> str:
-    """What the template is called."""
+    """The name of the template's VM."""
     return f"{settings.name_prefix}-{template}"
 
 
-def own_deed(settings_run: str, vmid: int, uuid: str, now: int) -> Deed:
-    """A deed for the VM of the run `settings_run`, which is about to become a template."""
-    return Deed(f"{PREFIX}{settings_run}", vmid, uuid, owner(), client_hash(), now, MAKING)
+def own_deed(run_id: str, vmid: int, uuid: str, now: int) -> Deed:
+    """The deed of the VM of the run `run_id`, from which a template is created."""
+    return Deed(f"{PREFIX}{run_id}", vmid, uuid, owner(), client_hash(), now, MAKING)
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Whether a VM is the template that a pool says; `reason` why not."""
+class TemplateProver:
+    """Proves that a VM is the template of a `deed`, which the template's `pool` still has."""
 
-    ok: bool
-    reason: str = ""
-    gone: bool = False
-    status: str = ""
+    host: PveHost
+    settings: Settings
+    pool: str
+    deed: Deed
+    own_tasks: frozenset[str] | None = None
+    retries: bool = True
+
+    def prove(self, vm: Located) -> Proof:
+        """Read pool, status and configuration and judge. Raises PveError when the host cannot be asked."""
+        return prove_where_it_is(self.host.api, vm, self._prove_at)
+
+    def _prove_at(self, node: str) -> Proof:
+        api, pool, deed = self.host.api, self.pool, self.deed
+        listed = read_pool(api, pool)
+        if listed is None or parse_deed(listed.comment) != deed:
+            return Proof(False, f"the comment of the pool {pool} is not that of this template any more")
+        base = qemu.path_of(node, deed.vmid)
+        try:
+            status = api.get(f"{base}/status/current")
+            config = api.get(f"{base}/config", current=1)
+        except GuestNotFound:
+            return Proof(False, "there is no such VM", gone=True)
+        if not isinstance(config, dict) or not isinstance(status, dict):
+            return Proof(False, "its configuration is not readable")
+        reason = _obstacle(self.settings, deed, config, status)
+        if not reason and ("qemu", deed.vmid, node) not in listed.members:
+            reason = f"it is not in the pool {pool}"
+        lock = config.get("lock") or status.get("lock")
+        return Proof(
+            not reason,
+            reason,
+            status=str(status.get("status") or ""),
+            lock=str(lock) if lock else None,
+            identity=uuid_of(config) or "",
+            config=config,
+            marked=not reason,
+        )
 
 
-def prove(host: PveHost, settings: Settings, pool: str, deed: Deed, node: str) -> Proof:
-    """Read pool, status and configuration anew and judge. Raises PveError when the host cannot be asked."""
-    found = read_pool(host.api, pool)
-    if found is None or parse_deed(found.comment) != deed:
-        return Proof(False, f"the pool {pool} does not say so any more")
-    base = qemu.path_of(node, deed.vmid)
-    try:
-        status = host.api.get(f"{base}/status/current")
-        config = host.api.get(f"{base}/config", current=1)
-    except GuestNotFound:
-        return Proof(False, "there is no such VM", gone=True)
-    if not isinstance(config, dict) or not isinstance(status, dict):
-        return Proof(False, "its configuration is not readable")
-    reason = _against(settings, deed, config, status)
-    if not reason and ("qemu", deed.vmid, node) not in found.members:
-        reason = f"it is not in the pool {pool}"
-    return Proof(not reason, reason, status=str(status.get("status") or ""))
-
-
-def _against(settings: Settings, deed: Deed, config: Mapping[str, Any], status: Mapping[str, Any]) -> str:
-    lines = [each.strip() for each in str(config.get("description") or "").split("\n")]
-    if lines.count(marker(deed)) != 1 and not (deed.state == MAKING and _still_the_runs(deed, config)):
+def _obstacle(settings: Settings, deed: Deed, config: Mapping[str, Any], status: Mapping[str, Any]) -> str:
+    """Why the VM is not the template, or must not be destroyed; empty if it may."""
+    lines = [line.strip() for line in str(config.get("description") or "").split("\n")]
+    if lines.count(marker(deed)) != 1 and not (deed.state == MAKING and _has_run_marker(deed, config)):
         return "its marker is not this template's"
     if uuid_of(config) != deed.uuid:
         return "its SMBIOS uuid is not the one in its pool's comment: it is a copy, or another VM"
@@ -148,112 +163,93 @@ def _against(settings: Settings, deed: Deed, config: Mapping[str, Any], status: 
     return ""
 
 
-def _still_the_runs(deed: Deed, config: Mapping[str, Any]) -> bool:
-    found = parse_marker(config.get("description"))
-    return found is not None and (found.vmid, found.uuid, f"{PREFIX}{found.run}") == (
+def _has_run_marker(deed: Deed, config: Mapping[str, Any]) -> bool:
+    """Whether the VM still has the marker of the run that was making a template of it."""
+    marked = parse_marker(config.get("description"))
+    return marked is not None and (marked.vmid, marked.uuid, f"{PREFIX}{marked.run}") == (
         deed.vmid, deed.uuid, deed.template,
     )  # fmt: skip
 
 
-# -- what a clean-up shows and takes -------------------------------------------------------------
+# -- clean-up ------------------------------------------------------------------------------------
 
 
 def rows(host: PveHost, settings: Settings) -> list[Row]:
-    """The templates on the host; `settings.run_id` names the one that may go. Raises PveError."""
-    found = []
+    """The templates on the host; `settings.run_id` names the one to destroy. Raises PveError."""
+    templates = []
     for entry in entries(host.api.get("/pools"), call="get /pools"):
         match = _POOL.match(str(entry.get("poolid")))
         if match and settings.run_id in (None, match[1]):
-            found.append(_row(host, settings, match[0], match[1], parse_deed(entry.get("comment"))))
-    return found
+            templates.append(_row(host, settings, match[0], match[1], parse_deed(entry.get("comment"))))
+    return templates
 
 
 def _row(host: PveHost, settings: Settings, pool: str, template: str, deed: Deed | None) -> Row:
     row = Row(None, host.node, f"pool {pool}", template, None, None, None, "keep", "", pool=pool)
     if deed is None or deed.template != template:
-        return row.kept("its pool's comment does not say which VM it is: remove it by hand", owed=False)
-    members = read_pool(host.api, pool)
-    node = next((each[2] for each in members.members if each[1] == deed.vmid), None) if members else None
+        return row.kept("its pool's comment does not name its VM: remove it by hand", owed=False)
+    listed = read_pool(host.api, pool)
+    members = listed.members if listed else ()
+    node = next((node for _, vmid, node in members if vmid == deed.vmid), None)
     name = guest_name(settings, template)
     row = replace(row, owner=deed.owner, created=deed.created)
     if node is not None:
         row = replace(row, vmid=deed.vmid, node=node, name=name)
     if settings.run_id != template:
-        if not _cut_off(deed):
+        if not _was_interrupted(deed):
             return row.kept(f"a template; `--nested-run {template}` removes it", owed=False)
-        row = replace(row, verdict="destroy", reason="its making was cut off")
+        row = replace(row, verdict="destroy", reason="its creation was interrupted")
     else:
         row = replace(row, verdict="destroy", reason="it was named")
     if node is None:
         return row
-    proof = prove(host, settings, pool, deed, node)
+    proof = TemplateProver(host, settings, pool, deed).prove(Candidate(deed.vmid, node, row.reason))
     return row if proof.ok or proof.gone else row.kept(f"not proved: {proof.reason}")
 
 
-def _cut_off(deed: Deed) -> bool:
-    """Whether it was being made by a session on this machine that is dead."""
+def _was_interrupted(deed: Deed) -> bool:
+    """Whether a session on this machine was creating it, and has exited."""
     mine = (deed.client, deed.owner) == (client_hash(), owner())
     return deed.state == MAKING and mine and SessionLock.alive(deed.template.removeprefix(PREFIX)) is False
 
 
-def end(host: PveHost, settings: Settings, row: Row) -> Outcome:
-    """Destroy a template and its pool, proved again right before each blow. Never raises."""
-    try:
-        return _end(host, settings, row)
-    except Exception as e:
-        hint = "; VMs that were cloned from it go first" if "linked clone" in str(e) else ""
-        return Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}{hint}")
-
-
-def _end(host: PveHost, settings: Settings, row: Row) -> Outcome:
+def destroy_template(host: PveHost, settings: Settings, row: Row) -> Outcome:
+    """Destroy a template and then its pool. Never raises."""
     vmid, pool = row.vmid or 0, str(row.pool)
-    listed = read_pool(host.api, pool)
-    deed = parse_deed(listed.comment) if listed else None
-    if listed is None:
-        return Outcome(vmid, row.node, "gone")
-    if deed is None or deed.template != row.run:
-        return Outcome(vmid, row.node, "foreign", "its pool's comment is another one now")
-    if row.vmid is not None:
-        stays = _destroy(host, settings, pool, deed, row)
-        if stays is not None:
-            return stays
-    inside = read_pool(host.api, pool)
-    if inside is not None and inside.members:
-        members = ", ".join(map(str, sorted(inside.vmids)))
-        return Outcome(vmid, row.node, "left", f"pool {pool}: it still contains {members}")
-    remove_pool(host.api, pool)
+    try:
+        listed = read_pool(host.api, pool)
+        deed = parse_deed(listed.comment) if listed else None
+        if listed is None:
+            return Outcome(vmid, row.node, "gone")
+        if deed is None or deed.template != row.run:
+            return Outcome(vmid, row.node, "foreign", "its pool's comment is another one now")
+        if row.vmid is not None:
+            outcome = _destroy_vm(host, settings, TemplateProver(host, settings, pool, deed), row)
+            if outcome.result != "gone":
+                return outcome
+        remaining = read_pool(host.api, pool)
+        if remaining is not None and remaining.members:
+            members = ", ".join(map(str, sorted(remaining.vmids)))
+            return Outcome(vmid, row.node, "left", f"pool {pool}: it still contains {members}")
+        remove_pool(host.api, pool)
+    except Exception as e:
+        return Outcome(vmid, row.node, "left", f"{type(e).__name__}: {e}")
     return Outcome(vmid, row.node, "gone")
 
 
-def _destroy(host: PveHost, settings: Settings, pool: str, deed: Deed, row: Row) -> Outcome | None:
-    """None when it is gone."""
-    volumes = Volumes(host.api)
-    volumes.look(row.node)
-    proof = prove(host, settings, pool, deed, row.node)
-    if proof.ok:
-        config = qemu.guest_config(host.api, row.node, deed.vmid)
-        volumes.note(row.node, deed.vmid, config, marked=True)
-        if proof.status != "stopped":
-            qemu.stop(host.api, row.node, deed.vmid)
-        # A delete is never sent to queue behind a task: what then has the id may be another VM.
-        if tasks := running_tasks(host.api, row.node, deed.vmid):
-            return Outcome(deed.vmid, row.node, "left", f"the task {tasks[0]} works on it")
-        proof = prove(host, settings, pool, deed, row.node)
-        if proof.ok:
-            qemu.destroy(host.api, row.node, deed.vmid)
-            proof = Proof(False, gone=True)
-    if not proof.gone:
-        return Outcome(deed.vmid, row.node, "foreign", proof.reason)
-    for _, stays in volumes.sweep({deed.vmid: row.node}):
-        return Outcome(deed.vmid, row.node, "left", stays)
-    return None
+def _destroy_vm(host: PveHost, settings: Settings, prover: TemplateProver, row: Row) -> Outcome:
+    vm = Candidate(prover.deed.vmid, row.node, row.reason)
+    outcome = destroy(host, prover, [vm], force_stop=settings.force_stop)[0]
+    if outcome.result == "left" and "linked clone" in outcome.reason:
+        return replace(outcome, reason=f"{outcome.reason}; destroy the VMs that were cloned from it first")
+    return outcome
 
 
-# -- making one ------------------------------------------------------------------------------------
+# -- creation ------------------------------------------------------------------------------------
 
 
 def claim(host: PveHost, settings: Settings, deed: Deed) -> str:
-    """Make the template's pool and move the VM into it, out of its run's; its name. Raises PveError."""
+    """Create the template's pool and move the VM from its run's pool into it; its name. Raises PveError."""
     pool = pool_name(settings, deed.template)
     move = {"vms": str(deed.vmid), "allow-move": 1}
     patiently(lambda: host.api.post("/pools", poolid=pool, comment=deed.to_text()))
@@ -262,29 +258,34 @@ def claim(host: PveHost, settings: Settings, deed: Deed) -> str:
 
 
 def convert(
-    host: PveHost, settings: Settings, deed: Deed, node: str, say: Callable[[str], None], limit: float = 600.0
+    host: PveHost,
+    settings: Settings,
+    deed: Deed,
+    node: str,
+    progress: Callable[[str], None],
+    limit: float = 600.0,
 ) -> str:
-    """Make the stopped VM, which is in its pool, the template; returns its name. Raises PveError."""
+    """Convert the stopped VM, which is in the template's pool; returns its name. Raises PveError."""
     path, pool = qemu.path_of(node, deed.vmid), pool_name(settings, deed.template)
     name = guest_name(settings, deed.template)
-    made = time.strftime("%Y-%m-%d", time.gmtime(deed.created))
-    note = f"Nested Proxmox VE for fast starts, made on {made} by {deed.owner}"
-    say("writing whose it is")
-    whose = {"description": f"{marker(deed)}\n{note}", "tags": "nestedpve;nestedpve-template"}
-    # The snippet goes with the run, whose keys are no use to a clone.
-    patiently(lambda: host.api.put(f"{path}/config", name=name, delete="cicustom,sshkeys", **whose))
-    say("converting it")
+    day = time.strftime("%Y-%m-%d", time.gmtime(deed.created))
+    note = f"Nested Proxmox VE for fast starts, made on {day} by {deed.owner}"
+    progress("writing its marker")
+    marking = {"description": f"{marker(deed)}\n{note}", "tags": "nestedpve;nestedpve-template"}
+    # The snippet is deleted with the run; the run's keys are of no use to a clone.
+    patiently(lambda: host.api.put(f"{path}/config", name=name, delete="cicustom,sshkeys", **marking))
+    progress("converting it")
     qemu.awaited(host.api, lambda: host.api.post(f"{path}/template"), limit)
     patiently(lambda: host.api.put("/pools", poolid=pool, comment=replace(deed, state=READY).to_text()))
     return name
 
 
 def undo(host: PveHost, settings: Settings, deed: Deed) -> str:
-    """Remove what a making that failed has left; says what stays, if anything does. Never raises."""
+    """Remove the leftovers of a failed creation; a text about those that remain, or empty. Never raises."""
     try:
-        chosen = replace(settings, run_id=deed.template)
-        for row in rows(host, chosen):
-            outcome = end(host, chosen, row) if row.verdict == "destroy" else None
+        named = replace(settings, run_id=deed.template)
+        for row in rows(host, named):
+            outcome = destroy_template(host, named, row) if row.verdict == "destroy" else None
             if outcome is None or outcome.result != "gone":
                 return f"{row.name}: {outcome.reason if outcome else row.reason}"
     except PveError as e:

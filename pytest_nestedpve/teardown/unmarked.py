@@ -93,8 +93,8 @@ def _row(host: PveHost, settings: Settings, guest: Guest, named: bool, jobs: _Jo
 
 @dataclass(frozen=True)
 class _Jobs:
-    """Guests that others depend on: `listed` by backup or replication jobs (`everything`: by one that may mean
-    any guest), and `pooled` (by the file: /cluster/resources, a broadcast, may show a guest in no pool)."""
+    """Guests that others depend on: `listed` by backup or replication jobs (`everything`: a job may mean any
+    guest), and `pooled` (by the file: /cluster/resources, a broadcast, may show no pool)."""
 
     everything: bool
     listed: frozenset[int]

@@ -145,7 +145,7 @@ def test_a_template_that_vms_hang_on_stays_until_they_are_gone(env: Environment,
     env.outer.api.post(f"/nodes/father/qemu/{deed.vmid}/clone", newid=500, name="somebodys")
     said = clean_up(env, deed.template)[f"nested-pve-{deed.template}"]
     assert said.startswith("left ")
-    assert "cloned from it go first" in said
+    assert "destroy the VMs that were cloned from it first" in said
     assert vmids(memory) == [500, deed.vmid]
     qemu.destroy(env.outer.api, "father", 500)
     assert clean_up(env, deed.template) == {f"nested-pve-{deed.template}": "gone"}
@@ -178,7 +178,7 @@ def test_another_vm_of_the_templates_id_stays(env: Environment, memory: MemoryHo
     (row,) = rows(env, deed.template)
     qemu.destroy(env.outer.api, "father", deed.vmid)
     env.outer.api.post("/nodes/father/qemu", vmid=deed.vmid, name="nested-pve-other", scsi0="local:4")
-    outcome = templates.end(env.outer, env.settings, row)
+    outcome = templates.destroy_template(env.outer, env.settings, row)
     assert outcome.result == "foreign"
     assert vmids(memory) == [deed.vmid]
 
