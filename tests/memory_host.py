@@ -143,8 +143,9 @@ class MemorySsh:
         stdin: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         secret: bool = False,
+        logged: bool = True,
     ) -> CommandResult:
-        del timeout, secret
+        del timeout, secret, logged
         text = command if isinstance(command, str) else shlex.join(command)
         words = shlex.split(text)
         out, rc = "", 0

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from pytest_nestedpve.pve.errors import ProfileError, PveError, SshError
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.pve.calls import CallLog
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.ssh.connection import CommandResult, SshTarget
+    from pytest_nestedpve.pve.ssh.connection import SshTarget
 
 PROFILE = "/etc/nested-pve.ini"
 PROFILE_SECTION = "nested-pve"
@@ -94,13 +95,17 @@ def lab_hindrance() -> str | None:
     return None
 
 
-def connect(resolved: ResolvedHost, observer: Callable[[CommandResult], None] | None = None) -> PveHost:
-    """Log in. Raises HostUnreachable, HostKeyMismatch, LoginRefused; each says what to do."""
+def connect(resolved: ResolvedHost, log: CallLog | None = None) -> PveHost:
+    """Log in. Commands are recorded in `log`; API calls are not, see `PveHost.logged`.
+
+    Raises HostUnreachable, HostKeyMismatch, LoginRefused, each with what to do.
+    """
+    from pytest_nestedpve.pve.calls import NO_LOG
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.pve.ssh.connection import SshConnection
     from pytest_nestedpve.pve.transports import HostApi
 
-    ssh = SshConnection(resolved.target, observer=observer)
+    ssh = SshConnection(resolved.target, log=log or NO_LOG)
     try:
         result = ssh.run(["true"], timeout=30)
     except PveError:

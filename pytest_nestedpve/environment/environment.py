@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.environment.lease_keeper import LeaseKeeper
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.ssh.connection import CommandResult, SshConnection
+    from pytest_nestedpve.pve.ssh.connection import SshConnection
     from pytest_nestedpve.run.audit_log import AuditLog
     from pytest_nestedpve.run.identity import Run
 
@@ -144,17 +144,14 @@ class Environment:
     @property
     def outer(self) -> PveHost:
         """The outer host, connected at first use, its calls written to the audit log. Raises PveError."""
-        from pytest_nestedpve.run.audit_log import audited
-
         with self._lock:
             if self._outer is None:
                 from pytest_nestedpve.ownership.pool import pool_name
 
                 host = self._connect()
-                known = audited(host, self.audit)
-                known.ssh_config = host.ssh_config
+                host = host.logged(self.audit.calls(host.name))
                 # PVE itself refuses what would touch another's guest.
-                self._outer = known.within(lambda: pool_name(self.settings, self.run))
+                self._outer = host.within(lambda: pool_name(self.settings, self.run))
             return self._outer
 
     @property
@@ -192,7 +189,7 @@ class Environment:
             connect_timeout=timeout,
             alias=name,
         )
-        return SshConnection(target, via=via, observer=self._observer(name))
+        return SshConnection(target, via=via, log=self.audit.calls(name))
 
     def forget_connections(self) -> None:
         """The nested PVE was rebooted or has a new address: log in anew at the next use."""
@@ -208,23 +205,11 @@ class Environment:
         from pytest_nestedpve.ownership.pool import pool_name
         from pytest_nestedpve.pve.host import PveHost
         from pytest_nestedpve.pve.transports import HostApi
-        from pytest_nestedpve.run.audit_log import audited
 
         ssh = self.guest_ssh(name, ip, cast("SshConnection", self.outer.ssh))
-        host = audited(PveHost(name, ssh, HostApi(ssh)), self.audit)
+        host = PveHost(name, ssh, HostApi(ssh, self.audit.calls(name)))
         settings = replace(self.settings, pool_parent=None)
         return host.within(lambda: pool_name(settings, self.run))
-
-    def _observer(self, host: str) -> Callable[[CommandResult], None]:
-        from pytest_nestedpve.run.audit_log import in_the_log
-
-        def observe(result: CommandResult) -> None:
-            if not in_the_log(result.command):
-                self.audit.write(
-                    "call", host=host, transport="ssh", cmd=result.command[:2000], rc=result.rc, ms=result.ms
-                )
-
-        return observe
 
     def write_ssh_config(self) -> Path:
         """The run's ssh_config for what is known now of the nested PVE and the leaf."""

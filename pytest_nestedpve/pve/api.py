@@ -16,7 +16,6 @@ T = TypeVar("T")
 LOCK_LIMIT = 45.0
 """Seconds for a change that only a lock is in the way of; PVE itself waits for ten each time."""
 _call_limit: ContextVar[float | None] = ContextVar("nested_pve_call_limit", default=None)
-_carrier: ContextVar[str | None] = ContextVar("nested_pve_carrier", default=None)
 
 
 class Api(Protocol):
@@ -90,13 +89,3 @@ def current_call_limit(default: float) -> float:
     """The limit in force for one API call, nominal seconds."""
     limit = _call_limit.get()
     return default if limit is None else limit
-
-
-def carried_by(transport: str | None) -> None:
-    """What carries the call that this thread is making: for whoever writes the log."""
-    _carrier.set(transport)
-
-
-def carrier() -> str | None:
-    """What carried this thread's last call."""
-    return _carrier.get()

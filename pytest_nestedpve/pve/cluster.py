@@ -137,11 +137,12 @@ class NodeSsh:
         stdin: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         secret: bool = False,
+        logged: bool = True,
     ) -> CommandResult:
         """Like `SshConnection.run`. Raises NodeUnreachable when the login from node to node fails."""
         words = command if isinstance(command, str) else shlex.join(command)
         result: CommandResult = self._ssh.run(
-            [*self._login, words], stdin=stdin, timeout=timeout, secret=secret
+            [*self._login, words], stdin=stdin, timeout=timeout, secret=secret, logged=logged
         )
         if result.rc == 255 and _SSH_FAILED.search(result.stderr):
             message = " / ".join(result.stderr.strip().splitlines()[-2:])[:300]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from pytest_nestedpve.pve.api import Api
+from pytest_nestedpve.pve.calls import CallLog, LoggedApi
 from pytest_nestedpve.pve.cluster import NODE_NAME as NODE_NAME
 from pytest_nestedpve.pve.cluster import Cluster, NodeSsh, read_cluster
 from pytest_nestedpve.pve.errors import NodeUnreachable
@@ -26,6 +27,7 @@ class SshLike(Protocol):
         stdin: bytes | None = None,
         timeout: float = 60.0,
         secret: bool = False,
+        logged: bool = True,
     ) -> CommandResult: ...
 
     def put(self, data: bytes | BinaryIO | Path, remote: str, mode: int = 0o600) -> None: ...
@@ -112,23 +114,29 @@ class PveHost:
         """`ssh.run`: a list is an argv, a string is shell text; `timeout` in seconds."""
         return self.ssh.run(command, stdin=stdin, timeout=timeout, secret=secret)
 
+    def logged(self, log: CallLog) -> PveHost:
+        """The same host, its API calls recorded in `log`."""
+        if hasattr(self.api, "logged"):
+            return self._view("logged", log)
+        return self._like(PveHost(self.name, self.ssh, LoggedApi(self.api, log), self._node), self._entry)
+
     def within(self, pool: Callable[[], str]) -> PveHost:
         """The same host, acting on guests inside of that pool only, where its API can have PVE see to it."""
-        return self._other("within", pool)
+        return self._view("within", pool)
 
     def unfenced(self) -> PveHost:
         """The same host, changing guests as root: for a VM that is not in the run's pool yet."""
-        return self._other("unfenced")
+        return self._view("unfenced")
 
     def free(self) -> PveHost:
         """The same host, with root's rights for everything."""
-        return self._other("free")
+        return self._view("free")
 
-    def _other(self, how: str, *args: Any) -> PveHost:
-        other = getattr(self.api, how, None)
-        if other is None:
+    def _view(self, name: str, *args: Any) -> PveHost:
+        view = getattr(self.api, name, None)
+        if view is None:
             return self
-        return self._like(PveHost(self.name, self.ssh, other(*args), self._node), entry=self._entry)
+        return self._like(PveHost(self.name, self.ssh, view(*args), self._node), self._entry)
 
     def close(self) -> None:
         """Give up what the API made for itself on the host, then the connection."""

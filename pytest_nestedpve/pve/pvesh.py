@@ -50,7 +50,8 @@ class PveshApi(Verbs):
         )
         # env, not an assignment: root's login shell may be any.
         argv = ["env", "LC_ALL=C.UTF-8", "pvesh", verb, path, *words, "--output-format", "json"]
-        result = self._ssh.run(argv, timeout=current_call_limit(limit), secret=secret)
+        # Logged as the API call that it is, by the caller.
+        result = self._ssh.run(argv, timeout=current_call_limit(limit), secret=secret, logged=False)
         if result.rc == 0:
             return read_answer(result.stdout, call=call, secret=secret)
         if result.rc == -1:

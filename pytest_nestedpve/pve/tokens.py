@@ -9,12 +9,12 @@ import json
 import re
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import entries, mapping, whole
 from pytest_nestedpve.pve.api import Verbs, call_limit, patiently
+from pytest_nestedpve.pve.calls import ApiCall, Call, CallLog, record_nested
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import CommandTimeout, NotFound, PveError, SshError
 from pytest_nestedpve.pve.https import HttpsClient, NoHttps, Trust, Unauthorized, read_trust
@@ -62,12 +62,9 @@ class Tokens:
     `tell(transport, cmd, rc, ms)` hears of each call that is made here; `hide(secret)` of each token's value.
     """
 
-    def __init__(
-        self, ssh: SshLike, *, tell: Callable[[str, str, int, float], None], hide: Callable[[str], None]
-    ) -> None:
+    def __init__(self, ssh: SshLike, log: CallLog) -> None:
+        self.log = log
         self._ssh = ssh
-        self._tell = tell
-        self._hide = hide
         self._lock = threading.RLock()
         self._trust: Trust | None = None
         self._see: HttpsClient | None = None
@@ -169,8 +166,10 @@ class Tokens:
             f"pveum user token add {USER} {name} --privsep 0 --expire $(( $(date +%s) + {SEE_SECONDS} )) "
             "--output-format json"
         )
-        answer = self._ssh.run(["env", "LC_ALL=C.UTF-8", "sh", "-c", script], timeout=60, secret=True)
-        self._tell("ssh", f"pveum user token add {USER} {name}", answer.rc, round(answer.ms, 1))
+        argv = ["env", "LC_ALL=C.UTF-8", "sh", "-c", script]
+        answer = self._ssh.run(argv, timeout=60, secret=True, logged=False)
+        shown = f"pveum user token add {USER} {name}"
+        record_nested(self.log, Call("ssh", shown, answer.rc, round(answer.ms, 1)))
         if not answer.ok:
             self._made.discard(name)
             raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
@@ -256,28 +255,20 @@ class Tokens:
                 self.renew(client)
                 return self.seeing().call(method, path, params, _CALL)
 
-        return self._telling("https:see", method, path, params, call)
+        return self._recorded("https:see", method, path, params, call)
 
     def _send_as_root(self, method: str, path: str, /, **params: Any) -> Any:
         def call() -> Any:
             with call_limit(_BY_PVESH):
                 return getattr(PveshApi(self._ssh), method.lower())(path, **params)
 
-        return self._telling("pvesh", method, path, params, call)
+        return self._recorded("pvesh", method, path, params, call)
 
-    def _telling(
-        self, transport: str, method: str, path: str, params: dict[str, Any], call: Callable[[], Any]
+    def _recorded(
+        self, transport: str, method: str, path: str, params: dict[str, Any], send: Callable[[], Any]
     ) -> Any:
-        rc, began = 0, time.monotonic()
-        try:
-            return call()
-        except BaseException as error:
-            rc = int(getattr(error, "rc", None) or 255)
-            raise
-        finally:
-            detail = (params["path"], params["roles"]) if "roles" in params else ()
-            ms = round((time.monotonic() - began) * 1000, 1)
-            self._tell(transport, " ".join([method.lower(), path, *detail]), rc, ms)
+        details = (params["path"], params["roles"]) if "roles" in params else ()
+        return ApiCall(self.log, transport, method.lower(), path, details).send(send)
 
     def _remove(self, name: str) -> None:
         try:
@@ -289,7 +280,7 @@ class Tokens:
     def _client(self, trust: Trust, name: str, value: Any) -> HttpsClient:
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F-]{36}", value):
             raise NoHttps("expected the value of a new token, found something else")
-        self._hide(value)
+        self.log.hide(value)
         return HttpsClient(self._ssh.open_channel, trust, f"{USER}!{name}={value}")
 
     def _read_trust(self) -> Trust:

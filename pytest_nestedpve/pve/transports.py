@@ -12,7 +12,8 @@ from typing import Any
 
 from pytest_nestedpve.pve import identity
 from pytest_nestedpve.pve.answers import entries
-from pytest_nestedpve.pve.api import Verbs, carried_by, current_call_limit
+from pytest_nestedpve.pve.api import Verbs, current_call_limit
+from pytest_nestedpve.pve.calls import NO_LOG, ApiCall, CallLog
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import NodeUnreachable, PermissionDenied, PveError, SshError
 from pytest_nestedpve.pve.host import SshLike
@@ -32,17 +33,14 @@ FIRST_PAUSE = 0.05
 RESTART = 8.0
 AGAIN_AFTER_RESTART = 30.0
 
-Tell = Callable[[str, str, int, float], None]
-
 
 class Line:
     """What the APIs of one host share: its tokens, and whether HTTPS works just now."""
 
-    def __init__(self, ssh: SshLike) -> None:
+    def __init__(self, ssh: SshLike, log: CallLog) -> None:
         self.pvesh = PveshApi(ssh)
-        self.tell: Tell | None = None
-        self.hide: Callable[[str], None] | None = None
-        self.tokens = Tokens(ssh, tell=self._tell, hide=self._hide)
+        self.tokens = Tokens(ssh, log)
+        self.log = log
         self._lock = threading.Lock()
         self._down = Deadline(0)
         self._worked = False
@@ -51,13 +49,9 @@ class Line:
         self.why_not = ""
         """Why HTTPS was not used the last time; empty as long as it was."""
 
-    def _tell(self, transport: str, cmd: str, rc: int, ms: float) -> None:
-        if self.tell is not None:
-            self.tell(transport, cmd, rc, ms)
-
-    def _hide(self, secret: str) -> None:
-        if self.hide is not None:
-            self.hide(secret)
+    def record_in(self, log: CallLog) -> None:
+        """Record calls, those for tokens among them, in `log` from now on."""
+        self.log = self.tokens.log = log
 
     @property
     def up(self) -> bool:
@@ -89,12 +83,13 @@ class HostApi(Verbs):
     def __init__(
         self,
         ssh: SshLike,
+        log: CallLog = NO_LOG,
         *,
         _line: Line | None = None,
         _pool: Callable[[], str] | None = None,
         _free: bool = False,
     ) -> None:
-        self.line = Line(ssh) if _line is None else _line
+        self.line = Line(ssh, log) if _line is None else _line
         self._ssh = ssh
         self._pool = _pool
         self._free = _free
@@ -111,9 +106,10 @@ class HostApi(Verbs):
         """This API with root's rights for everything: for tests, whose own the nested PVE is."""
         return HostApi(self._ssh, _line=self.line, _free=True)
 
-    def listen(self, tell: Tell, hide: Callable[[str], None]) -> None:
-        """Hear of the calls that are made beside the caller's own, and of the secrets that come up."""
-        self.line.tell, self.line.hide = tell, hide
+    def logged(self, log: CallLog) -> HostApi:
+        """This API with its calls recorded in `log`: for one that was connected before the log existed."""
+        self.line.record_in(log)
+        return self
 
     @property
     def transport(self) -> str:
@@ -129,18 +125,22 @@ class HostApi(Verbs):
     # -- one call ------------------------------------------------------------------------------
 
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
+        call = ApiCall(self.line.log, self.transport, verb, path, sorted(params))
+        return call.send(lambda: self._send(call, verb, path, params))
+
+    def _send(self, call: ApiCall, verb: str, path: str, params: dict[str, Any]) -> Any:
         pool = self._pool() if self._pool is not None else None
         who = identity.identity(verb, path, params, pool=pool, free=self._free)
         if who is not Identity.ROOT and self.line.up:
             if _node_of(path) in self.line.off:
-                self._refuse_if_off(verb, path)
+                self._refuse_if_off(call, verb, path)
             patience, pause = self.line.patience(), FIRST_PAUSE
             while True:
                 try:
-                    answer = self._by_https(verb, path, params, who, pool)
+                    answer = self._by_https(call, verb, path, params, who, pool)
                 except NoHttps as error:
                     if isinstance(error, NotTaken) and pause == FIRST_PAUSE:
-                        self._refuse_if_off(verb, path, error)
+                        self._refuse_if_off(call, verb, path, error)
                     # Nothing was done, so it can be tried again.
                     if not isinstance(error, NotTaken) or patience.remaining() <= pause:
                         self.line.failed(error)
@@ -150,10 +150,10 @@ class HostApi(Verbs):
                 else:
                     self.line.works()
                     return answer
-        carried_by("pvesh")
+        call.transport = "pvesh"
         return getattr(self.line.pvesh, verb)(path, **params)
 
-    def _refuse_if_off(self, method: str, path: str, error: NotTaken | None = None) -> None:
+    def _refuse_if_off(self, call: ApiCall, method: str, path: str, error: NotTaken | None = None) -> None:
         """Raises NodeUnreachable when the call is for a node of the cluster that is off: nothing is wrong
         with the proxy then, and nothing to be waited for. The proxy itself answers that, without its daemon.
         """
@@ -161,7 +161,7 @@ class HostApi(Verbs):
         if node is None:
             return
         try:
-            listed = entries(self._by_https("get", "/nodes", {}, Identity.SEE, None))
+            listed = entries(self._by_https(call, "get", "/nodes", {}, Identity.SEE, None))
         except PveError:
             return
         state = next((str(each.get("status")) for each in listed if each.get("node") == node), "online")
@@ -171,7 +171,7 @@ class HostApi(Verbs):
         self.line.off.discard(node)
 
     def _by_https(
-        self, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
+        self, call: ApiCall, method: str, path: str, params: dict[str, Any], who: Identity, pool: str | None
     ) -> Any:
         # Twice at most: what stood in the way the first time (a token that is gone, another certificate, a
         # connection that ended) is replaced once.
@@ -179,7 +179,7 @@ class HostApi(Verbs):
             client: HttpsClient | None = None
             try:
                 client = self._client(method, path, params, who, pool)
-                carried_by(f"https:{who.value}")
+                call.transport = f"https:{who.value}"
                 return client.call(method.upper(), path, params, min(LIMIT, current_call_limit(LIMIT)))
             except Unauthorized:
                 if last:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
-from collections.abc import Callable
-from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_nestedpve.pve.api import Api, Verbs, carried_by, carrier
-from pytest_nestedpve.pve.errors import ApiError
-from pytest_nestedpve.pve.host import PveHost
+from pytest_nestedpve.pve.calls import Call, CallLog
 from pytest_nestedpve.run.masking import Masker
 
 _UPID = "UPID:"
-_MAKES = re.compile(r"/(?:pools|qemu|clone)\Z")
+LONGEST = 2000
+"""Characters of a command in the log."""
 
 
 class AuditLog:
@@ -68,9 +65,40 @@ class AuditLog:
             self._tasks.add(upid)
         self.write("task", upid=upid, **fields)
 
+    def calls(self, host: str | None = None) -> CallLog:
+        """Where an Api or an SSH connection records its calls; each line names `host`, if that is given."""
+        return HostCalls(self, host)
+
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+
+@dataclass(frozen=True)
+class HostCalls:
+    """The calls to one host as lines of the audit log: a `CallLog`."""
+
+    audit: AuditLog
+    host: str | None
+
+    def record(self, call: Call, /) -> None:
+        if call.cut_off:
+            self.audit.cut_off = time.monotonic()
+        self.audit.write(
+            "call",
+            host=self.host,
+            transport=call.transport,
+            cmd=call.cmd[:LONGEST],
+            rc=call.rc,
+            error=call.error,
+            ms=call.ms,
+        )
+
+    def record_task(self, upid: str, cmd: str, /) -> None:
+        self.audit.task(upid, host=self.host, cmd=cmd)
+
+    def hide(self, secret: str, /) -> None:
+        self.audit.masker.add(secret)
 
 
 def _ends_a_line(path: Path) -> bool:
@@ -101,93 +129,3 @@ def task_ids(path: Path) -> frozenset[str]:
             if isinstance(upid, str) and upid.startswith(_UPID):
                 found.add(upid)
     return frozenset(found)
-
-
-# Milliseconds of calls that others needed, a token for example: they have lines, and times, of their own.
-_beside: ContextVar[float] = ContextVar("nested_pve_beside", default=0.0)
-
-
-class AuditedApi(Verbs):
-    """An Api that writes each call, and each task a call started, into the audit log."""
-
-    def __init__(self, api: Api, audit: AuditLog, host: str) -> None:
-        self.wrapped = api
-        self.audit = audit
-        self.host = host
-        listen = getattr(api, "listen", None)
-        if listen is not None:
-            listen(self._beside, audit.masker.add)
-
-    @property
-    def transport(self) -> str:
-        """How the host is spoken to, in words."""
-        return str(getattr(self.wrapped, "transport", "api"))
-
-    def within(self, pool: Callable[[], str]) -> AuditedApi:
-        """See `HostApi.within`."""
-        return self._other("within", pool)
-
-    def unfenced(self) -> AuditedApi:
-        """See `HostApi.unfenced`."""
-        return self._other("unfenced")
-
-    def free(self) -> AuditedApi:
-        """See `HostApi.free`."""
-        return self._other("free")
-
-    def _other(self, how: str, *args: Any) -> AuditedApi:
-        other = getattr(self.wrapped, how, None)
-        return self if other is None else AuditedApi(other(*args), self.audit, self.host)
-
-    def close(self) -> None:
-        ending = getattr(self.wrapped, "close", None)
-        if ending is not None:
-            ending()
-
-    def _beside(self, transport: str, cmd: str, rc: int, ms: float) -> None:
-        _beside.set(_beside.get() + ms)
-        self.audit.write("call", host=self.host, transport=transport, cmd=cmd, rc=rc, ms=ms)
-
-    def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
-        started, before = time.monotonic(), _beside.get()
-        rc: int | None = 0
-        error: str | None = None
-        carried_by(None)
-        try:
-            answer = getattr(self.wrapped, verb)(path, **params)
-        except BaseException as e:
-            rc = e.rc if isinstance(e, ApiError) and e.rc is not None else 255
-            error = str(e) or type(e).__name__
-            if verb == "post" and _MAKES.search(path) and not isinstance(e, ApiError):
-                self.audit.cut_off = time.monotonic()
-            raise
-        finally:
-            # Only the names of parameters: values may be secrets, and descriptions are long.
-            self.audit.write(
-                "call",
-                host=self.host,
-                transport=carrier() or self.transport,
-                cmd=" ".join([verb, path, *sorted(params)]),
-                rc=rc,
-                error=error,
-                ms=max(0.0, round((time.monotonic() - started) * 1000 - (_beside.get() - before), 1)),
-            )
-        if isinstance(answer, str) and answer.startswith(_UPID):
-            self.audit.task(answer, host=self.host, cmd=f"{verb} {path}")
-        return answer
-
-
-def in_the_log(command: str) -> bool:
-    """Whether a command, as it is shown, stands in the log by what it does: an API call, a new token."""
-    return " pvesh " in f" {command[:40]} " or command == "env (arguments with secrets)"
-
-
-def audited(host: PveHost, audit: AuditLog) -> PveHost:
-    """The same host with its calls and tasks written into `audit`; one that is audited already as it is."""
-    if isinstance(host.api, AuditedApi):
-        return host
-    return PveHost(host.name, host.ssh, AuditedApi(host.api, audit, host.name), _known_node(host))
-
-
-def _known_node(host: PveHost) -> str | None:
-    return host._node

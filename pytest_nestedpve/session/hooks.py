@@ -90,7 +90,7 @@ def default_host(config: pytest.Config, name: str) -> PveHost:
     resolved = hosts.resolve(name)
     nested.on_close.append(resolved.close)
     nested.remarks += [note for note in resolved.notes if note not in nested.remarks]
-    host = hosts.connect(resolved, nested.observe)
+    host = hosts.connect(resolved, nested.command_log())
     host.ssh_config = resolved.ssh_config
     return host
 

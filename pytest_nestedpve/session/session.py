@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.environment.phase_runner import PhaseRunner
     from pytest_nestedpve.environment.phases import Broken, Phase
+    from pytest_nestedpve.pve.calls import CallLog
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.report.progress import ProgressListener
     from pytest_nestedpve.run.identity import Run
@@ -130,15 +131,9 @@ class NestedSession:
         found: PveHost = host
         return found
 
-    def observe(self, result: Any) -> None:
-        """Write a command that was run on a host to the audit log."""
-        from pytest_nestedpve.run.audit_log import in_the_log
-
-        runner = self.runner
-        if runner is not None and not in_the_log(result.command):
-            runner.audit.write(
-                "call", phase=runner.current, transport="ssh", cmd=result.command, rc=result.rc, ms=result.ms
-            )
+    def command_log(self) -> CallLog | None:
+        """Where commands on the outer host are recorded; None if there is no run."""
+        return self.environment.audit.calls() if self.environment is not None else None
 
     # -- set-up --------------------------------------------------------------------------------
 

@@ -22,7 +22,9 @@ class Answering:
         stdin: bytes | None = None,
         timeout: float = 60.0,
         secret: bool = False,
+        logged: bool = True,
     ) -> CommandResult:
+        del logged
         assert stdin is None
         return self.answer(command, timeout, secret)
 

@@ -20,7 +20,7 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.run.audit_log import AuditLog, audited, task_ids
+from pytest_nestedpve.run.audit_log import AuditLog, task_ids
 from pytest_nestedpve.run.directory import BadHostKey, RunDirectory, RunDirectoryError
 from pytest_nestedpve.run.identity import Run, client_hash
 from pytest_nestedpve.run.lock import SessionLock
@@ -231,8 +231,7 @@ def test_lines_of_many_threads_stay_whole(run: Run, audit: AuditLog) -> None:
 def test_tasks_of_a_run_are_read_back_also_from_a_log_that_was_cut_off(
     run: Run, audit: AuditLog, tmp_path: Path
 ) -> None:
-    host = audited(MemoryHost(tmp_path / "host.json").connect(), audit)
-    assert audited(host, audit) is host
+    host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
     upid = host.api.post("/nodes/father/qemu", vmid=500, name="x")
     with run.directory.audit.open("a") as log:
         log.write('{"event":"task","upid":"UPID:father:1')
@@ -243,7 +242,7 @@ def test_tasks_of_a_run_are_read_back_also_from_a_log_that_was_cut_off(
 def test_a_call_that_fails_is_in_the_log_and_values_of_parameters_are_not(
     run: Run, audit: AuditLog, tmp_path: Path
 ) -> None:
-    host = audited(MemoryHost(tmp_path / "host.json").connect(), audit)
+    host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
     with pytest.raises(PveError):
         host.api.put("/nodes/father/qemu/500/config", cipassword="geheim")
     line = json.loads(run.directory.audit.read_text())

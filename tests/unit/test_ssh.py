@@ -15,6 +15,7 @@ from typing import Any
 
 import paramiko
 import pytest
+from logged_calls import Calls
 from paramiko.common import MSG_CHANNEL_EOF
 from sshd import MakeServer, Sshd, free_port
 
@@ -29,7 +30,7 @@ from pytest_nestedpve.pve.errors import (
     SshError,
 )
 from pytest_nestedpve.pve.ssh.config import read_ssh_config
-from pytest_nestedpve.pve.ssh.connection import CommandFailed, CommandResult, SshConnection
+from pytest_nestedpve.pve.ssh.connection import CommandFailed, SshConnection
 
 # -- commands -----------------------------------------------------------------------------------------
 
@@ -107,9 +108,9 @@ def test_a_command_ended_by_a_signal_has_no_exit_status(ssh: SshConnection) -> N
     assert ssh.run("kill -9 $$").rc == -1
 
 
-def test_the_observer_sees_each_command_and_of_a_secret_one_only_that_it_was(server: Sshd) -> None:
-    seen: list[CommandResult] = []
-    with SshConnection(server.target(), observer=seen.append) as ssh:
+def test_each_command_is_logged_and_of_a_secret_one_neither_text_nor_output(server: Sshd) -> None:
+    log = Calls()
+    with SshConnection(server.target(), log=log) as ssh:
         ssh.run(["echo", "open"])
         result = ssh.run(["echo", "s3cret"], secret=True)
         assert result.stdout == "s3cret\n"
@@ -117,9 +118,9 @@ def test_the_observer_sees_each_command_and_of_a_secret_one_only_that_it_was(ser
             ssh.run("echo s3cret; sleep 9", timeout=0.3, secret=True)
         with pytest.raises(CommandFailed) as failed:
             ssh.run(["cat", "/nonexistent/s3cret"], secret=True).check()
-    assert (seen[0].command, seen[0].rc) == ("echo open", 0)
-    assert len(seen) == 4
-    assert "s3cret" not in repr(seen)
+    assert (log.calls[0].transport, log.calls[0].cmd, log.calls[0].rc) == ("ssh", "echo open", 0)
+    assert [call.rc for call in log.calls] == [0, 0, -1, 1]
+    assert "s3cret" not in repr(log.calls)
     assert "s3cret" not in f"{caught.value} {failed.value}"
 
 
@@ -332,12 +333,12 @@ def test_a_host_is_resolved_and_connected_and_its_errors_are_typed(
         + server.config_block("down").replace(str(server.port), str(free_port()))
         + server.config_block("stranger").replace(str(server.known_hosts), str(tmp_path / "none"))
     )
-    seen: list[CommandResult] = []
+    log = Calls()
     resolved = hosts.resolve("father", ssh_config=config)
-    host = hosts.connect(resolved, seen.append)
+    host = hosts.connect(resolved, log)
     assert host.name == "father"
     assert host.run(["echo", "x"]).stdout == "x\n"
-    assert [one.command for one in seen] == ["true", "echo x"]
+    assert [call.cmd for call in log.calls] == ["true", "echo x"]
     host.close()
     for alias, kind in (("down", HostUnreachable), ("stranger", HostKeyMismatch)):
         with pytest.raises(kind):

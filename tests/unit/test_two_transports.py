@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from https_host import HttpsHost, certificate, https_host
+from logged_calls import Calls
 
 from pytest_nestedpve.pve import tokens
 from pytest_nestedpve.pve.api import call_limit
@@ -28,7 +29,7 @@ from pytest_nestedpve.pve.https import ReplyLost, Unauthorized
 from pytest_nestedpve.pve.identity import Grant, Identity, grants, identity, storages
 from pytest_nestedpve.pve.tokens import remove_grants, run_tokens
 from pytest_nestedpve.pve.transports import HostApi
-from pytest_nestedpve.run.audit_log import AuditedApi, AuditLog
+from pytest_nestedpve.run.audit_log import AuditLog
 
 POOL = "npve-a1b2c3d4e5f6"
 VM = "/nodes/father/qemu/99901"
@@ -510,22 +511,21 @@ def test_an_answer_that_never_ends_is_cut_off_at_the_limit(host: HttpsHost, api:
     assert api.get("/version") == {"by": "https"}
 
 
-def test_no_token_stands_in_an_error_or_in_what_is_told(host: HttpsHost, api: HostApi) -> None:
-    told: list[Any] = []
-    hidden: list[str] = []
-    api.listen(lambda *call: told.append(call), hidden.append)
+def test_no_token_is_in_an_error_or_in_the_log(host: HttpsHost, api: HostApi) -> None:
+    log = Calls()
+    api.logged(log)
     host.answers.append(said(500, "boom", {"data": None, "message": "boom"}, only="/config"))
     with pytest.raises(ApiError) as caught:
         api.get(f"{VM}/config")
     api.post(f"{VM}/status/start")
-    secrets = [*hidden]
+    secrets = log.hidden
     assert len(secrets) == 2
-    shown = repr((told, str(caught.value), api.line.tokens.seeing(), host.commands))
+    shown = repr((log.calls, str(caught.value), api.line.tokens.seeing(), host.commands))
     assert not any(secret in shown for secret in secrets)
     assert all("cafe" not in text for text in (shown,))
 
 
-def test_calls_that_make_tokens_are_told_with_their_time_and_not_counted_twice(
+def test_calls_that_create_tokens_are_logged_with_their_time_and_not_counted_twice(
     host: HttpsHost, tmp_path: Path
 ) -> None:
     def slow(handler: Any) -> bool:
@@ -535,7 +535,7 @@ def test_calls_that_make_tokens_are_told_with_their_time_and_not_counted_twice(
 
     host.answers.append(slow)
     log = AuditLog(tmp_path / "audit.jsonl", POOL[5:])
-    api = AuditedApi(HostApi(host), log, "father").within(lambda: POOL)
+    api = HostApi(host, log.calls("father")).within(lambda: POOL)
     began = time.monotonic()
     api.post(f"{VM}/status/start")
     took = (time.monotonic() - began) * 1000
@@ -580,8 +580,8 @@ def assert_rights_first(host: HttpsHost) -> None:
 def test_tokens_go_as_root_when_https_does_not_work_any_more(
     host: HttpsHost, api: HostApi, lost: bool
 ) -> None:
-    told: list[tuple[str, str, int, float]] = []
-    api.listen(lambda *call: told.append(call), lambda _: None)
+    log = Calls()
+    api.logged(log)
     api.post(f"{VM}/status/start")
     host.tokens["terraform"] = "of somebody"
     host.rights = rights_of(next(name for name in host.tokens if name.startswith(POOL)))
@@ -592,7 +592,7 @@ def test_tokens_go_as_root_when_https_does_not_work_any_more(
         api.line.tokens.seeing().close()
     api.close()
     assert list(host.tokens) == ["terraform"]
-    assert {cmd.split()[0] for transport, cmd, *_ in told if transport == "pvesh"} >= {"get", "delete"}
+    assert {call.cmd.split()[0] for call in log.calls if call.transport == "pvesh"} >= {"get", "delete"}
     assert lost or [each.split()[:2] for each in host.pvesh() if "/acl" in each] == [
         ["get", "/access/acl"],
         ["set", "/access/acl"],

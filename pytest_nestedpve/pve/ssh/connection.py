@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pytest_nestedpve.pve.calls import NO_LOG, Call, CallLog
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import CommandTimeout, HostUnreachable, PveError, SshError
 from pytest_nestedpve.pve.ssh import remote_file
@@ -60,7 +61,7 @@ class SshConnection:
     """A login at one host. Lazy: connects with the first use, and anew when the connection was lost.
 
     Thread-safe. At most five channels are in flight per transport; more transports are made when more
-    are wanted. `observer` is told of each command that ended; a secret one is told without its text.
+    are needed. Each command that ended is recorded in `log`, a secret one without its text.
     `via` is the connection of the jump host; without it `target.jump` is connected by and by.
     """
 
@@ -69,12 +70,12 @@ class SshConnection:
         target: SshTarget,
         *,
         via: SshConnection | None = None,
-        observer: Callable[[CommandResult], None] | None = None,
+        log: CallLog = NO_LOG,
     ) -> None:
         self.target = target
         self._own_via = via is None and target.jump is not None
         self._via = SshConnection(target.jump) if via is None and target.jump is not None else via
-        self._observer = observer
+        self._log = log
         self._changed = threading.Condition()
         self._links: list[_Link] = []
         self._attempt: _Attempt | None = None
@@ -101,16 +102,19 @@ class SshConnection:
         stdin: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         secret: bool = False,
+        logged: bool = True,
     ) -> CommandResult:
         """Run a command and wait for its end, at most `timeout` seconds (nominal) after it began.
 
         A sequence is an argv and is quoted; a string is shell text. `stdin` is sent up to its end; a
         stream is not closed. Connecting has its own limit.
-        `secret` keeps the text and the output out of the observer and of exceptions.
+        `secret` keeps the text and the output out of the log and of exceptions; `logged=False` is for
+        a caller that records the call itself.
         Raises SshError and its family when the connection failed, CommandTimeout when the limit passed.
         The channel is closed then; what the command had started on the host may go on there.
         An exit status other than 0 is no error: see `CommandResult.check`.
         """
+        log = self._log if logged else NO_LOG
         text, shown = _texts(command, secret)
         given = b"" if stdin is None else stdin
         began = time.monotonic()
@@ -123,16 +127,12 @@ class SshConnection:
                     # Nothing tells a slow command from a dead line: new commands go over a new one.
                     self._retire_if_silent(link)
                     raise
-        except PveError as error:
-            self._tell(CommandResult(shown, -1, b"", str(error).encode(), _ms(began), secret))
+        except PveError:
+            log.record(Call("ssh", shown, -1, _ms(began)))
             raise
         result = CommandResult(shown, rc, out, err, _ms(began), secret)
-        self._tell(result)
+        log.record(Call("ssh", shown, rc, result.ms))
         return result
-
-    def _tell(self, result: CommandResult) -> None:
-        if self._observer is not None:
-            self._observer(replace(result, stdout_bytes=b"", stderr_bytes=b"") if result.secret else result)
 
     # -- files ------------------------------------------------------------------------------------
 
