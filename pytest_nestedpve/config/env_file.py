@@ -1,7 +1,7 @@
-"""--nested-env-file: the variables of `NestedPve.environ` in a file, there while the environment is ready.
+"""--nested-env-file: the variables of `NestedPve.environ` in a file, while the environment is ready.
 
-A line is NAME=value, with quotes only where a shell needs them: sh, direnv and docker compose read those
-rightly, and `docker run --env-file`, which takes quotes for part of a value, reads all the other lines.
+A line is NAME=value, with quotes only where a shell needs them: sh, direnv and docker compose read them
+correctly; `docker run --env-file`, which reads quotes as part of a value, reads all other lines correctly.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class EnvFileError(PveError):
 
 def text(variables: Mapping[str, str], run: str) -> str:
     """The file's content."""
-    lines = [f"{_OURS}{run}: they end with it, and so does this file."]
+    lines = [f"{_OURS}{run}: valid until its environment ends, with which this file is deleted."]
     lines += [f"{name}={_quoted(value)}" for name, value in sorted(variables.items())]
     return "\n".join(lines) + "\n"
 
 
 def _quoted(value: str) -> str:
     if "\n" in value:
-        raise EnvFileError(f"a variable of several lines cannot stand in such a file: {value[:30]!r}…")
+        raise EnvFileError(f"expected variables of one line for the file, found {value[:30]!r}…")
     return value if _SAFE.match(value) else "'" + value.replace("'", "'\\''") + "'"
 
 
 def fault(path: Path) -> str:
-    """Why `path` cannot be written, in words; empty when it can. Nobody else's file is ever replaced."""
+    """The reason why `path` cannot be written; empty if it can. Only files of a session are replaced."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         pass
     except OSError as e:
         return str(e)
     else:
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             return f"{path} is not a file"
         if not _is_ours(path):
             return f"{path} exists and was not written by a session; name a file that does not exist"
@@ -63,7 +63,7 @@ def _is_ours(path: Path, run: str = "") -> bool:
 
 
 def write(path: Path, content: str) -> None:
-    """Write the file, 0600, in one step. Raises EnvFileError."""
+    """Write the file, mode 0600, whole or not at all. Raises EnvFileError."""
     reason = fault(path)
     if reason:
         raise EnvFileError(f"--nested-env-file: {reason}")
@@ -74,7 +74,7 @@ def write(path: Path, content: str) -> None:
 
 
 def remove(path: Path, run: str) -> None:
-    """Remove the file, if it is still the one of that run."""
+    """Delete the file if it belongs to that run."""
     if _is_ours(path, run):
         with contextlib.suppress(OSError):
             path.unlink()

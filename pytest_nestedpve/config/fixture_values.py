@@ -1,4 +1,4 @@
-"""The settings of the VM's shape with the values that a project's fixtures give them."""
+"""Settings of the VM's shape, with the values of a project's fixtures."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     pass
 
 
-#: The settings that a session fixture `nested_pve_<name>` may decide instead.
+#: The settings that a session fixture `nested_pve_<name>` may set.
 NAMES = ("cores", "memory", "disk", "image", "vm_options", "extra_vars", "playbook_dir")
 _KEYS = {key.name: key for key in KEYS if key.name in NAMES}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def apply(settings: Settings, chosen: Mapping[str, Any], base: Path) -> Settings:
-    """The settings with what the fixtures say; None is the default. Raises SettingsError.
+def apply(settings: Settings, values: Mapping[str, Any], base: Path) -> Settings:
+    """The settings with the values of the fixtures, by name; None is the default. Raises SettingsError.
 
-    `base`: where relative paths start from. Values may be what the setting's text says, or typed.
+    `base`: the directory of relative paths. Values are texts, as in a configuration file, or typed.
     """
     changes: dict[str, Any] = {}
     origins = dict(settings.origins)
     for name in NAMES:
-        given = chosen.get(name, getattr(settings, name))
+        given = values.get(name, getattr(settings, name))
         if given == getattr(settings, name):
             continue
         origin = f"the fixture nested_pve_{name}"
@@ -43,7 +43,7 @@ def apply(settings: Settings, chosen: Mapping[str, Any], base: Path) -> Settings
     if changes.get("image") and settings.template:
         raise SettingsError(
             f"an image ({origins['image']}) and a template ({settings.origin('template')}) are both set; "
-            "the nested VM is made from one: leave the other out"
+            "the nested VM is created from one: remove the other"
         )
     return replace(settings, **changes, origins=origins)
 
@@ -66,7 +66,7 @@ def _value(key: Key, given: Any, base: Path) -> Any:
     try:
         return dict(json.loads(json.dumps(dict(given))))
     except (TypeError, ValueError) as e:
-        raise ValueError(f"expected values that JSON can say: {e}") from e
+        raise ValueError(f"expected values that JSON can represent: {e}") from e
 
 
 assert set(NAMES) <= {each.name for each in fields(Settings)}

@@ -1,4 +1,4 @@
-"""The context file of earlier tools: ids to look at, addresses; what it holds besides survives a save."""
+"""The context file of earlier tools: VM ids and addresses; other keys are preserved."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ class ContextError(PveError):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The context; empty when there is no file yet. Raises ContextError."""
+    """The context; empty if the file does not exist. Raises ContextError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        context = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise ContextError(
             f"expected a JSON object in {path}, found that it cannot be read: {e}; "
-            "mend it, or name another file"
+            "fix it, or set another file"
         ) from e
-    if not isinstance(found, dict):
+    if not isinstance(context, dict):
         raise ContextError(
-            f"expected a JSON object in {path}, found {type(found).__name__}; mend it, or name another file"
+            f"expected a JSON object in {path}, found {type(context).__name__}; fix it, or set another file"
         )
-    return found
+    return context
 
 
 def vmids(context: Mapping[str, Any]) -> frozenset[int]:
-    """All VM ids that a context names, under any name."""
-    found: set[int] = set()
+    """All VM ids in a context, under any key."""
+    ids: set[int] = set()
     for key, value in context.items():
         if key.endswith("_vm_id"):
-            found |= _ids(value)
+            ids |= _ids(value)
         elif key in _LISTS and isinstance(value, list):
-            for each in value:
-                found |= _ids(each.get("vmid", each.get("vm_id")) if isinstance(each, dict) else each)
-    return frozenset(found)
+            for entry in value:
+                ids |= _ids(_id_of(entry))
+    return frozenset(ids)
 
 
 def _ids(value: Any) -> set[int]:
-    found = whole(value)
-    return {found} if found is not None and 100 <= found <= 999_999_999 else set()
+    vmid = whole(value)
+    return {vmid} if vmid is not None and 100 <= vmid <= 999_999_999 else set()
 
 
 def save(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what the phases found out into the file; other keys stay. Raises ContextError."""
+    """Write the facts of the phases into the file, and preserve other keys. Raises ContextError."""
     context = load(path)
     nested, leaf = facts.get("provision", {}), facts.get("leaf_provision", {})
     ip = facts.get("setup_network", {}).get("ip") or facts.get("wait_ip", {}).get("ip")
@@ -72,13 +72,13 @@ def save(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
         if value is not None:
             context[key] = value
     if nested.get("vmid") is not None:
-        others = [each for each in _listed(context) if _ids(_id_of(each)) != {int(nested["vmid"])}]
+        others = [entry for entry in _listed(context) if _ids(_id_of(entry)) != {int(nested["vmid"])}]
         context["provisioned_vms"] = [*others, {"name": name, "vmid": nested["vmid"]}]
     _write(path, context)
 
 
 def forget(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take out what `save` put in for these facts: the VMs are gone. Raises ContextError."""
+    """Remove the keys that `save` wrote for these facts, of deleted VMs. Raises ContextError."""
     context = load(path)
     gone = {
         facts[phase]["vmid"] for phase in ("provision", "leaf_provision") if facts.get(phase, {}).get("vmid")
@@ -91,17 +91,17 @@ def forget(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     if gone:
         for key in ("inner_ip", "node_ip", "leaf_ip"):
             context.pop(key, None)
-        context["provisioned_vms"] = [each for each in _listed(context) if not _ids(_id_of(each)) & gone]
+        context["provisioned_vms"] = [entry for entry in _listed(context) if not _ids(_id_of(entry)) & gone]
     _write(path, context)
 
 
 def _listed(context: Mapping[str, Any]) -> list[Any]:
-    found = context.get("provisioned_vms")
-    return list(found) if isinstance(found, list) else []
+    entries = context.get("provisioned_vms")
+    return list(entries) if isinstance(entries, list) else []
 
 
-def _id_of(each: Any) -> Any:
-    return each.get("vmid", each.get("vm_id")) if isinstance(each, dict) else each
+def _id_of(entry: Any) -> Any:
+    return entry.get("vmid", entry.get("vm_id")) if isinstance(entry, dict) else entry
 
 
 def _write(path: Path, context: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The shape of the nested VM: which settings decide it, as texts that can be compared."""
+"""The shape of the nested VM: the settings of its creation, as texts to compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
 
 
-#: What a VM is made from: another value of one of these is another VM.
+#: The settings of the VM's creation: another value of one of these needs another VM.
 SHAPE = (
     "host", "name_patterns", "vmid_ranges", "pool_parent", "image", "template", "storage", "bridge",
     "ipconfig", "cores", "memory", "disk", "vm_options", "leaf_image", "leaf_options",
@@ -17,7 +17,7 @@ SHAPE = (
 
 
 def shape(settings: Settings) -> dict[str, str]:
-    """The settings that a VM is made from, as texts."""
+    """The settings of a VM's creation, as texts by name."""
     return {name: _text(getattr(settings, name)) for name in SHAPE}
 
 

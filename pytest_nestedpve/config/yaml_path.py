@@ -1,4 +1,4 @@
-"""A value put into a user's YAML as data, at a path of keys; comments, order and mode are kept."""
+"""A value set in a user's YAML, at a path of keys; comments, order and mode are preserved."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pytest_nestedpve.pve.errors import PveError
 
 
 class YamlPathError(PveError):
-    """The value cannot be put there; the text never shows the file's content."""
+    """The value cannot be set at the path; the message never shows the file's content."""
 
 
 def parse_path(path: str, node: str = "") -> tuple[str, ...]:
-    """`api_tokens.{node}` as keys; `{node}` is filled in after the split, so its dots are no separators.
+    """`api_tokens.{node}` as keys; `{node}` is replaced after the split, so its dots are no separators.
 
     Raises YamlPathError for an empty path or key.
     """
@@ -29,10 +29,10 @@ def parse_path(path: str, node: str = "") -> tuple[str, ...]:
 
 
 def set_value(text: str, keys: Sequence[str], value: Any) -> str:
-    """`text`, a YAML document, with `value` at `keys`; missing maps are made.
+    """`text`, a YAML document, with `value` at `keys`; missing maps are created.
 
-    The very same text comes back if the value stands there already. Raises YamlPathError if the text is
-    no single YAML document, or something on the way is no map.
+    The text is unchanged if it has the value already. Raises YamlPathError if the text is no single YAML
+    document, or if a key on the path holds no map.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.comments import CommentedMap
@@ -42,7 +42,7 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
     yaml.preserve_quotes = True
     yaml.width = 1 << 20  # no folding of the user's long lines
     yaml.indent(**_indentation(text))
-    # What stands before the document (comments, directives, ---) the library does not keep, so we do.
+    # The library drops lines before the document (comments, directives, ---): they are preserved here.
     start = re.search(r"\A(?:[#%][^\n]*\n|[ \t]*\r?\n)*---(?=\s)[^\S\n]*(?:\n|\Z)", text)
     lead = text[: start.end()] if start else ""
     body = text[len(lead) :]
@@ -51,7 +51,7 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
     except YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        # `from None`: the library's message quotes the line, which may hold a secret
+        # `from None`: the library's message quotes the line, which may hold a secret.
         raise YamlPathError(
             "expected one YAML document, found something else: "
             f"{getattr(e, 'problem', None) or 'not readable'}{where}"
@@ -61,9 +61,9 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
     place = document
     for depth, key in enumerate(keys):
         if not isinstance(place, dict):
-            found = "a list" if isinstance(place, list) else f"a {type(place).__name__}"
+            kind = "a list" if isinstance(place, list) else f"a {type(place).__name__}"
             raise YamlPathError(
-                f"expected a map at {'.'.join(keys[:depth]) or 'the top'} to put {key} into, found {found}"
+                f"expected a map at {'.'.join(keys[:depth]) or 'the top'} to put {key} into, found {kind}"
             )
         actual = _actual_key(place, key)
         if depth == len(keys) - 1:
@@ -81,16 +81,16 @@ def set_value(text: str, keys: Sequence[str], value: Any) -> str:
 
 
 def set_in_file(path: Path, keys: Sequence[str], value: Any) -> bool:
-    """`set_value` in a file, replaced atomically with mode and owner kept; a missing file is made, 0600.
+    """`set_value` in a file, replaced whole, with mode and owner preserved; a missing file is created, 0600.
 
-    True if the file changed. Raises YamlPathError; OSError.
+    True if the file changed. A symbolic link is followed. Raises YamlPathError; OSError.
     """
-    path = path.resolve()  # a link stays a link: what it names is edited
+    path = path.resolve()
     try:
         before = path.read_bytes().decode("utf-8")
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
-        before, found = "", None
+        before, status = "", None
     except UnicodeDecodeError as e:
         raise YamlPathError(f"{path}: expected UTF-8 text, found something else at byte {e.start}") from None
     try:
@@ -101,15 +101,15 @@ def set_in_file(path: Path, keys: Sequence[str], value: Any) -> bool:
         return False
     with local_file.replacement(path) as file:
         file.write(after.encode())
-        if found is not None:
-            os.fchmod(file.fileno(), found.st_mode & 0o7777)
-            if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
-                os.fchown(file.fileno(), found.st_uid, found.st_gid)
+        if status is not None:
+            os.fchmod(file.fileno(), status.st_mode & 0o7777)
+            if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
     return True
 
 
 def _actual_key(place: dict[Any, Any], key: str) -> Any:
-    # A key such as 101 is a number in YAML; take what is there rather than adding a second one.
+    # A key such as 101 is a number in YAML: the existing key is used, no second one added.
     for existing in place:
         if existing != key and str(existing) == key:
             return existing
@@ -117,7 +117,7 @@ def _actual_key(place: dict[Any, Any], key: str) -> Any:
 
 
 def _indentation(text: str) -> dict[str, int]:
-    """The user's own indentation of maps and lists, so that untouched parts stay as they are."""
+    """The user's own indentation of maps and lists, so that other parts remain unchanged."""
     mapping, offset = 2, 0
     previous = ""
     for line in text.splitlines():

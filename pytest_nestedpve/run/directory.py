@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 FINISHED = "finished"
-"""The file in a run's directory that says what its teardown left, once it has been."""
+"""The file in a run's directory that lists the leftovers of its teardown, after that has ended."""
 
 _KEY_LINE = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)) [A-Za-z0-9+/]+={0,3}\Z")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 class RunDirectoryError(PveError):
-    """The run's directory or its lock cannot be made or used."""
+    """The run's directory or its lock cannot be created or used."""
 
 
 class BadHostKey(PveError):
@@ -33,7 +33,7 @@ class BadHostKey(PveError):
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run: 0700, its files 0600."""
+    """The directory of one run: mode 0700, its files 0600."""
 
     path: Path
 
@@ -61,8 +61,8 @@ class RunDirectory:
     def artifacts(self) -> Path:
         return self.path / "artifacts"
 
-    def make(self) -> None:
-        """Make it, and tell git to ignore the directory of all runs. Raises RunDirectoryError."""
+    def create(self) -> None:
+        """Create the directory; git ignores that of all runs. Raises RunDirectoryError."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             ignore = self.path.parent / ".gitignore"
@@ -73,33 +73,33 @@ class RunDirectory:
             self.path.chmod(0o700)
         except OSError as e:
             raise RunDirectoryError(
-                f"cannot make the run's directory {self.path}: {e}; nested_pve_run_dir names another place"
+                f"cannot create the run's directory {self.path}: {e}; set nested_pve_run_dir to another"
             ) from e
 
     def write(self, name: str, data: str | bytes) -> Path:
-        """Write a file of the directory (0600) in one step."""
+        """Write a file of the directory (mode 0600), whole or not at all; return its path. Raises OSError."""
         local_file.write(self.path / name, data)
         return self.path / name
 
     def save_state(self, facts: Mapping[str, Any]) -> None:
-        """Keep the facts by phase in state.json."""
+        """Write the facts, by phase, to state.json."""
         self.write("state.json", json.dumps(facts, indent=1, default=str) + "\n")
 
     def load_state(self) -> dict[str, dict[str, Any]]:
-        """The facts by phase; empty when there are none. Raises RunDirectoryError when the file is broken."""
+        """The facts by phase; empty without state.json. Raises RunDirectoryError when that is damaged."""
         path = self.path / "state.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            facts = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as e:
             raise RunDirectoryError(f"cannot read {path}: {e}") from e
-        if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-            raise RunDirectoryError(f"{path}: expected an object of objects by phase")
-        return found
+        if not isinstance(facts, dict) or not all(isinstance(value, dict) for value in facts.values()):
+            raise RunDirectoryError(f"{path}: expected an object of objects by phase, found other JSON")
+        return facts
 
     def ensure_key(self, comment: str) -> str:
-        """The run's public key line; the ed25519 pair is made at the first call."""
+        """The line of the run's public key; the first call creates the ed25519 pair."""
         if not (self.key.exists() and self.public_key.exists()):
             from cryptography.hazmat.primitives import serialization
             from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -120,13 +120,13 @@ class RunDirectory:
         return self.public_key.read_text(encoding="ascii").strip()
 
     def pin_host_keys(self, alias: str, keys: Sequence[str]) -> None:
-        """Make `keys` the only known ones of `alias` in the run's known_hosts. Raises BadHostKey."""
+        """Replace the keys of `alias` in the run's known_hosts by `keys`. Raises BadHostKey."""
         if not _ALIAS.match(alias):
-            raise BadHostKey(f"{alias[:60]!r} is no name for known_hosts")
+            raise BadHostKey(f"expected a host name for known_hosts, found {alias[:60]!r}")
         self._pin(alias, [_one_key(key) for key in keys])
 
     def pin_forward(self, address: tuple[str, int], alias: str) -> None:
-        """Make the keys of `alias` those of a forward to it, too. Raises BadHostKey when it has none."""
+        """Pin the keys of `alias` for a forward to it, too. Raises BadHostKey when `alias` has none."""
         host, port = address
         pinned = [line.partition(" ") for line in self._known_lines()]
         self._pin(f"[{host}]:{port}", [key for name, _, key in pinned if name == alias])
@@ -155,11 +155,11 @@ class RunDirectory:
         *,
         nested_block: Sequence[str] | None = None,
     ) -> Path:
-        """An ssh_config that reaches the nested PVE through the outer host, and the leaf through the nested.
+        """Write an ssh_config for the nested PVE (through the outer host) and the leaf (through the nested).
 
-        `outer_alias` is what reaches the outer host in `outer_config` (None: the user's own). Nothing of
-        that file applies to the two guests: they are offered the run's key and checked against its keys only.
-        `nested_block` replaces the part of the nested PVE where that is the host of `outer_alias` itself.
+        `outer_alias` is the name of the outer host in `outer_config` (None: the user's own). No option there
+        applies to the two guests: they get the run's key only, and must have the run's pinned host keys.
+        `nested_block` replaces the part of the nested PVE if that is the host of `outer_alias` itself.
         """
         attached = nested_block is not None
         blocks = list(nested_block or self._guest_block(nested_name, "nested", nested_ip, outer_alias))
@@ -167,10 +167,10 @@ class RunDirectory:
         if leaf_ip and leaf_name:
             blocks += self._guest_block(leaf_name, "leaf", leaf_ip, outer_alias if attached else nested_name)
             names += [leaf_name, "leaf"]
-        # Not `Host`: a `Match final` of that file has ssh read all of it again, by the addresses.
+        # Not `Host`: with a `Match final` in that file, ssh reads the whole file again, by the addresses.
         blocks.append("Match originalhost *," + ",".join(f"!{name}" for name in dict.fromkeys(names)))
         if outer_config is not None:
-            # A relative one would be looked for in ~/.ssh.
+            # ssh would search a relative path in ~/.ssh.
             blocks.append(f"    Include {quoted(outer_config.absolute())}")
         else:
             blocks += ["    Include ~/.ssh/config", "    Include /etc/ssh/ssh_config"]
@@ -180,12 +180,12 @@ class RunDirectory:
         import ipaddress
 
         if not _ALIAS.match(name):
-            raise RunDirectoryError(f"{name[:60]!r} is no name for an ssh_config")
+            raise RunDirectoryError(f"expected a host name for an ssh_config, found {name[:60]!r}")
         if not re.fullmatch(r"(ssh://)?[A-Za-z0-9._@:\[\]+-]+/?", jump) or jump.startswith("-"):
-            raise RunDirectoryError(f"{jump[:60]!r} is no name for a jump host")
+            raise RunDirectoryError(f"expected the name of a jump host, found {jump[:60]!r}")
         user, at, host = jump.rpartition("@")
         if host.count(":") > 1 and "[" not in host and "/" not in host:
-            jump = f"{user}{at}[{host}]"  # ssh takes a bare IPv6 address, ProxyJump does not
+            jump = f"{user}{at}[{host}]"  # ssh accepts a bare IPv6 address, ProxyJump does not
         yield f"Host {name} {short}"
         for key, value in {
             "HostName": str(ipaddress.ip_address(ip)),
@@ -206,7 +206,7 @@ class RunDirectory:
 
 
 def _one_key(key: str) -> str:
-    # A second line, or anything in front, would be a further entry of known_hosts that the guest chooses.
+    # A second line, or text before the key, would be a further entry of known_hosts, chosen by the guest.
     clean = " ".join(key.strip(" \n").split(" ")[:2])
     if "\n" in key.strip("\n") or not _KEY_LINE.match(clean):
         raise BadHostKey(f"expected one host key, 'type base64'; found {key[:80]!r}")
@@ -214,17 +214,18 @@ def _one_key(key: str) -> str:
 
 
 def quoted(path: Path, *, percent: bool = False) -> str:
+    """`path` in quotes for an ssh_config; `percent`: for an option that expands % tokens."""
     text = str(path)
     if '"' in text or "\n" in text or "\\" in text:
         raise RunDirectoryError(
-            f"a path with quotes, backslashes or line ends cannot stand in an ssh_config: {text!r}"
+            f"expected a path without quotes, backslashes and line ends for an ssh_config, found {text!r}"
         )
     return f'"{text.replace("%", "%%") if percent else text}"'
 
 
 def ssh_block(target: SshTarget | None, name: str, address: str, known_hosts: Path) -> list[str]:
-    """The part of an ssh_config that reaches the attached PVE by `nested` and its node name, as `ssh HOST`
-    does; only by `nested` where the node's name is what the user calls it."""
+    """The part of an ssh_config for the attached PVE, as `nested` and by its node name, like `ssh HOST`; only
+    as `nested` if the node's name is the user's own alias."""
     names = "nested" if target is not None and target.alias == name else f"{name} nested"
     lines = [f"Host {names}"]
 

@@ -21,14 +21,15 @@ from pytest_nestedpve.run.directory import RunDirectory, RunDirectoryError
 
 RUN_ID = re.compile(r"[0-9a-f]{12}\Z")
 HARD_LIMIT = 24 * 3600
-"""Seconds after which a run is over whatever its lease says."""
+"""Seconds after which a run has expired, also with a valid lease."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Who a run is. Times are epoch seconds; the lease on the host is what counts (ownership.Lease).
+    """A run of one session. Times are epoch seconds; the lease on the host decides (ownership.Lease).
 
-    `owner` is user@host for people, `client` a hash of machine-id and uid, `session` a nonce of this process.
+    `owner` is user@host, for people to read, `client` a hash of machine-id and uid, `session` a nonce of this
+    process.
     """
 
     id: str
@@ -44,9 +45,9 @@ class Run:
     def create(
         cls, settings: Settings, rootdir: Path, now: float | None = None, *, run_id: str | None = None
     ) -> Run:
-        """A new run with its directory made (0700) below `settings.run_dir`. Raises RunDirectoryError.
+        """A new run, with its directory (mode 0700) below `settings.run_dir`. Raises RunDirectoryError.
 
-        `run_id` is a fresh id that somebody was told already.
+        `run_id` is a new id that was published before.
         """
         moment = int(time.time() if now is None else now)
         run_id = run_id or secrets.token_hex(6)
@@ -60,7 +61,7 @@ class Run:
             expires=moment + int(settings.lease),
             hard=moment + HARD_LIMIT,
         )
-        run.directory.make()
+        run.directory.create()
         return run
 
     @property
@@ -74,7 +75,7 @@ class Run:
 
 
 def owner() -> str:
-    """user@host of this process, cut to what is safe in a line of JSON and a table."""
+    """user@host of this process, with characters that are safe in JSON and in tables, at most 80."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -96,13 +97,13 @@ def client_hash() -> str:
 
 
 def state_home() -> Path:
-    """Where the locks of sessions live, whatever the project: $XDG_STATE_HOME/nested-pve."""
+    """The directory of locks and kept runs of all projects: $XDG_STATE_HOME/nested-pve."""
     base = os.environ.get("XDG_STATE_HOME", "")
     return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "nested-pve"
 
 
 def _own_machine_id() -> str:
-    # Without a machine-id (a container, as a rule) one of our own: no other machine may look like this one.
+    # Without a machine-id (usually in a container) an own one: no other machine may have the same.
     path = state_home() / "machine-id"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,5 +112,5 @@ def _own_machine_id() -> str:
         return path.read_text(encoding="ascii").strip()
     except OSError as e:
         raise RunDirectoryError(
-            f"this machine has no /etc/machine-id, and {path} cannot be kept instead: {e}; make one of them"
+            f"this machine has no /etc/machine-id, and {path} cannot be written instead: {e}; create either"
         ) from e

@@ -1,7 +1,7 @@
-"""The records of environments that outlive their session: how to resume them, on this client.
+"""The records of environments that are kept after their session, to resume them on this client.
 
-A record lies outside the project (its `git clean` must not take the only key to a running VM) and holds the
-run's keys, known hosts and state. The session that resumes a run holds the run's lock.
+A record is outside the project (whose `git clean` must not delete the only key of a running VM) and holds
+the run's keys, known hosts and state. The session that resumes a run holds the run's lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.run import phase_record
+from pytest_nestedpve.run import phase_record, rerun_commands
 from pytest_nestedpve.run.directory import RunDirectoryError
 from pytest_nestedpve.run.identity import RUN_ID, client_hash, owner, state_home
 from pytest_nestedpve.run.lock import SessionLock
@@ -34,15 +34,15 @@ _FILES = (
     "root_password",
 )  # fmt: skip
 _RECORD, _SHAPE = "kept.json", "shape.json"
-_STALE = 7 * 24 * 3600  # seconds after its end for which the record of a run may still explain something
+_STALE = 7 * 24 * 3600  # seconds after the end of a run until its record is deleted
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An environment that was kept. Times: epoch seconds of this client's clock.
+    """The record of a kept environment. Times: epoch seconds of this client's clock.
 
-    `shape` holds the settings that made the VM, as texts, `fixtures` those of them that a fixture decided;
-    `rootdir` the project that may go on with it.
+    `shape` holds the settings of the VM's creation, as texts, `fixtures` the names of those that a fixture
+    set; only the project at `rootdir` may resume the run.
     """
 
     run: str
@@ -56,7 +56,7 @@ class Kept:
     fixtures: Sequence[str] = ()
 
     def differs(self, settings: Settings, *, early: bool = False) -> list[str]:
-        """The settings that are other ones now, in words; `early`: before fixtures say what they do."""
+        """The changed settings, as texts for a message; `early`: before the fixtures have set theirs."""
         now = shape(settings)
         return [
             f"{name}: {self.shape.get(name, 'unknown')}, now {now[name]}"
@@ -71,17 +71,17 @@ def _shaped(settings: Settings) -> dict[str, Any]:
 
 
 def joined(directory: RunDirectory, settings: Settings) -> None:
-    """As one of xdist's workers, which alone know what fixtures say: tell the controller, who stores it.
+    """Report the shape of this worker process, which alone knows the fixtures, to xdist's controller.
 
-    Raises PveError when the run is a kept one of another shape.
+    The controller stores it with the run. Raises PveError when the run was kept with another shape.
     """
     run_id = directory.path.name
     kept = recorded(run_id)
     if kept is not None and (differs := kept.differs(settings)):
         raise PveError(
-            f"the kept run {run_id} was made with other settings ({'; '.join(differs)}), and workers that "
-            "share one environment (nested_pve_scope = run) cannot make another beside it; destroy it first: "
-            f"--nested-destroy-only --nested-run {run_id}"
+            f"the kept run {run_id} was created with other settings ({'; '.join(differs)}), and workers that "
+            "share one environment (nested_pve_scope = run) cannot create a second one; destroy it first: "
+            f"{rerun_commands.finishing(settings, run_id)}"
         )
     directory.write(_SHAPE, json.dumps(_shaped(settings)))
 
@@ -91,16 +91,16 @@ def _home() -> Path:
 
 
 def all_kept() -> list[Kept]:
-    """The records on this client, the newest first; those that ended long ago are removed."""
-    found = []
+    """The records on this client, the newest first; records that expired a week ago are deleted."""
+    records = []
     with contextlib.suppress(OSError):
         for path in _home().iterdir():
             kept = _read(path)
             if kept is not None and kept.expires + _STALE < time.time():
                 forget(kept.run)
             elif kept is not None:
-                found.append(kept)
-    return sorted(found, key=lambda kept: kept.created, reverse=True)
+                records.append(kept)
+    return sorted(records, key=lambda kept: kept.created, reverse=True)
 
 
 def _read(path: Path) -> Kept | None:
@@ -116,44 +116,44 @@ def _read(path: Path) -> Kept | None:
 
 
 def candidates(settings: Settings, rootdir: Path, *, early: bool) -> Iterator[tuple[Kept, str]]:
-    """The kept runs of this project on this host, and why each cannot be gone on with (empty: it can).
+    """The kept runs of this project on this host, with the reason against resuming (empty: none).
 
-    `early`: before the project's fixtures say what they do.
+    `early`: before the project's fixtures have set their values.
     """
     if settings.make_template:
-        return  # of a VM that nobody has used
+        return  # a template needs an unused VM
     if settings.attach is not None:
-        return  # nothing of an attached PVE is kept, and what was kept has another one
+        return  # an attached PVE is never kept, and the kept runs are of another one
     for kept in all_kept():
         if kept.rootdir != str(rootdir) or kept.host != str(settings.host):
             continue
         if kept.client != client_hash() or kept.owner != owner():
             continue
         if kept.expires <= time.time():
-            yield kept, "its time is over"
+            yield kept, "it has expired"
         elif differs := kept.differs(settings, early=early):
-            yield kept, "it was made with other settings (" + "; ".join(differs) + ")"
+            yield kept, "it was created with other settings (" + "; ".join(differs) + ")"
         else:
             yield kept, ""
 
 
 def recorded(run_id: str) -> Kept | None:
-    """The record of a run; None when it has none."""
+    """The record of a run; None if it does not exist."""
     return next((kept for kept in all_kept() if kept.run == run_id), None)
 
 
 def done_in(kept: Kept) -> frozenset[str]:
-    """The phases that are done in a kept run, by its record, unless what they depend on has changed."""
+    """The phases that a kept run has done and whose inputs have not changed since, by its record."""
     try:
-        said = phase_record.parse((_home() / kept.run / phase_record.FILE).read_text(encoding="utf-8"))
+        record = phase_record.parse((_home() / kept.run / phase_record.FILE).read_text(encoding="utf-8"))
     except (OSError, PveError):
         return frozenset()
-    return frozenset(name for name, digest in said.digests.items() if digest)
+    return frozenset(name for name, digest in record.digests.items() if digest)
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A run whose lock is held: a new one, or `kept` to go on with. `remarks`: about other kept ones."""
+class LockedRun:
+    """A run whose lock is held: a new one, or `kept`, to be resumed. `remarks`: on other kept runs."""
 
     lock: SessionLock
     kept: Kept | None
@@ -161,44 +161,44 @@ class Taken:
 
 
 def resumable(settings: Settings, rootdir: Path) -> Kept | None:
-    """The kept run that a session would go on with, by what the client knows."""
-    return next((kept for kept, against in candidates(settings, rootdir, early=True) if not against), None)
+    """The kept run that a session would resume, by the records of this client; None: a new run."""
+    return next((kept for kept, reason in candidates(settings, rootdir, early=True) if not reason), None)
 
 
-def take_lock(settings: Settings, rootdir: Path, run_id: str, *, early: bool = False) -> Taken:
-    """Hold the lock of a kept run that can be gone on with, or that of the new run `run_id`.
+def take_lock(settings: Settings, rootdir: Path, run_id: str, *, early: bool = False) -> LockedRun:
+    """Take the lock of a kept run that can be resumed, or that of the new run `run_id`.
 
-    `early`: before the project's fixtures say what they do. Raises RunDirectoryError.
+    `early`: before the project's fixtures have set their values. Raises RunDirectoryError.
     """
     remarks: list[str] = []
-    for kept, against in candidates(settings, rootdir, early=early):
+    for kept, reason in candidates(settings, rootdir, early=early):
         lock = SessionLock(kept.run)
         try:
             lock.acquire()
         except RunDirectoryError as e:
-            against = str(e)
+            reason = str(e)
         else:
-            if not against:
-                return Taken(lock, kept, tuple(remarks))
+            if not reason:
+                return LockedRun(lock, kept, tuple(remarks))
             lock.release(remove=True)
-        remarks.append(f"the kept run {kept.run} is not gone on with: {against}")
+        remarks.append(f"the kept run {kept.run} is not resumed: {reason}")
     lock = SessionLock(run_id)
     lock.acquire()
-    return Taken(lock, None, tuple(remarks))
+    return LockedRun(lock, None, tuple(remarks))
 
 
 def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
     """Write the record of a run whose lease ends at `expires` (epoch seconds, this client's clock).
 
-    `settings` are those before the host's profile was read. Raises OSError.
+    `settings` are those without the host's profile. Raises OSError.
     """
     target = _home() / run.id
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.chmod(0o700)
     for name in _FILES:
         _copy(run.dir / name, target / name)
-    told = run.dir / _SHAPE
-    shaped = json.loads(told.read_text(encoding="utf-8")) if told.exists() else _shaped(settings)
+    reported = run.dir / _SHAPE
+    shaped = json.loads(reported.read_text(encoding="utf-8")) if reported.exists() else _shaped(settings)
     kept = Kept(
         run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shaped
     )
@@ -206,7 +206,7 @@ def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
 
 
 def restore(kept: Kept, directory: RunDirectory) -> None:
-    """Bring a run's keys and state back into its directory. Raises OSError."""
+    """Copy the keys and the state of a kept run into its directory. Raises OSError."""
     for name in _FILES:
         source = _home() / kept.run / name
         if source.exists():
@@ -221,6 +221,6 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def forget(run_id: str) -> None:
-    """Remove a run's record, keys included."""
+    """Delete the record of a run, with its keys."""
     if RUN_ID.match(run_id):
         shutil.rmtree(_home() / run_id, ignore_errors=True)

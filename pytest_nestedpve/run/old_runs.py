@@ -1,4 +1,4 @@
-"""The directories of earlier runs: those that are over go, all but the newest."""
+"""The directories of earlier runs: those of ended runs are deleted, except the newest."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pytest_nestedpve.run.identity import RUN_ID
 from pytest_nestedpve.run.lock import SessionLock
 
 NEWEST = 20
-"""How many runs that are over keep their directories."""
+"""The number of ended runs whose directories are kept."""
 
-_OLD = ".over-"  # in front of the name of one that is being removed
+_OLD = ".over-"  # prefix of the name while a directory is deleted
 _TAIL = 1 << 16
 
 
 def prune(folder: Path, own: str) -> None:
-    """Remove the directories of old runs below `folder`; not that of the run `own`. Never raises.
+    """Delete the directories of old runs below `folder`, except that of the run `own`. Never raises.
 
-    Only of runs that are over: nothing of them is on their host, by their audit log's last word; they are
-    not kept, and no session holds their lock. What else is there may be needed to clean up after it.
+    Only of ended runs: without leftovers on the host, by the end of the audit log, not kept, and with a free
+    lock. Other directories may be needed to clean up.
     """
     with contextlib.suppress(Exception):
-        kept = {each.run for each in kept_runs.all_kept()}
-        over = 0
+        kept = {record.run for record in kept_runs.all_kept()}
+        ended = 0
         for path in _newest_first(folder):
             if path.name in kept or path.name == own or not is_over(path):
                 continue
-            over += 1
-            if over > NEWEST:
-                # In one step: half a directory would look like one of a run that was killed.
+            ended += 1
+            if ended > NEWEST:
+                # First renamed: half a directory would look like that of a killed run.
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(_OLD + path.name))
         for path in folder.glob(f"{_OLD}*"):
@@ -43,12 +43,12 @@ def prune(folder: Path, own: str) -> None:
 
 
 def is_over(path: Path) -> bool:
-    """Whether the run with that directory has left nothing on its host, and no session works on it."""
+    """Whether the run of this directory has no leftovers on its host, and no session works on the run."""
     return not SessionLock.alive(path.name) and _torn_down(path / "audit.jsonl")
 
 
 def note_over(path: Path, host: str) -> None:
-    """Have the run's own log, if it is on this machine, say that nothing is left of the run on `host`."""
+    """Record in the run's own log, if it is on this machine, that the run has no leftovers on `host`."""
     log = path / "audit.jsonl"
     with contextlib.suppress(OSError):
         if log.exists():
@@ -73,18 +73,18 @@ def _torn_down(log: Path) -> bool:
         if event == "teardown" and line.get("vmid") is None and line.get("phase") in (None, "destroy"):
             return line.get("status") == "clean"
         if event in ("session", "phase_start"):
-            return False  # gone on with, and cut off
+            return False  # resumed later, and interrupted
     return False
 
 
 def _last_lines(log: Path) -> Iterator[dict[str, object]]:
-    """The lines of the log's end, the last one first."""
+    """The entries at the end of the log, the last one first."""
     with log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
         lines = file.read().splitlines()
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                yield entry

@@ -1,4 +1,4 @@
-"""The commands that messages tell a person to type."""
+"""The pytest commands that messages advise: to repeat a run, to finish its teardown."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
 
 
-_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # a token may stand there alone
+_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # it may be a token alone
 
 
-# What a clean-up reads; the rest may be long, or not to be shown.
-_CLEANS = frozenset(
+# The settings that a clean-up reads; others may be long, or secret.
+_CLEANUP_KEYS = frozenset(
     f"nested_pve_{name}"
     for name in ("name_pattern", "vmid_range", "pool_parent", "run_dir", "force_stop", "timeout_scale")
 )
 
 
 def again(settings: Settings) -> str:
-    """pytest with the same host, and with what was typed as `-o nested_pve_…`."""
+    """pytest with the same host and the same options `-o nested_pve_…`."""
     return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", settings.typed)
 
 
 def finishing(settings: Settings, run_id: str | None) -> str:
-    """What finishes the teardown of a run, or of all runs of the host."""
-    # Also where the nested PVE is attached: what was made inside of it is found from it as a host.
-    typed = {name: value for name, value in settings.typed.items() if name in _CLEANS}
+    """The command that finishes the teardown of a run; without an id, of all runs of the host."""
+    # Also for an attached PVE: its leftovers are found with the PVE itself as host.
+    typed = {name: value for name, value in settings.typed.items() if name in _CLEANUP_KEYS}
     words = [_pytest(settings, "--pve-host", typed), "--nested-destroy-only"]
     return " ".join([*words, "--nested-run", shlex.quote(run_id)] if run_id is not None else words)
 
@@ -44,7 +44,7 @@ def _pytest(settings: Settings, option: str, typed: Mapping[str, str]) -> str:
 
 
 def _shown(name: str, value: str) -> str:
-    """The value, to be printed: variables of playbooks may be secrets whatever they are called."""
+    """The value for a message: variables of playbooks may be secrets under any name."""
     if name == "nested_pve_extra_vars":
         return MASK
     return Masker().mask(_USERINFO.sub(rf"\g<1>{MASK}@", value))

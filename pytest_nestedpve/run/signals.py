@@ -1,4 +1,4 @@
-"""One handler for INT, TERM and HUP that ends the session, and, while the teardown runs, only counts."""
+"""The handler of INT, TERM and HUP: it ends the session, and only counts while the teardown runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The same Ctrl-C often arrives twice within milliseconds (from the terminal and through a parent).
-_SAME_BLOW = 1.0
+_SAME_SIGNAL = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the session. A KeyboardInterrupt, so that no `except Exception` on its way holds it."""
+    """A signal ended the session. A KeyboardInterrupt, so that no `except Exception` catches it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signal.Signals(signum).name}")
@@ -25,12 +25,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class SignalGuard:
-    """Installed once, before the first object is made on a host; removed when the session is over.
+    """The handler, installed before the first object is created on a host, until the session has ended.
 
-    `stop(text)` asks the session to end after the current test, for the case that the exception raised
-    by the handler is swallowed on its way. `say(text)` writes a line to the terminal, from inside a
-    signal handler.
-    `give_up(signum)` must not return: the third Ctrl-C calls it.
+    `stop(text)` ends the session after the current test, in case the exception of the handler is caught by
+    other code. `say(text)` writes a line to the terminal from a signal handler. `give_up(signum)` must not
+    return: the third Ctrl-C calls it.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class SignalGuard:
         return bool(self._previous)
 
     def install(self) -> None:
-        """Take over the signals that are not ignored (nohup ignores HUP). Does nothing the second time, and
+        """Handle the signals that are not ignored (nohup ignores HUP). Does nothing when it is installed, and
         outside the main thread."""
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
@@ -65,7 +64,7 @@ class SignalGuard:
             self._previous[signum] = signal.signal(signum, self._handle)
 
     def remove(self) -> None:
-        """Put back what was there before; what arrived meanwhile stays in `received`."""
+        """Restore the earlier handlers; `received` keeps the signals of the meantime."""
         for signum, handler in self._previous.items():
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
@@ -73,7 +72,7 @@ class SignalGuard:
 
     @contextlib.contextmanager
     def diverted(self, deliver: Callable[[int], None]) -> Iterator[None]:
-        """In the body signals go to `deliver`, in their order; only the first is kept in `received`."""
+        """In the body, pass all signals to `deliver`, in their order; only the first is in `received`."""
         self._divert = deliver
         try:
             yield
@@ -93,10 +92,10 @@ class SignalGuard:
             self._give_up(signum)
         if self.counting:
             more = 3 - self.received.count(signal.SIGINT)
-            self._say(f"{name}: the teardown is running and goes on; {more} more Ctrl-C would give up on it")
+            self._say(f"{name}: the teardown continues; {more} more Ctrl-C would give up on it")
             return
         now = time.monotonic()
-        if len(self.received) > 1 and now - self._first_at < _SAME_BLOW:
+        if len(self.received) > 1 and now - self._first_at < _SAME_SIGNAL:
             return
         self._first_at = now
         self._stop(f"{name} received")
@@ -107,8 +106,8 @@ class SignalGuard:
 def limit(seconds: float, what: str) -> Iterator[None]:
     """Raise CommandTimeout inside the body when it takes longer than `seconds` (nominal).
 
-    Really interrupts, whatever the body waits for, by SIGALRM; so it only works in the main thread, and
-    does nothing in another. An alarm that was set before is put back, less the time that passed.
+    SIGALRM interrupts any wait of the body; so the limit works in the main thread only, and is ignored in
+    others. An earlier alarm is restored, less the time that has passed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -118,12 +117,12 @@ def limit(seconds: float, what: str) -> Iterator[None]:
 
     most = scaled(seconds)
 
-    def ring(_signum: int, _frame: FrameType | None) -> None:
+    def expire(_signum: int, _frame: FrameType | None) -> None:
         raise CommandTimeout(f"{what} did not end within its limit of {most:g} s")
 
-    handler = signal.signal(signal.SIGALRM, ring)
+    handler = signal.signal(signal.SIGALRM, expire)
     started = time.monotonic()
-    # Again every second after that: something on the way may have swallowed the first one.
+    # Every second after that again: other code may have caught the first exception.
     before, every = signal.setitimer(signal.ITIMER_REAL, most, 1.0)
     try:
         yield
@@ -136,6 +135,6 @@ def limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def write_now(fd: int, text: str) -> None:
-    """Write a line past every buffer: fit for a signal handler."""
+    """Write a line without any buffer, as a signal handler must."""
     with contextlib.suppress(OSError):
         os.write(fd, f"\n{text}\n".encode(errors="replace"))

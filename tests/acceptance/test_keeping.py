@@ -360,7 +360,7 @@ def test_another_shape_is_reported_and_not_reused(project: Project, change: str)
     result = project.run("test_steps.py", "-o", change)
     assert result.ret == 0, result.output
     name = change.removeprefix("nested_pve_").partition("=")[0]
-    assert "is not gone on with: it was made with other settings" in result.output
+    assert "is not resumed: it was created with other settings" in result.output
     assert f"{name}: " in result.output
     assert len(project.audits()) == 2
     assert len([line for line in project.left() if line.startswith("vm")]) == 1
@@ -426,7 +426,7 @@ def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project
     record.write_text(json.dumps({**json.loads(record.read_text()), "expires": int(time.time()) - 90}))
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
-    assert f"the kept run {run} is not gone on with: its time is over" in result.output
+    assert f"the kept run {run} is not resumed: it has expired" in result.output
     assert f"of run {run}" in result.output
     assert "destroyed, its lease lapsed" in result.output
     assert project.left() == []

@@ -113,7 +113,7 @@ def test_a_kept_environment_is_compared_with_what_the_fixtures_say(shaped: Proje
     path = shaped.path / "conftest.py"
     path.write_text(path.read_text().replace("return 3", "return 5"))
     other = shaped.run("-k", "provision", "--nested-keep")
-    assert "it was made with other settings (cores: 3, now 5)" in other.output
+    assert "it was created with other settings (cores: 3, now 5)" in other.output
     assert len(shaped.audits()) == 2
     assert shaped.run("--nested-destroy-only").ret == 0
 

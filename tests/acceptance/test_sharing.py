@@ -161,7 +161,7 @@ def test_a_shared_environment_is_kept_with_the_shape_that_fixtures_gave_it(proje
     before = project.left(), pool_comment(project)
     result = project.run(*SHARE, "test_users.py", CORES="8")
     assert result.ret == 1, result.output
-    assert "was made with other settings (cores: 4, now 8), and workers that share one" in result.output
+    assert "was created with other settings (cores: 4, now 8), and workers that share one" in result.output
     assert (project.left(), pool_comment(project)) == before
     assert project.run(*SHARE, "test_users.py", CORES="4").ret == 0
     assert len(project.audits()) == 1

@@ -65,7 +65,7 @@ class Env:
     def __init__(self, directory: Path) -> None:
         self.ssh = Ssh()
         self.directory = RunDirectory(directory)
-        self.directory.make()
+        self.directory.create()
         self.run = SimpleNamespace(id="0123456789ab", dir=directory, directory=self.directory)
         self.ip = "10.77.7.50"
         self.outer = SimpleNamespace(ssh=self.ssh, name="father")
@@ -265,7 +265,7 @@ def test_only_what_a_shell_would_misread_is_in_quotes() -> None:
     assert f"PLAIN={TOKEN}" in lines
     assert "URL=https://127.0.0.1:40123/api2/json" in lines
     assert "BLANK='/home/my project/ca.pem'" in lines
-    with pytest.raises(PveError, match="several lines"):
+    with pytest.raises(PveError, match="expected variables of one line"):
         env_file.text({"KEY": "a\nb"}, "0123456789ab")
 
 

@@ -91,7 +91,7 @@ def test_the_users_settings_do_not_apply_to_guests(run: Run, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", ['a"b', "a\\b", "a\nb"])
 def test_a_path_that_cannot_be_quoted_is_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(RunDirectoryError, match="cannot stand in an ssh_config"):
+    with pytest.raises(RunDirectoryError, match="expected a path without quotes"):
         RunDirectory(tmp_path / path).write_ssh_config("father", None, "192.0.2.9", "nested-x")
 
 
