@@ -140,4 +140,4 @@ def test_the_gateway_of_the_card_is_told_and_whether_the_new_address_reaches_it(
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout)
-    assert (told["gateway"], told["gateway_stays"]) == (gateway, stays)
+    assert (told["gateway"], told["gateway_reachable"]) == (gateway, stays)

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Tell as JSON which card is meant, what the bridge has, and what resolves names. Changes nothing."""
+"""Print the network card, the addresses of the bridge and the name servers as JSON. Changes nothing."""
 
 import ipaddress
 import json
@@ -15,23 +15,23 @@ def ip(*arguments):
 
 def addresses(name):
     return [
-        f"{each['local']}/{each['prefixlen']}"
+        f"{entry['local']}/{entry['prefixlen']}"
         for link in ip("-4", "addr", "show", "dev", name)
-        for each in link.get("addr_info", [])
-        if each.get("scope") == "global"
+        for entry in link.get("addr_info", [])
+        if entry.get("scope") == "global"
     ]
 
 
 def name_servers():
-    found = []
+    servers = []
     for path in ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"):
         try:
             lines = open(path, encoding="utf-8", errors="replace").read().splitlines()
         except OSError:
             continue
-        servers = [line.split()[1] for line in lines if line.startswith("nameserver ") and len(line.split()) > 1]
-        found += [each for each in servers if not each.startswith("127.") and each not in found]
-    return found
+        entries = [line.split()[1] for line in lines if line.startswith("nameserver ") and len(line.split()) > 1]
+        servers += [entry for entry in entries if not entry.startswith("127.") and entry not in servers]
+    return servers
 
 
 def reaches(address, gateway):
@@ -41,19 +41,19 @@ def reaches(address, gateway):
         return False
 
 
-def choose(links, nic, mac, bridge):
-    """The card's name, or an empty text: an explicit name, a MAC, the default route, in this order."""
+def select_card(links, nic, mac, bridge):
+    """The card's name, or an empty text. Sources in this order: an explicit name, a MAC, the default route."""
     if nic:
         return nic if nic in links else ""
     if mac:
-        # A bridge carries its port's address, and so do VLANs on it: only what hangs on nothing counts.
-        fitting = [
+        # A bridge has the same MAC address as its port, and so have VLANs on it: only real cards are candidates.
+        cards = [
             name
             for name, link in links.items()
             if link.get("address") == mac and not os.path.isdir(f"/sys/class/net/{name}/bridge")
             and not link.get("link_index_is_upper") and link.get("linkinfo", {}).get("info_kind") != "vlan"
         ]
-        return fitting[0] if fitting else ""
+        return cards[0] if cards else ""
     for route in ip("-4", "route", "show", "default"):
         device = route.get("dev", "")
         if device == bridge:
@@ -66,12 +66,12 @@ def choose(links, nic, mac, bridge):
 
 
 def main():
-    bridge, nic, mac, wanted = sys.argv[1:5]
+    bridge, nic, mac, address = sys.argv[1:5]
     links = {link["ifname"].split("@")[0]: link for link in ip("-d", "link", "show") if link["ifname"] != "lo"}
-    card = choose(links, nic, mac, bridge)
+    card = select_card(links, nic, mac, bridge)
     on_bridge = addresses(bridge) if bridge in links else []
     here = on_bridge or (addresses(card) if card else [])
-    # A default route by another card stays as it is.
+    # A default route through another card is not changed.
     gateways = [
         route["gateway"]
         for route in ip("-4", "route", "show", "default")
@@ -86,10 +86,10 @@ def main():
             "mac": links[card].get("address", "") if card else "",
             "address": here[0] if here else "",
             "gateway": gateway,
-            "gateway_stays": not gateway or reaches(wanted, gateway),
+            "gateway_reachable": not gateway or reaches(address, gateway),
             "dns": name_servers(),
-            # A bridge with the address that is wanted is left alone, whoever made it.
-            "done": enslaved and bool(on_bridge) and (not wanted or wanted in on_bridge),
+            # A bridge with the requested address is not changed, whatever created it.
+            "done": enslaved and bool(on_bridge) and (not address or address in on_bridge),
         },
         sys.stdout,
     )

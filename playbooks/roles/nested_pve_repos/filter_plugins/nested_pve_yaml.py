@@ -1,15 +1,15 @@
-"""The filter nested_pve_yaml_set: a value into a YAML text, as data."""
+"""The filter nested_pve_yaml_set: set a value in a YAML text."""
 
 from ansible.errors import AnsibleFilterError
 
 
 def nested_pve_yaml_set(text, keys, value):
-    """`text` with `value` at the path `keys`; comments and order stay."""
+    """`text` with `value` at the path `keys`; comments and order are preserved."""
     try:
         from pytest_nestedpve.config.yaml_path import YamlPathError, set_value
     except ImportError as e:
         raise AnsibleFilterError(
-            "putting the token into a YAML file needs the Python package pytest-nestedpve beside "
+            "writing the token to a YAML file needs the Python package pytest-nestedpve beside "
             f"ansible-playbook: {e}"
         ) from e
     try:
@@ -19,7 +19,7 @@ def nested_pve_yaml_set(text, keys, value):
 
 
 class FilterModule:
-    """What Ansible looks for."""
+    """The filters of this file, for Ansible."""
 
     def filters(self):
         return {"nested_pve_yaml_set": nested_pve_yaml_set}

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""unpack.py ARCHIVE DIRECTORY STATE DIGEST: make DIRECTORY hold what ARCHIVE holds.
+"""unpack.py ARCHIVE DIRECTORY STATE DIGEST: update DIRECTORY to the contents of ARCHIVE.
 
-Files of the last archive that are not in this one go, before this one's come: what was a link or a file may be
-a directory now. Files that came from elsewhere stay. STATE is the path, without ending, of the list of files and
-the digest that tells the next run that nothing is to do.
+Files of the last archive that are not in this one are deleted before the new ones are written, because a former
+link or file may be a directory now. Files from other sources are kept. STATE is the path, without suffix, of the
+list of files and of the digest by which the next run recognises that nothing has changed.
 """
 
 import os
@@ -19,8 +19,8 @@ def inside(name):
     return clean
 
 
-def in_the_way(directory, name):
-    """The link or file that stands where `name` needs a directory, or None."""
+def obstacle(directory, name):
+    """The link or file at a path where `name` needs a directory, or None."""
     at = directory
     for part in name.split("/")[:-1]:
         at = os.path.join(at, part)
@@ -31,8 +31,8 @@ def in_the_way(directory, name):
 
 def remove(directory, name):
     path = os.path.join(directory, name)
-    # What lies behind a link, or is a directory now, came from elsewhere.
-    if in_the_way(directory, name) or (os.path.isdir(path) and not os.path.islink(path)):
+    # Files behind a link, and directories, are from other sources.
+    if obstacle(directory, name) or (os.path.isdir(path) and not os.path.islink(path)):
         return
     if os.path.lexists(path):
         os.unlink(path)
@@ -45,8 +45,8 @@ def remove(directory, name):
 
 def write(tar, member, directory, name):
     target = os.path.join(directory, name)
-    if found := in_the_way(directory, name):
-        raise SystemExit(f"expected a directory or nothing at {found}, found a link or a file: remove it")
+    if blocked := obstacle(directory, name):
+        raise SystemExit(f"expected a directory or nothing at {blocked}, found a link or a file: remove it")
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.isdir(target) and not os.path.islink(target):
         raise SystemExit(f"expected a file or nothing at {target}, found a directory: remove it")
@@ -55,7 +55,7 @@ def write(tar, member, directory, name):
             os.unlink(target)
         os.symlink(member.linkname, target)
         return
-    # Beside the target, then over it: a program that runs keeps its old file.
+    # Written beside the target, then moved over it: a running program keeps its old file.
     handle, temporary = tempfile.mkstemp(prefix=".npve-", dir=os.path.dirname(target))
     try:
         with os.fdopen(handle, "wb") as out, tar.extractfile(member) as data:
@@ -69,7 +69,7 @@ def write(tar, member, directory, name):
         raise
 
 
-def note(path, text):
+def write_text(path, text):
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
@@ -83,16 +83,16 @@ def main():
         before = set()
     os.makedirs(directory, exist_ok=True)
     with tarfile.open(archive) as tar:
-        members = {inside(each.name): each for each in tar if each.isreg() or each.issym()}
-        # A run that is cut off is done again, whichever archive comes next, and knows what this one wrote.
-        note(state + ".digest", "")
-        note(state + ".files", "\0".join(sorted(before | set(members))))
+        members = {inside(member.name): member for member in tar if member.isreg() or member.issym()}
+        # After an interruption the next run starts again, with any archive, and has the list of files written here.
+        write_text(state + ".digest", "")
+        write_text(state + ".files", "\0".join(sorted(before | set(members))))
         for name in sorted(before - set(members), reverse=True):
             remove(directory, inside(name))
         for name, member in members.items():
             write(tar, member, directory, name)
-    note(state + ".files", "\0".join(sorted(members)))
-    note(state + ".digest", digest)
+    write_text(state + ".files", "\0".join(sorted(members)))
+    write_text(state + ".digest", digest)
 
 
 main()

@@ -1,7 +1,7 @@
-"""ask_pveproxy.py PATH [DIRECTORY [PORT]]: whether pveproxy answers there, for whoever trusts this node.
+"""check_pveproxy.py PATH [DIRECTORY [PORT]]: check that pveproxy answers at PATH with a trusted certificate.
 
-Runs on a PVE node, by its own Python. For a path of the API a token comes on standard input. Ends with 0, or says
-on standard error what is wrong.
+Runs on a PVE node, with the node's Python. For a path of the API it reads a token from standard input. The exit
+status is 0, or an error is printed on standard error.
 """
 
 import http.client
@@ -16,13 +16,13 @@ def trust(directory):
     if not os.path.exists(own):
         context = ssl.create_default_context(cafile=os.path.join(directory, "pve-root-ca.pem"))
     else:
-        # An administrator's own need not name 127.0.0.1, and who signed it is not asked: this one and no other.
+        # An administrator's certificate need not contain 127.0.0.1, and its issuer is not checked: it is pinned.
         with open(own) as file:
             served = re.search("-----BEGIN CERT.*?-----END CERT[A-Z]*-----", file.read(), re.DOTALL)
         context = ssl.create_default_context(cadata=served.group() if served else "")
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         context.check_hostname = False
-    # Authorities made before pve-cluster 9.1.2 lack the key usage that strict checks want.
+    # Authorities created before pve-cluster 9.1.2 lack the key usage that strict checks require.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
 

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from https_host import HttpsHost, certificate, https_host
 
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
-SCRIPT = ROLES / "nested_pve_identity" / "files" / "ask_pveproxy.py"
+SCRIPT = ROLES / "nested_pve_identity" / "files" / "check_pveproxy.py"
 
 
 @pytest.fixture
