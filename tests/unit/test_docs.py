@@ -201,7 +201,7 @@ def test_every_playbook_is_documented() -> None:
 
 def test_what_the_fixture_offers_is_documented_and_nothing_else() -> None:
     page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
-    table = page.partition("What the fixture offers:")[2].partition("\n\n## ")[0]
+    table = page.partition("Attributes and methods of the fixture:")[2].partition("\n\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     told = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
     assert told == {name for name in vars(NestedPve) if not name.startswith("_")}
