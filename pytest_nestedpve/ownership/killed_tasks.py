@@ -75,6 +75,8 @@ def find_leftover(host: PveHost, node: str, vmid: int, own_tasks: frozenset[str]
     only_lock = f"its configuration is only a lock ({lock})"
     if running_tasks(host.api, node, vmid):
         return Leftover(lock, False, True, f"{only_lock}, and a task still runs")
+    if bare_lock(host, node, vmid) != lock:
+        return None  # its task ended between the two answers
 
     def not_ours(why: str) -> Leftover:
         return Leftover(lock, False, False, f"{only_lock}{why}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from memory_host import MemoryHost
 from memory_model import Model
 
+from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.killed_tasks import bare_lock, find_leftover
 from pytest_nestedpve.pve.host import PveHost
 
@@ -125,6 +128,24 @@ def test_a_create_that_still_works_is_not_touched(memory: MemoryHost, host: PveH
     assert found is not None
     assert found.running
     assert not found.ours
+
+
+def test_a_create_that_ends_while_it_is_judged_is_no_leftover(
+    memory: MemoryHost, host: PveHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with memory.open() as model:
+        model.state["delays"]["*"] = 60
+    host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
+    running_tasks = killed_tasks.running_tasks
+
+    def ended_by_now(*given: Any) -> list[str]:
+        with memory.open() as model:
+            model.state["tasks"][-1]["due"] = model.now
+            model.settle()
+        return running_tasks(*given)
+
+    monkeypatch.setattr(killed_tasks, "running_tasks", ended_by_now)
+    assert find_leftover(host, "father", VMID, frozenset()) is None
 
 
 def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: MemoryHost, host: PveHost) -> None:
