@@ -46,12 +46,12 @@ def pytest_configure() -> None:
     """Before the nested PVE goes, when all is done in it: its tasks and the starts of its commands."""
     from pytest_nestedpve.teardown import teardown
 
-    clear = teardown.clear
+    destroy_run = teardown.destroy_run
 
-    @functools.wraps(clear)
+    @functools.wraps(destroy_run)
     def asked(*args: Any, **kwargs: Any) -> Any:
         _save("tasks-nested", "nested", TASKS)
         _save("commands-nested", "nested", COMMANDS)
-        return clear(*args, **kwargs)
+        return destroy_run(*args, **kwargs)
 
-    teardown.clear = asked
+    teardown.destroy_run = asked

@@ -47,7 +47,7 @@ def adopt(env: Environment) -> bool:
     if lease is None or (lease.client, lease.owner) != (run.client, run.owner):
         whose = "no lease can be read" if lease is None else f"it is {lease.owner}'s"
         raise LeaseLost(f"the kept run {run.id} cannot be gone on with: {whose} in the pool {name}")
-    if lease.lapsed(now):
+    if lease.expired(now):
         raise LeaseLost(f"the kept run {run.id} has expired by the clock of {host.name}, and may go any time")
     ours = Lease(
         run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT

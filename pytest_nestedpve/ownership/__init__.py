@@ -1,4 +1,4 @@
-"""Whose VM it is: marker, lease, pool, creation, discovery, and the proof.
+"""Ownership of VMs: marker, lease, pool, creation, discovery, and the proof.
 
 Nothing here destroys a VM.
 """

@@ -1,4 +1,4 @@
-"""Making a VM that can be proved ours from its first moment: diskless, in the pool, with its marker."""
+"""Creation of a VM that can be proved ours from its first moment: diskless, in the pool, with its marker."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 _TRIES = 20
 _DRAWN = 20_000
 _SETTLE = 30.0
-"""Seconds in which a create whose answer is unknown has come to an end."""
-# After these it is not known whether a VM was made; after any other, none was.
+"""Seconds within which a create whose answer is unknown has ended."""
+# After these it is not known whether a VM was created; after any other error, none was.
 _UNCERTAIN = (SshError, CommandTimeout, WorkerFailed, Interrupted, Locked, UnreadableAnswer)
 
 
 class NoFreeId(PveError):
-    """Every id of the range is taken."""
+    """Every id of the range is in use."""
 
 
 @dataclass(frozen=True)
 class Created:
-    """The VM that was made."""
+    """The VM that was created."""
 
     vmid: int
     node: str
@@ -70,11 +70,11 @@ def create_marked(
     timeout: float = 120.0,
     **options: Any,
 ) -> Created:
-    """Make the run's VM without disks: marker, uuid and pool at create, tags afterwards.
+    """Create the run's VM without disks: marker, uuid and pool at create, tags afterwards.
 
-    Ids are drawn at random in the range, never one with volumes or one that stands in a pool. An error to
-    a create is no proof that nothing was made (recorded under load): the configuration is read, our uuid
-    means go on, another's means the next id. Raises NoFreeId, PveError.
+    Ids are drawn at random in the range, never one with volumes or one that a pool lists. A create that
+    failed may have created the VM all the same (recorded under load): the configuration is read; with our
+    uuid the VM is ours, with another one the next id is drawn. Raises NoFreeId, PveError.
     """
     name, node, pool = guest_name(settings, run, role), host.node, pool_name(settings, run)
     refused: PveError | None = None
@@ -94,11 +94,11 @@ def create_marked(
             )
         except (AlreadyExists, *_UNCERTAIN) as e:
             refused = e
-            owner = _whose(host, marker, Deadline(_SETTLE))
+            owner = _owner(host, marker, Deadline(_SETTLE))
             if owner == "unknown":
                 raise
             if owner != "ours":
-                continue  # if it comes to be after all, it carries our marker, and the teardown finds it
+                continue  # if it is created after all, it has our marker, and the teardown discovers it
         # Tags at create are refused to a token whose rights come from the pool alone.
         path, tags = f"/nodes/{node}/qemu/{vmid}/config", f"{TAG};{run.tag}"
         patiently(partial(host.api.put, path, tags=tags))
@@ -107,14 +107,14 @@ def create_marked(
     raise NoFreeId(
         f"expected a free VM id in {ranges} on {host.name}, found none"
         + (f" ({refused})" if refused else "")
-        + "; widen nested_pve_vmid_range, or clear orphans by `pytest --nested-destroy-only`"
+        + "; widen nested_pve_vmid_range, or destroy leftovers with `pytest --nested-destroy-only`"
     ) from refused
 
 
-def _whose(host: PveHost, marker: Marker, settle: Deadline) -> str:
+def _owner(host: PveHost, marker: Marker, settle: Deadline) -> str:
     """ "ours", "another's", "nobody's", "unfinished", or "unknown" when the host cannot be asked.
 
-    A configuration that is only `lock: create` is waited for: it may become ours.
+    A configuration that is only `lock: create` is awaited: it may become ours.
     """
     seen = "unknown"
 
@@ -134,7 +134,7 @@ def _whose(host: PveHost, marker: Marker, settle: Deadline) -> str:
         return "ours" if same else "another's"
 
     try:
-        return wait_until(decided, deadline=settle, what=f"VM {marker.vmid} to be made")
+        return wait_until(decided, deadline=settle, what=f"the create of VM {marker.vmid}")
     except CommandTimeout:
         return seen
 
@@ -142,9 +142,9 @@ def _whose(host: PveHost, marker: Marker, settle: Deadline) -> str:
 def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
     """Ids of the range that are free, each once, at random. Raises PveError.
 
-    Free is an id without a guest, without a volume on a storage of the node, and in no pool.
+    A free id is one without a guest, without a volume on a storage of the node, and in no pool.
     """
-    taken = {guest.vmid for guest in list_guests(host.api)} | ids_in_pools(host)
+    used = {guest.vmid for guest in list_guests(host.api)} | ids_in_pools(host)
     path = f"/nodes/{host.node}/storage"
     for entry in entries(host.api.get(path), call=f"get {path}"):
         name = entry.get("storage")
@@ -152,32 +152,32 @@ def free_ids(host: PveHost, settings: Settings) -> Iterator[int]:
             raise UnreadableAnswer(f"expected the name of a storage, found {shown(name)}", call=f"get {path}")
         if "images" in str(entry.get("content", "")).split(",") and whole(entry.get("active", 1)) != 0:
             listed = host.api.get(f"{path}/{name}/content", content="images")
-            taken |= {whole(each.get("vmid")) or 0 for each in entries(listed, call=f"get {path}")}
+            used |= {whole(volume.get("vmid")) or 0 for volume in entries(listed, call=f"get {path}")}
     draw = random.SystemRandom()
     if sum(high - low + 1 for low, high in settings.vmid_ranges) <= _DRAWN:
-        free = sorted({vmid for low, high in settings.vmid_ranges for vmid in range(low, high + 1)} - taken)
+        free = sorted({vmid for low, high in settings.vmid_ranges for vmid in range(low, high + 1)} - used)
         draw.shuffle(free)
         yield from free
         return
-    # Any id at all: nearly every one drawn is free.
+    # A range too large to list: nearly every id drawn is free.
     for _ in range(_DRAWN):
         vmid = draw.randint(*draw.choice(settings.vmid_ranges))
-        if vmid not in taken:
-            taken.add(vmid)
+        if vmid not in used:
+            used.add(vmid)
             yield vmid
 
 
 def ids_in_pools(host: PveHost) -> set[int]:
-    """The ids that stand in pools, whether or not there is a guest: a VM of such an id would be another's.
+    """The ids that pools list, with or without a guest: a VM of such an id would belong to that pool.
 
-    The API shows members that exist; ids without a guest stand in the file only (recorded on PVE 9.2).
+    The API shows members that exist; ids without a guest are in the file only (recorded on PVE 9.2).
     """
     answer = host.run(["cat", "--", "/etc/pve/user.cfg"], timeout=20)
-    found: set[int] = set()
+    vmids: set[int] = set()
     for line in answer.stdout.splitlines() if answer.ok else ():
         kind, *fields = line.split(":")
         if kind == "pool" and len(fields) >= 3:
-            found |= {
+            vmids |= {
                 int(part) for part in re.split(r"[,;\s]+", fields[2]) if part.isascii() and part.isdigit()
             }
-    return found
+    return vmids

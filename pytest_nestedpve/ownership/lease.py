@@ -1,26 +1,19 @@
-"""The lease: the comment of a run's pool, which says how long the run may exist."""
+"""The lease: the comment of a run's pool, with the time until which the run may exist."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from pytest_nestedpve.pve.errors import (
-    PveError,
-)
-
-if TYPE_CHECKING:
-    pass
-
-from pytest_nestedpve.ownership.marker import _object
+from pytest_nestedpve.ownership.marker import parse_object
+from pytest_nestedpve.pve.errors import PveError
 
 STATES = ("live", "kept")
-_LATEST = 1 << 40  # epoch seconds no clock shows: what is beyond is not a time
+_LATEST = 1 << 40  # epoch seconds that no clock shows: larger numbers are no times
 
 
 class LeaseLost(PveError):
-    """The run's pool is gone, or its lease is another session's: nothing more may be made."""
+    """The run's pool is gone, or its lease is another session's: nothing more may be created."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +42,14 @@ class Lease:
         }
         return json.dumps(data, separators=(",", ":"))
 
-    def lapsed(self, now: float) -> bool:
-        """Whether it is over at `now`, a moment of the outer host's clock."""
+    def expired(self, now: float) -> bool:
+        """Whether it has expired at `now`, epoch seconds of the outer host's clock."""
         return now > min(self.expires, self.hard)
 
 
 def parse_lease(comment: object) -> Lease | None:
     """The lease in a pool's comment; None unless it is exactly one as we write it."""
-    data = _object(comment) if isinstance(comment, str) else None
+    data = parse_object(comment) if isinstance(comment, str) else None
     names = {"owner", "client", "session", "state", "created", "expires", "hard"}
     if data is None or set(data) != {"v", *names} or type(data["v"]) is not int or data["v"] != 1:
         return None

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import re
 import uuid as uuids
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_nestedpve.run.identity import RUN_ID
-
-if TYPE_CHECKING:
-    pass
-
 
 MARKER = "nestedpve:"
 TAG = "nestedpve"
@@ -23,7 +19,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\Z")
 
 @dataclass(frozen=True)
 class Marker:
-    """The line in a VM's description that says whose it is; written at create, never again."""
+    """The line in a VM's description that names its run; written at create, never changed."""
 
     run: str
     vmid: int
@@ -41,7 +37,7 @@ def parse_marker(description: object) -> Marker | None:
     lines = marker_lines(description)
     if len(lines) != 1:
         return None
-    data = _object(lines[0][len(MARKER) :])
+    data = parse_object(lines[0][len(MARKER) :])
     if data is None or set(data) != {"v", "run", "vmid", "uuid", "role"}:
         return None
     run, vmid, uuid, role = data["run"], data["vmid"], data["uuid"], data["role"]
@@ -64,17 +60,19 @@ def marker_lines(description: object) -> list[str]:
     return [line.strip() for line in description.split("\n") if line.strip().startswith(MARKER)]
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def parse_object(text: str) -> dict[str, Any] | None:
+    """A JSON object whose keys are distinct; None for any other text."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
             raise ValueError("a key twice")
         return dict(pairs)
 
     try:
-        found = json.loads(text, object_pairs_hook=unique)
+        data = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return data if isinstance(data, dict) else None
 
 
 def uuid_of(config: Mapping[str, Any]) -> str | None:
@@ -87,8 +85,6 @@ def uuid_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def new_uuid(taken: Iterable[str] = ()) -> str:
-    """A fresh SMBIOS uuid."""
-    while (found := str(uuids.uuid4())) in set(taken):
-        pass
-    return found
+def new_uuid() -> str:
+    """A new SMBIOS uuid."""
+    return str(uuids.uuid4())

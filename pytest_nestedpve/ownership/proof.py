@@ -10,23 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_nestedpve.ownership.marker import marker_lines, parse_marker, uuid_of
+from pytest_nestedpve.ownership.pool import pool_name, read_pool
 from pytest_nestedpve.pve.api import Api
 from pytest_nestedpve.pve.cluster import node_of
-from pytest_nestedpve.pve.errors import (
-    GuestNotFound,
-    PveError,
-    UnreadableAnswer,
-)
+from pytest_nestedpve.pve.errors import GuestNotFound, PveError, UnreadableAnswer
 from pytest_nestedpve.pve.qemu import cautious, path_of, protects
 from pytest_nestedpve.run.identity import RUN_ID, Run
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
 
-from pytest_nestedpve.ownership.marker import marker_lines, parse_marker, uuid_of
-from pytest_nestedpve.ownership.pool import pool_name, read_pool, run_of_pool
-
-_MOVES = 4  # nodes on which a VM is looked for, one after the other, while it is being moved
+_MOVES = 4  # nodes on which a VM is searched for, one after the other, while it is being moved
 
 
 class Located(Protocol):
@@ -95,14 +90,13 @@ class RunProver:
         return prove(self.api, self.settings, vm, self.run_id)
 
 
-def prove(api: Api, settings: Settings, guest: Located, run: Run | str, *, pool: str | None = None) -> Proof:
+def prove(api: Api, settings: Settings, guest: Located, run: Run | str) -> Proof:
     """Read configuration, status and pool of `guest` and judge. Never raises for a VM that is not ours.
 
     Raises PveError when the host cannot be asked: then nothing is proved either.
-    `pool`: the pool's full name where discovery found it (another `pool_parent`).
     """
     run_id = run if isinstance(run, str) else run.id
-    name = pool if pool is not None and run_of_pool(pool) == run_id else pool_name(settings, run_id)
+    name = pool_name(settings, run_id)
     return prove_where_it_is(
         api, guest, lambda node: _prove_at(api, settings, node, guest.vmid, run_id, name)
     )

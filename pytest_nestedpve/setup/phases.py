@@ -78,11 +78,11 @@ def preflight_without_image(env: Environment) -> Mapping[str, Any]:
 def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
     from pytest_nestedpve.setup import attached
     from pytest_nestedpve.setup import preflight as look
-    from pytest_nestedpve.teardown import lapsed_runs
+    from pytest_nestedpve.teardown import expired_runs
 
     found = attached.preflight(env) if env.attached else look.preflight(env, image=image)
     if found["version"] is not None:
-        lapsed_runs.sweep(env)
+        expired_runs.sweep(env)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The end of runs: destroying their VMs, removing their leftovers, proving that nothing remains.
+"""The end of runs: destroy their VMs, delete their leftovers, prove that nothing remains.
 
-Whether a VM belongs to a run is decided by `ownership`; nothing here decides it again.
+Start with `teardown.teardown`; VMs are destroyed by `teardown.destroy` alone, and only what a prover proves.
 """

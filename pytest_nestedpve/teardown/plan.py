@@ -1,4 +1,4 @@
-"""What earlier runs left on a host, whether it may go, and its end: the plan behind --nested-destroy-only."""
+"""The plan of --nested-destroy-only: leftovers of earlier runs, a verdict on each, and its execution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pytest_nestedpve.run.identity import client_hash, owner
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.teardown import templates, unmarked
 from pytest_nestedpve.teardown.destroy import Outcome, destroy
-from pytest_nestedpve.teardown.leftovers import clear_rest
+from pytest_nestedpve.teardown.leftovers import delete_leftovers
 from pytest_nestedpve.teardown.plan_row import Row
 
 if TYPE_CHECKING:
@@ -40,20 +40,20 @@ class _RunPool:
 
 
 def plan(host: PveHost, settings: Settings, *, extra: Iterable[int] = ()) -> list[Row]:
-    """What is on the host and what would become of it; touches nothing. Raises PveError.
+    """A row with a verdict for each leftover on the host; touches nothing. Raises PveError.
 
     `settings.run_id` limits it to one run, which may then be another owner's. `extra` are ids of a context
-    file: those without a marker fall under the rules for unmarked VMs, pattern and range waived.
+    file: a VM without a marker is judged by the rules of `unmarked`, with any name and id.
     """
     now = host_clock(host)
     rows: list[Row] = []
-    for each in _run_pools(host):
-        if settings.run_id in (None, each.run):
-            rows += _rows_of_run(host, settings, each, now)
+    for pool in _run_pools(host):
+        if settings.run_id in (None, pool.run):
+            rows += _rows_of_run(host, settings, pool, now)
     rows += templates.rows(host, settings)
     if settings.run_id is None:
         rows += unmarked.rows(host, settings, {row.vmid for row in rows}, frozenset(extra), now)
-    # What is only a lock may be any run's: it is told once, of the run whose task left it if that is known.
+    # A configuration that is only a lock may be any run's: one row, of the run whose task left it if known.
     bare = {row.vmid: row for row in sorted(rows, key=lambda row: row.verdict == "destroy") if row.bare}
     rows = [row for row in rows if not row.bare or bare[row.vmid] is row]
     return sorted(rows, key=lambda row: (row.vmid is None, row.vmid or 0, row.run or ""))
@@ -63,42 +63,41 @@ def execute(
     host: PveHost,
     settings: Settings,
     rows: Iterable[Row],
-    told: Callable[[Row, Outcome], None] | None = None,
+    on_outcome: Callable[[Row, Outcome], None] | None = None,
 ) -> dict[Row, Outcome]:
-    """Destroy the rows whose verdict that is, several at a time, each proved again; never fails for one.
-
-    `told` hears of each as soon as its end is known, in the thread that brought it about.
+    """Destroy the rows with the verdict "destroy", several at a time, each proved again; continues after
+    failures. `on_outcome` is called for each row as soon as its outcome is known, by the thread that did it.
     """
-    chosen = [row for row in rows if row.verdict == "destroy"]
+    to_destroy = [row for row in rows if row.verdict == "destroy"]
     by_run: dict[tuple[str, str], list[Row]] = {}
-    own = [row for row in chosen if templates.NAME.match(str(row.run))]
-    for row in chosen:
-        if row.run is not None and row.pool is not None and row not in own:
+    of_templates = [row for row in to_destroy if templates.NAME.match(str(row.run))]
+    for row in to_destroy:
+        if row.run is not None and row.pool is not None and row not in of_templates:
             by_run.setdefault((row.run, row.pool), []).append(row)
     width = WIDTH if len(by_run) <= 1 else 1
     jobs: list[Callable[[], dict[Row, Outcome]]] = [
-        partial(_end_run, host, _below(settings, pool), run_id, members, width)
+        partial(_destroy_run, host, _with_pool_parent(settings, pool), run_id, members, width)
         for (run_id, pool), members in by_run.items()
     ]
-    jobs += [partial(_end_template, host, settings, row) for row in own]
-    jobs += [partial(_end_unmarked, host, settings, row) for row in chosen if row.run is None]
+    jobs += [partial(_destroy_template, host, settings, row) for row in of_templates]
+    jobs += [partial(_destroy_unmarked, host, settings, row) for row in to_destroy if row.run is None]
     outcomes: dict[Row, Outcome] = {}
 
     def work(job: Callable[[], dict[Row, Outcome]]) -> None:
         for row, outcome in job().items():
             outcomes[row] = outcome
-            if told is not None:
-                told(row, outcome)
+            if on_outcome is not None:
+                on_outcome(row, outcome)
 
     in_parallel(work, jobs, WIDTH)
     return outcomes
 
 
-def _end_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
-    return {row: templates.destroy_template(host, _below(settings, str(row.pool)), row)}
+def _destroy_template(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
+    return {row: templates.destroy_template(host, _with_pool_parent(settings, str(row.pool)), row)}
 
 
-def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
+def _destroy_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outcome]:
     return {row: unmarked.destroy_unmarked(host, settings, row)}
 
 
@@ -106,22 +105,22 @@ def _end_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, Outc
 
 
 def _run_pools(host: PveHost) -> list[_RunPool]:
-    found = []
+    pools = []
     for entry in entries(host.api.get("/pools"), call="get /pools"):
         run = run_of_pool(entry.get("poolid"))
         if run is not None:
-            found.append(_RunPool(str(entry["poolid"]), run, parse_lease(entry.get("comment"))))
-    return found
+            pools.append(_RunPool(str(entry["poolid"]), run, parse_lease(entry.get("comment"))))
+    return pools
 
 
-def _below(settings: Settings, pool: str) -> Settings:
-    """The settings, for a run whose pool may have another parent than ours have."""
+def _with_pool_parent(settings: Settings, pool: str) -> Settings:
+    """The settings, for a run whose pool may have another parent than ours."""
     return replace(settings, pool_parent=pool.rpartition("/")[0] or None)
 
 
 def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) -> list[Row]:
     verdict, reason = _verdict(pool, now, named=settings.run_id == pool.run)
-    own = _below(settings, pool.pool)
+    own = _with_pool_parent(settings, pool.pool)
     lease = pool.lease
     blank = Row(
         vmid=None,
@@ -137,28 +136,27 @@ def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) ->
     )
     names = {guest.vmid: guest.name for guest in qemu.list_guests(host.api)}
     rows = []
-    for each in discover(host, own, pool.run):
+    for vm in discover(host, own, pool.run):
         row = replace(
             blank,
-            vmid=each.vmid,
-            node=each.node,
-            name=names.get(each.vmid) or f"VM {each.vmid}",
-            bare=each.bare,
+            vmid=vm.vmid,
+            node=vm.node,
+            name=names.get(vm.vmid) or f"VM {vm.vmid}",
+            bare=vm.bare,
         )
-        rows.append(_proved(host, own, row, each) if verdict == "destroy" else row)
+        rows.append(_proved(host, own, row, vm) if verdict == "destroy" else row)
     return rows or [blank]
 
 
 def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -> Row:
+    """The row, kept if the VM is not proved to be the run's."""
     if candidate.bare is not None:
         audit = settings.run_dir / str(row.run) / "audit.jsonl"
-        found = killed_tasks.find_leftover(host, candidate.node, candidate.vmid, task_ids(audit))
-        if found is not None:
-            return (
-                replace(row, reason=found.reason)
-                if found.ours
-                else row.kept(found.reason, owed=candidate.pooled)
-            )
+        leftover = killed_tasks.find_leftover(host, candidate.node, candidate.vmid, task_ids(audit))
+        if leftover is not None and leftover.ours:
+            return replace(row, reason=leftover.reason)
+        if leftover is not None:
+            return row.kept(leftover.reason, owed=candidate.pooled)
     try:
         proof = prove(host.api, settings, candidate, str(row.run))
     except NodeUnreachable as e:
@@ -167,7 +165,7 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
     if proof.config is not None and isinstance(proof.config.get("name"), str):
         row = replace(row, name=proof.config["name"])
     if not proof.ok and not proof.gone:
-        # Whoever's it is: with it the run's pool stays, and a session's own teardown calls that left.
+        # It keeps the run's pool from being removed, which a session's own teardown reports as left.
         return row.kept(f"not proved to be the run's: {proof.reason}", owed=candidate.pooled)
     if proof.status not in ("", "stopped") and not settings.force_stop:
         return row.kept("it runs, and force_stop is off")
@@ -175,24 +173,24 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
 
 
 def _verdict(pool: _RunPool, now: int, *, named: bool) -> tuple[str, str]:
-    """Whether a run may go, by its lease and by the lock of a session on this client."""
+    """Whether to destroy a run, by its lease and by the lock of a session on this client; and why."""
     lease, alive = pool.lease, SessionLock.alive(pool.run)
     if alive:
         return "keep", "a session on this machine is working on it"
     if lease is None:
         if named:
-            return "destroy", "it was named, and its pool says nothing of an owner"
+            return "destroy", "it was named, and its pool names no owner"
         return "keep", "its pool's comment is no lease; --nested-run names it"
-    if lease.lapsed(now):
-        return "destroy", f"its lease lapsed {_ago(now - min(lease.expires, lease.hard))} ago"
+    if lease.expired(now):
+        return "destroy", f"its lease expired {_ago(now - min(lease.expires, lease.hard))} ago"
     mine = lease.client == client_hash() and lease.owner == owner()
     if mine and lease.state == "kept":
         return "destroy", "kept by you"
     if mine and alive is False:
-        return "destroy", "its session on this machine is dead"
+        return "destroy", "its session on this machine has exited"
     if named:
         return "destroy", f"it was named; its owner is {lease.owner}"
-    whose = "yours, but perhaps alive elsewhere" if mine else f"{lease.owner}'s"
+    whose = "yours, perhaps with a session on another machine" if mine else f"{lease.owner}'s"
     left = _ago(min(lease.expires, lease.hard) - now)
     return "keep", f"{lease.state} run, {whose}; its lease lasts {left} more; --nested-run names it"
 
@@ -204,34 +202,35 @@ def _ago(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def _end_run(
+def _destroy_run(
     host: PveHost, settings: Settings, run_id: str, rows: list[Row], width: int
 ) -> dict[Row, Outcome]:
-    found: dict[Row, Outcome] = {}
+    outcomes: dict[Row, Outcome] = {}
     host = host.within(lambda: pool_name(settings, run_id))
     try:
         audit = settings.run_dir / run_id / "audit.jsonl"
-        machines = {row.vmid: row for row in rows if row.vmid is not None}
+        rows_by_vmid = {row.vmid: row for row in rows if row.vmid is not None}
         candidates = [
             Candidate(row.vmid, row.node, row.reason, row.bare) for row in rows if row.vmid is not None
         ]
         prover = RunProver(host.api, settings, run_id, task_ids(audit))
         force_stop = settings.force_stop
         for outcome in destroy(host, prover, candidates, force_stop=force_stop, width=width):
-            found[machines[outcome.vmid]] = outcome
-        rest = clear_rest(host, settings, run_id)
-        again = {each.vmid for each in discover(host, settings, run_id)}
+            outcomes[rows_by_vmid[outcome.vmid]] = outcome
+        leftovers = "; ".join(delete_leftovers(host, settings, run_id))
+        remaining = {vm.vmid for vm in discover(host, settings, run_id)}
         for row in rows:
             if row.vmid is None:
-                found[row] = Outcome(0, row.node, "left" if rest else "gone", "; ".join(rest))
-            elif row.vmid in again and found[row].result == "gone":
-                found[row] = Outcome(row.vmid, row.node, "left", "found again afterwards")
-            elif rest and found[row].result == "gone":
-                found[row] = replace(found[row], result="left", reason="gone, but: " + "; ".join(rest))
+                outcomes[row] = Outcome(0, row.node, "left" if leftovers else "gone", leftovers)
+            elif row.vmid in remaining and outcomes[row].result == "gone":
+                outcomes[row] = Outcome(row.vmid, row.node, "left", "found again afterwards")
+            elif leftovers and outcomes[row].result == "gone":
+                reason = f"destroyed, but: {leftovers}"
+                outcomes[row] = replace(outcomes[row], result="left", reason=reason)
     except Exception as e:
         for row in rows:
-            found.setdefault(row, Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}"))
-    if all(each.result == "gone" for each in found.values()):
+            outcomes.setdefault(row, Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}"))
+    if all(outcome.result == "gone" for outcome in outcomes.values()):
         kept_runs.forget(run_id)
         old_runs.note_over(settings.run_dir / run_id, host.name)
-    return found
+    return outcomes

@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One VM that may be somebody's left-over, or the pool of a run without VMs (`vmid` is None).
+    """A VM that may be a leftover, or the pool of a run without VMs (`vmid` is None).
 
-    `verdict` is "destroy" or "keep", with the `reason`. `ask`: it carries no marker, so somebody has to
-    confirm. `owed`: it should be gone, but stays. Times: epoch seconds of the host's clock.
+    `verdict` is "destroy" or "keep", with the `reason`. `ask`: it has no marker, so its destruction needs a
+    confirmation. `owed`: it should be destroyed, but is kept. Times: epoch seconds of the host's clock.
     """
 
     vmid: int | None
@@ -35,5 +35,5 @@ class Row:
         return {**{key: getattr(self, key) for key in keys}, "outcome": outcome}
 
     def kept(self, reason: str, *, owed: bool = True) -> Row:
-        """The same, but it stays."""
+        """The row with the verdict "keep"."""
         return replace(self, verdict="keep", reason=reason, owed=owed)

@@ -1,4 +1,7 @@
-"""The end of a run: from discovery, inner guests first, and a second discovery that must come back empty."""
+"""The end of a run: discover, destroy inner guests, destroy, delete leftovers, discover again, report.
+
+The functions are in this order. What belongs to the run is discovered on the host each time, not remembered.
+"""
 
 from __future__ import annotations
 
@@ -15,75 +18,66 @@ from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import CommandTimeout, NoPve
 from pytest_nestedpve.run.audit_log import task_ids
 from pytest_nestedpve.teardown.destroy import Outcome, destroy
+from pytest_nestedpve.teardown.leftovers import delete_leftovers
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.environment.phases import Listener
-    from pytest_nestedpve.pve.host import PveHost
 
-from pytest_nestedpve.teardown.leftovers import clear_rest
-
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 ROUNDS = 3
 CUT_OFF = 6.0
-"""Seconds after which a call that was cut off has shown what it makes (`pvesh` takes 1 to 2 to begin)."""
+"""Seconds after which a create whose call was cut off is visible (`pvesh` takes 1 to 2 to begin)."""
 INNER_BUDGET = 60.0
-"""Seconds for a guest inside the nested PVE, which goes with that one's disk anyway."""
+"""Seconds for a guest inside the nested PVE, which is deleted with that PVE's disk anyway."""
 
 
 @dataclass(frozen=True)
 class TeardownReport:
-    """`left`: lines about what is ours and still there; `kept`: about what was not ours and is untouched."""
+    """Lines about VMs that were `destroyed`; about what is ours and `left` over; about foreign VMs that were
+    `kept`, untouched."""
 
     destroyed: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
 
 
-def teardown(env: Environment, shown: Listener | None = None) -> TeardownReport:
-    """Remove everything of the run from the outer host. Raises PveError when the host cannot be asked: what
-    could not be undone then is in the error's notes.
+def teardown(env: Environment, listener: Listener | None = None) -> TeardownReport:
+    """Remove everything of the run from the outer host.
 
-    `shown` is told what this is at, as it is of the set-up; its `progress` also from other threads.
+    Raises PveError when the host cannot be asked; the notes of the error then name additions of phases that
+    could not be undone. `listener` gets the phases, and progress also from other threads.
     """
-    audit, host = env.audit, env.outer
     try:
-        with _phase(env, shown, "discover", "what may be the run's is looked for") as say:
-            candidates = _candidates(env, say)
-        with _phase(env, shown, "cleanup_inner", "guests inside the nested PVE go first") as say:
-            _inner_first(env, candidates or [], say)
-        title = "proved, stopped, proved, destroyed; then looked for again"
-        with _phase(env, shown, "destroy", title) as say:
-            report = TeardownReport() if candidates is None else clear(env, host, candidates, say)
+        with _phase(env, listener, "discover", "searching for VMs that may be the run's") as progress:
+            candidates = _discover(env, progress)
+        with _phase(env, listener, "cleanup_inner", "destroying guests inside the nested PVE") as progress:
+            _destroy_inner_guests(env, candidates or [], progress)
+        title = "proving, stopping, proving and destroying; then searching again"
+        with _phase(env, listener, "destroy", title) as progress:
+            report = TeardownReport() if candidates is None else destroy_run(env, candidates, progress)
             report = replace(report, left=(*report.left, *_undo(env)))
     except BaseException as e:
-        # What a phase noted is often but files, which go without the API too.
+        # Additions of phases are often only files, which can be removed without the API too.
         for line in _undo(env):
-            audit.write("leak", status="left", cause=line, host=host.name)
+            env.audit.write("leak", status="left", cause=line, host=env.outer.name)
             e.add_note(line)
         raise
     for line in report.left:
-        audit.write("leak", status="left", cause=line, host=host.name)
-    audit.write("teardown", phase="destroy", status="left" if report.left else "clean", host=host.name)
+        env.audit.write("leak", status="left", cause=line, host=env.outer.name)
+    status = "left" if report.left else "clean"
+    env.audit.write("teardown", phase="destroy", status=status, host=env.outer.name)
     return report
 
 
-def _undo(env: Environment) -> list[str]:
-    """What phases added to a PVE that stays; lines about what could not be taken away."""
-    lines: list[str] = []
-    while env.undo:
-        try:
-            lines += env.undo.pop()()
-        except Exception as e:
-            lines.append(f"what a phase added to {env.outer.name}: {type(e).__name__}: {e}")
-    return lines
+# -- discover ------------------------------------------------------------------------------------
 
 
-def _candidates(env: Environment, say: Say) -> list[Candidate] | None:
-    """The candidates; None where nothing can be: PVE was to be made of a plain Debian, and never was."""
+def _discover(env: Environment, progress: Progress) -> list[Candidate] | None:
+    """The candidates; None where no VM can exist: PVE was to be installed on a Debian, and never was."""
     try:
-        return _look(env, env.outer, say)
+        return _candidates(env, progress)
     except NoPve:
         awaited = env.facts.get("preflight", {}).get("awaited", {})
         if env.attached and "PVE" in awaited and not env.has_lease:
@@ -91,31 +85,37 @@ def _candidates(env: Environment, say: Say) -> list[Candidate] | None:
         raise
 
 
-def _look(env: Environment, host: PveHost, say: Say) -> list[Candidate]:
-    """The candidates. A call that makes something and was cut off may still be at work on the host (a command
-    outlives its connection): what it makes is waited for a little."""
-    say("looking for what may be the run's")
-    extra = _context_ids(env)
-    found = discover(host, env.settings, env.run.id, extra)
+def _candidates(env: Environment, progress: Progress) -> list[Candidate]:
+    """The candidates. A create whose call was cut off may still work on the host (a command outlives its
+    connection): its VM is awaited for up to `CUT_OFF` seconds."""
+    progress("searching for VMs that may be the run's")
+    context_ids = _context_ids(env)
+    candidates = discover(env.outer, env.settings, env.run.id, context_ids)
     cut_off = env.audit.cut_off
     if cut_off is not None:
-        before = {each.vmid for each in found}
-        say("waiting for what a call that was cut off makes")
-        rest = Deadline(max(0.0, CUT_OFF - (time.monotonic() - cut_off)))
+        known = {candidate.vmid for candidate in candidates}
+
+        def with_a_new_one() -> list[Candidate] | None:
+            current = discover(env.outer, env.settings, env.run.id, context_ids)
+            return current if {candidate.vmid for candidate in current} - known else None
+
+        progress("waiting for the VM of a create that was cut off")
         with contextlib.suppress(CommandTimeout):
-            found = wait_until(
-                lambda: _more_than(before, discover(host, env.settings, env.run.id, extra)),
-                deadline=rest,
-                what="what a call that was cut off makes",
+            candidates = wait_until(
+                with_a_new_one,
+                deadline=Deadline(max(0.0, CUT_OFF - (time.monotonic() - cut_off))),
+                what="the VM of a create that was cut off",
                 interval=(0.5, 1.0),
             )
-    for each in found:
-        env.audit.write("teardown", phase="discover", status="found", vmid=each.vmid, cause=each.why)
-    return found
+    for candidate in candidates:
+        env.audit.write(
+            "teardown", phase="discover", status="found", vmid=candidate.vmid, cause=candidate.why
+        )
+    return candidates
 
 
 def _context_ids(env: Environment) -> frozenset[int]:
-    """The ids that the context file names: further candidates, which pass the same proof."""
+    """Ids in the context file: further candidates, which need the same proof."""
     if env.settings.context_file is None:
         return frozenset()
     from pytest_nestedpve.config import legacy_context
@@ -127,48 +127,63 @@ def _context_ids(env: Environment) -> frozenset[int]:
         return frozenset()
 
 
-def _more_than(before: set[int], found: list[Candidate]) -> list[Candidate] | None:
-    return found if {each.vmid for each in found} - before else None
+# -- guests inside the nested PVE ----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _phase(env: Environment, shown: Listener | None, name: str, title: str) -> Iterator[Say]:
-    """A phase in the audit log and for who watches; yields what says how far it is."""
-    phase = Phase(name, title, lambda _env: None)
-
-    def say(text: str) -> None:
-        # Nothing of a teardown may fail because it cannot be shown.
-        with contextlib.suppress(Exception):
-            if shown is not None:
-                shown.progress(text)
-
-    env.audit.write("phase_start", phase=name, title=title)
-    with contextlib.suppress(Exception):
-        if shown is not None:
-            shown.phase_started(phase)
-    started, status = time.monotonic(), "failed"
+def _destroy_inner_guests(env: Environment, candidates: list[Candidate], progress: Progress) -> None:
+    """Destroy guests inside the nested PVE, best effort: they are deleted with its disk anyway. Only through
+    a VM that was just proved to be ours."""
+    if env.attached or ("leaf_provision" not in env.facts and "download_image" not in env.facts):
+        return
+    vmid = env.facts.get("provision", {}).get("vmid")
     try:
-        yield say
-        status = "done"
-    finally:
-        took = time.monotonic() - started
-        env.audit.write("phase_end", phase=name, status=status, ms=round(took * 1000, 1))
-        with contextlib.suppress(Exception):
-            if shown is not None:
-                shown.phase_finished(phase, status, took, {}, None)
+        nested = [candidate for candidate in candidates if candidate.vmid == vmid]
+        if not nested or not prove(env.outer.api, env.settings, nested[0], env.run).ok:
+            return
+        inner, settings = env.inner, replace(env.settings, pool_parent=None)
+        guests = discover(inner, settings, env.run.id)
+        progress(f"{destroying(len(guests))} inside the nested PVE")
+        prover = RunProver(inner.api, settings, env.run.id, task_ids(env.run.directory.audit))
+        force_stop = settings.force_stop
+        outcomes = destroy(inner, prover, guests, force_stop=force_stop, budget=INNER_BUDGET)
+        status = "left" if any(outcome.result == "left" for outcome in outcomes) else "clean"
+        env.audit.write("teardown", phase="cleanup_inner", status=status, host=inner.name)
+    except Exception as e:
+        env.audit.write("teardown", phase="cleanup_inner", status="skipped", cause=f"{type(e).__name__}: {e}")
 
 
-def destroying(total: int, gone: int = 0) -> str:
-    """`destroying 3 VMs, 1 gone`."""
-    return f"destroying {total} VM{'s' * (total != 1)}" + (f", {gone} gone" if gone else "")
+# -- destroy, delete leftovers, discover again ---------------------------------------------------
 
 
-def clear(env: Environment, host: PveHost, candidates: list[Candidate], say: Say) -> TeardownReport:
-    """Destroy, volumes and snippets and pool, then look a second time."""
-    settings, run = env.settings, env.run
+def destroy_run(env: Environment, candidates: list[Candidate], progress: Progress) -> TeardownReport:
+    """Destroy the candidates that are proved, delete the run's leftovers, and search a second time."""
+    outcomes, remaining = _destroy_vms(env, candidates, progress)
+    lines = [_line(outcome) for outcome in outcomes.values() if outcome.result == "left"]
+    lines += [f"VM {vm.vmid} on {vm.node}: found again, {vm.why}" for vm in remaining]
+    lines += delete_leftovers(env.outer, env.settings, env.run.id)
+    reported = {vmid for vmid, outcome in outcomes.items() if outcome.result != "gone"}
+    reported |= {vm.vmid for vm in remaining}
+    for vm in discover(env.outer, env.settings, env.run.id):
+        if vm.vmid not in reported:
+            lines.append(f"VM {vm.vmid} on {vm.node}: found again after the teardown, {vm.why}")
+    return TeardownReport(
+        tuple(f"VM {outcome.vmid}" for outcome in outcomes.values() if outcome.result == "gone"),
+        tuple(lines),
+        tuple(_line(outcome) for outcome in outcomes.values() if outcome.result == "foreign"),
+    )
+
+
+def _destroy_vms(
+    env: Environment, candidates: list[Candidate], progress: Progress
+) -> tuple[dict[int, Outcome], list[Candidate]]:
+    """Destroy until discovery finds no further VM, at most `ROUNDS` times: outcomes by id, remaining VMs.
+
+    A round can find a VM more: that of a create whose call was cut off.
+    """
+    host, settings, run = env.outer, env.settings, env.run
     gone: set[int] = set()
 
-    def told(outcome: Outcome) -> None:
+    def on_outcome(outcome: Outcome) -> None:
         env.audit.write(
             "teardown",
             phase="destroy",
@@ -178,59 +193,68 @@ def clear(env: Environment, host: PveHost, candidates: list[Candidate], say: Say
             cause=outcome.reason or None,
         )
         (gone.add if outcome.result == "gone" else gone.discard)(outcome.vmid)
-        say(destroying(len(candidates), len(gone)))
+        progress(destroying(len(candidates), len(gone)))
 
-    ours = task_ids(run.directory.audit)
+    prover = RunProver(host.api, settings, run.id, task_ids(run.directory.audit))
     outcomes: dict[int, Outcome] = {}
     for _ in range(ROUNDS):
-        # A round more for what came to be meanwhile: the end of a create that nobody waited for.
         if candidates:
             gone.clear()
-            say(destroying(len(candidates)))
-        prover = RunProver(host.api, settings, run.id, ours)
-        for outcome in destroy(host, prover, candidates, force_stop=settings.force_stop, on_outcome=told):
-            outcomes[outcome.vmid] = outcome
-        say("looking again")
-        settled = {vmid for vmid, each in outcomes.items() if each.result != "gone"}
-        candidates = [each for each in discover(host, settings, run.id) if each.vmid not in settled]
+            progress(destroying(len(candidates)))
+        force_stop = settings.force_stop
+        results = destroy(host, prover, candidates, force_stop=force_stop, on_outcome=on_outcome)
+        outcomes.update({outcome.vmid: outcome for outcome in results})
+        progress("searching for VMs again")
+        settled = {vmid for vmid, outcome in outcomes.items() if outcome.result != "gone"}
+        candidates = [vm for vm in discover(host, settings, run.id) if vm.vmid not in settled]
         if not candidates:
             break
-    left = [_line(each) for each in outcomes.values() if each.result == "left"]
-    left += [f"VM {each.vmid} on {each.node}: found again, {each.why}" for each in candidates]
-    left += clear_rest(host, settings, run.id)
-    seen = set(outcomes) - {vmid for vmid, each in outcomes.items() if each.result == "gone"}
-    seen |= {each.vmid for each in candidates}
-    for each in discover(host, settings, run.id):
-        if each.vmid not in seen:
-            left.append(f"VM {each.vmid} on {each.node}: found again after the teardown, {each.why}")
-    return TeardownReport(
-        tuple(f"VM {each.vmid}" for each in outcomes.values() if each.result == "gone"),
-        tuple(left),
-        tuple(_line(each) for each in outcomes.values() if each.result == "foreign"),
-    )
+    return outcomes, candidates
+
+
+def _undo(env: Environment) -> list[str]:
+    """Remove additions of phases to a PVE that is kept; lines about those that could not be removed."""
+    lines: list[str] = []
+    while env.undo:
+        try:
+            lines += env.undo.pop()()
+        except Exception as e:
+            lines.append(f"an addition of a phase to {env.outer.name}: {type(e).__name__}: {e}")
+    return lines
+
+
+# -- report --------------------------------------------------------------------------------------
+
+
+def destroying(total: int, gone: int = 0) -> str:
+    """`destroying 3 VMs, 1 gone`."""
+    return f"destroying {total} VM{'s' * (total != 1)}" + (f", {gone} gone" if gone else "")
 
 
 def _line(outcome: Outcome) -> str:
     return f"VM {outcome.vmid} on {outcome.node}: {outcome.reason}"
 
 
-def _inner_first(env: Environment, candidates: list[Candidate], say: Say) -> None:
-    """Guests inside the nested PVE, best effort: they go with its disk anyway. Only through a VM that was
-    just proved to be ours."""
-    if env.attached or ("leaf_provision" not in env.facts and "download_image" not in env.facts):
-        return
-    vmid = env.facts.get("provision", {}).get("vmid")
+@contextlib.contextmanager
+def _phase(env: Environment, listener: Listener | None, name: str, title: str) -> Iterator[Progress]:
+    """A phase in the audit log and for the listener; yields the function that reports progress.
+
+    An error of the listener never fails the teardown.
+    """
+    phase = Phase(name, title, lambda _env: None)
+
+    def notify(call: Callable[[Listener], None]) -> None:
+        with contextlib.suppress(Exception):
+            if listener is not None:
+                call(listener)
+
+    env.audit.write("phase_start", phase=name, title=title)
+    notify(lambda to: to.phase_started(phase))
+    started, status = time.monotonic(), "failed"
     try:
-        outer = [each for each in candidates if each.vmid == vmid]
-        if not outer or not prove(env.outer.api, env.settings, outer[0], env.run).ok:
-            return
-        inner, settings = env.inner, replace(env.settings, pool_parent=None)
-        inside = discover(inner, settings, env.run.id)
-        say(f"{destroying(len(inside))} inside the nested PVE")
-        ours = task_ids(env.run.directory.audit)
-        prover = RunProver(inner.api, settings, env.run.id, ours)
-        outcomes = destroy(inner, prover, inside, force_stop=settings.force_stop, budget=INNER_BUDGET)
-        status = "left" if any(each.result == "left" for each in outcomes) else "clean"
-        env.audit.write("teardown", phase="cleanup_inner", status=status, host=inner.name)
-    except Exception as e:
-        env.audit.write("teardown", phase="cleanup_inner", status="skipped", cause=f"{type(e).__name__}: {e}")
+        yield lambda text: notify(lambda to: to.progress(text))
+        status = "done"
+    finally:
+        seconds = time.monotonic() - started
+        env.audit.write("phase_end", phase=name, status=status, ms=round(seconds * 1000, 1))
+        notify(lambda to: to.phase_finished(phase, status, seconds, {}, None))

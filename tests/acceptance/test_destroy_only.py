@@ -93,7 +93,7 @@ def test_a_dry_run_prints_the_same_plan_and_touches_nothing(killed: Project) -> 
     (row,) = rows(killed, result)
     assert (row["verdict"], row["outcome"]) == ("destroy", "planned")
     assert str(row["vmid"]) in result.output
-    assert "its session on this machine is dead" in result.output
+    assert "its session on this machine has exited" in result.output
 
     def vms(text: str) -> Any:
         return json.loads(text)["vms"], json.loads(text)["pools"]

@@ -73,7 +73,7 @@ def probe_provision(environment):
     return dict(facts) if ours else None
 
 def lookup(environment):
-    from pytest_nestedpve.teardown import lapsed_runs as expired
+    from pytest_nestedpve.teardown import expired_runs as expired
     from pytest_nestedpve.pve.errors import PveError
     if (HERE / "full").exists():
         raise PveError("expected 8 GiB on the storage, found 1")
@@ -428,7 +428,7 @@ def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project
     assert result.ret == 0, result.output
     assert f"the kept run {run} is not resumed: it has expired" in result.output
     assert f"of run {run}" in result.output
-    assert "destroyed, its lease lapsed" in result.output
+    assert "destroyed, its lease expired" in result.output
     assert project.left() == []
 
 

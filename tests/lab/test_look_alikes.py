@@ -258,7 +258,7 @@ def test_a_teardown_after_the_lease_was_lost_clears_what_is_ours(
     project.open_gate()
     assert project.end(process) == 1, project.output()
     said = project.output()
-    assert "nothing more is made" in said
+    assert "nothing more is created" in said
     assert "1 passed, " in said
     assert "1 error" in said
     assert "left something behind" not in said

@@ -301,7 +301,7 @@ def test_the_hosts_clock_decides_not_the_clients(
         model.state["offset"] += 4000
     row = row_of(host, settings, vmid)
     assert row is not None
-    assert "lapsed" in row.reason
+    assert "expired" in row.reason
 
 
 def test_a_session_that_holds_its_lock_is_never_touched_not_even_lapsed_and_named(

@@ -53,7 +53,7 @@ def test_a_renewal_waits_for_a_lock(host: MemoryHost, keeper: LeaseKeeper) -> No
 def test_a_lease_that_is_gone_is_known(keeper: LeaseKeeper) -> None:
     keeper.start()  # there is no pool
     wait_until(lambda: keeper.lost, deadline=Deadline(10), what="the loss to be noticed")
-    with pytest.raises(LeaseLost, match="nothing more is made"):
+    with pytest.raises(LeaseLost, match="nothing more is created"):
         keeper.check()
 
 

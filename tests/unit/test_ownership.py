@@ -165,9 +165,9 @@ def test_a_lease_without_a_part_is_none(drop: str) -> None:
 
 
 def test_a_lease_lapses_at_its_end_or_at_the_hard_limit() -> None:
-    assert not LEASE.lapsed(LEASE.expires)
-    assert LEASE.lapsed(LEASE.expires + 1)
-    assert dataclasses.replace(LEASE, expires=LEASE.hard + 99).lapsed(LEASE.hard + 1)
+    assert not LEASE.expired(LEASE.expires)
+    assert LEASE.expired(LEASE.expires + 1)
+    assert dataclasses.replace(LEASE, expires=LEASE.hard + 99).expired(LEASE.hard + 1)
 
 
 @given(st.text(alphabet=string.ascii_lowercase + string.digits + "-/._", max_size=40))
@@ -212,7 +212,7 @@ def test_a_pool_of_that_name_that_is_not_ours_is_left_alone(run: Run, memory: Me
 
 def test_a_parent_pool_that_does_not_exist_is_named(run: Run, memory: MemoryHost) -> None:
     settings = dataclasses.replace(SETTINGS, pool_parent="teams")
-    with pytest.raises(NotFound, match="pool_parent names the pool 'teams': make it"):
+    with pytest.raises(NotFound, match="pool_parent names the pool 'teams': create it"):
         create_pool(memory.connect().api, run, settings, 1_800_000_000)
 
 
@@ -227,7 +227,7 @@ def test_a_lease_never_outlives_its_hard_limit(run: Run, memory: MemoryHost) -> 
 def test_a_lease_that_another_session_took_is_lost(run: Run, memory: MemoryHost) -> None:
     api = memory.connect().api
     create_pool(api, run, SETTINGS, 1_800_000_000)
-    with pytest.raises(LeaseLost, match="nothing more is made"):
+    with pytest.raises(LeaseLost, match="nothing more is created"):
         renew(api, dataclasses.replace(run, session="another"), SETTINGS, 1_800_000_100)
 
 

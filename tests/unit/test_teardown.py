@@ -15,6 +15,7 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.create import NoFreeId, create_marked
 from pytest_nestedpve.ownership.discover import discover
 from pytest_nestedpve.ownership.marker import Marker, new_uuid
@@ -316,6 +317,26 @@ def test_a_create_that_was_cut_off_and_ends_during_the_teardown_is_found(
     assert (report.destroyed, report.left) == ((f"VM {LOW}",), ())
 
 
+def test_a_create_that_ends_between_two_looks_at_its_configuration_is_proved_again(
+    env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_leftover = killed_tasks.find_leftover
+
+    def ended_by_now(*given: Any) -> Any:
+        with memory.open() as model:
+            for task in model.state["tasks"]:
+                task["due"] = min(task["due"], model.now)
+            model.settle()
+        return find_leftover(*given)
+
+    with memory.open() as model:
+        model.state["delays"]["qmcreate"] = 600.0
+    made_late(memory, env, new_uuid())
+    monkeypatch.setattr(killed_tasks, "find_leftover", ended_by_now)
+    report = teardown(env)
+    assert (report.destroyed, report.left, report.kept) == ((f"VM {LOW}",), (), ())
+
+
 def test_what_a_call_that_was_cut_off_makes_later_is_waited_for(
     env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,9 +429,8 @@ def test_a_teardown_says_what_it_is_at(env: Environment, memory: MemoryHost) -> 
         "discover:", "discover done", "cleanup_inner:", "cleanup_inner done", "destroy:", "destroy done",
     ]  # fmt: skip
     said = shown.seen[shown.seen.index("destroy:") :]
-    assert (
-        said.index("destroying 2 VMs") < said.index("destroying 2 VMs, 1 gone") < said.index("looking again")
-    )
+    in_order = ("destroying 2 VMs", "destroying 2 VMs, 1 gone", "searching for VMs again")
+    assert said.index(in_order[0]) < said.index(in_order[1]) < said.index(in_order[2])
 
 
 def test_a_watcher_that_fails_does_not_hold_a_teardown_up(env: Environment, memory: MemoryHost) -> None:

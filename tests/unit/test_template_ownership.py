@@ -22,7 +22,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.setup import make_template as making
-from pytest_nestedpve.teardown import lapsed_runs, templates
+from pytest_nestedpve.teardown import expired_runs, templates
 from pytest_nestedpve.teardown.plan import execute, plan
 from pytest_nestedpve.teardown.plan_row import Row
 from pytest_nestedpve.teardown.teardown import teardown
@@ -103,7 +103,7 @@ def test_a_template_is_not_swept_however_old_it_is(
     with environments(memory, tmp_path / "another") as make:
         later = make()
         create_pool(later.outer.api, later.run, later.settings, host_clock(later.outer))
-        lapsed_runs.sweep(later)
+        expired_runs.sweep(later)
         assert teardown(later).left == ()
     assert vmids(memory) == [deed.vmid]
 

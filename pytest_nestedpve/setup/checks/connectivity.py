@@ -97,7 +97,7 @@ def leftovers(seen: Seen) -> Iterator[Finding]:
     for entry in entries(seen.host.api.get("/pools")):
         run, lease = run_of_pool(entry.get("poolid")), parse_lease(entry.get("comment"))
         if run and lease:
-            (lapsed if lease.lapsed(now) else live).append(f"{run} ({lease.owner}'s, {lease.state})")
+            (lapsed if lease.expired(now) else live).append(f"{run} ({lease.owner}'s, {lease.state})")
     if not lapsed:
         yield fine("runs", ", ".join(live) if live else "none there")
         return

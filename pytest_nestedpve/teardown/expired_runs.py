@@ -1,4 +1,4 @@
-"""Runs whose lease has lapsed go when the next session begins on their host, whoever made them."""
+"""Runs with an expired lease are destroyed when the next session begins on their host, whoever owns them."""
 
 from __future__ import annotations
 
@@ -18,38 +18,36 @@ if TYPE_CHECKING:
 
 
 def sweep(env: Environment) -> None:
-    """Destroy what lapsed runs left, by the same proof as ever; say what went and what stays."""
+    """Destroy the VMs and pools of expired runs, by the usual proof; remark on each, destroyed or kept."""
     host, settings = env.outer, env.settings
     try:
-        rows = [
-            row for run in _lapsed(env) for row in plan.plan(host, replace(settings, run_id=run))
-        ]  # fmt: skip
+        rows = [row for run in _expired(env) for row in plan.plan(host, replace(settings, run_id=run))]
         if not rows:
             return
-        env.progress("destroying what runs left whose lease has lapsed")
+        env.progress("destroying runs whose lease has expired")
         outcomes = plan.execute(host, settings, rows)
     except PveError as e:
-        env.remark(f"what lapsed runs left on {host.name} could not be looked at: {e}")
+        env.remark(f"leftovers of expired runs on {host.name} could not be examined: {e}")
         return
     for row in rows:
         outcome = outcomes.get(row)
         env.remark(_line(row, outcome.result if outcome else "", outcome.reason if outcome else ""))
 
 
-def _lapsed(env: Environment) -> list[str]:
-    """The runs whose lease has lapsed, and whose session is not known to live."""
+def _expired(env: Environment) -> list[str]:
+    """The runs whose lease has expired, and whose session is not known to live."""
     now = host_clock(env.outer)
-    found = []
+    runs = []
     for entry in entries(env.outer.api.get("/pools"), call="get /pools"):
         run, lease = run_of_pool(entry.get("poolid")), parse_lease(entry.get("comment"))
-        if run and run != env.run.id and lease and lease.lapsed(now) and not SessionLock.alive(run):
-            found.append(run)
-    return found
+        if run and run != env.run.id and lease and lease.expired(now) and not SessionLock.alive(run):
+            runs.append(run)
+    return runs
 
 
 def _line(row: Row, result: str, reason: str) -> str:
-    what = row.name if row.vmid is None else f"VM {row.vmid} ({row.name})"
-    whose = f"{what} of run {row.run}, {row.owner}'s"
+    name = row.name if row.vmid is None else f"VM {row.vmid} ({row.name})"
+    subject = f"{name} of run {row.run}, owner {row.owner}"
     if result == "gone":
-        return f"{whose}: destroyed, {row.reason}"
-    return f"{whose}: stays, {reason or row.reason}"
+        return f"{subject}: destroyed, {row.reason}"
+    return f"{subject}: kept, {reason or row.reason}"
