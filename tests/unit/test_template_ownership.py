@@ -18,11 +18,13 @@ from pytest_nestedpve.ownership.create import Created, create_marked
 from pytest_nestedpve.ownership.marker import Marker, new_uuid
 from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
 from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.deadline import set_scale
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.setup import make_template as making
 from pytest_nestedpve.teardown import expired_runs, templates
+from pytest_nestedpve.teardown.destroy import BUDGET
 from pytest_nestedpve.teardown.plan import execute, plan
 from pytest_nestedpve.teardown.plan_row import Row
 from pytest_nestedpve.teardown.teardown import teardown
@@ -181,6 +183,46 @@ def test_another_vm_of_the_templates_id_stays(env: Environment, memory: MemoryHo
     outcome = templates.destroy_template(env.outer, env.settings, row)
     assert outcome.result == "foreign"
     assert vmids(memory) == [deed.vmid]
+
+
+def test_the_lock_of_a_template_is_never_removed(env: Environment, memory: MemoryHost) -> None:
+    deed = template(env)
+    with memory.open() as model:
+        model.state["vms"][str(deed.vmid)]["config"]["lock"] = "backup"
+    before = memory.configuration(deed.vmid)
+    set_scale(1.0 / BUDGET)
+    try:
+        outcomes = clean_up(env, deed.template)
+    finally:
+        set_scale(1.0)
+    assert outcomes == {f"nested-pve-{deed.template}": "left VM is locked (backup)"}
+    assert memory.configuration(deed.vmid) == before
+
+
+def test_a_template_that_runs_is_left_when_force_stop_is_off(env: Environment, memory: MemoryHost) -> None:
+    made = begun(env)
+    deed = claimed(env, made)
+    qemu.start(env.outer.api, made.node, made.vmid)
+    (row,) = rows(env, deed.template)
+    settings = dataclasses.replace(env.settings, force_stop=False)
+    outcome = templates.destroy_template(env.outer, settings, row)
+    assert (outcome.result, outcome.reason) == ("left", "it runs, and force_stop is off")
+    with memory.open() as model:
+        assert model.state["vms"][str(made.vmid)]["running"]
+
+
+def test_a_template_that_was_moved_since_the_plan_is_destroyed_where_it_is(
+    env: Environment, memory: MemoryHost
+) -> None:
+    with memory.open() as model:
+        model.join("father2")
+    deed = template(env)
+    (row,) = rows(env, deed.template)
+    with memory.open() as model:
+        model.migrate(deed.vmid, "father2")
+    assert templates.destroy_template(env.outer, env.settings, row).result == "gone"
+    assert vmids(memory) == []
+    assert pools(memory) == []
 
 
 def test_a_vm_that_somebody_put_into_the_templates_pool_keeps_the_pool(
