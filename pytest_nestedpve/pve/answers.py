@@ -1,4 +1,4 @@
-"""Reading what `pvesh` prints: the answer is the last line, other things may stand before it."""
+"""Parsers for the output of `pvesh`, whose last line is the answer, and for values in answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _UPID_AT_END = re.compile(rf"(?P<quote>\"?)(?P<upid>{UPID.pattern})(?P=quote)\Z"
 _SHOWN = 300
 _UPID_LIMIT = 1000
 STORAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
-# What a change of a configuration says before its answer, which is none for `set` (recording config-022);
-# the values in it may hold line ends.
+# Printed by a change of a configuration before its answer, which is empty for `set` (recording config-022);
+# the values in it may contain line ends.
 _CHANGE = re.compile(r"update (?:VM|CT) \d+: ")
 
 
@@ -30,17 +30,17 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
 
     Seen in recordings of PVE 9.2.11: nothing at all or only warnings (no data), JSON on one line, warnings
     or the task's own log before it, a UPID bare or quoted, even behind a log line without its newline.
-    Raises UnreadableAnswer, and nothing else, for everything else; nothing is guessed from half an answer.
+    Raises UnreadableAnswer, and nothing else, for all other output; half an answer is not interpreted.
     """
-    # As it is first: what looks like a control sequence may be part of a string.
-    found, answer = _data(text.strip())
-    if found:
+    # Unchanged first: a part of a string may look like a control sequence.
+    is_json, answer = _data(text.strip())
+    if is_json:
         return _of_another_node(answer)
     clean = plain(text).strip()
     if not clean:
         return None
-    found, answer = _data(clean)
-    if found:
+    is_json, answer = _data(clean)
+    if is_json:
         return answer
     upid = _UPID_AT_END.search(clean.rpartition("\n")[2].rstrip()[-_UPID_LIMIT:])
     if upid is not None:
@@ -58,8 +58,11 @@ def read_answer(text: str, *, call: str = "", secret: bool = False) -> Any:
 
 
 def _of_another_node(answer: Any) -> Any:
-    """A call that is handed on to another node of a cluster may be answered by all that its task said there
-    as one string, without line ends (recording cluster-052, in text): the UPID at its end, or no data."""
+    """The answer of a call that PVE passed on to another node of the cluster.
+
+    It may be the whole output of its task there as one string, without line ends (recording cluster-052):
+    the UPID at the end of that, or no data.
+    """
     if not isinstance(answer, str):
         return answer
     upid = _UPID_AT_END.search(answer.rstrip()[-_UPID_LIMIT:])
@@ -83,8 +86,8 @@ def _refuse(constant: str) -> Any:
 
 
 def checked(data: Any) -> Any:
-    """JSON's data with every string one that can be written down."""
-    # A lone surrogate (\ud800) is legal JSON, but no text: it would break whoever writes it down.
+    """The data of JSON with strings that can be encoded."""
+    # A lone surrogate (\ud800) is valid JSON, but cannot be encoded as UTF-8.
     if isinstance(data, str):
         return data if data.isascii() else data.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(data, list):
@@ -95,29 +98,29 @@ def checked(data: Any) -> Any:
 
 
 def entries(answer: Any, *, call: str = "", strict: bool = False) -> list[dict[str, Any]]:
-    """The answer as a list of objects; items that are no objects are left out, or, if `strict`, no answer.
+    """The answer as a list of objects; other items are left out, or, if `strict`, an error.
 
-    Raises UnreadableAnswer when it is no list: an empty one is `[]` (recorded), and nothing at all is not
-    that there is nothing.
+    Raises UnreadableAnswer when it is no list: PVE answers `[]` for an empty one (recorded), so no data is
+    not an empty list.
     """
     if not isinstance(answer, list):
         raise UnreadableAnswer(f"expected a list, found {shown(answer)}", call=call)
-    found = [item for item in answer if isinstance(item, dict)]
-    if strict and len(found) != len(answer):
+    objects = [item for item in answer if isinstance(item, dict)]
+    if strict and len(objects) != len(answer):
         odd = next(item for item in answer if not isinstance(item, dict))
         raise UnreadableAnswer(f"expected a list of objects, found {shown(odd)} in it", call=call)
-    return found
+    return objects
 
 
 def mapping(answer: Any, *, call: str = "") -> dict[str, Any]:
-    """The answer as an object; raises UnreadableAnswer when it is none."""
+    """The answer as an object; raises UnreadableAnswer for other data."""
     if not isinstance(answer, dict):
         raise UnreadableAnswer(f"expected an object, found {shown(answer)}", call=call)
     return answer
 
 
 def shown(value: Any) -> str:
-    """A value in a message: its beginning, whatever its size and depth."""
+    """The beginning of a value of any size and depth, for a message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = _SHOWN
     short.maxlevel, short.maxlist, short.maxdict = 3, 4, 6
@@ -125,7 +128,7 @@ def shown(value: Any) -> str:
 
 
 def whole(value: Any) -> int | None:
-    """An integer in any of the forms that PVE gives it (7, "7"); None for everything else."""
+    """An integer in any form that PVE uses (7, "7"); None for other values."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -136,12 +139,12 @@ def whole(value: Any) -> int | None:
 
 
 def flag(value: Any) -> bool:
-    """A PVE boolean: 1, "1", true, "yes", "on" are true, everything else is false."""
+    """A PVE boolean: 1, "1", true, "yes", "on" are true, all other values are false."""
     return value is True or (not isinstance(value, bool) and str(value).lower() in ("1", "true", "yes", "on"))
 
 
 def text(value: Any) -> str | None:
-    """A non-empty string, or None; numbers become their text (a VM may be called 7)."""
+    """A non-empty string, or None; numbers become text (the name of a VM may be 7)."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):

@@ -1,4 +1,4 @@
-"""The PVE API as four verbs; the transports behind it are chosen elsewhere."""
+"""The PVE API as four verbs, without a transport."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pytest_nestedpve.pve.errors import LockTimeout, TaskFailed
 T = TypeVar("T")
 
 LOCK_LIMIT = 45.0
-"""Seconds for a change that only a lock is in the way of; PVE itself waits for ten each time."""
+"""Seconds in which a change is retried while PVE waits for a lock; PVE itself gives up after ten."""
 _call_limit: ContextVar[float | None] = ContextVar("nested_pve_call_limit", default=None)
 
 
 class Api(Protocol):
-    """One API tree, whatever carries the calls.
+    """One API tree, independent of the transport.
 
     `path` begins with "/"; params are API parameters (bool becomes 1/0, None is left out, a list is
     repeated). `path` is positional only because the API has parameters of that name.
     The result is the decoded `data`. A call that forks a task returns its UPID as a plain string,
-    whether or not the task failed: `tasks.wait_task` knows.
+    whether or not the task fails: see `tasks.wait_task`.
     Raises the errors of `pve.errors`.
     """
 
@@ -38,7 +38,7 @@ class Api(Protocol):
 
 
 class Verbs:
-    """An Api that treats the four verbs alike: all are `_call`, with the name of the verb in lower case."""
+    """An Api whose four verbs are all `_call`, with the name of the verb in lower case."""
 
     def get(self, path: str, /, **params: Any) -> Any:
         return self._call("get", path, params)
@@ -58,9 +58,9 @@ class Verbs:
 
 @contextmanager
 def call_limit(seconds: float) -> Iterator[None]:
-    """Within this block one API call of this thread may take `seconds` (nominal).
+    """Within this block each API call of this thread may take `seconds` (nominal).
 
-    Needed where a call lasts as long as its task: `pvesh` returns only when the task it forked ended.
+    For calls that last as long as their task: `pvesh` returns only when the task that it forked has ended.
     """
     token = _call_limit.set(seconds)
     try:
@@ -70,9 +70,10 @@ def call_limit(seconds: float) -> Iterator[None]:
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """Make a call that changes something, and again while PVE gives up waiting for a lock, at once or in the
-    call's task: it has changed nothing then (facts 26, 68). Not for a delete of a guest: who waits may hit
-    another one.
+    """The result of a call that changes something, retried while PVE cannot get a lock.
+
+    PVE reports that at once or in the call's task, and has changed nothing then (facts 26, 68). Not for
+    deleting a guest: by the time of the retry its id may belong to another guest.
     """
     deadline = Deadline(LOCK_LIMIT)
     while True:
@@ -86,6 +87,6 @@ def patiently(call: Callable[[], T]) -> T:
 
 
 def current_call_limit(default: float) -> float:
-    """The limit in force for one API call, nominal seconds."""
+    """The limit for one API call that is in force, in nominal seconds."""
     limit = _call_limit.get()
     return default if limit is None else limit

@@ -1,4 +1,4 @@
-"""A PVE host: a name, an SSH connection, an API. The outer and the nested one are the same thing."""
+"""A PVE host: a name, an SSH connection, an API. The outer and the nested host are both of this type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SshLike(Protocol):
-    """What is needed of an SSH connection; `SshConnection` is the real one."""
+    """The part of `SshConnection` that hosts and APIs use."""
 
     def run(
         self,
@@ -40,9 +40,9 @@ class SshLike(Protocol):
 
 
 class PveHost:
-    """Anything reachable over SSH that answers `pvesh`.
+    """A host with SSH and `pvesh`.
 
-    `ssh_config` is the file that ssh needs to reach it by its name; None: the user's own will do.
+    `ssh_config` is the file that ssh needs for reaching it by its name; None for the user's own.
     """
 
     ssh_config: Path | None = None
@@ -61,7 +61,7 @@ class PveHost:
 
     @property
     def node(self) -> str:
-        """The node that the connection ends on, by PVE's own name for it; asked once.
+        """The node that the connection ends on, by its name in PVE; read once.
 
         Raises UnreadableAnswer when /cluster/status names no local node, and what `api.get` raises.
         """
@@ -71,7 +71,7 @@ class PveHost:
 
     @property
     def cluster(self) -> Cluster:
-        """The cluster that the host is a member of, or the host alone; asked once. Raises as `node` does."""
+        """The cluster that the host is a member of, or the host alone; read once. Raises as `node` does."""
         with self._lock:
             if self._cluster is None:
                 self._cluster = read_cluster(self.api.get("/cluster/status"))
@@ -79,13 +79,13 @@ class PveHost:
 
     @property
     def entry(self) -> PveHost:
-        """The host that the connection ends on: this one, unless it was reached by `at`."""
+        """The host that the connection ends on: this one, unless `at` returned it."""
         return self if self._entry is None else self._entry
 
     def at(self, node: str) -> PveHost:
-        """The same API, with another node of the cluster as `node`, for commands and files too.
+        """The host with another node of its cluster as `node`, and commands and files on that node.
 
-        Raises NodeUnreachable when the cluster knows no such node.
+        Raises NodeUnreachable when the cluster has no such node.
         """
         if node == self.node:
             return self
@@ -93,9 +93,9 @@ class PveHost:
             return self.entry
         member = self.cluster.member(node)
         if member is None:
-            there = ", ".join(each.name for each in self.cluster.members)
+            nodes = ", ".join(known.name for known in self.cluster.members)
             raise NodeUnreachable(
-                f"expected a node of {self.name}'s cluster, found {node!r}; there are: {there}"
+                f"expected a node of {self.name}'s cluster, found {node!r}; it has: {nodes}"
             )
         return self._like(PveHost(node, NodeSsh(self.entry.ssh, member), self.api, node), entry=self.entry)
 
@@ -121,7 +121,7 @@ class PveHost:
         return self._like(PveHost(self.name, self.ssh, LoggedApi(self.api, log), self._node), self._entry)
 
     def within(self, pool: Callable[[], str]) -> PveHost:
-        """The same host, acting on guests inside of that pool only, where its API can have PVE see to it."""
+        """The same host, changing guests of that pool only, where its API can have PVE enforce that."""
         return self._view("within", pool)
 
     def unfenced(self) -> PveHost:
@@ -139,8 +139,8 @@ class PveHost:
         return self._like(PveHost(self.name, self.ssh, view(*args), self._node), self._entry)
 
     def close(self) -> None:
-        """Give up what the API made for itself on the host, then the connection."""
-        ending = getattr(self.api, "close", None)
-        if ending is not None:
-            ending()
+        """Delete what the API created for itself on the host, then close the connection."""
+        close = getattr(self.api, "close", None)
+        if close is not None:
+            close()
         self.ssh.close()

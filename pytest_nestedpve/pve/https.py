@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 PORT = 8006
 ANSWER_LIMIT = 64 * 1024 * 1024
-# pveproxy ends idle connections after some seconds: one that rested longer is not used again, since a
-# request that meets the end of its connection may or may not have been taken.
-REST = 2.0
+# pveproxy closes idle connections after some seconds. One that was idle for longer than this is not reused: a
+# request that is sent while the proxy closes the connection may or may not take effect.
+IDLE_LIMIT = 2.0
 _CONNECTIONS = 8
 
 _deadline: ContextVar[Deadline | None] = ContextVar("nested_pve_https_deadline", default=None)
 
 
 class NoHttps(PveError):
-    """HTTPS cannot be used with this host now; nothing was sent. The words say why."""
+    """HTTPS cannot be used with this host now; nothing was sent. The message has the reason."""
 
 
 class Untrusted(NoHttps):
@@ -48,32 +48,32 @@ class Untrusted(NoHttps):
 
 
 class NotTaken(NoHttps):
-    """This request did not reach the API (no connection, or the proxy had nobody to hand it to)."""
+    """This request did not reach the API: no connection, or the proxy could not pass it on."""
 
 
 class Unauthorized(PermissionDenied):
-    """The token was not accepted: removed, expired, or never valid. Nothing was done."""
+    """The token was not accepted: deleted, expired, or never valid. The call had no effect."""
 
 
 class ReplyLost(SshError):
-    """The request was sent and its answer did not come: it is not known what became of it."""
+    """The request was sent and its answer did not arrive: its outcome is unknown."""
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the host's certificate is checked against: PEM texts that root read over SSH.
+    """What the host's certificate is checked against: PEM text that root read over SSH.
 
-    `name` is one of the names in the certificate that is served.
+    `name` is one of the names in the certificate that the host serves.
     """
 
     pem: str
     name: str
 
     def context(self) -> ssl.SSLContext:
-        """A context that accepts a certificate of this trust under this name, and no other."""
+        """A context that accepts only certificates of this trust, under this name."""
         context = ssl.create_default_context(cadata=self.pem)
-        # What the proxy serves was read by root: it is an anchor of its own, whoever signed it. Certificate
-        # authorities made before pve-cluster 9.1.2 lack the key usage that strict checks want (facts 66).
+        # Root read the certificate that the proxy serves: it is trusted itself, without its issuer. Issuers
+        # of a pve-cluster before 9.1.2 lack the key usage that strict checks require (facts 66).
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         return context
@@ -82,7 +82,7 @@ class Trust:
 def read_trust(pem: str) -> Trust:
     """The trust for PEM text whose first certificate is the one that the proxy serves.
 
-    Raises NoHttps when there is none, or when it carries no name.
+    Raises NoHttps when there is no certificate, or no name in it.
     """
     from cryptography import x509
 
@@ -99,13 +99,13 @@ def read_trust(pem: str) -> Trust:
     addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
     for name in (*plain, *wild, *addresses):
         return Trust(pem, name)
-    raise NoHttps("its certificate carries no name that could be checked")
+    raise NoHttps("its certificate has no name that can be checked")
 
 
 class HttpsClient:
-    """Calls by one token. Threads share it: up to eight connections are kept.
+    """Calls with one token. Thread-safe; up to eight connections are kept open.
 
-    `open_channel(host, port)` makes a connection on the far side; `token` is `USER!NAME=VALUE`.
+    `open_channel(host, port)` connects from the host; `token` is `USER!NAME=VALUE`.
     """
 
     def __init__(self, open_channel: Callable[[str, int], Any], trust: Trust, token: str) -> None:
@@ -122,8 +122,8 @@ class HttpsClient:
     def call(self, method: str, path: str, params: dict[str, Any], limit: float) -> Any:
         """One request, at most `limit` seconds (nominal) in all; the decoded `data`.
 
-        Raises NoHttps (nothing was done), Unauthorized (nothing was done), ReplyLost, CommandTimeout, and
-        the errors that pvesh would give for the same call.
+        Raises NoHttps and Unauthorized (the call had no effect), ReplyLost, CommandTimeout, and the errors
+        that `PveshApi` raises for the same call.
         """
         import urllib3
 
@@ -132,7 +132,7 @@ class HttpsClient:
         headers = {"Authorization": self._header, "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
-        armed = _deadline.set(Deadline(limit))
+        token = _deadline.set(Deadline(limit))
         try:
             response = self._connections().urlopen(
                 method, url, body=body, headers=headers, retries=False, redirect=False, preload_content=False
@@ -154,27 +154,27 @@ class HttpsClient:
                 raise CommandTimeout(f"{call}: no answer over HTTPS within {limit:g} s") from error
             if isinstance(cause, NoHttps):
                 raise cause from error
-            raise ReplyLost(f"{call}: the connection ended before the answer came ({error})") from error
+            raise ReplyLost(f"{call}: the connection ended before the answer arrived ({error})") from error
         except (OSError, EOFError) as error:
-            raise ReplyLost(f"{call}: the connection ended before the answer came ({error})") from error
+            raise ReplyLost(f"{call}: the connection ended before the answer arrived ({error})") from error
         finally:
-            _deadline.reset(armed)
+            _deadline.reset(token)
 
     def greet(self, limit: float) -> None:
-        """Connect, check the certificate, end the connection; no token is sent. Raises NoHttps."""
-        armed = _deadline.set(Deadline(limit))
+        """Connect, check the certificate, close the connection; no token is sent. Raises NoHttps."""
+        token = _deadline.set(Deadline(limit))
         try:
-            self._wire().close()
+            self._connect().close()
         finally:
-            _deadline.reset(armed)
+            _deadline.reset(token)
 
-    def trust_anew(self, trust: Trust) -> None:
-        """Check against this from the next connection on."""
+    def replace_trust(self, trust: Trust) -> None:
+        """Check the certificate against `trust` from the next connection on."""
         self._trust, self._context = trust, trust.context()
         self.close()
 
     def close(self) -> None:
-        """End the kept connections; the next call makes another."""
+        """Close the open connections; the next call opens another one."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
@@ -199,12 +199,16 @@ class HttpsClient:
             used = 0.0
 
             def connect(self) -> None:
-                self.sock = client._wire()
+                self.sock = client._connect()
                 self._tunnel_host: str | None = None
 
             @property
             def is_connected(self) -> bool:
-                return self.sock is not None and time.monotonic() - self.used < REST and super().is_connected
+                return (
+                    self.sock is not None
+                    and time.monotonic() - self.used < IDLE_LIMIT
+                    and super().is_connected
+                )
 
             def getresponse(self) -> Any:
                 try:
@@ -217,34 +221,34 @@ class HttpsClient:
 
         return Pool("127.0.0.1", PORT, maxsize=_CONNECTIONS, block=False)
 
-    def _wire(self) -> Any:
+    def _connect(self) -> Any:
         from urllib3.util.ssltransport import SSLTransport
 
         try:
             channel = self._open_channel("127.0.0.1", PORT)
         except PveError as error:
             raise NotTaken(f"no connection to port {PORT} on the host: {error}") from error
-        wire = _Wire(channel)
+        socket = _ChannelSocket(channel)
         try:
-            return SSLTransport(cast(Any, wire), self._context, server_hostname=self._trust.name)
+            return SSLTransport(cast(Any, socket), self._context, server_hostname=self._trust.name)
         except ssl.SSLCertVerificationError as error:
-            wire.shut()
-            why = error.verify_message
-            raise Untrusted(f"its certificate is not the one that root reads: {why}") from error
+            socket.shut()
+            reason = error.verify_message
+            raise Untrusted(f"its certificate is not the one that root reads: {reason}") from error
         except _TooLate:
-            wire.shut()
-            raise NotTaken(f"port {PORT} on the host takes connections, but does not answer") from None
+            socket.shut()
+            raise NotTaken(f"port {PORT} on the host accepts connections, but does not answer") from None
         except (ssl.SSLError, OSError, EOFError) as error:
-            wire.shut()
+            socket.shut()
             raise NotTaken(f"port {PORT} on the host does not speak TLS: {error}") from error
 
 
 class _TooLate(Exception):
-    """The limit of the current call passed. No OSError: nothing on the way may take it for one."""
+    """The limit of the current call passed. Not an OSError, which libraries below would handle."""
 
 
-class _Wire:
-    """An SSH channel as urllib3's SSLTransport wants a socket; waits until the call's limit and no longer."""
+class _ChannelSocket:
+    """An SSH channel as the socket that urllib3's SSLTransport needs; waits up to the limit of the call."""
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
@@ -279,7 +283,7 @@ class _Wire:
             raise _TooLate from error
 
     def settimeout(self, seconds: float | None) -> None:
-        """The call's limit decides, not the library's."""
+        """Ignored: the limit of the call is in force, not the library's."""
 
     def gettimeout(self) -> float | None:
         return None
@@ -304,11 +308,11 @@ class _Wire:
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """What our own code raised below the library."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, (_TooLate, NoHttps)):
-        seen = seen.__cause__ or seen.__context__
-    return seen
+    """The error of this module that the library wrapped, if any."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (_TooLate, NoHttps)):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def _request(method: str, path: str, params: dict[str, Any], call: str) -> tuple[str, bytes | None]:
@@ -322,7 +326,7 @@ def _request(method: str, path: str, params: dict[str, Any], call: str) -> tuple
     url = "/api2/json" + quote(path, safe="/:!@,=")
     text = urlencode(pairs)
     if method in ("GET", "DELETE"):
-        # A body with these is refused: 501 (facts 65).
+        # PVE refuses a body with these: 501 (facts 65).
         return (f"{url}?{text}" if text else url), None
     return url, text.encode()
 
@@ -331,35 +335,35 @@ def _answer(status: int, reason: str, content: bytes, call: str) -> Any:
     if len(content) > ANSWER_LIMIT:
         raise UnreadableAnswer(f"expected an answer below {ANSWER_LIMIT} bytes", call=call)
     try:
-        found = json.loads(content.decode("utf-8", "replace")) if content.strip() else {}
+        answer = json.loads(content.decode("utf-8", "replace")) if content.strip() else {}
     except (ValueError, RecursionError):
-        found = None
+        answer = None
     if 200 <= status < 300:
-        if not isinstance(found, dict) or "data" not in found:
+        if not isinstance(answer, dict) or "data" not in answer:
             shown = content[:200].decode("utf-8", "replace")
             raise UnreadableAnswer(f"expected an object with `data`, found {shown!r}", call=call)
-        return checked(found["data"])
-    words = _words(status, reason, found if isinstance(found, dict) else {})
+        return checked(answer["data"])
+    message = _message(status, reason, answer if isinstance(answer, dict) else {})
     if status == 401:
-        raise Unauthorized(words, call=call, rc=status)
+        raise Unauthorized(message, call=call, rc=status)
     if status == 595:
-        # The proxy could not hand the request on (its daemon, or the other node, is down): nobody has it.
-        raise NotTaken(f"{call}: {words}")
+        # The proxy could not pass the request on: its daemon, or the other node, is down.
+        raise NotTaken(f"{call}: {message}")
     if status in (596, 597, 598, 599):
-        # The proxy had handed it on, and lost the answer of its daemon or of the other node.
+        # The proxy had passed it on, and lost the answer of its daemon or of the other node.
         if not call.startswith("get "):
-            raise ReplyLost(f"{call}: {words}")
-        raise NodeUnreachable(words, call=call, rc=status)
-    raise classify(words, status, call)
+            raise ReplyLost(f"{call}: {message}")
+        raise NodeUnreachable(message, call=call, rc=status)
+    raise classify(message, status, call)
 
 
-def _words(status: int, reason: str, found: dict[str, Any]) -> str:
-    """PVE's words as `pvesh` prints them: with the status in front, unless that is 500."""
-    message = found.get("message")
+def _message(status: int, reason: str, answer: dict[str, Any]) -> str:
+    """PVE's message as `pvesh` prints it: with the status in front, unless that is 500."""
+    message = answer.get("message")
     text = message.strip() if isinstance(message, str) else ""
-    # http.client takes every byte of a status line for a character.
+    # http.client decodes the status line as Latin-1.
     text = text or reason.encode("latin-1", "replace").decode("utf-8", "replace").strip()
-    errors = found.get("errors")
-    lines = [f"{name}: {why}" for name, why in errors.items()] if isinstance(errors, dict) else []
-    words = "\n".join([text, *lines])
-    return words if status == 500 or words.startswith(str(status)) else f"{status} {words}"
+    errors = answer.get("errors")
+    lines = [f"{name}: {reason}" for name, reason in errors.items()] if isinstance(errors, dict) else []
+    full = "\n".join([text, *lines])
+    return full if status == 500 or full.startswith(str(status)) else f"{status} {full}"

@@ -1,4 +1,4 @@
-"""The API by `pvesh` on the host, over SSH: slow (Perl starts each time), but allowed everything."""
+"""The API by `pvesh` on the host, over SSH: slow (each call starts Perl), but with all rights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pytest_nestedpve.pve.host import SshLike
 # Parameters whose values are kept out of messages and logs.
 SECRET_PARAMETERS = frozenset({"cipassword", "password", "value", "token", "ticket", "tfa-challenge"})
 
-# What pvesh calls the verbs that it calls otherwise.
+# The verbs that have another name in pvesh.
 _PVESH = {"post": "create", "put": "set"}
 
 READ_LIMIT = 60.0
-# pvesh returns when the task that it forked has ended, so a call that changes something may last.
+# pvesh returns when the task that it forked has ended, so a call that changes something may take long.
 WRITE_LIMIT = 900.0
 
 
@@ -25,9 +25,9 @@ class PveshApi(Verbs):
     """The four verbs by `pvesh get|create|set|delete PATH --k v --output-format json`.
 
     Limits per call: `read_limit` for get, `write_limit` for the others, seconds (nominal), unless
-    `api.call_limit` says otherwise. The locale is C.UTF-8: PVE's messages untranslated, parameters UTF-8.
-    A value that is a secret does stand in the argv of `pvesh` on the host, where pvesh reads it from
-    nowhere else; on this machine, in messages and in what the SSH observer is told, it does not.
+    `api.call_limit` sets another one. The locale is C.UTF-8: PVE's messages untranslated, parameters UTF-8.
+    A secret value is in the argv of `pvesh` on the host, because pvesh reads it from nowhere else; it is not
+    in messages and logs on this machine. The calls are not logged: that is for the caller.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class PveshApi(Verbs):
             raise BadParameter(f"expected an API path that begins with a slash, found {path!r}", call=call)
         words = [word for name, value in params.items() for word in _words(name, value)]
         secret = any(params.get(name) is not None for name in SECRET_PARAMETERS) or (
-            # A new token's value stands in the answer.
+            # The answer holds the value of the new token.
             verb == "create" and ("/token/" in path or path == "/access/ticket")
         )
-        # env, not an assignment: root's login shell may be any.
+        # env, not an assignment: root may have any login shell.
         argv = ["env", "LC_ALL=C.UTF-8", "pvesh", verb, path, *words, "--output-format", "json"]
-        # Logged as the API call that it is, by the caller.
+        # The caller logs the API call, not its command.
         result = self._ssh.run(argv, timeout=current_call_limit(limit), secret=secret, logged=False)
         if result.rc == 0:
             return read_answer(result.stdout, call=call, secret=secret)
         if result.rc == -1:
             raise SshError(f"{call}: pvesh was ended by a signal: {result.stderr.strip()[:300]}")
-        # QEMU's reason, and some of pvesh's, stand on the other stream.
-        said = result.stderr if not is_noise(result.stderr) or is_noise(result.stdout) else result.stdout
-        error = classify(said, result.rc, call)
-        raise _without(error, params) if secret else error
+        # QEMU's reason, and some of pvesh's, are on standard output.
+        reason = result.stderr if not is_noise(result.stderr) or is_noise(result.stdout) else result.stdout
+        error = classify(reason, result.rc, call)
+        raise _without_secrets(error, params) if secret else error
 
 
 def _words(name: str, value: Any) -> Iterable[str]:
@@ -69,11 +69,13 @@ def _words(name: str, value: Any) -> Iterable[str]:
         return [word for item in value for word in _words(name, item)]
     text = str(int(value)) if isinstance(value, bool) else str(value)
     if "\0" in text or not name or name.startswith("-"):
-        raise BadParameter(f"{name!r} is no parameter that a command line can carry")
+        raise BadParameter(
+            f"expected a parameter that fits a command line (no NUL, no leading -), found {name!r}"
+        )
     return [f"--{name}", text]
 
 
-def _without(error: ApiError, params: dict[str, Any]) -> ApiError:
+def _without_secrets(error: ApiError, params: dict[str, Any]) -> ApiError:
     text = error.text
     for name in SECRET_PARAMETERS:
         if params.get(name):

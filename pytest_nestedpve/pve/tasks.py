@@ -1,4 +1,4 @@
-"""Waiting for PVE's tasks and reading how they ended: the only proof that something was done."""
+"""PVE's tasks: waiting for their end and reading their status, the only proof that a change took effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WARNINGS = re.compile(r"WARNINGS: \d+")
 
 @dataclass(frozen=True)
 class Upid:
-    """A task's id, taken apart. `starttime` is in epoch seconds of the host's clock."""
+    """A parsed task id. `starttime` is in epoch seconds of the host's clock."""
 
     text: str
     node: str
@@ -30,7 +30,7 @@ class Upid:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a task that succeeded ended; `warnings` when it did so with warnings in its log."""
+    """The end of a task that succeeded; `warnings`: there are warnings in its log."""
 
     upid: str
     node: str
@@ -39,7 +39,7 @@ class TaskResult:
 
 
 def parse_upid(text: Any) -> Upid:
-    """Take a UPID apart; raises UnreadableAnswer for anything that is not one."""
+    """Parse a UPID; raises UnreadableAnswer for any other value."""
     match = UPID.fullmatch(text) if isinstance(text, str) and len(text) < _LONGEST else None
     if match is None:
         raise UnreadableAnswer(f"expected the id of a task (UPID:…), found {shown(text)}")
@@ -57,21 +57,21 @@ def parse_upid(text: Any) -> Upid:
 def wait_task(
     api: Api, upid: str, *, timeout: float, interval: tuple[float, float] = (0.05, 0.3)
 ) -> TaskResult:
-    """Wait for a task's end, at most `timeout` seconds (nominal), asking at a growing interval (seconds).
+    """Wait for a task's end, at most `timeout` seconds (nominal), polling at a growing interval (seconds).
 
-    "OK" and "WARNINGS: n" are success, anything else is not (facts of PVE 9.2: "unexpected status" is
-    a worker that was killed). Raises TaskFailed with the end of its log and the typed reason as its
-    cause, CommandTimeout, UnreadableAnswer and what the API raises.
+    "OK" and "WARNINGS: n" are success, any other status is not (PVE 9.2 reports "unexpected status" for a
+    worker that was killed). Raises TaskFailed with the end of its log and the typed reason as its cause,
+    CommandTimeout, UnreadableAnswer and the errors of the API.
     """
     task = parse_upid(upid)
     path = f"/nodes/{task.node}/tasks/{upid}"
-    seen = "nothing"
+    last_seen = "nothing"
 
     def ended() -> str | None:
-        nonlocal seen
+        nonlocal last_seen
         answer = mapping(api.get(f"{path}/status"), call=f"get {path}/status")
         status, exitstatus = answer.get("status"), answer.get("exitstatus")
-        seen = f"status {status!r}, exitstatus {exitstatus!r}"
+        last_seen = f"status {status!r}, exitstatus {exitstatus!r}"
         if status == "running" or not isinstance(exitstatus, str) or not exitstatus.strip():
             return None
         return exitstatus.strip()
@@ -79,7 +79,7 @@ def wait_task(
     exitstatus = wait_until(
         ended,
         deadline=Deadline(timeout),
-        what=lambda: f"the end of task {upid} (last seen: {seen})",
+        what=lambda: f"the end of task {upid} (last seen: {last_seen})",
         interval=interval,
     )
     warnings = _WARNINGS.fullmatch(exitstatus) is not None
@@ -94,7 +94,7 @@ def wait_task(
 
 
 def task_log(api: Api, upid: str, limit: int = 500) -> tuple[str, ...]:
-    """The lines of a task's log, at most `limit`, its first ones; "no content" is no line."""
+    """The first lines of a task's log, at most `limit`; "no content" is no line."""
     task = parse_upid(upid)
     path = f"/nodes/{task.node}/tasks/{upid}/log"
     lines = (line.get("t") for line in entries(api.get(path, limit=limit), call=f"get {path}"))

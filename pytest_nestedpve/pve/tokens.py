@@ -1,4 +1,4 @@
-"""API tokens of a session: one that sees, with minutes to live, and one for each pool that is acted in.
+"""API tokens of a session: one that reads and expires after minutes, and one per pool that changes guests.
 
 Sources: recordings of PVE 9.2 of pools, tokens and access control (facts 42, 48 to 66).
 """
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.host import SshLike
 
 USER = "root@pam"
-SEES = "npve-see-"
+SEE_PREFIX = "npve-see-"
 SEE_SECONDS = 600
 ACT_SECONDS = 24 * 3600
-# Until a token that could not be replaced is tried to be replaced again, seconds.
-LATER = 30.0
-_CALL = 30.0
-_BY_PVESH = 60.0
+# Seconds until the next attempt to replace a token, after one that failed.
+RETRY_PAUSE = 30.0
+_CALL_LIMIT = 30.0
+_PVESH_LIMIT = 60.0
 _RUN_POOL = re.compile(r"(?:.*/)?(npve-[0-9a-f]{12})\Z")
 _OURS = re.compile(r"npve-(?:see|[0-9a-f]{12})-[0-9a-f]{8}\Z")
 
-# As root: what the proxy serves, then the authority of PVE's own certificates.
+# As root: the certificate that the proxy serves, then the authority of PVE's own certificates.
 _READ_TRUST = (
     "cd /etc/pve && if [ -e local/pveproxy-ssl.pem ]; then cat local/pveproxy-ssl.pem; "
     "else cat local/pve-ssl.pem /etc/pve/pve-root-ca.pem; fi"
@@ -44,7 +44,7 @@ _READ_TRUST = (
 
 
 def trust_of(ssh: SshLike) -> Trust:
-    """What the certificate of that host's API is checked against, read by root. Raises NoHttps."""
+    """The trust for the certificate of that host's API, read by root. Raises NoHttps."""
     answer = ssh.run(_READ_TRUST, timeout=30)
     if not answer.ok:
         raise NoHttps(f"its certificate cannot be read: {' '.join(answer.stderr.split())[:200]}")
@@ -52,14 +52,14 @@ def trust_of(ssh: SshLike) -> Trust:
 
 
 def greet(ssh: SshLike, trust: Trust) -> None:
-    """Connect to that host's API and end the connection: neither a token nor a request. Raises NoHttps."""
-    HttpsClient(ssh.open_channel, trust, "").greet(_CALL)
+    """Connect to that host's API over TLS, without a token or a request. Raises NoHttps."""
+    HttpsClient(ssh.open_channel, trust, "").greet(_CALL_LIMIT)
 
 
 class Tokens:
-    """The tokens that one session holds on one host, and the clients that use them. Thread-safe.
+    """The tokens that one session has on one host, and the clients that use them. Thread-safe.
 
-    `tell(transport, cmd, rc, ms)` hears of each call that is made here; `hide(secret)` of each token's value.
+    Calls for tokens are recorded in `log`, which also masks the values of the tokens.
     """
 
     def __init__(self, ssh: SshLike, log: CallLog) -> None:
@@ -70,97 +70,100 @@ class Tokens:
         self._see: HttpsClient | None = None
         self._see_name = ""
         self._see_until = Deadline(0)
-        self._again = Deadline(0)
-        self._fixed = False
-        """While set, the token that sees is not replaced."""
-        self._act: dict[str, _Acting] = {}
-        self._made: set[str] = set()
-        """The tokens that this session made, or asked for, and that were not seen to be removed."""
+        self._retry_after = Deadline(0)
+        self._keeps_see = False
+        """While set, the reading token is not replaced."""
+        self._pool_tokens: dict[str, _PoolToken] = {}
+        self._created: set[str] = set()
+        """The tokens that this session requested, without those whose deletion is certain."""
 
     # -- the two identities --------------------------------------------------------------------
 
-    def seeing(self) -> HttpsClient:
-        """The client that sees everything; its token is replaced before it expires. Raises NoHttps."""
+    def see_client(self) -> HttpsClient:
+        """The client that reads everything; its token is replaced before it expires. Raises NoHttps."""
         with self._lock:
             if self._see is None:
-                self._see_by_ssh()
-            elif self._see_until.elapsed() > SEE_SECONDS * 0.8 and self._again.expired and not self._fixed:
-                self._see_again()
+                self._new_see_by_ssh()
+            elif self._see_ages() and not self._keeps_see:
+                self._replace_see()
             assert self._see is not None
             return self._see
 
-    def acting(self, pool: str, needed: Iterable[Grant]) -> HttpsClient:
-        """The client of `pool`, its token granted what is `needed`. Raises NoHttps, PveError."""
+    def _see_ages(self) -> bool:
+        return self._see_until.elapsed() > SEE_SECONDS * 0.8 and self._retry_after.expired
+
+    def act_client(self, pool: str, needed: Iterable[Grant]) -> HttpsClient:
+        """The client that changes guests of `pool`, with the grants `needed`. Raises NoHttps, PveError."""
         with self._lock:
-            acting = self._act.get(pool)
-            if acting is None:
-                acting = self._new_acting(pool)
+            pool_token = self._pool_tokens.get(pool)
+            if pool_token is None:
+                pool_token = self._new_pool_token(pool)
             for grant in needed:
-                if grant not in acting.granted:
-                    self.grant(acting.name, grant)
-                    acting.granted.add(grant)
-            return acting.client
+                if grant not in pool_token.granted:
+                    self.grant(pool_token.name, grant)
+                    pool_token.granted.add(grant)
+            return pool_token.client
 
     def renew(self, used: HttpsClient) -> None:
-        """`used` was refused: forget its token, so that the next call makes another. Raises PveError.
+        """Discard the token of `used`, which PVE refused; the next call creates another one. Raises PveError.
 
-        Not for a pool that is gone: whoever removed it has ended this run.
+        Raises NotFound for a pool that was deleted: its deletion ended this run.
         """
         with self._lock:
             if self._see is used:
                 self._see = None
-            for pool, acting in list(self._act.items()):
-                if acting.client is used:
+            for pool, pool_token in list(self._pool_tokens.items()):
+                if pool_token.client is used:
                     if not entries(self.send("GET", "/pools", poolid=pool), call="get /pools"):
                         raise NotFound(f"pool '{pool}' does not exist", call="get /pools")
-                    del self._act[pool]
-                    self._remove(acting.name)  # with its ACLs: lines without a token are complained of
+                    del self._pool_tokens[pool]
+                    self._remove(pool_token.name)  # with its ACLs: PVE warns of entries without a token
 
     def distrust(self) -> None:
-        """The certificate was not the expected one: it is read anew, for all clients. Raises NoHttps."""
+        """Read the certificate again, for all clients: it was not the expected one. Raises NoHttps."""
         with self._lock:
             self._trust = None
             trust = self._read_trust()
-            for client in (self._see, *(acting.client for acting in self._act.values())):
+            for client in (self._see, *(pool_token.client for pool_token in self._pool_tokens.values())):
                 if client is not None:
-                    client.trust_anew(trust)
+                    client.replace_trust(trust)
 
     def close(self) -> None:
-        """Remove the tokens of this session with their ACLs, best effort; whatever is left expires."""
+        """Delete the tokens of this session with their ACLs, best effort; the others expire."""
         with self._lock:
-            self._fixed = True
+            self._keeps_see = True
             try:
-                # What is sent last goes by the one that is removed last.
-                names = sorted(self._made, key=lambda name: (name == self._see_name, name))
+                # The reading token sends these calls, so it is deleted last.
+                names = sorted(self._created, key=lambda name: (name == self._see_name, name))
                 if names:
                     self._remove_all(names)
             except PveError:
                 pass
             finally:
-                for client in (self._see, *(acting.client for acting in self._act.values())):
+                for client in (self._see, *(pool_token.client for pool_token in self._pool_tokens.values())):
                     if client is not None:
                         client.close()
                 self._see = None
-                self._act.clear()
-                self._made.clear()
-                self._fixed = False
+                self._pool_tokens.clear()
+                self._created.clear()
+                self._keeps_see = False
 
     def _remove_all(self, names: list[str]) -> None:
         if self._see is not None:
             try:
                 return remove_with_grants(_Direct(self.send), names)
             except (NoHttps, SshError, CommandTimeout, Unauthorized):
-                pass  # as root then: nothing may stay because HTTPS does not work any more
+                pass  # as root then: no token may be left over because HTTPS no longer works
         return remove_with_grants(_Direct(self._send_as_root), names)
 
-    # -- making them ---------------------------------------------------------------------------
+    # -- creating tokens -----------------------------------------------------------------------
 
-    def _see_by_ssh(self) -> None:
+    def _new_see_by_ssh(self) -> None:
         trust = self._read_trust()
-        # A token is made only where one can be used.
+        # Without HTTPS a token would be of no use.
         greet(self._ssh, trust)
-        name = SEES + secrets.token_hex(4)
-        self._made.add(name)
+        name = SEE_PREFIX + secrets.token_hex(4)
+        self._created.add(name)
         # One start of pveum; everything else goes over HTTPS with this token (facts 63).
         script = (
             f"pveum user token add {USER} {name} --privsep 0 --expire $(( $(date +%s) + {SEE_SECONDS} )) "
@@ -171,45 +174,47 @@ class Tokens:
         shown = f"pveum user token add {USER} {name}"
         record_nested(self.log, Call("ssh", shown, answer.rc, round(answer.ms, 1)))
         if not answer.ok:
-            self._made.discard(name)
-            raise NoHttps(f"no token can be made there: {' '.join(answer.stderr.split())[:200]}")
+            self._created.discard(name)
+            raise NoHttps(f"no token can be created there: {' '.join(answer.stderr.split())[:200]}")
         try:
             value = mapping(json.loads(answer.stdout.strip().rpartition("\n")[2])).get("value")
         except (ValueError, PveError) as error:
-            raise NoHttps("pveum made a token, but its answer cannot be read") from error
+            raise NoHttps("pveum created a token, but its answer cannot be read") from error
         self._set_see(trust, name, value)
-        self._sweep(name)
+        self._remove_expired(name)
 
-    def _sweep(self, name: str) -> None:
-        """Remove tokens of this kind that have expired: their sessions were killed."""
+    def _remove_expired(self, name: str) -> None:
+        """Delete reading tokens that have expired: their sessions were killed."""
         try:
             listed = entries(self.send("GET", f"/access/users/{USER}/token"))
-            until = {str(each.get("tokenid")): whole(each.get("expire")) or 0 for each in listed}
+            until = {str(token.get("tokenid")): whole(token.get("expire")) or 0 for token in listed}
             now = until.get(name, 0) - SEE_SECONDS  # by the host's clock
-            for each, expires in until.items():
-                if _OURS.match(each) and each.startswith(SEES) and 0 < expires < now:
-                    self._remove(each)
+            for other, expires in until.items():
+                if _OURS.match(other) and other.startswith(SEE_PREFIX) and 0 < expires < now:
+                    self._remove(other)
         except PveError:
-            return  # they cannot be used any more
+            return  # expired tokens are harmless
 
-    def _see_again(self) -> None:
-        """Have the token that sees make the next one. What stands in the way (no quorum, a lock, no HTTPS)
-        may pass: until then this one serves for the rest of its life. Raises as `_see_by_ssh` after that.
+    def _replace_see(self) -> None:
+        """Create the next reading token with the current one.
+
+        The reason of a failure (no quorum, a lock, no HTTPS) may be temporary: until it expires the current
+        token remains in use. Raises as `_new_see_by_ssh` after that.
         """
         old, old_name = self._see, self._see_name
-        name = SEES + secrets.token_hex(4)
-        self._fixed = True  # what is asked meanwhile goes by the old one
+        name = SEE_PREFIX + secrets.token_hex(4)
+        self._keeps_see = True  # calls below use the old one
         try:
             value = self._new_token(name, SEE_SECONDS, separate=False)
             self._set_see(self._read_trust(), name, value)
             self._remove(old_name)
         except Unauthorized:
-            self._see_by_ssh()
+            self._new_see_by_ssh()
         except PveError:
-            self._again = Deadline(LATER)
+            self._retry_after = Deadline(RETRY_PAUSE)
             return
         finally:
-            self._fixed = False
+            self._keeps_see = False
         if old is not None:
             old.close()
 
@@ -218,23 +223,23 @@ class Tokens:
         self._see_name = name
         self._see_until = Deadline(SEE_SECONDS)
 
-    def _new_acting(self, pool: str) -> _Acting:
+    def _new_pool_token(self, pool: str) -> _PoolToken:
         match = _RUN_POOL.match(pool)
         if match is None:
-            raise NoHttps(f"{pool!r} is no pool of a run")
+            raise NoHttps(f"expected the pool of a run, found {pool!r}")
         name = f"{match[1]}-{secrets.token_hex(4)}"
         value = self._new_token(name, ACT_SECONDS, separate=True)
-        acting = _Acting(name, self._client(self._read_trust(), name, value))
+        pool_token = _PoolToken(name, self._client(self._read_trust(), name, value))
         self.grant(name, Grant(f"/pool/{pool}", "PVEVMAdmin,PVEPoolAdmin"))
-        self._act[pool] = acting
-        return acting
+        self._pool_tokens[pool] = pool_token
+        return pool_token
 
     def _new_token(self, name: str, seconds: int, *, separate: bool) -> Any:
         now = self._ssh.run(["date", "+%s"], timeout=20).check().stdout.strip()
         if not now.isdigit():
             raise NoHttps(f"expected epoch seconds from `date` there, found {now[:40]!r}")
         path = f"/access/users/{USER}/token/{name}"
-        self._made.add(name)
+        self._created.add(name)
         answer = mapping(self.send("POST", path, privsep=separate, expire=int(now) + seconds))
         return answer.get("value")
 
@@ -243,23 +248,23 @@ class Tokens:
         self.send("PUT", "/access/acl", path=grant.path, roles=grant.roles, tokens=f"{USER}!{name}")
 
     def send(self, method: str, path: str, /, **params: Any) -> Any:
-        """A call by the token that sees: tokens and ACLs only. Raises what `HttpsClient.call` does."""
-        client = self.seeing()
+        """A call with the reading token, for tokens and ACLs only. Raises as `HttpsClient.call`."""
+        client = self.see_client()
 
         def call() -> Any:
             try:
-                return patiently(lambda: client.call(method, path, params, _CALL))
+                return patiently(lambda: client.call(method, path, params, _CALL_LIMIT))
             except Unauthorized:
-                if self._fixed:
+                if self._keeps_see:
                     raise
                 self.renew(client)
-                return self.seeing().call(method, path, params, _CALL)
+                return self.see_client().call(method, path, params, _CALL_LIMIT)
 
         return self._recorded("https:see", method, path, params, call)
 
     def _send_as_root(self, method: str, path: str, /, **params: Any) -> Any:
         def call() -> Any:
-            with call_limit(_BY_PVESH):
+            with call_limit(_PVESH_LIMIT):
                 return getattr(PveshApi(self._ssh), method.lower())(path, **params)
 
         return self._recorded("pvesh", method, path, params, call)
@@ -274,8 +279,8 @@ class Tokens:
         try:
             remove_with_grants(_Direct(self.send), [name])
         except PveError:
-            return  # at the end, then; if it was another session's, it is the next one's
-        self._made.discard(name)
+            return  # `close` retries it; a token of another session is left for the next session
+        self._created.discard(name)
 
     def _client(self, trust: Trust, name: str, value: Any) -> HttpsClient:
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F-]{36}", value):
@@ -289,8 +294,8 @@ class Tokens:
         return self._trust
 
 
-class _Acting:
-    """A pool's token and what it was granted beside its pool."""
+class _PoolToken:
+    """A pool's token and its grants beside the pool."""
 
     def __init__(self, name: str, client: HttpsClient) -> None:
         self.name = name
@@ -299,7 +304,7 @@ class _Acting:
 
 
 class _Direct(Verbs):
-    """What sends calls of its own, as the Api that the functions below want."""
+    """A function that sends calls, as the Api that the functions below need."""
 
     def __init__(self, send: Callable[..., Any]) -> None:
         self._send = send
@@ -308,31 +313,33 @@ class _Direct(Verbs):
         return self._send(verb.upper(), path, **params)
 
 
-# -- what a run leaves behind ----------------------------------------------------------------------
+# -- leftovers of a run ----------------------------------------------------------------------------
 
 
 def run_tokens(api: Api, run_id: str) -> list[str]:
     """The names of a run's tokens on the host. Raises PveError."""
     listed = entries(api.get(f"/access/users/{USER}/token"), call=f"get /access/users/{USER}/token")
-    names = [str(each.get("tokenid")) for each in listed]
+    names = [str(token.get("tokenid")) for token in listed]
     return sorted(name for name in names if _OURS.match(name) and name.startswith(f"npve-{run_id}-"))
 
 
 def remove_grants(api: Api, names: Iterable[str]) -> None:
-    """Take the ACLs of these tokens away: before the pool, and before the tokens themselves, or lines would
-    stay behind that every command complains of (facts 61). Raises PveError.
+    """Delete the ACLs of these tokens. Raises PveError.
+
+    To be called before the deletion of the pool and of the tokens: PVE keeps their ACLs otherwise, and every
+    command warns of them (facts 61).
     """
-    mine = {f"{USER}!{name}" for name in names}
-    by_place: dict[tuple[str, str], list[str]] = {}
-    for each in entries(api.get("/access/acl"), call="get /access/acl"):
-        if each.get("ugid") in mine:
-            by_place.setdefault((str(each["path"]), str(each["ugid"])), []).append(str(each["roleid"]))
-    for (path, who), roles in by_place.items():
-        api.put("/access/acl", path=path, roles=",".join(sorted(roles)), tokens=who, delete=1)
+    ours = {f"{USER}!{name}" for name in names}
+    roles_of: dict[tuple[str, str], list[str]] = {}
+    for acl in entries(api.get("/access/acl"), call="get /access/acl"):
+        if acl.get("ugid") in ours:
+            roles_of.setdefault((str(acl["path"]), str(acl["ugid"])), []).append(str(acl["roleid"]))
+    for (path, token), roles in roles_of.items():
+        api.put("/access/acl", path=path, roles=",".join(sorted(roles)), tokens=token, delete=1)
 
 
 def remove_tokens(api: Api, names: Iterable[str]) -> None:
-    """Remove these tokens; those that are gone are no error. Raises PveError."""
+    """Delete these tokens; one that does not exist is no error. Raises PveError."""
     for name in names:
         try:
             api.delete(f"/access/users/{USER}/token/{name}")
@@ -341,10 +348,10 @@ def remove_tokens(api: Api, names: Iterable[str]) -> None:
 
 
 def remove_with_grants(api: Api, names: Iterable[str]) -> None:
-    """Remove those of these tokens that there are, their ACLs first. Raises PveError."""
-    listed = {str(each.get("tokenid")) for each in entries(api.get(f"/access/users/{USER}/token"))}
-    there = [name for name in names if name in listed]
-    acting = [name for name in there if not name.startswith(SEES)]
-    if acting:
-        remove_grants(api, acting)
-    remove_tokens(api, there)
+    """Delete those of these tokens that exist, their ACLs first. Raises PveError."""
+    listed = {str(token.get("tokenid")) for token in entries(api.get(f"/access/users/{USER}/token"))}
+    existing = [name for name in names if name in listed]
+    of_pools = [name for name in existing if not name.startswith(SEE_PREFIX)]
+    if of_pools:
+        remove_grants(api, of_pools)
+    remove_tokens(api, existing)

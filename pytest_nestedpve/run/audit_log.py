@@ -1,4 +1,4 @@
-"""The audit log of a run: one JSON object a line, masked; reports and the zombie proof read it."""
+"""The audit log of a run: one JSON object per line, masked; reports and the proof of killed tasks read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AuditLog:
     """Appends lines `{ts,run,event,phase,…}` to a 0600 file. Thread-safe.
 
     Events: phase_start, phase_end, call, task, playbook, teardown, leak; further ones are allowed.
-    A line without a phase gets the one that is open. Values that are not JSON become text; None is left out.
+    A line without a phase gets the phase in progress. Values that are not JSON become text; None is left out.
     """
 
     def __init__(self, path: Path, run: str, *, masker: Masker | None = None) -> None:
@@ -33,15 +33,15 @@ class AuditLog:
         self._open: list[str] = []
         self._tasks: set[str] = set()
         self.cut_off: float | None = None
-        """When (time.monotonic) a call that makes something was last cut off: it may still be at work."""
+        """When (time.monotonic) a creating call was last cut off: the host may still execute it."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
-        if not _ends_a_line(path):
-            self._file.write("\n")  # its writer was killed in the middle of one
+        if not _ends_with_newline(path):
+            self._file.write("\n")  # its writer was killed while it wrote a line
 
     def write(self, event: str, /, **fields: Any) -> None:
-        """Append one line. Raises OSError when the disk does."""
+        """Append one line. Raises OSError when it cannot be written."""
         with self._lock:
             phase = fields.pop("phase", None)
             if event == "phase_start" and phase:
@@ -50,15 +50,15 @@ class AuditLog:
             if event == "phase_end" and phase in self._open:
                 self._open.remove(str(phase))
             entry = {"ts": round(time.time(), 3), "run": self.run, "event": event, "phase": phase, **fields}
-            kept = {key: value for key, value in entry.items() if value is not None}
-            line = json.dumps(self.masker.mask_data(kept), ensure_ascii=False)
+            fields = {key: value for key, value in entry.items() if value is not None}
+            line = json.dumps(self.masker.mask_data(fields), ensure_ascii=False)
             if self._file.closed:
-                return  # a renewal thread's last line after the end of the session
+                return  # the thread that renews the lease may write after the end of the session
             self._file.write(line + "\n")
             self._file.flush()
 
     def task(self, upid: str, **fields: Any) -> None:
-        """Remember a task as started by this run, once."""
+        """Append a line for a task that this run started, once per task."""
         with self._lock:
             if upid in self._tasks:
                 return
@@ -101,7 +101,7 @@ class HostCalls:
         self.audit.masker.add(secret)
 
 
-def _ends_a_line(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return True
@@ -110,11 +110,11 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def task_ids(path: Path) -> frozenset[str]:
-    """The UPIDs of the tasks that the run of this log started; empty when there is no such log.
+    """The UPIDs of the tasks that the run of this log started; empty without such a log.
 
-    A line that was cut off in the middle (its writer was killed) is passed over.
+    An incomplete line, whose writer was killed, is ignored.
     """
-    found = set()
+    upids = set()
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -127,5 +127,5 @@ def task_ids(path: Path) -> frozenset[str]:
         if isinstance(entry, dict) and entry.get("event") == "task":
             upid = entry.get("upid")
             if isinstance(upid, str) and upid.startswith(_UPID):
-                found.add(upid)
-    return frozenset(found)
+                upids.add(upid)
+    return frozenset(upids)

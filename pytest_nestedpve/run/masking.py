@@ -1,4 +1,4 @@
-"""Secrets taken out of text before it is written or shown. Knows the secrets it was told, and some shapes."""
+"""The masking of secrets in text before it is written or shown: known secrets, and some by their form."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from urllib.parse import quote
 MASK = "********"
 SHORTEST = 4
 
-#: What stands before it, it, and the @ behind it; a password may hold a @ itself. It ends with a JSON string.
+#: Groups: the text before the password, the @ after it. A password may contain @; it ends with a JSON string.
 PASSWORD_IN_ADDRESS = re.compile(r'((?:https?|ssh|git)://[^/\s:@]*:)(?:[^/\s"\\]|\\.)+(@)')
 _IN_PLAIN_TEXT = re.compile(r"((?:https?|ssh|git)://[^/\s:@]*:)[^/\s]+(@)")
 
-# What is secret by its form, whoever made it: (pattern, replacement).
+# Text that is secret by its form: (pattern, replacement).
 _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(
@@ -39,7 +39,7 @@ _SECRET_KEYS = re.compile(r"(?i)(?:^|[_-])(?:password|cipassword|passphrase|secr
 
 
 class Masker:
-    """Replaces secrets by asterisks. Thread-safe; a secret once added is masked for good."""
+    """Replaces secrets by asterisks. Thread-safe; a secret cannot be removed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Masker:
         return f"<Masker of {len(self._forms)} forms>"
 
     def add(self, secret: str | bytes | None) -> None:
-        """Mask `secret` from now on, also url-quoted, JSON-escaped, in base64; each long line by itself too.
+        """Mask `secret` from now on, also URL-quoted, JSON-escaped, in base64; and each of its long lines.
 
         Texts shorter than 4 characters are ignored: masking them would mask everything.
         """
@@ -75,7 +75,7 @@ class Masker:
         return text
 
     def mask_data(self, value: Any) -> Any:
-        """The same for strings inside lists and dicts; values under keys such as `password` go as a whole."""
+        """`value` with its strings masked, in lists and dicts too; all below keys such as `password`."""
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):

@@ -140,7 +140,7 @@ def test_a_node_that_takes_no_login_is_named_with_what_mends_that(env: Environme
 
 
 def test_a_node_that_is_none_is_refused(env: Environment) -> None:
-    with pytest.raises(NodeUnreachable, match=r"there are: father2, father\Z"):
+    with pytest.raises(NodeUnreachable, match=r"it has: father2, father\Z"):
         env.outer.at("father3")
 
 

@@ -97,7 +97,7 @@ def api(host: HttpsHost) -> HostApi:
 
 def raised(api: Any, name: str) -> ApiError:
     """What the recorded answer to a read raises."""
-    api.line.tokens.seeing()
+    api.shared.tokens.see_client()
     with pytest.raises(ApiError) as caught:
         api.get(f"{VM}/config")
     assert caught.value.rc == status_of(name)

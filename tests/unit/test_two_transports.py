@@ -26,7 +26,7 @@ from pytest_nestedpve.pve.errors import (
     UnreadableAnswer,
 )
 from pytest_nestedpve.pve.https import ReplyLost, Unauthorized
-from pytest_nestedpve.pve.identity import Grant, Identity, grants, identity, storages
+from pytest_nestedpve.pve.identity import Grant, Identity, grants, identity_of, storages
 from pytest_nestedpve.pve.tokens import remove_grants, run_tokens
 from pytest_nestedpve.pve.transports import HostApi
 from pytest_nestedpve.run.audit_log import AuditLog
@@ -104,7 +104,7 @@ def said(status: int, reason: str, answer: Any, *, only: str = "", times: int = 
 def test_what_changes_a_guest_goes_by_the_pools_token_and_by_nothing_else(
     method: str, path: str, params: dict[str, Any], pool: str | None, expected: Identity
 ) -> None:
-    assert identity(method, path, params, pool=pool) is expected
+    assert identity_of(method, path, params, pool=pool) is expected
 
 
 def test_the_page_names_everything_that_the_session_token_may_change() -> None:
@@ -119,7 +119,7 @@ def test_the_page_names_everything_that_the_session_token_may_change() -> None:
         ("everything", VM),
     ):
         free = name == "everything"
-        assert identity("post", path, {}, pool=None, free=free) is Identity.SEE
+        assert identity_of("post", path, {}, pool=None, free=free) is Identity.SEE
         assert name in (nested if free else outer)
 
 
@@ -343,7 +343,7 @@ def test_a_new_certificate_is_taken_when_root_reads_the_same(host: HttpsHost, ap
     pem = certificate()
     host.serve_with(pem)
     host.read_pem = pem[0]
-    api.line.tokens.seeing().close()
+    api.shared.tokens.see_client().close()
     assert api.get("/version") == {"by": "https"}
     assert sum("pveum" in command for command in host.commands) == 1
 
@@ -402,7 +402,7 @@ def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
 def test_a_proxy_that_restarts_is_waited_for(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/status/start")
     host.listens = False
-    api.line.tokens.acting(POOL, []).close()
+    api.shared.tokens.act_client(POOL, []).close()
 
     def back() -> None:
         host.listens = True
@@ -417,10 +417,10 @@ def test_a_proxy_that_restarts_is_waited_for(host: HttpsHost, api: HostApi) -> N
 def test_a_proxy_that_stays_away_is_given_up(
     host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytest_nestedpve.pve.transports.RESTART", 0.3)
+    monkeypatch.setattr("pytest_nestedpve.pve.transports.PROXY_RESTART", 0.3)
     api.get("/version")
     host.listens = False
-    api.line.tokens.seeing().close()
+    api.shared.tokens.see_client().close()
     assert api.get("/version") == {"by": "pvesh"}
     assert api.get("/version") == {"by": "pvesh"}
 
@@ -520,7 +520,7 @@ def test_no_token_is_in_an_error_or_in_the_log(host: HttpsHost, api: HostApi) ->
     api.post(f"{VM}/status/start")
     secrets = log.hidden
     assert len(secrets) == 2
-    shown = repr((log.calls, str(caught.value), api.line.tokens.seeing(), host.commands))
+    shown = repr((log.calls, str(caught.value), api.shared.tokens.see_client(), host.commands))
     assert not any(secret in shown for secret in secrets)
     assert all("cafe" not in text for text in (shown,))
 
@@ -589,7 +589,7 @@ def test_tokens_go_as_root_when_https_does_not_work_any_more(
         host.answers.append(said(599, "Too many redirections", b"", only="/token/", times=9))
     else:
         host.listens = False
-        api.line.tokens.seeing().close()
+        api.shared.tokens.see_client().close()
     api.close()
     assert list(host.tokens) == ["terraform"]
     assert {call.cmd.split()[0] for call in log.calls if call.transport == "pvesh"} >= {"get", "delete"}
@@ -609,7 +609,7 @@ def test_a_token_whose_making_was_never_answered_goes_too(host: HttpsHost, api: 
 
     host.answers.append(lost)
     with pytest.raises(ReplyLost):
-        api.line.tokens.acting(POOL, [])
+        api.shared.tokens.act_client(POOL, [])
     assert len(host.tokens) == 2
     api.close()
     assert host.tokens == {}

@@ -122,7 +122,7 @@ class Examination:
             only_reading(self.host),
             self.settings,
             workers=1 if self.settings.scope == "run" else self.nested.config.stash.get(_WORKERS, 1),
-            by_https=hasattr(self.host.api, "line"),
+            by_https=hasattr(self.host.api, "shared"),
         )
         checks = _with_questions((*CHECKS, *FOR_PEOPLE))
         found = look(seen, begin=self.view.begin, told=self._told, checks=checks)
@@ -210,7 +210,7 @@ def only_reading(host: PveHost) -> PveHost:
     from pytest_nestedpve.pve.host import PveHost as Host
     from pytest_nestedpve.setup.checks.prefetch import Ahead
 
-    line = getattr(host.api, "line", None)
-    reading = Host(host.name, host.ssh, Ahead(host.api if line is None else line.pvesh))
+    shared = getattr(host.api, "shared", None)
+    reading = Host(host.name, host.ssh, Ahead(host.api if shared is None else shared.pvesh))
     reading.ssh_config = host.ssh_config
     return reading
