@@ -114,7 +114,7 @@ _current: ContextVar[ApiCall | None] = ContextVar("nested_pve_api_call", default
 
 
 def record_nested(log: CallLog, call: Call) -> None:
-    """Record a command that the current API call of this thread needs, apart from the time of that call."""
+    """Record a command that the API call in progress needs; the entry of that call leaves out its time."""
     if (current := _current.get()) is not None:
         current._nested_ms += call.ms
     log.record(call)
