@@ -77,17 +77,13 @@ def session(name: str) -> Iterator[tuple[PveHost, Settings, Run]]:
 
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
         settings = Settings(host=f"lab:{name}", vmid_ranges=((90000, 90999),), run_dir=Path(folder))
-        resolved = resolve(f"lab:{name}")
+        host = connect(resolve(f"lab:{name}"))
         try:
-            host = connect(resolved)
-            try:
-                run = Run.create(settings, Path(folder))
-                create_pool(host.api, run, settings, host_clock(host))
-                yield host.within(lambda: pool_name(settings, run)), settings, run
-            finally:
-                host.close()
+            run = Run.create(settings, Path(folder))
+            create_pool(host.api, run, settings, host_clock(host))
+            yield host.within(lambda: pool_name(settings, run)), settings, run
         finally:
-            resolved.close()
+            host.close()
 
 
 def with_guests(host: PveHost, settings: Settings, run: Run, count: int, *, running: bool) -> list[Candidate]:

@@ -77,9 +77,13 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[
 def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost | None:
     if settings.host is None:
         return None
+    from pytest_nestedpve.config import hosts
     from pytest_nestedpve.session import hooks
 
-    return hooks.default_host(config, settings.host)
+    session = hooks.of(config)
+    resolved = hosts.resolve(settings.host)
+    session.remark(*resolved.notes)  # before the login: they may explain its failure
+    return hosts.connect(resolved, session.command_log())
 
 
 @pytest.hookimpl(optionalhook=True)

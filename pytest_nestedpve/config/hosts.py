@@ -1,8 +1,9 @@
-"""From what the user calls the host to a PveHost: an SSH name, or the embedded lab."""
+"""From the option --pve-host to an open PveHost: an SSH name, or the embedded lab."""
 
 from __future__ import annotations
 
 import configparser
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from pytest_nestedpve.pve.errors import ProfileError, PveError, SshError
 if TYPE_CHECKING:
     from pytest_nestedpve.pve.calls import CallLog
     from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.ssh.connection import SshTarget
+    from pytest_nestedpve.pve.ssh.connection import SshConnection, SshTarget
 
 PROFILE = "/etc/nested-pve.ini"
 PROFILE_SECTION = "nested-pve"
 _PROFILE_LIMIT = 64 * 1024
-# A host must not choose what the client runs or sends: nothing else is taken from it.
+# A host must not decide which programs the client runs or what it sends: other keys are refused.
 PROFILE_KEYS = frozenset(
     {
         "image",
@@ -38,29 +39,33 @@ PROFILE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class ResolvedHost:
-    """Where the outer host is. `close` gives back what resolving took (the lab's lease)."""
+    """The address of an outer host, before any connection.
+
+    `connect` hands `release` over to the PveHost that it opens. Without a connection, call `release`: it
+    gives back the lab's lease, and does nothing for a host that is no lab.
+    """
 
     name: str
     target: SshTarget
     ssh_config: Path | None
-    close: Callable[[], None]
+    release: Callable[[], None]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the ssh configuration matters for the way there and is not honoured; once each."""
-        found: list[str] = []
+        """Options of the ssh configuration that matter for this host or a jump host and are not honoured."""
+        notes: list[str] = []
         hop: SshTarget | None = self.target
         while hop is not None:
-            found += hop.notes
+            notes += hop.notes
             hop = hop.jump
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(notes))
 
 
 def resolve(host: str, *, ssh_config: Path | None = None) -> ResolvedHost:
-    """Find the host that the setting names: `lab`, `lab:NAME`, or what `ssh NAME` would reach.
+    """Resolve the option --pve-host: `lab`, `lab:NAME`, or a name that `ssh NAME` reaches.
 
-    `ssh_config` replaces ~/.ssh/config. Nothing is connected yet, but a lab is started.
-    Raises SshError for a name or configuration that cannot be used, and the lab's own PveError.
+    `ssh_config` replaces ~/.ssh/config. A lab is started; no connection is opened.
+    Raises SshError for an unusable name or configuration, and the lab's own PveError.
     """
     from pytest_nestedpve.pve.ssh.config import read_ssh_config
 
@@ -74,18 +79,60 @@ def resolve(host: str, *, ssh_config: Path | None = None) -> ResolvedHost:
             lab.release()
             raise
         return ResolvedHost(host, target, lab.ssh_config, lab.release)
-    return ResolvedHost(host, read_ssh_config(host, ssh_config, None, None), ssh_config, _nothing)
+    return ResolvedHost(host, read_ssh_config(host, ssh_config, None, None), ssh_config, _no_release)
+
+
+def connect(resolved: ResolvedHost, log: CallLog | None = None) -> PveHost:
+    """Log in, and open the host; its `close` ends everything that `resolved` and the connection hold.
+
+    Commands are recorded in `log`; API calls are not, see `PveHost.logged`.
+    Raises HostUnreachable, HostKeyMismatch, LoginRefused or SshError with the remedy; the connection is closed and `resolved` released then.
+    """
+    from pytest_nestedpve.pve.calls import NO_LOG
+    from pytest_nestedpve.pve.host import PveHost
+    from pytest_nestedpve.pve.ssh.connection import SshConnection
+    from pytest_nestedpve.pve.transports import HostApi
+
+    with contextlib.ExitStack() as ending:
+        ending.callback(resolved.release)
+        ssh = SshConnection(resolved.target, log=log or NO_LOG)
+        ending.callback(ssh.close)
+        _check_shell(ssh, resolved.target)
+        host = PveHost(
+            resolved.name, ssh, HostApi(ssh), ssh_config=resolved.ssh_config, release=resolved.release
+        )
+        ending.pop_all()
+    return host
+
+
+def _check_shell(ssh: SshConnection, target: SshTarget) -> None:
+    """Raises SshError unless the account runs commands and prints nothing of its own before their output."""
+    result = ssh.run(["true"], timeout=30)
+    if not result.ok:
+        raise SshError(
+            f"{target.text} accepts the login, but runs no commands: `true` ended with "
+            f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
+            "Does the account force a command?"
+        )
+    if result.stdout_bytes:
+        # Every file and every answer read from the host would begin with it.
+        raise SshError(
+            f"{target.text}: expected no output of the command `true`, found "
+            f"{result.stdout.strip()[:80]!r}: the account's start-up files print it before each command. "
+            "Have them print only in interactive shells, below `[[ $- == *i* ]] || return` in ~/.bashrc, "
+            "or to stderr"
+        )
 
 
 def lab_runs(host: str) -> bool:
-    """Whether the lab that `lab` or `lab:NAME` means is up; starts none."""
+    """Whether the lab of `lab` or `lab:NAME` is running; starts none."""
     from pytest_nestedpve.lab.session import runs
 
     return bool(runs(host.partition(":")[2] or ""))
 
 
 def lab_hindrance() -> str | None:
-    """Why no lab can run on this machine; None if one can. Starts none."""
+    """The reason why this machine cannot run a lab; None if it can. Starts none."""
     from pytest_nestedpve.lab import requirements
 
     try:
@@ -95,49 +142,13 @@ def lab_hindrance() -> str | None:
     return None
 
 
-def connect(resolved: ResolvedHost, log: CallLog | None = None) -> PveHost:
-    """Log in. Commands are recorded in `log`; API calls are not, see `PveHost.logged`.
-
-    Raises HostUnreachable, HostKeyMismatch, LoginRefused, each with what to do.
-    """
-    from pytest_nestedpve.pve.calls import NO_LOG
-    from pytest_nestedpve.pve.host import PveHost
-    from pytest_nestedpve.pve.ssh.connection import SshConnection
-    from pytest_nestedpve.pve.transports import HostApi
-
-    ssh = SshConnection(resolved.target, log=log or NO_LOG)
-    try:
-        result = ssh.run(["true"], timeout=30)
-    except PveError:
-        ssh.close()
-        raise
-    if not result.ok:
-        ssh.close()
-        raise SshError(
-            f"{resolved.target.text} accepts the login, but runs no commands: `true` ended with "
-            f"{result.rc} ({(result.stderr or result.stdout).strip()[:200]}). "
-            "Does the account force a command?"
-        )
-    if result.stdout_bytes:
-        # Every file that is read and every answer that is parsed would begin with it.
-        ssh.close()
-        raise SshError(
-            f"{resolved.target.text}: expected no output of the command `true`, found "
-            f"{result.stdout.strip()[:80]!r}: the account's start-up files print it before each command. "
-            "Have them print only for people, below `[[ $- == *i* ]] || return` in ~/.bashrc, or to stderr"
-        )
-    host = PveHost(resolved.name, ssh, HostApi(ssh))
-    host.ssh_config = resolved.ssh_config
-    return host
-
-
 def host_profile(host: PveHost) -> dict[str, str]:
     """The settings in /etc/nested-pve.ini on the host; empty without that file.
 
-    One section [nested-pve], only the keys that a host may set, no interpolation. Raises ProfileError
-    when it is anything else, or cannot be read.
+    Expected: one section [nested-pve], only PROFILE_KEYS, no interpolation. Raises ProfileError for
+    anything else, and for a file that cannot be read.
     """
-    # test -e also follows a dangling link: that is a mistake to be told, so -L as well.
+    # -L as well: for a dangling link `test -e` is false, but it is a mistake to report.
     script = (
         f"if [ -e {PROFILE} ] || [ -L {PROFILE} ]; then exec head -c {_PROFILE_LIMIT + 1} -- {PROFILE}; fi"
     )
@@ -145,13 +156,13 @@ def host_profile(host: PveHost) -> dict[str, str]:
     if not result.ok:
         raise ProfileError(
             f"{PROFILE} on {host.name} cannot be read: {result.stderr.strip()[:300] or result.rc}. "
-            "Make it a readable file, or remove it"
+            "Expected a readable file, or none"
         )
     return parse_profile(result.stdout_bytes, host.name)
 
 
 def parse_profile(content: bytes, host: str) -> dict[str, str]:
-    """The keys and values of a host profile; raises ProfileError, and nothing else."""
+    """The keys and values of a host profile. Raises ProfileError, no other error."""
     where = f"{PROFILE} on {host}"
     if len(content) > _PROFILE_LIMIT:
         raise ProfileError(f"{where} has more than {_PROFILE_LIMIT} bytes: expected a few lines")
@@ -178,7 +189,7 @@ def parse_profile(content: bytes, host: str) -> dict[str, str]:
     foreign = sorted(set(values) - PROFILE_KEYS)
     if foreign:
         raise ProfileError(
-            f"{where} sets {', '.join(foreign)[:300]}, which a host may not: expected only "
+            f"{where} sets {', '.join(foreign)[:300]}, which a host may not set: expected only "
             f"{', '.join(sorted(PROFILE_KEYS))}"
         )
     for key, value in values.items():
@@ -187,5 +198,5 @@ def parse_profile(content: bytes, host: str) -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
 
 
-def _nothing() -> None:
-    return None
+def _no_release() -> None:
+    """A host that is no lab holds nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,15 +43,25 @@ class SshLike(Protocol):
 class PveHost:
     """A host with SSH and `pvesh`.
 
-    `ssh_config` is the file that ssh needs for reaching it by its name; None for the user's own.
+    `ssh_config` is the file that ssh needs to reach it by its name; None: the user's own file.
+    `release` is called by `close`, last: it gives back the resource that the host runs on (a lab).
     """
 
-    ssh_config: Path | None = None
-
-    def __init__(self, name: str, ssh: SshLike, api: Api, node: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        ssh: SshLike,
+        api: Api,
+        node: str | None = None,
+        *,
+        ssh_config: Path | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
         self.name = name
         self.ssh = ssh
         self.api = api
+        self.ssh_config = ssh_config
+        self._release = release
         self._node = node
         self._cluster: Cluster | None = None
         self._entry: PveHost | None = None
@@ -97,11 +108,15 @@ class PveHost:
             raise NodeUnreachable(
                 f"expected a node of {self.name}'s cluster, found {node!r}; it has: {nodes}"
             )
-        return self._like(PveHost(node, NodeSsh(self.entry.ssh, member), self.api, node), entry=self.entry)
+        other = PveHost(node, NodeSsh(self.entry.ssh, member), self.api, node, ssh_config=self.ssh_config)
+        other._cluster, other._entry = self._cluster, self.entry
+        return other
 
-    def _like(self, host: PveHost, entry: PveHost | None) -> PveHost:
-        host.ssh_config, host._cluster, host._entry = self.ssh_config, self._cluster, entry
-        return host
+    def with_api(self, api: Api, *, entry: PveHost | None = None) -> PveHost:
+        """The same host by another API. `close` belongs to the host that was opened, not to this one."""
+        other = PveHost(self.name, self.ssh, api, self._node, ssh_config=self.ssh_config)
+        other._cluster, other._entry = self._cluster, entry
+        return other
 
     def run(
         self,
@@ -118,7 +133,7 @@ class PveHost:
         """The same host, its API calls recorded in `log`."""
         if hasattr(self.api, "logged"):
             return self._view("logged", log)
-        return self._like(PveHost(self.name, self.ssh, LoggedApi(self.api, log), self._node), self._entry)
+        return self.with_api(LoggedApi(self.api, log), entry=self._entry)
 
     def within(self, pool: Callable[[], str]) -> PveHost:
         """The same host, changing guests of that pool only, where its API can have PVE enforce that."""
@@ -136,11 +151,18 @@ class PveHost:
         view = getattr(self.api, name, None)
         if view is None:
             return self
-        return self._like(PveHost(self.name, self.ssh, view(*args), self._node), self._entry)
+        return self.with_api(view(*args), entry=self._entry)
 
     def close(self) -> None:
-        """Delete what the API created for itself on the host, then close the connection."""
-        close = getattr(self.api, "close", None)
-        if close is not None:
-            close()
-        self.ssh.close()
+        """Delete the API's own token on the host, close the connection, release the lab: in this order.
+
+        A step that raises does not keep the later ones from running; its error is raised at the end.
+        """
+        release, self._release = self._release, None
+        with contextlib.ExitStack() as ending:
+            if release is not None:
+                ending.callback(release)
+            ending.callback(self.ssh.close)
+            close_api = getattr(self.api, "close", None)
+            if close_api is not None:
+                ending.callback(close_api)

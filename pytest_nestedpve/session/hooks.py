@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,9 +12,6 @@ from pytest_nestedpve.config.settings import Settings, SettingsError, load
 from pytest_nestedpve.session import exit_status
 from pytest_nestedpve.session.exit_status import NO_HOST, NoHostFailure, PhaseFailure
 from pytest_nestedpve.session.session import KEY, USER, NestedSession, remember
-
-if TYPE_CHECKING:
-    from pytest_nestedpve.pve.host import PveHost
 
 FIXTURE = "nested_pve_run"
 #: What an xdist worker hands to the controller at its end.
@@ -80,19 +77,6 @@ def collect_steps(collector: pytest.Module) -> list[pytest.Item]:
         return steps.expand(collector, nested.phases)
     except PhaseListError as e:
         raise collector.CollectError(f"nested-pve: {e}") from e
-
-
-def default_host(config: pytest.Config, name: str) -> PveHost:
-    """The host that the setting names: over SSH, or the embedded lab. Raises PveError."""
-    from pytest_nestedpve.config import hosts
-
-    nested = of(config)
-    resolved = hosts.resolve(name)
-    nested.on_close.append(resolved.close)
-    nested.remarks += [note for note in resolved.notes if note not in nested.remarks]
-    host = hosts.connect(resolved, nested.command_log())
-    host.ssh_config = resolved.ssh_config
-    return host
 
 
 def adopt_worker(node: Any) -> None:

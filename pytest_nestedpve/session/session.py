@@ -73,7 +73,7 @@ class NestedSession:
         self.clean: CleanState | None = None
         self.clean_for = ""
         self.chosen: frozenset[str] = frozenset()  # phases whose steps were chosen by -k or by id
-        self.on_close: list[Callable[[], None]] = []
+        self._hosts: list[PveHost] = []  # open; closed by close_hosts alone
         self._phases: tuple[Phase, ...] | None = None
         self._offered: NestedPve | None = None
         self.finished = False
@@ -121,15 +121,18 @@ class NestedSession:
         return self.settings.host is not None or len(hooks) > 1
 
     def connect(self) -> PveHost:
-        """The outer host; raises PveError."""
+        """Open the outer host; `close_hosts` closes it. Raises PveError."""
         from pytest_nestedpve.pve.errors import PveError
 
         host = self.config.hook.pytest_nestedpve_host(config=self.config, settings=self.settings)
         if host is None:
             raise PveError(NO_HOST)
-        self.on_close.append(host.close)
-        found: PveHost = host
-        return found
+        self._hosts.append(host)
+        return self._hosts[-1]
+
+    def remark(self, *lines: str) -> None:
+        """Have lines reported at the end of the session; a line that is there already is not repeated."""
+        self.remarks += [line for line in lines if line not in self.remarks]
 
     def command_log(self) -> CallLog | None:
         """Where commands on the outer host are recorded; None if there is no run."""
@@ -459,11 +462,10 @@ class NestedSession:
         return rerun_commands.finishing(self.settings, run)
 
     def close_hosts(self) -> None:
-        """Give back the outer host's connection, and the lab if it is one."""
-        for close in reversed(self.on_close):
+        """Close what `connect` opened, the latest first: connections, tokens, the lab's lease."""
+        while self._hosts:
             with contextlib.suppress(Exception):
-                close()
-        self.on_close.clear()
+                self._hosts.pop().close()
 
     # -- signals -------------------------------------------------------------------------------
 

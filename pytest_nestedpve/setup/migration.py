@@ -29,10 +29,7 @@ def outer(env: Environment) -> PveHost:
     if env.attached or not host.cluster.several:
         return host
     known = env.facts.get("provision", {}).get("node") or env.facts.get("preflight", {}).get("node")
-    there = host.at(str(known or host.node))
-    found = PveHost(there.name, there.ssh, Following(env, host.api), there.node)
-    found.ssh_config, found._cluster, found._entry = host.ssh_config, host.cluster, host
-    return found
+    return host.at(str(known or host.node)).with_api(Following(env, host.api), entry=host)
 
 
 def chosen(env: Environment) -> PveHost:

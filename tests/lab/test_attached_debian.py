@@ -19,9 +19,7 @@ from pytest_nestedpve.config import hosts
 
 def pytest_nestedpve_host(config, settings):
     place = Path({config!r})
-    host = hosts.connect(hosts.resolve(settings.host, ssh_config=place))
-    host.ssh_config = place
-    return host
+    return hosts.connect(hosts.resolve(settings.host, ssh_config=place))
 """
 LOOK = "find /etc /root -type f | sort | xargs sha256sum; ip -4 -br address; ls /opt"
 OF_THE_RUN = """

@@ -32,11 +32,9 @@ def pytest_nestedpve_phase_finished(phase, environment, status):
 
 @pytest.fixture
 def father(hand_lab: HandLab) -> Iterator[PveHost]:
-    resolved = hosts.resolve(f"lab:{hand_lab.name}")
-    host = hosts.connect(resolved)
+    host = hosts.connect(hosts.resolve(f"lab:{hand_lab.name}"))
     yield host
     host.close()
-    resolved.close()
 
 
 @pytest.fixture

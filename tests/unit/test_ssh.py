@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,38 @@ def test_a_name_or_configuration_that_cannot_be_used_is_said(
 
 
 # -- hosts --------------------------------------------------------------------------------------------
+
+
+def test_a_host_gives_back_all_it_holds_once_and_the_lab_last(
+    make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server().start()
+    config = tmp_path / "config"
+    config.write_text(server.config_block("father"))
+    ended: list[str] = []
+    resolved = replace(hosts.resolve("father", ssh_config=config), release=lambda: ended.append("lab"))
+    host = hosts.connect(resolved)
+    assert host.ssh_config == config
+    assert host.within(lambda: "pool").ssh_config == config
+    host.free().close()
+    assert ended == []
+    monkeypatch.setattr(host.api, "close", lambda: ended.append("token"))
+    monkeypatch.setattr(host.ssh, "close", lambda: ended.append("connection"))
+    host.close()
+    assert ended == ["token", "connection", "lab"]
+    host.close()
+    assert ended.count("lab") == 1
+
+
+def test_a_host_that_refuses_the_login_gives_the_lab_back(make_server: MakeServer, tmp_path: Path) -> None:
+    server = make_server().start()
+    config = tmp_path / "config"
+    config.write_text(server.config_block("father").replace(str(server.known_hosts), str(tmp_path / "none")))
+    ended: list[str] = []
+    resolved = replace(hosts.resolve("father", ssh_config=config), release=lambda: ended.append("lab"))
+    with pytest.raises(HostKeyMismatch):
+        hosts.connect(resolved)
+    assert ended == ["lab"]
 
 
 def test_a_host_is_resolved_and_connected_and_its_errors_are_typed(

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from ssh_world import World, both, ours
 from sshd import Sshd
 
+from pytest_nestedpve import plugin
 from pytest_nestedpve.config import hosts
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.pve.errors import HostUnreachable, LoginRefused, SshError
@@ -29,8 +30,7 @@ from pytest_nestedpve.pve.ssh import config_options
 from pytest_nestedpve.pve.ssh.config import read_ssh_config
 from pytest_nestedpve.pve.ssh.connection import SshConnection
 from pytest_nestedpve.run.identity import Run
-from pytest_nestedpve.session import hooks
-from pytest_nestedpve.session.session import KEY
+from pytest_nestedpve.session.session import KEY, NestedSession
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +146,18 @@ def test_nothing_is_told_of_what_does_not_matter_for_connecting(tmp_path: Path) 
 def test_the_session_tells_once_what_is_passed_over_on_the_whole_way(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = world.config(
+    ssh_config = world.config(
         world.server.config_block("far", "ProxyJump near", "VerifyHostKeyDNS yes")
         + world.server.config_block("near", "KnownHostsCommand /usr/bin/true")
     )
     resolve = hosts.resolve
-    monkeypatch.setattr(hosts, "resolve", lambda name: resolve(name, ssh_config=config))
-    session: Any = SimpleNamespace(on_close=[], remarks=[], observe=lambda _: None)
+    monkeypatch.setattr(hosts, "resolve", lambda name: resolve(name, ssh_config=ssh_config))
+    config: Any = SimpleNamespace(stash={})
+    session = config.stash[KEY] = NestedSession(config, Settings(), lambda _: None)
     for _ in range(2):
-        hooks.default_host(SimpleNamespace(stash={KEY: session}), "far").close()  # type: ignore[arg-type]
+        host = plugin.pytest_nestedpve_host(config, Settings(host="far"))
+        assert host is not None
+        host.close()
     assert [note.partition(" is not honoured for ")[2].partition(":")[0] for note in session.remarks] == [
         "far",
         "near",

@@ -207,10 +207,7 @@ def _with_questions(checks: Iterable[Check]) -> Iterator[Check]:
 
 def only_reading(host: PveHost) -> PveHost:
     """The host by root's pvesh alone: HTTPS needs a token, and that is made on the host."""
-    from pytest_nestedpve.pve.host import PveHost as Host
     from pytest_nestedpve.setup.checks.prefetch import Ahead
 
     shared = getattr(host.api, "shared", None)
-    reading = Host(host.name, host.ssh, Ahead(host.api if shared is None else shared.pvesh))
-    reading.ssh_config = host.ssh_config
-    return reading
+    return host.with_api(Ahead(host.api if shared is None else shared.pvesh))
