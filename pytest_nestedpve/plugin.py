@@ -1,4 +1,4 @@
-"""pytest hooks and fixtures; thin: what they do lives in the modules beside this one."""
+"""pytest hooks and fixtures. Thin: session/hooks.py and session/open_run.py do the work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.session.nested_pve import NestedPve
-    from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.open_run import OpenRun
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,7 +63,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[pytest.Item] | None:
-    # By name: nothing is imported for projects that do not have it.
+    # By name: nothing is imported for projects without the sentinel.
     if type(obj) is not ModuleType or obj.__name__ != "pytest_nestedpve.steps":
         return None
     if not isinstance(collector, pytest.Module):
@@ -82,7 +82,7 @@ def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost 
 
     session = hooks.of(config)
     resolved = hosts.resolve(settings.host)
-    session.remark(*resolved.notes)  # before the login: they may explain its failure
+    session.state.remark_once(*resolved.notes)  # before the login: they may explain its failure
     return hosts.connect(resolved, session.command_log())
 
 
@@ -90,10 +90,10 @@ def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost 
 def pytest_configure_node(node: Any) -> None:
     from pytest_nestedpve.session import hooks
 
-    hooks.adopt_worker(node)
+    hooks.configure_worker(node)
 
 
-# The VM's shape: a project's conftest.py may override these, in scope session. See shape.py.
+# Options of the VM, checked by vm_fixtures.py: a project's conftest.py may override them, in scope session.
 
 
 def _setting(request: pytest.FixtureRequest, name: str) -> Any:
@@ -122,7 +122,7 @@ def nested_pve_disk(request: pytest.FixtureRequest) -> int | str:
 
 @pytest.fixture(scope="session")
 def nested_pve_image(request: pytest.FixtureRequest) -> str | None:
-    """What the nested VM boots: the setting nested_pve_image, unless overridden."""
+    """Image of the nested VM: the setting nested_pve_image, unless overridden."""
     return _setting(request, "image")  # type: ignore[no-any-return]
 
 
@@ -154,12 +154,12 @@ def nested_pve_run(
     nested_pve_vm_options: Any,
     nested_pve_extra_vars: Any,
     nested_pve_playbook_dir: Any,
-) -> Iterator[NestedSession]:
-    """The run: its identity, its environment, and the teardown at the end. Sets up no phase by itself."""
+) -> Iterator[OpenRun]:
+    """The run: its identity, its environment, and the teardown at the end. Runs no phase by itself."""
     from pytest_nestedpve.session import hooks, vm_fixtures
 
     nested = hooks.of(request.config)
-    chosen = {
+    values = {
         "cores": nested_pve_cores,
         "memory": nested_pve_memory,
         "disk": nested_pve_disk,
@@ -169,32 +169,32 @@ def nested_pve_run(
         "playbook_dir": nested_pve_playbook_dir,
     }
     try:
-        vm_fixtures.take(nested, chosen)
-        nested.open()
-        yield nested
+        if nested.open_run is None:
+            vm_fixtures.apply_fixtures(nested.state, values)
+        yield nested.open()
     finally:
         nested.finish()
 
 
 @pytest.fixture(scope="session")
-def nested_pve(nested_pve_run: NestedSession) -> NestedPve:
-    """A nested Proxmox VE, set up completely, or as far as `@pytest.mark.nested_pve(upto=…)` says."""
+def nested_pve(nested_pve_run: OpenRun) -> NestedPve:
+    """A nested Proxmox VE, set up completely, or up to the phase in `@pytest.mark.nested_pve(upto=…)`."""
     return nested_pve_run.nested_pve()
 
 
 @pytest.fixture
 def nested_pve_clean(
-    request: pytest.FixtureRequest, nested_pve_run: NestedSession, nested_pve: NestedPve
+    request: pytest.FixtureRequest, nested_pve_run: OpenRun, nested_pve: NestedPve
 ) -> NestedPve:
-    """The nested PVE as it was after set-up, whatever tests before did to it.
+    """The nested PVE in its state after set-up: changes of earlier tests are undone.
 
     For each test, or with `@pytest.mark.nested_pve_clean(scope="module")` (or class) once for all of those.
     """
-    nested_pve_run.give_clean(request.node)
+    nested_pve_run.restore_clean_state(request.node)
     return nested_pve
 
 
 @pytest.fixture
-def _nested_pve_step(request: pytest.FixtureRequest, nested_pve_run: NestedSession) -> Callable[[], None]:
-    """Does what a step needs; the value does the step itself."""
-    return nested_pve_run.step(request.node)
+def _nested_pve_step(request: pytest.FixtureRequest, nested_pve_run: OpenRun) -> Callable[[], None]:
+    """Runs the phases that a step needs; the value runs the step's own phase."""
+    return nested_pve_run.prepare_step(request.node)

@@ -86,7 +86,8 @@ def connect(resolved: ResolvedHost, log: CallLog | None = None) -> PveHost:
     """Log in, and open the host; its `close` ends everything that `resolved` and the connection hold.
 
     Commands are recorded in `log`; API calls are not, see `PveHost.logged`.
-    Raises HostUnreachable, HostKeyMismatch, LoginRefused or SshError with the remedy; the connection is closed and `resolved` released then.
+    Raises HostUnreachable, HostKeyMismatch, LoginRefused or SshError with the remedy; the connection is
+    closed and `resolved` released then.
     """
     from pytest_nestedpve.pve.calls import NO_LOG
     from pytest_nestedpve.pve.host import PveHost

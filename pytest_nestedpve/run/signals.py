@@ -70,6 +70,10 @@ class SignalGuard:
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
+    def stop_interrupting(self) -> None:
+        """The session ends by itself from now on: signals are counted, and interrupt nothing."""
+        self.counting = True
+
     @contextlib.contextmanager
     def diverted(self, deliver: Callable[[int], None]) -> Iterator[None]:
         """In the body, pass all signals to `deliver`, in their order; only the first is in `received`."""

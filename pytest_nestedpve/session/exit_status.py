@@ -1,4 +1,4 @@
-"""How tests fail for the environment's sake, and the exit status: no green run that verified nothing."""
+"""Failures of tests that the environment causes, and the exit status: no success that verified nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OK, FAILED, INTERRUPTED, USAGE, NOTHING_COLLECTED = 0, 1, 2, 4, 5
 USES = "nestedpve_uses"
 CAUSE = "nestedpve_cause"
 STEP = "nestedpve_step"
-#: On the report of a step that was skipped for another one that failed.
+#: On the report of a step that was skipped because an earlier one failed.
 FOLLOWS = "nestedpve_follows"
-#: The cause of a test that needs a host when none was named.
+#: The cause when a test needs a host and none is configured.
 CAUSE_NO_HOST = "no host"
 
 NO_HOST = (
@@ -31,7 +31,7 @@ NO_HOST = (
 
 
 class NoHostFailure(Failed):
-    """A test needs the outer host, and none was named; shown without a traceback."""
+    """A test needs the outer host, and none is configured; shown without a traceback."""
 
     __module__ = "builtins"  # as pytest's own: the summary's lines are short
 
@@ -40,7 +40,7 @@ class NoHostFailure(Failed):
 
 
 class PhaseFailure(Failed):
-    """A test cannot go on, for the first cause of a broken run; shown without a traceback."""
+    """A phase that the test needs has failed; shown with the first cause and without a traceback."""
 
     __module__ = "builtins"
 
@@ -53,7 +53,7 @@ class PhaseFailure(Failed):
 
 @dataclass
 class Tally:
-    """What has been seen so far."""
+    """Outcomes of the session so far; the exit status follows from them."""
 
     nested: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
@@ -62,15 +62,15 @@ class Tally:
     failures: int = 0
     preflight_failures: int = 0
     usage: str | None = None
-    hooks: list[str] = field(default_factory=list)  # the project's hooks that raised, a line each
-    left: bool = False
+    hooks: list[str] = field(default_factory=list)  # a line for each hook of the project that raised
+    left: bool = False  # there are leftovers on the host
     left_reason: str = "the teardown left something behind"
     signum: int | None = None
     command: int | None = None  # the exit status of --nested-exec's command
     reason: str | None = None
 
     def add(self, report: pytest.TestReport) -> None:
-        """Take one report into account."""
+        """Count one report of a test."""
         if getattr(report, USES, False):
             self.nested.add(report.nodeid)
             if report.when == "call" and report.passed:
@@ -87,11 +87,32 @@ class Tally:
             elif cause == CAUSE_NO_HOST:
                 self.usage = "a test needs an outer PVE host, and none was named"
 
-    def status(self, status: int, *, executes: bool, stopped: bool = False) -> int:
-        """The exit status for what pytest itself would return; sets `reason` where it differs.
+    def add_collection_error(self) -> None:
+        """Count a file that cannot be collected."""
+        self.failures += 1
 
-        `executes` is False for sessions that are not meant to run tests (a dry run, say); `stopped`
-        is True when `--sw`, or `-x` under xdist, ended it after a failure: pytest calls that interrupted.
+    def add_hook_failure(self, *lines: str) -> None:
+        """Count hooks of the project that raised, a line each."""
+        self.hooks += lines
+
+    def record_leftovers(self, exist: bool, reason: str | None = None) -> None:
+        """The teardown is over; `reason` replaces the default reason for the exit status."""
+        self.left = self.left or exist
+        self.left_reason = reason or self.left_reason
+
+    def record_command(self, status: int) -> None:
+        """The command of --nested-exec ended with `status`."""
+        self.command = status
+
+    def record_signal(self, signum: int | None) -> None:
+        """The signal that ended the session; None: no signal did."""
+        self.signum = signum
+
+    def status(self, status: int, *, executes: bool, stopped: bool = False) -> int:
+        """The exit status in place of pytest's own `status`; sets `reason` where it differs.
+
+        `executes` is False for sessions that are to run no tests, such as a dry run. `stopped` is True when
+        `--sw`, or `-x` under xdist, ended the session after a failure: pytest reports that as interrupted.
         """
         self.reason = None
         if self.signum is not None:

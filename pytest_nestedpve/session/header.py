@@ -1,52 +1,52 @@
-"""What `pytest_report_header` says: the host, the run, and what will be made."""
+"""The lines of `pytest_report_header`: the host, the run, and the VM to create."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.state import SessionState
 
 
-def lines(nested: NestedSession) -> list[str]:
-    """The lines; none when no host is named, so that unrelated projects do not see this plugin."""
-    settings, option = nested.settings, nested.config.option
+def lines(state: SessionState) -> list[str]:
+    """The lines; none without a configured host: an unrelated project does not see this plugin."""
+    settings, option = state.settings, state.config.option
     if settings.host is None or option.collectonly:
         return []
     where = f"nested-pve: host {settings.host} ({settings.origin('host')})"
     if settings.destroy_only:
-        which = f"run {settings.run_id}" if settings.run_id else "what earlier runs left"
+        which = f"run {settings.run_id}" if settings.run_id else "leftovers of earlier runs"
         return [where, f"nested-pve: {'would destroy' if settings.dry_run else 'destroys'} {which}; no tests"]
     if settings.dry_run:
-        return [where, "nested-pve: dry run, nothing is made"]
+        return [where, "nested-pve: dry run, nothing is created"]
     if settings.attach is not None:
         return [
             where,
-            "nested-pve: attached: that PVE is used as the nested one and stays; a VM inside, if a test "
-            "needs it, is destroyed at the end; nothing is made outside of it",
+            "nested-pve: attached: that PVE is used as the nested one and kept; a VM inside, if a test "
+            "needs it, is destroyed at the end; nothing is created outside of it",
         ]
     size = f"{settings.cores} cores, {_gib(settings.memory)} memory, {settings.disk} GiB disk"
     several = bool(getattr(option, "tx", None)) and option.dist != "no"
-    run = "RUN" if several else nested.run_id
+    run = "RUN" if several else state.run_id
     workers = len(option.tx) if several else 1
     shared = settings.scope == "run"
-    each = ""
+    users = ""
     if several:
-        each = " for all workers" if shared else f" for each of {workers} workers that needs one"
+        users = " for all workers" if shared else f" for each of {workers} workers that needs one"
     ids = ", ".join(f"{low}-{high}" if low != high else str(low) for low, high in settings.vmid_ranges)
     if settings.any_id:
         ids = "any free id"
     command = settings.exec_command
     runs = [f"nested-pve: no tests; runs {command}"] if command is not None else []
     if settings.make_template:
-        runs = ["nested-pve: no tests; makes a template"]
+        runs = ["nested-pve: no tests; creates a template"]
     from pytest_nestedpve.run.kept_runs import resumable
 
-    if (kept := resumable(settings, nested.config.rootpath)) is not None:
+    if (kept := resumable(settings, state.config.rootpath)) is not None:
         return [
             where,
             *runs,
-            f"nested-pve: goes on with the kept run {kept.run}, if a test needs it; "
+            f"nested-pve: resumes the kept run {kept.run}, if a test needs it; "
             + ("kept again" if settings.keep == "always" else "destroyed at the end unless it is kept again"),
         ]
     end = "kept at the end" if settings.keep == "always" else "destroyed at the end"
@@ -57,8 +57,8 @@ def lines(nested: NestedSession) -> list[str]:
     return [
         where if several else f"{where}; run {run}",
         *runs,
-        f"nested-pve: makes one VM {settings.name_prefix}-{run}{each} ({size}; id: {ids}) with a VM inside, "
-        f"if a test needs it; {end}",
+        f"nested-pve: creates one VM {settings.name_prefix}-{run}{users} ({size}; id: {ids}) with a VM "
+        f"inside, if a test needs it; {end}",
     ]
 
 

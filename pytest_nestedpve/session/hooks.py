@@ -1,8 +1,10 @@
-"""What a pytest session does with its environment, hook by hook; registered when a session begins."""
+"""Which hook of pytest does what for the nested PVE, in the order of a session's life.
+
+`begin` registers two plugins: SessionHooks come before the hooks of other plugins, LastHooks after them.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from typing import Any
 
@@ -11,96 +13,88 @@ import pytest
 from pytest_nestedpve.config.settings import Settings, SettingsError, load
 from pytest_nestedpve.session import exit_status
 from pytest_nestedpve.session.exit_status import NO_HOST, NoHostFailure, PhaseFailure
-from pytest_nestedpve.session.session import KEY, USER, NestedSession, remember
+from pytest_nestedpve.session.session import KEY, NestedSession
+from pytest_nestedpve.session.state import USER
 
 FIXTURE = "nested_pve_run"
-#: What an xdist worker hands to the controller at its end.
-SAID = "nestedpve_said"
+#: The key in `workeroutput`, from an xdist worker to the controller.
+WORKER_LINES = "nestedpve_lines"
+
+
+# -- called by plugin.py -----------------------------------------------------------------------------------
 
 
 def begin(session: pytest.Session) -> None:
-    """Read the settings and register the hooks below. Raises pytest.UsageError before anything is touched."""
+    """Read the settings and register the hooks below. Raises pytest.UsageError for invalid settings."""
     config = session.config
+    nested = config.stash[KEY] = NestedSession(session, _settings(config))
+    if nested.settings.env_file is not None:
+        from pytest_nestedpve.session.modes.env_file import EnvFileHooks
+
+        config.pluginmanager.register(EnvFileHooks(nested, nested.settings.env_file), "nestedpve-env-file")
+    config.pluginmanager.register(SessionHooks(nested, session), "nestedpve-session")
+    config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
+    config.add_cleanup(nested.close)
+    if getattr(config.option, "htmlpath", None) and nested.host_is_configured():
+        nested.register_report()  # pytest-html reads the columns before the first test
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        nested.state.join(worker.get("nestedpve_session"), worker.get("nestedpve_shared"))
+
+
+def _settings(config: pytest.Config) -> Settings:
     option = config.option
-    looks_only = any(
+    only_lists = any(
         getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
     )
     acts = option.nested_destroy_only or option.nested_doctor or option.nested_exec is not None
     acts = acts or option.nested_make_template
-    if looks_only and not acts:
-        settings = Settings()
-    else:
-        try:
-            settings = load(config)
-            if settings != Settings(run_dir=settings.run_dir):  # something was asked for
-                from pytest_nestedpve.config import conflicts
+    if only_lists and not acts:
+        return Settings()
+    try:
+        settings = load(config)
+        if settings != Settings(run_dir=settings.run_dir):  # something is configured
+            from pytest_nestedpve.config import conflicts
+            from pytest_nestedpve.pve.deadline import set_scale
 
-                conflicts.check(settings, config)
-        except SettingsError as e:
-            raise pytest.UsageError(f"nested-pve: {e}") from e
-        from pytest_nestedpve.pve.deadline import set_scale
-
-        set_scale(settings.timeout_scale)
-    nested = NestedSession(config, settings, _end)
-    config.stash[KEY] = nested
-    remember(session)
-    if settings.env_file is not None:
-        from pytest_nestedpve.session.modes.env_file import EnvFileHooks
-
-        config.pluginmanager.register(EnvFileHooks(nested, settings.env_file), "nestedpve-env-file")
-    config.pluginmanager.register(SessionHooks(nested, session), "nestedpve-session")
-    config.pluginmanager.register(LastHooks(nested), "nestedpve-last")
-    config.add_cleanup(nested.close)
-    if getattr(option, "htmlpath", None) and nested.host_is_named():
-        nested.register_report()  # pytest-html asks for its columns now
-    worker = getattr(config, "workerinput", None)
-    if worker is not None:
-        nested.family = worker.get("nestedpve_session")
-        nested.told = worker.get("nestedpve_shared")
-        if nested.told is not None:
-            nested.run_id = str(nested.told["run"])
+            conflicts.check(settings, config)
+            set_scale(settings.timeout_scale)
+    except SettingsError as e:
+        raise pytest.UsageError(f"nested-pve: {e}") from e
+    return settings
 
 
 def of(config: pytest.Config) -> NestedSession:
-    """The session's environment."""
+    """The session of this process, after `begin`."""
     return config.stash[KEY]
 
 
 def collect_steps(collector: pytest.Module) -> list[pytest.Item]:
-    """The phases as items of the file that holds the sentinel."""
+    """The phases as items of the file that imports the sentinel."""
     from pytest_nestedpve.environment.phases import PhaseListError
     from pytest_nestedpve.session import steps
 
-    nested = of(collector.config)
-    nested.has_steps = True
+    state = of(collector.config).state
+    state.steps_collected()
     try:
-        return steps.expand(collector, nested.phases)
+        return steps.expand(collector, state.phases)
     except PhaseListError as e:
         raise collector.CollectError(f"nested-pve: {e}") from e
 
 
-def adopt_worker(node: Any) -> None:
-    """Give an xdist worker what the runs of this session have in common, for the controller's sweep."""
+def configure_worker(node: Any) -> None:
+    """As xdist's controller: give a worker the name of the session, and the shared run if there is one."""
     from pytest_nestedpve.session.xdist import workers
 
     nested = of(node.config)
-    if nested.family is None:
-        import secrets
-
-        nested.family = secrets.token_hex(8)
-    if nested.host_is_named():
-        nested.take_signals()
+    family = nested.state.start_family()
+    if nested.host_is_configured():
+        nested.handle_signals()
         nested.register_report()
-    node.workerinput["nestedpve_session"] = nested.family
+    node.workerinput["nestedpve_session"] = family
     node.workerinput[workers.DIST] = node.config.option.dist
-    if nested.settings.scope == "run" and nested.host_is_named():
-        node.workerinput["nestedpve_shared"] = workers.share(nested)
-
-
-def _end(nested: NestedSession) -> None:
-    from pytest_nestedpve.session import end
-
-    end.finish(nested)
+    if nested.settings.scope == "run" and nested.host_is_configured():
+        node.workerinput["nestedpve_shared"] = workers.share(nested.state)
 
 
 def uses(item: pytest.Item) -> bool:
@@ -108,41 +102,45 @@ def uses(item: pytest.Item) -> bool:
     return FIXTURE in getattr(item, "fixturenames", ()) or item.stash.get(USER, False)
 
 
+# -- registered by `begin` ---------------------------------------------------------------------------------
+
+
 class SessionHooks:
-    """The hooks of one session."""
+    """Hooks that come before those of other plugins."""
 
     def __init__(self, nested: NestedSession, session: pytest.Session) -> None:
         self.nested = nested
         self.session = session
         self.config = nested.config
-        self._told = False
-        self._left_out: str | None = None
+        self._reported = False
+        self._deselected_steps: str | None = None
 
     def pytest_report_header(self) -> list[str]:
         from pytest_nestedpve.session import header
 
-        return header.lines(self.nested)
+        return header.lines(self.nested.state)
 
-    # -- before the tests --------------------------------------------------------------------
+    # -- before the tests --------------------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool | None:
-        if self.nested.settings.destroy_only:
+        settings = self.nested.settings
+        if settings.destroy_only:
             from pytest_nestedpve.session.modes import destroy_only
 
             destroy_only.collect(session, self.nested)
             return True
-        if self.nested.settings.doctor:
+        if settings.doctor:
             from pytest_nestedpve.session.modes import doctor
 
             doctor.collect(session, self.nested)
             return True
-        if self.nested.settings.make_template:
+        if settings.make_template:
             from pytest_nestedpve.session.modes import make_template
 
             make_template.collect(session, self.nested)
             return True
-        if self.nested.settings.exec_command is not None:
+        if settings.exec_command is not None:
             from pytest_nestedpve.session.modes import exec
 
             exec.collect(session, self.nested)
@@ -151,44 +149,56 @@ class SessionHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if self.nested.has_steps:
+        if self.nested.state.has_steps:
             from pytest_nestedpve.session import steps
 
-            session.items[:] = steps.in_order(session.items, self.nested.phases, uses)
+            session.items[:] = steps.in_order(session.items, self.nested.state.phases, uses)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        option = self.config.option
-        if option.collectonly or option.setupplan or self.nested.settings.destroy_only:
+        nested, option = self.nested, self.config.option
+        if option.collectonly or option.setupplan or nested.settings.destroy_only:
             return None
-        chosen = [item for item in session.items if uses(item)]
-        if hasattr(self.config, "workerinput"):
-            from pytest_nestedpve.session.xdist import workers
-
-            self.nested.workers = workers.at_once(self.config, chosen)
-        self.nested.wants_clean = any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in chosen)
-        if self.nested.settings.attach is not None:
-            from pytest_nestedpve.environment.attached import chosen_steps
-            from pytest_nestedpve.session.steps import PREFIX
-
-            names = [item.phase_name for item in chosen if hasattr(item, "phase_name")]
-            self.nested.chosen = chosen_steps(names, PREFIX, option.keyword, self.config.args)
-        if self.nested.settings.dry_run:
+        users = [item for item in session.items if uses(item)]
+        nested.state.tests_selected(
+            workers=self._environments(users),
+            needs_clean_state=any("nested_pve_clean" in getattr(i, "fixturenames", ()) for i in users),
+            phases=self._selected_phases(users),
+        )
+        if nested.settings.dry_run:
             from pytest_nestedpve.session.modes import dry_run
 
-            dry_run.show(self.nested, chosen)
+            dry_run.show(nested.state, users)
             return True
-        if chosen and not self.nested.host_is_named() and not hasattr(self.config, "workerinput"):
+        if users and not nested.host_is_configured() and not hasattr(self.config, "workerinput"):
             raise pytest.UsageError(f"nested-pve: {NO_HOST}")
-        if chosen:
+        if users:
             from pytest_nestedpve.session import vm_fixtures
 
-            vm_fixtures.check(chosen)
+            vm_fixtures.check_fixtures(users)
             self._check_skip()
         return None
 
+    def _environments(self, users: list[pytest.Item]) -> int:
+        """How many environments the session can need at once."""
+        if not hasattr(self.config, "workerinput"):
+            return 1
+        from pytest_nestedpve.session.xdist import workers
+
+        return workers.at_once(self.config, users)
+
+    def _selected_phases(self, users: list[pytest.Item]) -> frozenset[str]:
+        """For an attached PVE: the phases whose steps the user selected."""
+        if self.nested.settings.attach is None:
+            return frozenset()
+        from pytest_nestedpve.environment.attached import chosen_steps
+        from pytest_nestedpve.session.steps import PREFIX
+
+        names = [item.phase_name for item in users if hasattr(item, "phase_name")]
+        return chosen_steps(names, PREFIX, self.config.option.keyword, self.config.args)
+
     def _check_skip(self) -> None:
-        names = [phase.name for phase in self.nested.phases]
+        names = [phase.name for phase in self.nested.state.phases]
         for name in self.nested.settings.skip:
             if name not in names:
                 raise pytest.UsageError(
@@ -196,34 +206,35 @@ class SessionHooks:
                     f"found {name!r}"
                 )
 
-    # -- each test ---------------------------------------------------------------------------
+    # -- each test -----------------------------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        self.nested.item, self.nested.stage, self.nested.thread = item, "setup", threading.get_ident()
+        self.nested.state.test_started(item)
         if self.config.option.setuponly:
-            return  # nothing is called, so nothing can be said of what came before
-        if self.nested.has_steps and hasattr(item, "phase_name"):
+            return  # no test is called: there are no outcomes to depend on
+        if self.nested.state.has_steps and hasattr(item, "phase_name"):
             from pytest_nestedpve.session import step_dependencies
 
-            step_dependencies.before(self.nested, item)
+            step_dependencies.before_step(self.nested, item)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self) -> None:
-        self.nested.stage = "call"
+        self.nested.state.stage_started("call")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self) -> None:
-        self.nested.stage = "teardown"
+        self.nested.state.stage_started("teardown")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
-        if fixturedef.argname == FIXTURE and self.nested.item is not None:
-            self.nested.item.stash[USER] = True
+        item = self.nested.state.item
+        if fixturedef.argname == FIXTURE and item is not None:
+            item.stash[USER] = True
         try:
             return (yield)
         except BaseException:
-            # Its value is shared by tests that want more or less of it; its failure is not.
+            # Tests that request different phases share its value, but not its failure.
             if fixturedef.argname == "nested_pve":
                 fixturedef.finish(request)
             raise
@@ -233,62 +244,64 @@ class SessionHooks:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
+        state = self.nested.state
         if uses(item):
             setattr(report, exit_status.USES, True)
         error = call.excinfo.value if call.excinfo is not None else None
         broken = error.broken if isinstance(error, PhaseFailure) else None
         if error is not None and broken is None:
-            broken = self.nested.faults.get(error)
+            broken = state.faults.get(error)
         if isinstance(error, NoHostFailure):
             setattr(report, exit_status.CAUSE, exit_status.CAUSE_NO_HOST)
         elif broken is not None:
             setattr(report, exit_status.CAUSE, broken.phase)
-            self.nested.shown.setdefault(broken.phase, item.nodeid)
+            state.phase_reported(broken.phase, item.nodeid)
         if hasattr(item, "phase_name"):
             from pytest_nestedpve.session import step_dependencies
 
-            step_dependencies.after(self.nested, item, call, report)
+            step_dependencies.after_step(state, item, call, report)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.nested.tally.add(report)
+        self.nested.state.tally.add(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.nested.tally.failures += 1
+            self.nested.state.tally.add_collection_error()
 
-    # -- the end -----------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self) -> None:
-        # From here on the session ends by itself; a further signal would only cut the teardown off.
-        self.nested.guard.counting = True
+        # The session ends by itself from now on; another signal would only abort the teardown.
+        self.nested.guard.stop_interrupting()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
-        if self.nested.job is not None:
-            self.nested.job.write()
-        tally = self.nested.tally
-        if tally.nested:
+        state = self.nested.state
+        if state.destroy_job is not None:
+            state.destroy_job.write()
+        if state.tally.nested:
             from pytest_nestedpve.session import last_failed
 
-            self._left_out = last_failed.left_out(self.config, tally)
+            self._deselected_steps = last_failed.deselected_steps(self.config, state.tally)
         result = yield
-        if tally.nested:
-            last_failed.remember(self.config, tally)
+        if state.tally.nested:
+            last_failed.store_skipped_steps(self.config, state.tally)
         session.exitstatus = self._status(session.exitstatus)
-        if not self._told:
-            self._tell(self.config.pluginmanager.getplugin("terminalreporter"))
+        if not self._reported:
+            self._report(self.config.pluginmanager.getplugin("terminalreporter"))
         return result
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
         self._status(exitstatus)
-        self._tell(terminalreporter)
+        self._report(terminalreporter)
 
     def _status(self, status: int | pytest.ExitCode) -> int:
-        nested, option = self.nested, self.config.option
-        nested.tally.signum = nested.guard.first
+        """The session's exit status in place of pytest's."""
+        nested, option, state = self.nested, self.config.option, self.nested.state
+        state.tally.record_signal(nested.guard.first)
         executes = not (
             option.collectonly
             or option.setuponly
@@ -296,41 +309,42 @@ class SessionHooks:
             or nested.settings.dry_run
             or nested.settings.destroy_only
         )
-        # Under xdist what stops for a failure is the controller's scheduler.
-        stops = (self.session, self.config.pluginmanager.getplugin("dsession"))
-        stopped = any(getattr(each, "shouldstop", False) for each in stops)
-        if nested.diagnosis is not None and int(status) == exit_status.NOTHING_COLLECTED:
-            return nested.diagnosis
-        found = nested.tally.status(int(status), executes=executes, stopped=stopped)
-        if found == exit_status.NOTHING_COLLECTED and (
+        # Under xdist the controller's scheduler stops after a failure.
+        stoppable = (self.session, self.config.pluginmanager.getplugin("dsession"))
+        stopped = any(getattr(plugin, "shouldstop", False) for plugin in stoppable)
+        if state.diagnosis is not None and int(status) == exit_status.NOTHING_COLLECTED:
+            return state.diagnosis
+        final = state.tally.status(int(status), executes=executes, stopped=stopped)
+        if final == exit_status.NOTHING_COLLECTED and (
             nested.settings.destroy_only or nested.settings.dry_run
         ):
             return exit_status.OK
-        return found
+        return final
 
-    def _tell(self, reporter: Any) -> None:
+    def _report(self, reporter: Any) -> None:
+        """Write the lines about the nested PVE to the terminal, once."""
         if reporter is None:
             return
-        self._told = True
-        nested = self.nested
-        said = nested.remarks or nested.kept_by_workers or nested.kept_until is not None
-        if nested.opened or nested.swept or said:
+        self._reported = True
+        nested, state = self.nested, self.nested.state
+        remarks = state.remarks or state.kept_by_workers or state.kept is not None
+        if nested.open_run is not None or state.left_by_workers or remarks:
             from pytest_nestedpve.session import end
 
-            end.tell(nested, reporter)
-        for line in nested.job.known() if nested.job is not None else ():
+            end.report(state, nested.open_run, reporter, nested.finishing_command())
+        for line in state.destroy_job.known() if state.destroy_job is not None else ():
             reporter.write_line(line)
-        for line in nested.tally.hooks:
+        for line in state.tally.hooks:
             reporter.write_line(f"nested-pve: {line}", red=True)
-        if self._left_out:
-            reporter.write_line(f"nested-pve: {self._left_out}", yellow=True)
-        if self.nested.tally.reason:
-            reporter.write_line(f"nested-pve: {self.nested.tally.reason}", yellow=True)
+        if self._deselected_steps:
+            reporter.write_line(f"nested-pve: {self._deselected_steps}", yellow=True)
+        if state.tally.reason:
+            reporter.write_line(f"nested-pve: {state.tally.reason}", yellow=True)
 
 
 class LastHooks:
-    """What comes after others' part: the rest of the set-up for a test that nobody skipped, and at the end of
-    the session the guard, and the sweep behind workers."""
+    """Hooks that come after those of other plugins: the rest of the set-up for a test that none of them
+    skipped, the guard at the end of the session, and the teardown after xdist's workers."""
 
     def __init__(self, nested: NestedSession) -> None:
         self.nested = nested
@@ -339,30 +353,30 @@ class LastHooks:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if self.nested.config.option.setuponly or hasattr(item, "phase_name"):
             return
-        if "nested_pve" in getattr(item, "fixturenames", ()) and self.nested.opened:
-            # The fixture has its value already; this test may want more of it than those before.
-            self.nested.ensure_for(item)
+        run = self.nested.open_run
+        if "nested_pve" in getattr(item, "fixturenames", ()) and run is not None:
+            # The fixture has its value already; this test may request more phases than the tests before.
+            run.set_up_for(item)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        said = getattr(node, "workeroutput", {}).get(SAID, {})
-        self.nested.tally.hooks += said.get("hooks", [])
-        self.nested.remarks += said.get("remarks", [])
-        self.nested.kept_by_workers += said.get("kept", [])
+        lines = getattr(node, "workeroutput", {}).get(WORKER_LINES, {})
+        self.nested.state.tally.add_hook_failure(*lines.get("hooks", []))
+        self.nested.state.worker_ended(lines.get("remarks", []), lines.get("kept", []))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        nested = self.nested
+        nested, state = self.nested, self.nested.state
         nested.finish()
-        if nested.opened and hasattr(nested.config, "workeroutput"):
+        if nested.open_run is not None and hasattr(nested.config, "workeroutput"):
             from pytest_nestedpve.session.end import kept_lines
 
-            nested.config.workeroutput[SAID] = {
-                "hooks": nested.tally.hooks,
-                "remarks": nested.remarks,
-                "kept": kept_lines(nested),
+            nested.config.workeroutput[WORKER_LINES] = {
+                "hooks": state.tally.hooks,
+                "remarks": state.remarks,
+                "kept": kept_lines(state),
             }
-        if self.nested.family is not None and not hasattr(self.nested.config, "workerinput"):
+        if state.family is not None and not hasattr(nested.config, "workerinput"):
             from pytest_nestedpve.session.xdist.controller import sweep
 
-            sweep(self.nested)
+            sweep(nested)

@@ -1,4 +1,4 @@
-"""What `--lf` leaves out: it knows of the tests that failed, not of the steps that were skipped for them."""
+"""Steps that `--lf` deselects: it reruns tests that failed, not the steps that were skipped after them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from pytest_nestedpve.session.exit_status import Tally
 
 SKIPPED = "nestedpve/skipped-steps"
-#: Where pytest's cacheprovider keeps the tests that failed.
+#: The key of failed tests in pytest's cache.
 _FAILED = "cache/lastfailed"
 
 
-def left_out(config: pytest.Config, tally: Tally) -> str | None:
-    """A line about the steps that were skipped in an earlier session and that `--lf` left out of this one."""
+def deselected_steps(config: pytest.Config, tally: Tally) -> str | None:
+    """A line about the steps that an earlier session skipped and that `--lf` deselected in this one."""
     if not getattr(config.option, "lf", False):
         return None
-    number = len(_known(config) - tally.steps_run - tally.steps_skipped)
+    number = len(_stored(config) - tally.steps_run - tally.steps_skipped)
     if not number:
         return None
     steps, are, them = ("1 step", "is", "it") if number == 1 else (f"{number} steps", "are", "them")
@@ -28,19 +28,21 @@ def left_out(config: pytest.Config, tally: Tally) -> str | None:
     )
 
 
-def remember(config: pytest.Config, tally: Tally) -> None:
-    """Keep which steps were skipped, in pytest's cache if there is one, for as long as `--lf` has something
-    to choose. To be called when pytest has written what failed."""
+def store_skipped_steps(config: pytest.Config, tally: Tally) -> None:
+    """Write the skipped steps to pytest's cache if there is one, as long as it has failed tests for `--lf`.
+
+    To be called after pytest has written the failed tests.
+    """
     cache: Any = getattr(config, "cache", None)
     if cache is None or hasattr(config, "workerinput"):
         return
-    known = _known(config)
-    new = (known - tally.steps_run) | tally.steps_skipped if cache.get(_FAILED, None) else set()
-    if new != known:
+    stored = _stored(config)
+    new = (stored - tally.steps_run) | tally.steps_skipped if cache.get(_FAILED, None) else set()
+    if new != stored:
         cache.set(SKIPPED, sorted(new))
 
 
-def _known(config: pytest.Config) -> set[str]:
+def _stored(config: pytest.Config) -> set[str]:
     cache: Any = getattr(config, "cache", None)
-    found = cache.get(SKIPPED, None) if cache is not None else None
-    return {each for each in found if isinstance(each, str)} if isinstance(found, list) else set()
+    names = cache.get(SKIPPED, None) if cache is not None else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()

@@ -1,4 +1,4 @@
-"""What tests are given as `nested_pve`."""
+"""The value of the fixture `nested_pve`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PASSWORD_FILE = "root_password"
 class NestedPve:
     """The nested PVE, as tests get it from the fixture `nested_pve`."""
 
-    def __init__(self, environment: Environment, demand: Callable[[], None] = lambda: None) -> None:
-        """`demand` is called before each use, and completes what the current test wants."""
+    def __init__(self, environment: Environment, before_use: Callable[[], None] = lambda: None) -> None:
+        """`before_use` is called before each use: it runs the phases that the current test requests."""
         self._environment = environment
-        self._demand = demand
+        self._before_use = before_use
         self._forwards: dict[int, Forward] = {}
         self._lock = threading.RLock()
 
@@ -43,29 +43,29 @@ class NestedPve:
 
     @property
     def _env(self) -> Environment:
-        self._demand()
+        self._before_use()
         return self._environment
 
-    def _only_if_ours(self, what: str) -> None:
+    def _refuse_if_attached(self, reason: str) -> None:
         if self._env.attached:
             from pytest_nestedpve.environment.attached import NotOurs
 
-            raise NotOurs(f"the nested PVE is attached ({self._env.settings.attach}): {what}")
+            raise NotOurs(f"the nested PVE is attached ({self._env.settings.attach}): {reason}")
 
     @property
     def ip(self) -> str:
-        """Its address, as the outer host reaches it."""
+        """Its IP address, reachable from the outer host."""
         return self._env.ip
 
     @property
     def vmid(self) -> int:
         """Its id as a VM of the outer host. Raises NotOurs for an attached one."""
-        self._only_if_ours("no VM is known of it, so it has no vmid")
+        self._refuse_if_attached("its VM is unknown, so it has no vmid")
         return int(self._env.fact("provision", "vmid"))
 
     @property
     def name(self) -> str:
-        """Its name as a VM, which is its host name and node name too."""
+        """Its name as a VM, also its host name and node name."""
         return str(self._env.fact("provision", "name"))
 
     @property
@@ -76,20 +76,20 @@ class NestedPve:
     @property
     def host(self) -> PveHost:
         """The outer host. Raises NotOurs for an attached one."""
-        self._only_if_ours("no outer host is known of it; `inner` is the PVE itself")
+        self._refuse_if_attached("its outer host is unknown; `inner` is the PVE itself")
         return self._env.outer
 
     @property
     def inner(self) -> PveHost:
         """The nested PVE as a host: `inner.api.get("/version")`, `inner.run("pveversion")`.
 
-        With root's rights for everything: it is the test's own.
+        With root's rights for everything: this PVE belongs to the test.
         """
         return self._env.inner.free()
 
     @property
     def leaf(self) -> SshConnection:
-        """A login at the VM inside; `leaf.run("uname -n")`. Raises NotReady before leaf_wait_ip."""
+        """A login at the VM inside: `leaf.run("uname -n")`. Raises NotReady before leaf_wait_ip."""
         self._env.leaf_used = True
         return self._env.leaf_ssh
 
@@ -99,7 +99,7 @@ class NestedPve:
 
     @property
     def ssh_config(self) -> Path:
-        """`ssh -F` this file, host `nested` (or its name), and `leaf`."""
+        """The file for `ssh -F FILE nested` (or its name) and `ssh -F FILE leaf`."""
         return self._env.write_ssh_config()
 
     @property
@@ -109,14 +109,14 @@ class NestedPve:
 
     @property
     def ssh_key(self) -> Path:
-        """The run's private key, which root's account on the nested PVE and the leaf takes; that of an
-        attached PVE only if setup_ssh was done by this run."""
+        """The run's private key. It logs in as root on the nested PVE and the leaf; on an attached PVE only
+        if this run did setup_ssh."""
         return self._env.run.directory.key
 
     def forward(self, port: int) -> tuple[str, int]:
         """(127.0.0.1, PORT): a listening forward to `port` of the nested PVE, open until the session's end.
 
-        The one to port 22 is in `known_hosts` too, as [127.0.0.1]:PORT.
+        For port 22 the host key is in `known_hosts` too, as [127.0.0.1]:PORT.
         """
         with self._lock:
             forward = self._forwards.get(port)
@@ -136,7 +136,7 @@ class NestedPve:
 
     @property
     def ca_file(self) -> Path:
-        """The certificate authority that the nested PVE's certificate is of, read over SSH."""
+        """The certificate authority of the nested PVE's certificate, read over SSH."""
         path = self._env.run.dir / _CA_FILE
         if not path.exists():
             authority = self._env.inner.ssh.get("/etc/pve/pve-root-ca.pem")
@@ -149,21 +149,21 @@ class NestedPve:
         try:
             return (self._env.run.dir / _TOKEN_FILE).read_text(encoding="ascii").strip()
         except FileNotFoundError as e:
-            raise NotReady("the API token is made by the phase setup_repos, which has not been done") from e
+            raise NotReady("the API token is created by the phase setup_repos, which has not run") from e
 
     @property
     def root_password(self) -> str:
-        """A password of root on the nested PVE (as `root@pam` too): made at first use, then the same for the
-        whole run. Raises PveError when it cannot be set."""
+        """A password of root on the nested PVE (as `root@pam` too): generated at first use, then the same for
+        the whole run. Raises PveError when it cannot be set."""
         import secrets
 
-        self._only_if_ours("the password of its root is not changed")
+        self._refuse_if_attached("the password of its root is not changed")
         path = self._env.run.dir / _PASSWORD_FILE
         with self._lock:
             known = path.exists()
             password = path.read_text(encoding="ascii").strip() if known else secrets.token_urlsafe(24)
             self._env.hide(password)
-            # Each time: the nested PVE may have gone back to a state of before the first one.
+            # Each time: a rollback may have restored a state from before the first use.
             line = f"root:{password}\n".encode()
             self._env.inner.run(["chpasswd"], stdin=line, timeout=60, secret=True).check()
             if not known:
@@ -171,12 +171,12 @@ class NestedPve:
             return password
 
     def environ(self, *consumers: str) -> dict[str, str]:
-        """Environment variables that name this PVE to `consumers`: bpg, telmate, ansible, proxmoxer.
+        """Environment variables by which `consumers` find this PVE: bpg, telmate, ansible, proxmoxer.
 
-        Without any: those of all of them, and NESTED_… for other programs. Holds the token: keep it out of
-        logs. Raises ValueError for another consumer, NotReady before setup_repos.
+        Without arguments: the variables of all consumers, and NESTED_… for other programs. They contain the
+        token: keep them out of logs. Raises ValueError for another consumer, NotReady before setup_repos.
         """
-        from pytest_nestedpve.session import tool_environment as known
+        from pytest_nestedpve.session import tool_environment
         from pytest_nestedpve.session.certificate_bundle import with_roots
 
         authority = self.ca_file.read_bytes()
@@ -184,14 +184,14 @@ class NestedPve:
             variable: self._env.run.directory.write(
                 f"{variable.lower()}.pem", with_roots(variable, authority)
             )
-            for variable in known.ROOTS
+            for variable in tool_environment.ROOTS
         }
-        api = known.Api(*self.forward(API_PORT), self.api_token, self.ca_file, roots)
-        found = known.variables(api, consumers or tuple(known.CONSUMERS))
-        return found if consumers else {**found, **self._general(api)}
+        api = tool_environment.Api(*self.forward(API_PORT), self.api_token, self.ca_file, roots)
+        variables = tool_environment.variables(api, consumers or tuple(tool_environment.CONSUMERS))
+        return variables if consumers else {**variables, **self._general(api)}
 
     def _general(self, api: Api) -> dict[str, str]:
-        """This PVE for programs that are none of the consumers, like curl, ssh and scripts: NESTED_…"""
+        """The variables NESTED_… for other programs, such as curl, ssh and scripts."""
         host, port = self.forward(SSH_PORT)
         return {
             "CURL_CA_BUNDLE": str(api.roots["CURL_CA_BUNDLE"]),

@@ -1,4 +1,4 @@
-"""The hooks by which a project is told. One that raises is named, and stops neither phase nor teardown."""
+"""Calls of the project's hooks. One that raises is reported, and stops neither phase nor teardown."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ AFTER_TEARDOWN = 60.0
 
 
 @dataclass(frozen=True)
-class Announcer:
-    """Calls the hooks for one run. `failures` gets a line for each call that raised."""
+class ProjectHooks:
+    """Calls the hooks for one run. `report_failure` gets a line for each call that raised."""
 
     config: pytest.Config
     environment: Environment
-    failures: list[str]
+    report_failure: Callable[[str], None]
 
     def phase_started(self, phase: Phase) -> None:
-        """Before the phase is probed."""
+        """A phase begins: it is not probed yet."""
         hook = self.config.hook.pytest_nestedpve_phase_started
         self._call(hook, phase.timeout, phase.name, lambda: {"phase": phase})
 
     def phase_finished(
         self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
     ) -> None:
-        """After it, however it ended."""
+        """A phase ended, done or failed."""
         hook = self.config.hook.pytest_nestedpve_phase_finished
         self._call(
             hook,
@@ -54,41 +54,41 @@ class Announcer:
         )
 
     def progress(self, text: str) -> None:
-        """There is no hook for it."""
+        """No hook gets a phase's progress."""
         del text
 
     def teardown_finished(self, report: TeardownReport | None, left: list[str]) -> None:
-        """After the teardown: `report` is None when it failed, or had nothing to do. Never raises."""
+        """The teardown is over; `report` is None if it had nothing to do. Never raises."""
         from pytest_nestedpve.teardown.teardown import TeardownReport
 
-        told = TeardownReport(
+        masked = TeardownReport(
             destroyed=report.destroyed if report is not None else (),
             left=tuple(self._mask(line) for line in left),
             kept=report.kept if report is not None else (),
         )
         hook = self.config.hook.pytest_nestedpve_teardown_finished
         try:
-            self._call(hook, AFTER_TEARDOWN, "after the teardown", lambda: {"report": told})
+            self._call(hook, AFTER_TEARDOWN, "after the teardown", lambda: {"report": masked})
         except BaseException as error:
             self._note(hook.name, "after the teardown", error)
 
-    def _call(self, hook: Any, seconds: float, where: str, arguments: Callable[[], dict[str, Any]]) -> None:
+    def _call(self, hook: Any, seconds: float, moment: str, arguments: Callable[[], dict[str, Any]]) -> None:
         if not hook.get_hookimpls():
             return
         try:
             with limit(seconds, f"the hook {hook.name}"):
                 hook(environment=self.environment, **arguments())
         except (KeyboardInterrupt, pytest.exit.Exception):
-            raise  # these are meant to end the session
-        except BaseException as error:  # also what pytest.fail and pytest.skip raise
-            self._note(hook.name, where, error)
+            raise  # they end the session
+        except BaseException as error:  # pytest.fail and pytest.skip included
+            self._note(hook.name, moment, error)
 
-    def _note(self, name: str, where: str, error: BaseException) -> None:
+    def _note(self, name: str, moment: str, error: BaseException) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         place = f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        line = self._mask(f"{name} ({where}) raised {text[:400]}{place}")
-        self.failures.append(line)
+        line = self._mask(f"{name} ({moment}) raised {text[:400]}{place}")
+        self.report_failure(line)
         self.environment.audit.write("hook", status="failed", cause=line)
 
     def _mask(self, text: str) -> str:

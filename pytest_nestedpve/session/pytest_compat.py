@@ -1,4 +1,4 @@
-"""How this plugin gets along with others: pytest's capturing, pytest-timeout's timer."""
+"""Markers of tests, pytest's capturing, and the timer of pytest-timeout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 
-def wanted(item: pytest.Item | None) -> str | None:
-    """How far a test wants it set up, by its marker; None for completely, as a clean state always is."""
+def requested_phase(item: pytest.Item | None) -> str | None:
+    """The last phase that a test's marker requests; None for all, as a clean state always needs."""
     mark = item.get_closest_marker("nested_pve") if item is not None else None
     if mark is None or "nested_pve_clean" in getattr(item, "fixturenames", ()):
         return None
@@ -20,7 +20,7 @@ def wanted(item: pytest.Item | None) -> str | None:
 
 
 def clean_scope(item: pytest.Item) -> str:
-    """What shares one clean state with `item`, by its marker. Raises UsageError for another scope."""
+    """The id of the test, class or module whose tests share one clean state. Raises UsageError."""
     mark = item.get_closest_marker("nested_pve_clean")
     scope = mark.kwargs.get("scope", mark.args[0] if mark.args else "function") if mark else "function"
     kinds: dict[str, type[pytest.Item | pytest.Collector]] = {
@@ -34,7 +34,7 @@ def clean_scope(item: pytest.Item) -> str:
 
 @contextlib.contextmanager
 def uncaptured(config: pytest.Config) -> Iterator[None]:
-    """With the terminal's own descriptors, whatever pytest captures."""
+    """Suspend pytest's capturing in the body."""
     manager = config.pluginmanager.getplugin("capturemanager")
     with manager.global_and_fixture_disabled() if manager else contextlib.nullcontext():
         yield
@@ -42,11 +42,11 @@ def uncaptured(config: pytest.Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def timer_stopped(config: pytest.Config, item: pytest.Item | None, stage: str) -> Iterator[None]:
-    """Hold pytest-timeout's timer of the current test: its limit is meant for the test, and would cut a
-    set-up or a teardown off half-way.
+    """Stop pytest-timeout's timer of the current test in the body: its limit is for the test, and would
+    abort a set-up or a teardown.
 
-    `stage` of the test, in which it is set again: "setup", "call", or anything else for not any more. What
-    pytest-timeout leaves on a test does not tell whether the timer still runs.
+    The timer starts again in the stages "setup" and "call"; no other `stage` starts it. An item's attributes
+    do not show whether its timer still runs.
     """
     if item is None or not hasattr(config.hook, "pytest_timeout_cancel_timer"):
         yield

@@ -1,6 +1,6 @@
-"""Steps that depend on steps: markers for pytest-dependency, made at run time from what ran in this process.
+"""Dependencies between steps: markers for pytest-dependency, added at run time for steps that have run.
 
-Made any earlier they would name steps that `-k`, `--lf` or an xdist worker left out, and skip for them.
+Added earlier they would name steps that `-k`, `--lf` or xdist deselected in this process, and skip tests.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from pytest_nestedpve.session import exit_status, steps
 
 if TYPE_CHECKING:
     from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.state import SessionState
 
 
-def before(nested: NestedSession, item: Any) -> None:
-    """Mark a step that is about to run with what it depends on. Skips it if that failed."""
-    needed = needed_before(nested.phases, item.phase_name)
-    depends = [name for name in (steps.PREFIX + need for need in needed) if name in nested.ran]
-    # It is "dependency" as an entry point and "pytest_dependency" with -p.
+def before_step(nested: NestedSession, item: Any) -> None:
+    """Mark a step with its dependencies before it runs. Skips it if one of them failed."""
+    state = nested.state
+    needed = needed_before(state.phases, item.phase_name)
+    depends = [name for name in (steps.PREFIX + need for need in needed) if name in state.steps_run]
+    # The plugin is "dependency" as an entry point and "pytest_dependency" with -p.
     if any(item.config.pluginmanager.hasplugin(name) for name in ("dependency", "pytest_dependency")):
         item.add_marker(
             pytest.mark.dependency(name=item.name, scope="session", depends=depends), append=False
         )
-    cause = nested.failed_need(item.phase_name)
-    if cause is not None and nested.shown.get(cause.phase) not in (None, item.nodeid):
+    cause = nested.open_run.failed_need(item.phase_name) if nested.open_run is not None else None
+    if cause is not None and state.first_reports.get(cause.phase) not in (None, item.nodeid):
         first = steps.PREFIX + cause.phase
         raise _skipped(item, first if first in depends else f"the phase {cause.phase}", cause.cause)
     for name in depends:
-        if name in nested.lost:
-            raise _skipped(item, name, nested.lost[name])
+        if name in state.failed_steps:
+            raise _skipped(item, name, state.failed_steps[name])
 
 
-def after(nested: NestedSession, item: Any, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    """Remember how a step went, and mark its report for the tally."""
+def after_step(
+    state: SessionState, item: Any, call: pytest.CallInfo[None], report: pytest.TestReport
+) -> None:
+    """Record the outcome of a step, and mark its report for the tally."""
     setattr(report, exit_status.STEP, True)
     error = call.excinfo.value if call.excinfo is not None else None
     if getattr(error, exit_status.FOLLOWS, False):
         setattr(report, exit_status.FOLLOWS, True)
-    # One that a project's own mark skipped is as good as not selected: what needs its phase does it.
-    if not (report.failed or (report.when == "call" and not report.skipped)):
-        return
-    if item.name not in nested.ran:
-        nested.ran.append(item.name)
+    # A step that a mark of the project skips counts as not selected: the next test that needs it runs it.
     if report.failed:
-        nested.lost[item.name] = f"{type(error).__name__}: {error}"
-    elif report.when == "call":
-        nested.lost.pop(item.name, None)  # a rerun
+        state.step_ran(item.name, f"{type(error).__name__}: {error}")
+    elif report.when == "call" and not report.skipped:
+        state.step_ran(item.name, None)
 
 
-def _skipped(item: Any, what: str, cause: str) -> BaseException:
-    text = f"{item.name} depends on {what}, which failed: {_one_line(cause)}"
-    # Not a class of its own: its name would stand before the reason, line by line.
+def _skipped(item: Any, dependency: str, cause: str) -> BaseException:
+    text = f"{item.name} depends on {dependency}, which failed: {_one_line(cause)}"
+    # Not a class of its own: pytest would print its name before the reason, on each line.
     error = pytest.skip.Exception(text, _use_item_location=True)
     setattr(error, exit_status.FOLLOWS, True)
     return error

@@ -8,31 +8,28 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.outcomes import Failed
 
+from pytest_nestedpve.config.fixture_values import NAMES, apply
 from pytest_nestedpve.config.settings import SettingsError
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.session.session import NestedSession
-
-from pytest_nestedpve.config.fixture_values import NAMES, apply
+    from pytest_nestedpve.session.state import SessionState
 
 
-def take(nested: NestedSession, chosen: Mapping[str, Any]) -> None:
-    """Have the session work with what the fixtures say, unless its environment is made already."""
-    if nested.opened:
-        return
+def apply_fixtures(state: SessionState, values: Mapping[str, Any]) -> None:
+    """Have the values of the fixtures replace the settings. Raises Failed for an invalid value."""
     try:
-        nested.settings = apply(nested.settings, chosen, nested.config.rootpath)
+        state.use_settings(apply(state.settings, values, state.config.rootpath))
     except SettingsError as e:
         raise Failed(f"nested-pve: {e}", pytrace=False) from e
 
 
-def check(items: Iterable[pytest.Item]) -> None:
-    """There is one environment, so these fixtures mean the same for all tests. Raises pytest.UsageError."""
-    seen: dict[str, tuple[Any, str]] = {}
+def check_fixtures(items: Iterable[pytest.Item]) -> None:
+    """Raises pytest.UsageError unless each fixture has one value for all tests: there is one environment."""
+    first_users: dict[str, tuple[Any, str]] = {}
     for item in items:
         known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
         params = getattr(getattr(item, "callspec", None), "params", {})
-        for name in (f"nested_pve_{each}" for each in NAMES):
+        for name in (f"nested_pve_{setting}" for setting in NAMES):
             for definition in (known.get(name) or ())[-1:]:
                 if definition.params is not None or name in params:
                     raise pytest.UsageError(
@@ -45,9 +42,10 @@ def check(items: Iterable[pytest.Item]) -> None:
                         f"nested-pve: the fixture {name}: expected scope='session', as there is one nested "
                         f"PVE for all tests; found {definition.scope!r} ({item.nodeid})"
                     )
-                first, where = seen.setdefault(name, (definition, item.nodeid))
+                first, user = first_users.setdefault(name, (definition, item.nodeid))
                 if first is not definition:
                     raise pytest.UsageError(
-                        f"nested-pve: the fixture {name} is one for {where} and another for {item.nodeid}; "
-                        "there is one nested PVE for all tests: override it in the conftest.py of the rootdir"
+                        f"nested-pve: the fixture {name} has one value for {user}, another for "
+                        f"{item.nodeid}; there is one nested PVE for all tests: override it in the "
+                        "conftest.py of the rootdir"
                     )

@@ -149,7 +149,7 @@ def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> Non
     run = next((project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")).parent.name
     assert f"nested-pve: run {run} is kept until" in output
     assert f"log in:  ssh -F {project.path}/.nested-pve/runs/{run}/ssh_config nested" in output
-    assert "go on:   pytest --nested-keep" in output
+    assert "resume:  pytest --nested-keep" in output
     assert f"destroy: pytest --nested-destroy-only --nested-run {run}" in output
     lease = pool_comment(project)
     assert lease["state"] == "kept"
@@ -161,8 +161,8 @@ def test_the_command_that_is_printed_to_go_on_does_go_on(project: Project) -> No
     typed = ("-o", "nested_pve_cores=4", "-o", "nested_pve_vm_options=kvm=0 cpu=max")
     output = keep(project, "test_steps.py", *typed)
     again(project)
-    (line,) = [line for line in output.splitlines() if "go on: " in line]
-    _, *arguments = shlex.split(line.partition("go on: ")[2])
+    (line,) = [line for line in output.splitlines() if "resume: " in line]
+    _, *arguments = shlex.split(line.partition("resume: ")[2])
     result = project.run(*arguments)
     assert result.ret == 0, result.output
     assert "other settings" not in result.output
@@ -476,7 +476,7 @@ def test_skip_takes_a_phase_as_done_unasked(project: Project) -> None:
     # Neither done nor proved, so no step that passed; what needs it goes on.
     assert result.outcomes()["test_setup_ssh"] == "SKIPPED"
     assert "1 skipped" in result.output
-    assert "taken as done, as --nested-skip says" in result.output
+    assert "taken as done (--nested-skip)" in result.output
 
 
 def test_a_run_of_nothing_but_a_skipped_phase_is_not_green(project: Project) -> None:

@@ -177,7 +177,7 @@ def test_the_header_says_host_run_and_what_will_be_made(project: Project) -> Non
     assert result.ret == 0
     (run,) = (path.name for path in (project.path / ".nested-pve" / "runs").glob("????????????"))
     assert f"nested-pve: host father (--pve-host); run {run}" in result.output
-    made = f"makes one VM nested-pve-{run} (2 cores, 8 GiB memory, 64 GiB disk; id: 99900-99999)"
+    made = f"creates one VM nested-pve-{run} (2 cores, 8 GiB memory, 64 GiB disk; id: 99900-99999)"
     assert made in result.output
 
 

@@ -177,7 +177,7 @@ def test_other(nested_pve):
     )
     result = shaped.run()
     assert result.ret == 4, result.output
-    assert "nested_pve_cores is one for" in result.output
+    assert "nested_pve_cores has one value for" in result.output
     assert shaped.done() == []
 
 

@@ -80,7 +80,7 @@ def test_a_thread_beside_the_tests_sets_up_nothing(project: Project) -> None:
         test_u="""
 import threading
 import pytest
-from pytest_nestedpve.session import hooks as lifecycle
+from pytest_nestedpve.session import hooks
 
 asked, stop = threading.Event(), threading.Event()
 
@@ -104,7 +104,7 @@ def test_unrelated(pytestconfig):
     for _ in range(3):
         asked.clear()
         assert asked.wait(30)
-    assert not lifecycle.of(pytestconfig).runner.complete()
+    assert not hooks.of(pytestconfig).open_run.runner.complete()
 """
     )
     result = project.run("test_u.py")

@@ -237,6 +237,68 @@ def test_nothing_sleeps_where_it_could_wait_for_something() -> None:
     assert not found
 
 
+#: Objects of the session that several modules use. Each attribute has one writer, the class itself.
+SHARED_OBJECTS = frozenset({"nested", "state", "tally", "guard", "open_run", "session"})
+#: pytest's own session: assigning these is how a plugin replaces the collection and the exit status.
+OF_PYTEST = frozenset({"items", "testscollected", "exitstatus", "shouldstop"})
+MUTATORS = frozenset({"append", "extend", "insert", "remove", "pop", "clear", "update", "setdefault", "add"})
+
+
+def _shared_object(node: ast.expr) -> str | None:
+    """`nested` of `nested`, `self.nested` and `self._nested`; None of any other expression."""
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name.lstrip("_") if name.lstrip("_") in SHARED_OBJECTS else None
+
+
+def _written(node: ast.AST) -> ast.expr | None:
+    """The expression that a statement assigns to, deletes, or changes in place."""
+    if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+        return node
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        target = node.func.value
+        # A method of a shared object is its own way to write.
+        return target if node.func.attr in MUTATORS and _shared_object(target) is None else None
+    return None
+
+
+def foreign_writes(tree: ast.AST) -> Iterator[ast.expr]:
+    """Expressions that write to an attribute of a shared object from outside of its class."""
+    for written in map(_written, ast.walk(tree)):
+        if not isinstance(written, ast.Attribute):
+            continue
+        owner = _shared_object(written.value)
+        if owner is not None and not (owner == "session" and written.attr in OF_PYTEST):
+            yield written
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("pytest_nestedpve.lab")])
+def test_an_attribute_of_the_session_has_one_writer(name: str) -> None:
+    """Other modules call a method with a verb, such as `state.record_kept(...)`."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    writes = [f"{node.lineno}: {ast.unparse(node)}" for node in foreign_writes(tree)]
+    assert not writes, f"{name} writes to an object of the session:\n" + "\n".join(writes)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "nested.job = 1",
+        "self.nested.run_id = 1",
+        "self._nested.remarks += [1]",
+        "state.remarks.append(1)",
+        "nested.state.item, x = 1, 2",
+        "session.tally = 1",
+        "run.state.first_reports['a'] = 1",
+        "del open_run.lock",
+    ],
+)
+def test_a_second_writer_is_noticed(code: str) -> None:
+    assert list(foreign_writes(ast.parse(code)))
+    assert not list(foreign_writes(ast.parse("session.items = []; self.x = nested.y; state.remark(1)")))
+
+
 HEAVY = ("paramiko", "ansible_runner", "urllib3", "jinja2", "ruamel", "cryptography", "yaml", "requests")
 
 

@@ -153,12 +153,15 @@ def test_the_session_tells_once_what_is_passed_over_on_the_whole_way(
     resolve = hosts.resolve
     monkeypatch.setattr(hosts, "resolve", lambda name: resolve(name, ssh_config=ssh_config))
     config: Any = SimpleNamespace(stash={})
-    session = config.stash[KEY] = NestedSession(config, Settings(), lambda _: None)
+    session: Any = SimpleNamespace(config=config)
+    nested = config.stash[KEY] = NestedSession(session, Settings())
     for _ in range(2):
         host = plugin.pytest_nestedpve_host(config, Settings(host="far"))
         assert host is not None
         host.close()
-    assert [note.partition(" is not honoured for ")[2].partition(":")[0] for note in session.remarks] == [
+    assert [
+        note.partition(" is not honoured for ")[2].partition(":")[0] for note in nested.state.remarks
+    ] == [
         "far",
         "near",
     ]

@@ -64,7 +64,7 @@ class Job:
     def outcome(self, row: Row) -> tuple[str, str]:
         """("gone" | "foreign" | "left", reason) of a row that is to be destroyed."""
         if self._outcomes is None:
-            with self.nested.unlimited():
+            with self.nested.state.unlimited():
                 self._execute()
         found = (self._outcomes or {}).get(row)
         return (found.result, found.reason) if found is not None else ("left", "it was not reached")
@@ -180,15 +180,16 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
         ) from e
     except PveError as e:
         raise pytest.UsageError(f"nested-pve: {e}") from e
-    nested.job = job
+    nested.state.destroy_planned(job)
     if nested.settings.dry_run:
         _show(config, job.rows)
         session.items = []
     else:
         job.rows = _confirmed(config, nested.settings, job.rows)
         session.items = [_item(session, job, row) for row in job.rows]
-        nested.tally.left = any(row.owed for row in job.rows)
-        nested.tally.left_reason = "something stays that should be gone, or was not confirmed"
+        nested.state.tally.record_leftovers(
+            any(row.owed for row in job.rows), "something stays that should be gone, or was not confirmed"
+        )
         _say(config, f"nested-pve: {len(job.rows) or 'no'} candidate{'s' * (len(job.rows) != 1)}")
     session.testscollected = len(session.items)
 

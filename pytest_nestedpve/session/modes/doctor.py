@@ -55,13 +55,13 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
     from pytest_nestedpve.session.exit_status import NO_HOST
     from pytest_nestedpve.session.modes.doctor_view import View
 
-    if not nested.host_is_named():
+    if not nested.host_is_configured():
         raise pytest.UsageError(f"nested-pve: {NO_HOST}")
     destroy_only.set_aside(session.config)
     session.items = []
     session.testscollected = 0
     with View.of(session.config) as view:
-        nested.diagnosis = Examination(nested, view).status()
+        nested.state.diagnosed(Examination(nested, view).status())
 
 
 class Examination:
@@ -80,9 +80,8 @@ class Examination:
         """Look at everything; the exit status."""
         self.view.title(self.settings.host or "the host of this project's hook", self.settings.origin("host"))
         self._look()
-        for note in self.nested.remarks:
+        for note in self.nested.state.take_remarks():
             self.view.note(note)
-        self.nested.remarks.clear()
         if self.choices is not None and self.reached:
             self.view.choices(self.choices, self.settings)
         self.view.to_do([(each, self._commands(each)) for each in self.findings])

@@ -10,49 +10,51 @@ from pytest_nestedpve.run import kept_runs
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.state import SessionState
 
 
 DONE, SKIPPED, CHOSEN = "done, if unchanged", "taken as done", "to do"
 
 
-def rows(nested: NestedSession, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
+def rows(state: SessionState, chosen: list[pytest.Item]) -> list[dict[str, Any]]:
     """One row per phase that the chosen tests need, in order: phase, title, what, seconds."""
     from pytest_nestedpve.report.usual_times import usual_times
-    from pytest_nestedpve.session.pytest_compat import wanted
+    from pytest_nestedpve.session.pytest_compat import requested_phase
 
-    kept = kept_runs.resumable(nested.settings, nested.config.rootpath)
+    kept = kept_runs.resumable(state.settings, state.config.rootpath)
     done = kept_runs.done_in(kept) if kept is not None else frozenset()
-    usual = usual_times(nested.config.rootpath / nested.settings.run_dir, nested.settings.host or "")
+    usual = usual_times(state.config.rootpath / state.settings.run_dir, state.settings.host or "")
     asked: dict[str, str] = {}
     for item in chosen:
         own = getattr(item, "phase_name", None)
         if own is None and "nested_pve" not in getattr(item, "fixturenames", ()):
             continue
-        last = own if own is not None else nested.target(wanted(item))
+        last = own if own is not None else state.last_phase(requested_phase(item))
         if last is None:
             continue
-        for need in needed_before(nested.phases, last):
+        for need in needed_before(state.phases, last):
             asked.setdefault(need, "to do, needed first")
         asked[last] = CHOSEN if own is not None else asked.get(last, "to do, needed first")
     return [
         {
             "phase": phase.name,
             "title": phase.title,
-            "what": _what(nested, phase.name, asked[phase.name], done),
+            "what": _what(state, phase.name, asked[phase.name], done),
             "seconds": usual.get(phase.name, phase.usual),
         }
-        for phase in nested.phases
+        for phase in state.phases
         if phase.name in asked
     ]
 
 
-def _what(nested: NestedSession, name: str, what: str, done: frozenset[str]) -> str:
+def _what(state: SessionState, name: str, what: str, done: frozenset[str]) -> str:
     """What becomes of a phase: skipped, done in a kept run, or of a nested PVE that exists."""
-    attachment = nested.attachment()
-    if name in nested.settings.skip:
+    from pytest_nestedpve.session import open_run
+
+    attachment = open_run.attachment(state)
+    if name in state.settings.skip:
         return SKIPPED
-    if name in done and not (nested.settings.redo and what == CHOSEN):
+    if name in done and not (state.settings.redo and what == CHOSEN):
         return DONE
     if attachment is None:
         return what
@@ -63,42 +65,42 @@ def _what(nested: NestedSession, name: str, what: str, done: frozenset[str]) -> 
     return what
 
 
-def show(nested: NestedSession, chosen: list[pytest.Item]) -> None:
+def show(state: SessionState, chosen: list[pytest.Item]) -> None:
     """Print the rows, and write them to --nested-json."""
     import json
 
     from pytest_nestedpve.report.timeline import duration
 
-    found = rows(nested, chosen)
-    reporter: Any = nested.config.pluginmanager.getplugin("terminalreporter")
-    if nested.settings.json_file is not None:
-        nested.settings.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = rows(state, chosen)
+    reporter: Any = state.config.pluginmanager.getplugin("terminalreporter")
+    if state.settings.json_file is not None:
+        state.settings.json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if reporter is None:
         return
     reporter.write_sep("-", "nested-pve: dry run")
     if not found:
         reporter.write_line("no test that was chosen needs a nested PVE: nothing would be made")
         return
-    kept = kept_runs.resumable(nested.settings, nested.config.rootpath)
+    kept = kept_runs.resumable(state.settings, state.config.rootpath)
     going_on = f", going on with the kept run {kept.run}" if kept is not None else ""
-    host = nested.settings.host or "a host that is not named yet"
+    host = state.settings.host or "a host that is not named yet"
     reporter.write_line(f"on {host}{going_on}, in this order:")
     for row in found:
         usual = "" if row["seconds"] is None else f"about {duration(row['seconds'])}"
         reporter.write_line(f"  {row['phase']:<18} {row['what']:<22} {usual:<18} {row['title']}".rstrip())
     todo = [row["seconds"] for row in found if row["what"] not in (DONE, SKIPPED)]
     known = [seconds for seconds in todo if seconds is not None]
-    keep = nested.settings.keep
+    keep = state.settings.keep
     if len(known) == len(todo):
         teardown = " and the teardown" if keep != "always" else ""
         expected = f"expected, by earlier runs: about {duration(sum(known))}{teardown}"
     else:
         expected = "no earlier run here did all of this, so how long it takes is not known"
-    if nested.settings.make_template:
+    if state.settings.make_template:
         reporter.write_line("then the nested VM is generalised, and becomes a template, which stays")
-    if nested.settings.exec_command is not None:
-        reporter.write_line(f"then this runs: {nested.settings.exec_command}")
-    what = "what was made inside" if nested.settings.attach is not None else "everything"
+    if state.settings.exec_command is not None:
+        reporter.write_line(f"then this runs: {state.settings.exec_command}")
+    what = "what was made inside" if state.settings.attach is not None else "everything"
     end = f"{what} is kept" if keep == "always" else f"{what} is destroyed"
     end += ", unless something failed" if keep == "on-failure" else ""
     reporter.write_line(f"then {end}; {expected}")

@@ -42,15 +42,16 @@ class EnvFileHooks:
         return result
 
     def _write(self) -> None:
-        runner, environment = self._nested.runner, self._nested.environment
-        if self._written or runner is None or environment is None or runner.broken or not runner.complete():
+        open_run = self._nested.open_run
+        if self._written or open_run is None or open_run.runner.broken or not open_run.runner.complete():
             return
+        environment = open_run.environment
         run = environment.run.id
         if not self._tried:
             self._tried = True
             environment.on_close(lambda: env_file.remove(self._path, run))
         try:
-            env_file.write(self._path, env_file.text(self._nested.nested_pve().environ(), run))
+            env_file.write(self._path, env_file.text(open_run.nested_pve().environ(), run))
         except PveError as e:
             raise pytest.fail.Exception(f"nested-pve: {e}", pytrace=False) from e
         self._written = True

@@ -52,7 +52,7 @@ class ExecItem(pytest.Function):
             environ={**kept, **offered.environ()},
         )
         status = _run(nested, command)
-        nested.tally.command = status
+        nested.state.tally.record_command(status)
         if nested.guard.first is not None:
             raise Interrupted(nested.guard.first)
         if status:
@@ -90,18 +90,18 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
 
 
 def _run(nested: NestedSession, command: Command) -> int:
-    runner = nested.runner
-    assert runner is not None
-    runner.audit.write("exec_start", phase="exec", cmd=command.text)
+    assert nested.open_run is not None
+    audit = nested.open_run.runner.audit
+    audit.write("exec_start", phase="exec", cmd=command.text)
     started = time.monotonic()
     status: int | None = None
     try:
-        with _on_terminal(nested), nested.unlimited(), nested.guard.diverted(command.deliver):
+        with _on_terminal(nested), nested.state.unlimited(), nested.guard.diverted(command.deliver):
             status = command.run()
         return status
     finally:
         took = round((time.monotonic() - started) * 1000, 1)
-        runner.audit.write("exec_end", phase="exec", rc=status, ms=took)
+        audit.write("exec_end", phase="exec", rc=status, ms=took)
 
 
 @contextmanager

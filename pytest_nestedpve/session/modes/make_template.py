@@ -25,22 +25,21 @@ class TemplateItem(pytest.Function):
         from pytest_nestedpve.setup import make_template
 
         nested = self.nested
-        environment, runner = nested.environment, nested.runner
-        assert environment is not None
-        assert runner is not None
-        runner.audit.write("template_start", phase="make_template")
+        assert nested.open_run is not None
+        environment, audit = nested.open_run.environment, nested.open_run.runner.audit
+        audit.write("template_start", phase="make_template")
         try:
-            with nested.unlimited():
+            with nested.state.unlimited():
                 made = make_template.make(environment)
         except PveError as error:
-            runner.audit.write("template_end", phase="make_template", status="failed", cause=str(error))
+            audit.write("template_end", phase="make_template", status="failed", cause=str(error))
             raise Failed(f"nested-pve: {error}", pytrace=False) from error
-        runner.audit.write("template_end", phase="make_template", status="done", vmid=made.vmid)
-        nested.remarks += [
+        audit.write("template_end", phase="make_template", status="done", vmid=made.vmid)
+        nested.state.remark(
             f"made the template {made.name} (VM {made.vmid}); sessions that clone it set",
             f"    nested_pve_template = {made.name}",
             f"this removes it: {rerun_commands.finishing(nested.settings, made.template)}",
-        ]
+        )
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.config.rootpath / destroy_only.NODE, 0, self.name
@@ -51,7 +50,7 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
     from pytest_nestedpve.setup.make_template import AFTER
 
     destroy_only.set_aside(session.config)
-    nested.target(AFTER)
+    nested.state.last_phase(AFTER)
 
     def run(nested_pve: NestedPve) -> None:
         del nested_pve

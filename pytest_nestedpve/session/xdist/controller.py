@@ -7,38 +7,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.run.directory import FINISHED
-from pytest_nestedpve.session.end import wants_kept
-from pytest_nestedpve.session.session import FAMILY
+from pytest_nestedpve.session.end import keeps_environment
+from pytest_nestedpve.session.xdist.shared_run import FAMILY
 
 if TYPE_CHECKING:
     from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.state import SessionState
 
 
-def runs_of(nested: NestedSession) -> list[Path]:
+def runs_of(state: SessionState) -> list[Path]:
     """The directories of the runs that this session's workers made."""
     found = []
-    if nested.family is not None and nested.settings.run_dir.is_dir():
-        for path in sorted(nested.settings.run_dir.iterdir()):
+    if state.family is not None and state.settings.run_dir.is_dir():
+        for path in sorted(state.settings.run_dir.iterdir()):
             with contextlib.suppress(OSError):
-                if (path / FAMILY).read_text(encoding="ascii") == nested.family:
+                if (path / FAMILY).read_text(encoding="ascii") == state.family:
                     found.append(path)
     return found
 
 
 def sweep(nested: NestedSession) -> None:
-    """As xdist's controller: finish what its workers were cut off from; what is left is in `nested.swept`."""
-    nested.guard.counting = True
-    nested.swept = _finish_all(nested)
-    nested.tally.left = nested.tally.left or bool(nested.swept)
-    if nested.shared is not None and nested.lock.held:  # no worker needed it
-        nested.lock.release()
+    """As xdist's controller: finish what its workers were cut off from; what is left is recorded."""
+    nested.guard.stop_interrupting()
+    nested.state.workers_left(_finish_all(nested))
+    shared = nested.state.shared
+    if shared is not None and shared.lock.held:  # no worker needed it
+        shared.lock.release()
     nested.close_hosts()
 
 
 def _finish_all(nested: NestedSession) -> list[str]:
     """Finish each of those runs; what is left on the host, a line each."""
     left: list[str] = []
-    for path in runs_of(nested):
+    for path in runs_of(nested.state):
         finished = path / FINISHED
         if finished.exists():
             left += [f"run {path.name}: {line}" for line in finished.read_text(encoding="utf-8").splitlines()]
@@ -60,13 +61,16 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     from pytest_nestedpve.run.directory import RunDirectory
     from pytest_nestedpve.run.identity import Run
     from pytest_nestedpve.run.lock import SessionLock
-    from pytest_nestedpve.session.project_hooks import Announcer
+    from pytest_nestedpve.session.project_hooks import ProjectHooks
     from pytest_nestedpve.teardown.teardown import teardown
 
     # The lock of the run that all workers share is held here all along.
-    shared = nested.shared if nested.shared is not None and nested.shared.id == path.name else None
-    lock = nested.lock if shared is not None else SessionLock(path.name)
-    if shared is None:
+    state = nested.state
+    shared = state.shared.run if state.shared is not None and state.shared.run.id == path.name else None
+    if state.shared is not None and shared is not None:
+        lock = state.shared.lock
+    else:
+        lock = SessionLock(path.name)
         lock.acquire()
     shown = ProgressListener(nested.config)
     audit = AuditLog(path / "audit.jsonl", path.name)
@@ -81,7 +85,9 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     )
     try:
         environment.facts = RunDirectory(path).load_state()
-        keeps = shared is not None and "provision" in environment.facts and wants_kept(nested, False)
+        keeps = (
+            shared is not None and "provision" in environment.facts and keeps_environment(state, broken=False)
+        )
         # One that no worker went on with is as it was left.
         untouched = keeps and not (path / persistence.ADOPTED).exists()
         before = kept_runs.recorded(path.name) if untouched else None
@@ -89,14 +95,15 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
             environment.settings = nested.settings.with_profile(_profile(environment.outer))
         if keeps:
             expires = before.expires if before is not None else persistence.keep(environment).expires
-            nested.kept_until, nested.kept_dir = expires, path
+            state.environment_kept(expires, path)
             audit.write("teardown", status="kept", expires=expires)
             lines: list[str] = []
         else:
             kept_runs.forget(path.name)
             report = teardown(environment, shown)
             lines = [str(each) for each in report.left]
-            Announcer(nested.config, environment, nested.tally.hooks).teardown_finished(report, lines)
+            hooks = ProjectHooks(state.config, environment, state.tally.add_hook_failure)
+            hooks.teardown_finished(report, lines)
         run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
         lock.release(remove=not lines)
         return lines

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +26,37 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.environment.phase_runner import PhaseRunner
 
+FAMILY = "session"
+"""The file in a run's directory that names the xdist session of the run."""
 BROKEN = "broken.json"
 """The file in a run's directory that tells the other workers what failed."""
 _TURN, _MEMBERS = "turn.lock", "members.lock"
 
 
-def joined(run: Run, told: dict[str, Any], settings: Settings) -> Run:
-    """The run as a worker has it: with the session that the lease names. Raises PveError."""
+@dataclass(frozen=True)
+class SharedRun:
+    """The controller's run for all workers, and the lock that the controller holds on it."""
+
+    run: Run
+    lock: SessionLock
+
+
+def joined(run: Run, shared: Mapping[str, Any], settings: Settings) -> Run:
+    """The run as a worker has it: with the session that the lease names. Raises PveError.
+
+    `shared`: `run` and `session`, from the controller.
+    """
     kept_runs.joined(run.directory, settings)
-    return replace(run, session=str(told["session"]))
+    return replace(run, session=str(shared["session"]))
 
 
 class Membership:
-    """A worker's part in the shared run."""
+    """A worker's part in the shared run. `phase_reported` gets a failed phase and its first reporter."""
 
-    def __init__(self, env: Environment, runner: PhaseRunner, shown: dict[str, str]) -> None:
-        self._env, self._runner, self._shown = env, runner, shown
+    def __init__(
+        self, env: Environment, runner: PhaseRunner, phase_reported: Callable[[str, str], None]
+    ) -> None:
+        self._env, self._runner, self._phase_reported = env, runner, phase_reported
         self._dir = env.run.dir
         self._member = lock_file.lock(self._dir / _MEMBERS, shared=True)
 
@@ -89,7 +104,7 @@ class Membership:
             data = json.loads(path.read_text(encoding="utf-8"))
             broken = Broken(str(data["phase"]), str(data["cause"]))
             self._runner.learn(broken)
-            self._shown.setdefault(broken.phase, "another worker")
+            self._phase_reported(broken.phase, "another worker")
 
     def _tell(self) -> None:
         broken = self._runner.broken

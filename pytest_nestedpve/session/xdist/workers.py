@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.session.session import NestedSession
+    from pytest_nestedpve.session.state import SessionState
 
 #: What the controller tells its workers: how tests are dealt out (a worker's own options do not say).
 DIST = "nestedpve_dist"
@@ -34,20 +34,20 @@ def _group(nodeid: str, dist: str) -> str:
     return nodeid
 
 
-def share(nested: NestedSession) -> dict[str, Any]:
+def share(state: SessionState) -> dict[str, Any]:
     """As the controller: choose the run (a kept one, if one fits) and say what its workers need to know."""
     from pytest_nestedpve.environment import persistence
     from pytest_nestedpve.run import kept_runs
     from pytest_nestedpve.run.audit_log import AuditLog
     from pytest_nestedpve.run.directory import FINISHED
     from pytest_nestedpve.run.identity import Run
-    from pytest_nestedpve.session.xdist.shared_run import BROKEN
+    from pytest_nestedpve.session.xdist.shared_run import BROKEN, SharedRun
 
-    if nested.shared is None:
-        taken = kept_runs.take_lock(nested.settings, nested.config.rootpath, nested.run_id, early=True)
-        nested.lock, nested.remarks = taken.lock, [*nested.remarks, *taken.remarks]
-        nested.run_id = taken.kept.run if taken.kept is not None else nested.run_id
-        run = Run.create(nested.settings, nested.config.rootpath, run_id=nested.run_id)
+    if state.shared is None:
+        taken = kept_runs.take_lock(state.settings, state.config.rootpath, state.run_id, early=True)
+        state.remark(*taken.remarks)
+        run_id = taken.kept.run if taken.kept is not None else state.run_id
+        run = Run.create(state.settings, state.config.rootpath, run_id=run_id)
         audit = AuditLog(run.directory.audit, run.id)
         audit.write("session", status="new" if taken.kept is None else "resumed")
         audit.close()
@@ -55,5 +55,6 @@ def share(nested: NestedSession) -> dict[str, Any]:
             kept_runs.restore(taken.kept, run.directory)
         for name in (BROKEN, FINISHED, persistence.ADOPTED):
             (run.dir / name).unlink(missing_ok=True)
-        nested.shared = run
-    return {"run": nested.shared.id, "session": nested.shared.session}
+        state.share(SharedRun(run, taken.lock))
+    assert state.shared is not None
+    return {"run": state.shared.run.id, "session": state.shared.run.session}
