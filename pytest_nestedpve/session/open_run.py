@@ -240,11 +240,11 @@ def create(state: SessionState, connect: Callable[[], PveHost]) -> OpenRun:
     kept: kept_runs.Kept | None = None
     lock: SessionLock | None = None
     if state.joined is None:
-        taken = kept_runs.take_lock(settings, rootdir, state.run_id)
-        kept, lock = taken.kept, taken.lock
+        locked = kept_runs.take_lock(settings, rootdir, state.run_id)
+        kept, lock = locked.kept, locked.lock
         if kept is not None:
             state.resume(kept.run)
-        state.remark(*taken.remarks)
+        state.remark(*locked.remarks)
     run = Run.create(settings, rootdir, run_id=state.run_id)
     if state.joined is not None:
         run = joined(run, state.joined, settings)
