@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.phases import Listener, Phase, PhaseEnded
 from pytest_nestedpve.ownership.lease import Lease, LeaseLost, parse_lease
 from pytest_nestedpve.ownership.pool import host_clock, pool_name, read_pool, renew
 from pytest_nestedpve.pve.api import patiently
@@ -57,24 +57,18 @@ def adopt(env: Environment) -> bool:
     return True
 
 
-class StateKeeper:
+class StateKeeper(Listener):
     """Keeps facts and record in the run's directory after each phase, and facts in a context file."""
 
     def __init__(self, env: Environment) -> None:
         self._env = env
 
-    def acting(self, _phase: Any) -> None:
+    def acting(self, _phase: Phase) -> None:
         """A phase's action begins: from now on it is not known to be done."""
         self._env.run.directory.write(phase_record.FILE, self._env.record.to_text())
 
-    def phase_started(self, phase: Any) -> None:
-        pass
-
-    def phase_finished(
-        self, phase: Any, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
-        del phase, seconds, facts, cause
-        if status == "failed":
+    def phase_finished(self, ended: PhaseEnded) -> None:
+        if ended.status == "failed":
             return
         facts_now, path = self._env.facts, self._env.settings.context_file
         self._env.run.directory.save_state(facts_now)
@@ -83,9 +77,6 @@ class StateKeeper:
             from pytest_nestedpve.config import legacy_context
 
             legacy_context.save(path, facts_now)
-
-    def progress(self, text: str) -> None:
-        pass
 
 
 def load(env: Environment) -> None:

@@ -23,6 +23,7 @@ from pytest_nestedpve.environment.phases import (
     Listener,
     Phase,
     PhaseBroken,
+    PhaseEnded,
     check,
     needed_before,
 )
@@ -161,8 +162,9 @@ class PhaseRunner:
                 cause=cause,
                 facts=facts,
             )
+            ended = PhaseEnded(phase, status, took, facts, cause)
             for listener in self.listeners:
-                listener.phase_finished(phase, status, took, facts, cause)
+                listener.phase_finished(ended)
 
     def _run(self, phase: Phase, probe: bool) -> tuple[str, Facts]:
         facts = self.environment.facts

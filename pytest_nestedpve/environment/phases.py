@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
@@ -71,16 +71,35 @@ class PhaseBroken(Exception):
         self.expected = expected
 
 
-class Listener(Protocol):
-    """Is told what the phases do; every method is called in the thread that runs the phase."""
+@dataclass(frozen=True)
+class PhaseEnded:
+    """The end of a phase.
 
-    def phase_started(self, phase: Phase) -> None: ...
+    `status` is "done", "proved", "attached" or "failed", `seconds` the duration of probe and action, `facts`
+    what the phase recorded, `cause` the text of the error of a failed phase.
+    """
 
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None: ...
+    phase: Phase
+    status: str
+    seconds: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    cause: str | None = None
 
-    def progress(self, text: str) -> None: ...
+
+class Listener:
+    """Base of the listeners of a phase runner; does nothing.
+
+    Every method is called in the thread that runs the phase, before the next one begins.
+    """
+
+    def phase_started(self, phase: Phase) -> None:
+        """`phase` begins: probe and action follow."""
+
+    def phase_finished(self, ended: PhaseEnded) -> None:
+        """A phase ended, with whatever status."""
+
+    def progress(self, text: str) -> None:
+        """The current phase reports its progress, one line."""
 
 
 def check(phases: Iterable[Phase]) -> tuple[Phase, ...]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pytest_nestedpve.environment.phases import Listener
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
-    from pytest_nestedpve.environment.phases import Phase
+    from pytest_nestedpve.environment.phases import Phase, PhaseEnded
     from pytest_nestedpve.report.collect import Item, Kept
     from pytest_nestedpve.report.symptoms import Text
 
@@ -24,7 +26,7 @@ LOOK = 15.0
 _OUTPUT_LIMIT = 400_000  # bytes of a playbook's output
 
 
-class FailureListener:
+class FailureListener(Listener):
     """Told of a run's phases; acts on those that fail. Comes before whoever shows the failure."""
 
     def __init__(self, environment: Environment) -> None:
@@ -36,17 +38,11 @@ class FailureListener:
         del phase
         self._began = time.time()
 
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
+    def phase_finished(self, ended: PhaseEnded) -> None:
         """Look into a failure; what a signal cut off is none."""
-        del seconds, facts
-        if status == "failed" and cause is not None and not cause.startswith("interrupted:"):
-            after_phase(self._env, phase.name, cause, self._began)
-
-    def progress(self, text: str) -> None:
-        """Not of interest."""
-        del text
+        cause = ended.cause
+        if ended.status == "failed" and cause is not None and not cause.startswith("interrupted:"):
+            after_phase(self._env, ended.phase.name, cause, self._began)
 
 
 def after_phase(env: Environment, phase: str, cause: str, began: float = 0.0) -> None:

@@ -7,13 +7,14 @@ directory; the controller writes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_nestedpve.environment.phases import Listener
 from pytest_nestedpve.report import write_report
 from pytest_nestedpve.report.properties import (
     PROPERTY_DONE_BY,
@@ -25,34 +26,24 @@ from pytest_nestedpve.report.properties import (
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
-    from pytest_nestedpve.environment.phases import Phase
+    from pytest_nestedpve.environment.phases import PhaseEnded
     from pytest_nestedpve.report.audit_model import RunReport
 
 #: Attribute of a test report: the directory of the test's run. It crosses from worker to controller.
 RUN_DIRECTORY = "nestedpve_run_directory"
 
 
-class ReportListener:
+class ReportListener(Listener):
     """Keeps a run's page current: it is written after each phase, so a killed session leaves one, too."""
 
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
 
-    def phase_started(self, phase: Phase) -> None:
-        """Nothing to write yet."""
-        del phase
-
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
+    def phase_finished(self, ended: PhaseEnded) -> None:
         """Write the page. A full disk must not fail the phase."""
-        del phase, status, seconds, facts, cause
+        del ended
         with contextlib.suppress(OSError):
             write_report(self._directory)
-
-    def progress(self, text: str) -> None:
-        """Not worth a page."""
-        del text
 
 
 class SessionReport:

@@ -8,15 +8,16 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.phases import Listener
 from pytest_nestedpve.report.timeline import duration
 
 if TYPE_CHECKING:
     import pytest
     from _pytest.terminal import TerminalReporter
 
-    from pytest_nestedpve.environment.phases import Phase
+    from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 
 FRESH = 1.0
 """Seconds between two updates of the line on a terminal."""
@@ -26,7 +27,7 @@ QUIET = 30.0
 """Seconds after which a plain line is printed although nothing new is known."""
 
 
-class ProgressListener:
+class ProgressListener(Listener):
     """A listener of the phases that writes past pytest's capturing; silent in xdist workers and with -q.
 
     It writes from a thread of its own to a copy of the terminal's descriptor: the capturing is never touched
@@ -79,11 +80,9 @@ class ProgressListener:
         self._thread = threading.Thread(target=self._tick, name="nested-pve-progress", daemon=True)
         self._thread.start()
 
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
+    def phase_finished(self, ended: PhaseEnded) -> None:
         """Stop to show it, and put pytest's line back as it was."""
-        del phase, status, seconds, facts, cause
+        del ended
         if self._out < 0:
             return
         self._stop.set()

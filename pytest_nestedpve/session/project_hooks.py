@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_nestedpve.environment.phases import Listener
 from pytest_nestedpve.run.signals import limit
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
-    from pytest_nestedpve.environment.phases import Phase
+    from pytest_nestedpve.environment.phases import Phase, PhaseEnded
     from pytest_nestedpve.teardown.teardown import TeardownReport
 
 #: Seconds for the hook after a teardown; those of a phase have the phase's own limit.
@@ -23,7 +24,7 @@ AFTER_TEARDOWN = 60.0
 
 
 @dataclass(frozen=True)
-class ProjectHooks:
+class ProjectHooks(Listener):
     """Calls the hooks for one run. `report_failure` gets a line for each call that raised."""
 
     config: pytest.Config
@@ -35,27 +36,21 @@ class ProjectHooks:
         hook = self.config.hook.pytest_nestedpve_phase_started
         self._call(hook, phase.timeout, phase.name, lambda: {"phase": phase})
 
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
+    def phase_finished(self, ended: PhaseEnded) -> None:
         """A phase ended, done or failed."""
         hook = self.config.hook.pytest_nestedpve_phase_finished
         self._call(
             hook,
-            phase.timeout,
-            phase.name,
+            ended.phase.timeout,
+            ended.phase.name,
             lambda: {
-                "phase": phase,
-                "status": status,
-                "seconds": seconds,
-                "facts": copy.deepcopy(dict(facts)),
-                "cause": None if cause is None else self._mask(cause),
+                "phase": ended.phase,
+                "status": ended.status,
+                "seconds": ended.seconds,
+                "facts": copy.deepcopy(dict(ended.facts)),
+                "cause": None if ended.cause is None else self._mask(ended.cause),
             },
         )
-
-    def progress(self, text: str) -> None:
-        """No hook gets a phase's progress."""
-        del text
 
     def teardown_finished(self, report: TeardownReport | None, left: list[str]) -> None:
         """The teardown is over; `report` is None if it had nothing to do. Never raises."""

@@ -6,9 +6,10 @@ it, touches neither pool nor description, and restores name, tags and memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.phases import Listener
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import PveError
@@ -17,6 +18,7 @@ from pytest_nestedpve.setup.vm import NESTED, made_of, starting, task
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
+    from pytest_nestedpve.environment.phases import PhaseEnded
 
 PREFIX = "npve_"
 CLEAN, AFTER_SETUP = "npve_clean", "after set-up, before any test"
@@ -96,7 +98,7 @@ def _roll_back(env: Environment, name: str) -> None:
     starting(env, NESTED, f"snapshot/{name}/rollback", LIMIT, start=1)
 
 
-class SnapshotKeeper:
+class SnapshotKeeper(Listener):
     """After each phase that was done and left the VM running, a snapshot: for an environment that is kept.
 
     Once all are done (`complete`), that of the clean state too, as a later session's tests may want it: it
@@ -107,16 +109,11 @@ class SnapshotKeeper:
         self._env, self._complete = env, complete
         self._able = True
 
-    def phase_started(self, phase: Any) -> None:
-        pass
-
-    def phase_finished(
-        self, phase: Any, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
-        del seconds, facts, cause
+    def phase_finished(self, ended: PhaseEnded) -> None:
         env = self._env
         # Without a probe a phase always runs: there is nothing to come back to.
-        done = status == "done" and phase.probe is not None
+        phase = ended.phase
+        done = ended.status == "done" and phase.probe is not None
         if not self._able or "wait_ip" not in env.facts or not (done or self._complete()):
             return
         try:
@@ -137,6 +134,3 @@ class SnapshotKeeper:
             yield name_of(phase), f"after {phase}"
         if self._complete() and (done or CLEAN not in there):
             yield CLEAN, AFTER_SETUP
-
-    def progress(self, text: str) -> None:
-        pass

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 from pytest_nestedpve.ownership.discover import Candidate, discover
 from pytest_nestedpve.ownership.proof import RunProver, prove
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
@@ -257,4 +257,4 @@ def _phase(env: Environment, listener: Listener | None, name: str, title: str) -
     finally:
         seconds = time.monotonic() - started
         env.audit.write("phase_end", phase=name, status=status, ms=round(seconds * 1000, 1))
-        notify(lambda to: to.phase_finished(phase, status, seconds, {}, None))
+        notify(lambda to: to.phase_finished(PhaseEnded(phase, status, seconds)))

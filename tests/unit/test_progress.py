@@ -16,7 +16,7 @@ from pytest_nestedpve.report.progress import clip, progress_line
 PLUGIN = """
 import threading, pytest
 from pytest_nestedpve.report import progress
-from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 
 progress.FRESH, progress.PLAIN, progress.QUIET = 0.05, 0.1, 0.2
 phase = Phase(name="ensure_pve", title="install", do=lambda env: None, usual=90.0)
@@ -27,7 +27,7 @@ def shown(request):
     listener.phase_started(phase)
     listener.progress("TASK install\\x1b[31m proxmox-ve")
     threading.Event().wait(0.5)
-    listener.phase_finished(phase, "done", 0.5, {}, None)
+    listener.phase_finished(PhaseEnded(phase, "done", 0.5))
 """
 TEST = "def test_one(shown): print('captured')\ndef test_two(shown): pass\n"
 

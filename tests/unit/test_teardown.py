@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from memory_environment import ours
 from memory_host import MemoryHost
 
 from pytest_nestedpve.environment.environment import Environment
-from pytest_nestedpve.environment.phases import Phase
+from pytest_nestedpve.environment.phases import Listener, Phase, PhaseEnded
 from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.create import NoFreeId, create_marked
 from pytest_nestedpve.ownership.discover import discover
@@ -399,8 +398,8 @@ def test_a_host_that_fails_half_way_is_told_with_what_is_left(env: Environment, 
     assert any(line.startswith("pool ") for line in report.left)
 
 
-class Shown:
-    """Somebody who watches."""
+class Shown(Listener):
+    """Records what a teardown reports."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -408,12 +407,10 @@ class Shown:
     def phase_started(self, phase: Phase) -> None:
         self.seen.append(f"{phase.name}:")
 
-    def phase_finished(
-        self, phase: Phase, status: str, seconds: float, facts: Mapping[str, Any], cause: str | None
-    ) -> None:
-        assert seconds >= 0
-        assert (facts, cause) == ({}, None)
-        self.seen.append(f"{phase.name} {status}")
+    def phase_finished(self, ended: PhaseEnded) -> None:
+        assert ended.seconds >= 0
+        assert (ended.facts, ended.cause) == ({}, None)
+        self.seen.append(f"{ended.phase.name} {ended.status}")
 
     def progress(self, text: str) -> None:
         self.seen.append(text)

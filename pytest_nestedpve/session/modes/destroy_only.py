@@ -70,7 +70,7 @@ class Job:
         return (found.result, found.reason) if found is not None else ("left", "it was not reached")
 
     def _execute(self) -> None:
-        from pytest_nestedpve.environment.phases import Phase
+        from pytest_nestedpve.environment.phases import Phase, PhaseEnded
         from pytest_nestedpve.report.progress import ProgressListener
         from pytest_nestedpve.teardown.plan import execute
         from pytest_nestedpve.teardown.teardown import destroying
@@ -91,7 +91,7 @@ class Job:
         try:
             execute(self._host, self.settings, self.rows, told)
         finally:
-            shown.phase_finished(phase, "done", 0.0, {}, None)
+            shown.phase_finished(PhaseEnded(phase, "done", 0.0))
             shown.close()
 
     def known(self) -> list[str]:
