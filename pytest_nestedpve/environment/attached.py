@@ -1,68 +1,44 @@
-"""A PVE that exists as the nested one (`--nested-attach`): what the phases mean there, and what was chosen.
+"""An existing PVE as the nested one (`--nested-attach`): the guard of its phases, and the steps by name.
 
-Three phases are taken as they are, seven are the run's own affair as ever, all others set the PVE up: they
-are probed, and done only where a step of that name was chosen.
+A phase that would change the attached PVE is probed; its action runs only when its step was selected by name.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_nestedpve.pve.errors import PveError
 
-if TYPE_CHECKING:
-    from pytest_nestedpve.environment.environment import Environment
 
-TAKEN = ("provision", "start_vm", "wait_ip")
-OWN = frozenset(
-    {
-        "preflight",
-        "download_image",
-        "leaf_provision",
-        "leaf_start",
-        "leaf_wait_ip",
-        "sync_repos",
-        "verify_ssh_chain",
-    }
-)
-"""Phases that look only, or that work on the VM inside, which is the run's."""
-
-
-class NotChosen(PveError):
-    """The attached PVE lacks something of a phase that nobody chose to have done."""
+class StepNotSelected(PveError):
+    """The attached PVE lacks the result of a phase whose step was not selected by name."""
 
 
 class NotOurs(PveError):
-    """Something was asked for that there is not, or must not be, of a PVE that is only attached."""
+    """The request needs a VM or a host of the run's own, and the nested PVE is only attached."""
 
 
 @dataclass(frozen=True)
-class Attachment:
-    """How a runner treats the phases of an attached PVE.
+class Guard:
+    """Permission of one phase to change the attached PVE `host`.
 
-    `chosen` are the phases whose steps were chosen; `several`: xdist's workers share the PVE, so none is.
-    `taken` gives the facts of a phase that is taken as it is.
+    `selected`: the phase's step was selected by name. `several`: workers of xdist share the PVE, which
+    excludes that.
     """
 
     host: str
-    chosen: frozenset[str]
-    taken: Callable[[Environment, str], Mapping[str, Any]]
+    selected: bool
     several: bool = False
 
-    def takes(self, name: str) -> bool:
-        return name in TAKEN
+    def check(self, name: str, missing: str | None, *, probed: bool) -> None:
+        """Raises StepNotSelected unless the action of the phase `name` may run.
 
-    def guards(self, name: str) -> bool:
-        """Whether the phase would change what exists."""
-        return name not in TAKEN and name not in OWN
-
-    def allow(self, name: str, missing: str | None, *, probed: bool) -> None:
-        """Raises NotChosen unless the phase may be done. `missing`: what its probe found lacking; `probed`:
-        whether it has one."""
-        if name in self.chosen:
+        `missing`: the reason of its probe; `probed`: whether the phase has a probe.
+        """
+        if self.selected:
             return
         found = missing or ("that its probe says no" if probed else "that it has no probe to tell")
         if self.several:
@@ -73,35 +49,37 @@ class Attachment:
                 f"`{command}` does it, and `-k '{name} or …'` what needs it in the same session; "
                 f"`--nested-skip {name}` takes it as done."
             )
-        raise NotChosen(
+        raise StepNotSelected(
             f"expected {name} to be done on the attached PVE {self.host}, found: {found}. A PVE that "
             f"exists is changed only by steps that were chosen by -k or by id. {advice}"
         )
 
 
-def chosen_steps(names: Iterable[str], prefix: str, keyword: str, arguments: Iterable[str]) -> frozenset[str]:
-    """Which of the phases `names`, whose steps are selected, were chosen: by -k or by node id.
+def steps_by_name(
+    names: Iterable[str], prefix: str, keyword: str, arguments: Iterable[str]
+) -> frozenset[str]:
+    """The phases among `names` whose steps pytest selected by their own name: by -k, or by node id.
 
-    By id: an argument that ends with `::` and the step's name. By -k: an expression that takes the step by
-    its own name, and would not take a step of another name; so `not slow`, which takes nearly everything,
-    chooses nothing, nor does a word that is in the name of the file. What selects in other ways (--lf, -m,
-    --deselect, nothing at all) chooses nothing.
+    By id: an argument that ends with `::` and the step's name. By -k: an expression that matches the step's
+    own name, and would not match a step of another name; so neither `not slow`, which matches nearly
+    everything, nor a word of the file's name selects a step by name. Nor does any other way of selection
+    (--lf, -m, --deselect, none at all).
     """
     ids = {argument.rpartition("::")[2] for argument in arguments if "::" in argument}
-    return frozenset(name for name in names if prefix + name in ids or _named(prefix, name, keyword))
+    return frozenset(name for name in names if prefix + name in ids or _matches_name(prefix, name, keyword))
 
 
-def _named(prefix: str, name: str, keyword: str) -> bool:
+def _matches_name(prefix: str, name: str, keyword: str) -> bool:
     if not keyword.strip():
         return False
     from _pytest.mark.expression import Expression
 
     expression = Expression.compile(keyword)
 
-    def takes(text: str) -> bool:
-        def matches(word: str, /, **_: Any) -> bool:
+    def matches(text: str) -> bool:
+        def contains(word: str, /, **_: Any) -> bool:
             return word.lower() in text
 
-        return expression.evaluate(matches)
+        return expression.evaluate(contains)
 
-    return takes(prefix + name) and not takes(prefix)
+    return matches(prefix + name) and not matches(prefix)

@@ -56,8 +56,8 @@ class Environment:
         self.workers = 1  # how many environments of its kind this session has at once
         self.secrets: list[str] = []
         self.undo: list[Callable[[], list[str]]] = []  # at the end, the latest first; lines: what stays
-        self.missing: dict[str, str] = {}  # of an attached PVE, by phase: what its probe found lacking
-        self.chosen: frozenset[str] = frozenset()  # of an attached PVE: phases whose steps were chosen
+        self.missing: dict[str, str] = {}  # of an attached PVE, by phase: the reason why its probe failed
+        self.selected: frozenset[str] = frozenset()  # of an attached PVE: phases of steps selected by name
         self._connect = connect
         self._lock = threading.RLock()
         self._outer: PveHost | None = None

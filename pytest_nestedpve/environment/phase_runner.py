@@ -12,11 +12,12 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.run.phase_record import PhaseRecord, digest
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.environment.attached import Attachment
     from pytest_nestedpve.environment.environment import Environment
 
 from pytest_nestedpve.environment.phases import (
-    ATTACHED,
+    DONE,
+    FAILED,
+    PROVED,
     SETTLED,
     Broken,
     Facts,
@@ -30,12 +31,12 @@ from pytest_nestedpve.environment.phases import (
 
 
 class AuditSink(Protocol):
-    """What the runner needs of the audit log."""
+    """The part of the audit log that the runner uses."""
 
     def write(self, event: str, /, **fields: Any) -> Any: ...
 
 
-def _unheard(_phase: Phase) -> None:
+def _ignore(_phase: Phase) -> None:
     return None
 
 
@@ -45,17 +46,15 @@ def _no_bound(_phase: Phase) -> contextlib.AbstractContextManager[None]:
 
 @dataclass
 class PhaseRunner:
-    """Does the phases of one environment, each at most once; broken for good by the first failure.
+    """Runs the phases of one environment, each at most once; broken for good by the first failure.
 
-    `status[name]` is "done" (its action ran), "proved" (its probe said yes), "attached" (taken as it is) or
-    "failed";
-    `done_by[name]` says on whose behalf; `seconds[name]` how long it took.
-    `bound(phase)` is entered around each phase and may interrupt it when its time is up.
+    `status[name]` is "done" (its action ran), "proved" (by its probe), "attached" (it describes what exists)
+    or "failed"; `done_by[name]` the id of the test it ran for; `seconds[name]` its duration.
+    `bound(phase)` is entered around each phase and may interrupt it at its time limit.
     `passthrough` are exceptions that end the session and are not a failure of the phase.
-    `record` is what is known of the phases from earlier sessions on: one whose inputs have changed since is
-    done again, one whose inputs have not is proved by its probe alone, unless `redo` is on and it was chosen.
-    `skip` names phases that are taken as done, unasked. `acting` is told before a phase's action begins.
-    `attachment`: the nested PVE is one that exists, and phases mean what that says.
+    `record` has the phases of earlier sessions: one whose inputs have changed since is done again, one with
+    the same inputs is proved by its probe alone, unless `redo` is on and its step is executed.
+    `skip` names phases that count as done without a probe. `acting` is called before a phase's action.
     """
 
     phases: tuple[Phase, ...]
@@ -67,15 +66,14 @@ class PhaseRunner:
     record: PhaseRecord = field(default_factory=PhaseRecord)
     redo: bool = False
     skip: frozenset[str] = frozenset()
-    acting: Callable[[Phase], None] = _unheard
-    attachment: Attachment | None = None
+    acting: Callable[[Phase], None] = _ignore
     status: dict[str, str] = field(default_factory=dict)
     done_by: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     broken: Broken | None = None
     current: str | None = None
     _causes: dict[str, Broken] = field(default_factory=dict, repr=False)
-    acted: bool = False  # something other than preflight began to act: there may be something to tear down
+    acted: bool = False  # an action other than preflight began: a teardown may be necessary
 
     def __post_init__(self) -> None:
         self.phases = check(self.phases)
@@ -86,7 +84,7 @@ class PhaseRunner:
         return self._by_name[name]
 
     def prepare(self, name: str, *, by: str = "") -> None:
-        """Everything that `name` needs, probed first and done where the probe says no."""
+        """Settle every phase that `name` needs: by its probe, else by its action."""
         for need in needed_before(self.phases, name):
             self._settle(self._by_name[need], by=by, wanted=name, probe=True)
 
@@ -109,17 +107,17 @@ class PhaseRunner:
         return all(self.status.get(name) in SETTLED for name in names)
 
     def cause(self, name: str) -> Broken | None:
-        """Why the phase failed itself; None if it did not."""
+        """The failure of the phase itself; None if it did not fail."""
         return self._causes.get(name)
 
     def learn(self, broken: Broken) -> None:
-        """A phase failed elsewhere, in a process that shares this environment."""
+        """Record a failure in another process that shares this environment."""
         self._causes[broken.phase] = broken
-        self.status[broken.phase] = "failed"
+        self.status[broken.phase] = FAILED
         self.broken = self.broken or broken
 
     def progress(self, text: str) -> None:
-        """Tell the listeners what the current phase is at."""
+        """Report the progress of the current phase to the listeners."""
         for listener in self.listeners:
             listener.progress(text)
 
@@ -133,7 +131,7 @@ class PhaseRunner:
         self.audit.write("phase_start", phase=phase.name, title=phase.title)
         started = time.monotonic()
         cause: str | None = None
-        status = "failed"
+        status = FAILED
         facts: Facts = {}
         try:
             with self.bound(phase):
@@ -170,28 +168,22 @@ class PhaseRunner:
         facts = self.environment.facts
         if phase.name in self.skip:
             facts[phase.name] = {**facts.get(phase.name, {}), "did": "taken as done, as --nested-skip says"}
-            return "proved", dict(facts[phase.name])
-        attached = self.attachment
-        if attached is not None and attached.takes(phase.name):
-            facts[phase.name] = dict(attached.taken(self.environment, phase.name))
-            return ATTACHED, dict(facts[phase.name])
-        guarded = attached is not None and attached.guards(phase.name)
-        chosen = attached is not None and phase.name in attached.chosen
+            return PROVED, dict(facts[phase.name])
+        guard = phase.guard
         now = self._digest(phase) if phase.probe is not None else None
         before = self.record.digests.get(phase.name)
         may_prove = probe or (before is not None and not self.redo)
-        may_prove = may_prove or (guarded and not (chosen and self.redo))
+        may_prove = may_prove or (guard is not None and not (guard.selected and self.redo))
         if phase.probe is not None and may_prove and before in (None, now):
             found = phase.probe(self.environment)
             if found is not None:
                 facts[phase.name] = dict(found)
                 self._did(phase, now)
-                return "proved", dict(found)
-        if attached is not None and guarded:
-            attached.allow(
-                phase.name, self.environment.missing.get(phase.name), probed=phase.probe is not None
-            )
-        if phase.name != "preflight":
+                return PROVED, dict(found)
+        if guard is not None:
+            missing = self.environment.missing.get(phase.name)
+            guard.check(phase.name, missing, probed=phase.probe is not None)
+        if phase.name != "preflight" and phase.outcome == DONE:
             self.acted = True
         if phase.probe is not None:
             self.record.doubt([phase.name])
@@ -200,7 +192,7 @@ class PhaseRunner:
         done = dict(phase.do(self.environment) or {})
         facts[phase.name] = done
         self._did(phase, now)
-        return "done", done
+        return phase.outcome, done
 
     def _digest(self, phase: Phase) -> str:
         inputs = phase.inputs(self.environment) if phase.inputs is not None else None
@@ -220,7 +212,7 @@ class PhaseRunner:
 
     def _failed_need(self, phase: Phase) -> Phase | None:
         for name in (*needed_before(self.phases, phase.name), phase.name):
-            if self.status.get(name) == "failed":
+            if self.status.get(name) == FAILED:
                 return self._by_name[name]
         return None
 

@@ -8,32 +8,35 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.environment.attached import Guard
     from pytest_nestedpve.environment.environment import Environment
 
 
-ATTACHED = "attached"
-SETTLED = ("done", "proved", ATTACHED)
+DONE, PROVED, ATTACHED, FAILED = "done", "proved", "attached", "failed"
+SETTLED = (DONE, PROVED, ATTACHED)
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
 
 Facts = dict[str, Any]
 
 
 class PhaseListError(ValueError):
-    """The list of phases, as hooks left it, cannot be run: a name twice, a need that does not exist."""
+    """The list of phases, with the project's changes, cannot be run: a duplicate name, an unknown need."""
 
 
 @dataclass(frozen=True)
 class Phase:
     """A named step of the set-up.
 
-    `do` does it and may return facts, which become `environment.facts[name]`; a fact `did` is one line
-    for the report. `probe` says whether it is done: its facts, or None. Without a probe it always runs.
-    Both raise a PveError to fail; anything else is shown with its traceback.
+    `do`, its action, may return facts, which become `environment.facts[name]`; a fact `did` is one line
+    for the report. `probe` returns the facts of a phase that is done already, else None; without a probe the
+    action always runs. Both raise a PveError to fail; any other exception is shown with its traceback.
     `timeout` (seconds) bounds `probe` and `do` together. `needs` names earlier phases that must be done
-    first, None means all of them. `usual` (seconds) is what it takes, shown until
-    an earlier run on the same host tells better. `inputs` says what it depends on beside the phases before
-    it (texts, numbers, lists, maps): where that changes, or does for one of the phases `depends` (None: all
-    before it), the phase is done again on a kept environment.
+    first, None means all of them. `usual` (seconds) is the expected duration, shown until there is one of
+    an earlier run on the same host. `inputs` returns the values that the phase depends on beside the phases
+    before it (texts, numbers, lists, maps): when they change, or those of one of the phases `depends` (None:
+    all before it), the phase is done again on a kept environment.
+    `outcome` is the status after the action: "attached" for one that only describes what exists. A `guard`
+    has the phase probed first, also as a step, and permits its action or not.
     """
 
     name: str
@@ -45,11 +48,13 @@ class Phase:
     usual: float | None = None
     inputs: Callable[[Environment], object] | None = None
     depends: tuple[str, ...] | None = None
+    outcome: str = DONE
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
 class Broken:
-    """The first cause: which phase failed, and the text of its error."""
+    """The first failure: the phase, and the text of its error."""
 
     phase: str
     cause: str

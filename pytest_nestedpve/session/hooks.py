@@ -191,11 +191,11 @@ class SessionHooks:
         """For an attached PVE: the phases whose steps the user selected."""
         if self.nested.settings.attach is None:
             return frozenset()
-        from pytest_nestedpve.environment.attached import chosen_steps
+        from pytest_nestedpve.environment.attached import steps_by_name
         from pytest_nestedpve.session.steps import PREFIX
 
         names = [item.phase_name for item in users if hasattr(item, "phase_name")]
-        return chosen_steps(names, PREFIX, self.config.option.keyword, self.config.args)
+        return steps_by_name(names, PREFIX, self.config.option.keyword, self.config.args)
 
     def _check_skip(self) -> None:
         names = [phase.name for phase in self.nested.state.phases]

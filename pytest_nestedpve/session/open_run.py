@@ -34,7 +34,6 @@ from pytest_nestedpve.session.xdist.shared_run import FAMILY, Membership, joined
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
-    from pytest_nestedpve.environment.attached import Attachment
     from pytest_nestedpve.environment.phases import Broken, Phase
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.session.nested_pve import NestedPve
@@ -236,7 +235,7 @@ def create(state: SessionState, connect: Callable[[], PveHost]) -> OpenRun:
     Raises PveError and PhaseListError.
     """
     settings, rootdir = state.settings, state.config.rootpath
-    phases = state.phases
+    phases = state.permitted_phases()
     kept: kept_runs.Kept | None = None
     lock: SessionLock | None = None
     if state.joined is None:
@@ -270,8 +269,7 @@ def create(state: SessionState, connect: Callable[[], PveHost]) -> OpenRun:
         kept_runs.restore(kept, run.directory)
         persistence.load(environment)
         environment.resumed = True
-    attached = attachment(state)
-    environment.chosen = attached.chosen if attached is not None else frozenset()
+    environment.selected = state.selected_steps()
     keeper = persistence.StateKeeper(environment)
     runner = PhaseRunner(
         phases,
@@ -284,7 +282,6 @@ def create(state: SessionState, connect: Callable[[], PveHost]) -> OpenRun:
         skip=frozenset(settings.skip),
         acting=keeper.acting,
         acted=kept is not None,
-        attachment=attached,
     )
     runner.listeners.append(keeper)
     membership = None
@@ -307,18 +304,6 @@ def _add_listeners(
         runner.listeners.append(SnapshotKeeper(environment, runner.complete))
     runner.listeners.append(progress)
     runner.listeners.append(ProjectHooks(state.config, environment, state.tally.add_hook_failure))
-
-
-def attachment(state: SessionState) -> Attachment | None:
-    """How phases treat an attached PVE; None if none is configured."""
-    if state.settings.attach is None:
-        return None
-    from pytest_nestedpve.environment.attached import Attachment
-    from pytest_nestedpve.setup.attached import taken
-
-    worker = hasattr(state.config, "workerinput")
-    selected = frozenset() if worker else state.selected_phases
-    return Attachment(state.settings.attach, selected, taken, worker)
 
 
 def _limit(phase: Phase, settings: Settings, runner: PhaseRunner) -> contextlib.AbstractContextManager[None]:

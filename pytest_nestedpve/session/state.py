@@ -107,10 +107,24 @@ class SessionState:
             from pytest_nestedpve import setup as packaged
             from pytest_nestedpve.environment.phases import check
 
-            phases = list(packaged.default_phases())
+            own = self.settings.attach is None
+            phases = packaged.default_phases() if own else packaged.attached_phases()
             self.config.hook.pytest_nestedpve_phases(phases=phases, config=self.config)
             self._phases = check(phases)
         return self._phases
+
+    def permitted_phases(self) -> tuple[Phase, ...]:
+        """The phases as this session may run them: some change an attached PVE. Raises PhaseListError."""
+        if self.settings.attach is None:
+            return self.phases
+        from pytest_nestedpve.setup.attached_phases import permitted
+
+        several = hasattr(self.config, "workerinput")
+        return permitted(self.phases, self.settings.attach, self.selected_steps(), several=several)
+
+    def selected_steps(self) -> frozenset[str]:
+        """The phases whose steps were selected by name; none in a worker: an attached PVE is shared."""
+        return frozenset() if hasattr(self.config, "workerinput") else self.selected_phases
 
     def last_phase(self, upto: str | None) -> str | None:
         """The last phase to run: `upto`, or the last of all. Raises pytest.UsageError for an unknown name."""

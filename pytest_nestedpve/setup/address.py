@@ -153,10 +153,14 @@ def relocate(env: Environment, timeout: float = 120.0) -> str:
     Known hosts, ssh_config and connections follow. Raises PveError.
     """
     deadline = Deadline(timeout)
-    # Nobody knows of an attached one as a VM: it is where it was, or not to be found.
-    if not env.attached:
-        _find_again(env, deadline)
+    _find_again(env, deadline)
     await_login(env.inner.ssh, deadline)
+    return env.ip
+
+
+def reconnect(env: Environment, timeout: float = 120.0) -> str:
+    """The nested PVE's address, once a PVE that keeps its address takes logins again. Raises PveError."""
+    await_login(env.inner.ssh, Deadline(timeout))
     return env.ip
 
 

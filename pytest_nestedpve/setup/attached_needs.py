@@ -1,6 +1,6 @@
-"""What an attached PVE lacks so far, and chosen steps are about to bring: preflight does not insist on it.
+"""Requirements that an attached PVE does not meet yet, and that steps selected by name are about to meet.
 
-It looks again before the VM inside is made, when those steps have been done.
+Preflight accepts them as missing, and is repeated before the VM inside is created.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from pytest_nestedpve.setup.checks.finding import Finding
 
 STEPS = frozenset({"ensure_pve", "setup_network", "setup_repos"})
-"""Those that bring something which preflight looks for."""
+"""Phases whose results preflight checks."""
 STORAGE = "local"
-"""The one that setup_repos gives content types."""
+"""The storage whose content types setup_repos completes."""
 _CONTENT = {"storage": "images", "snippets": "snippets", "image": "import"}
 
 
-def promised(seen: Seen, chosen: frozenset[str], missing: Iterable[Finding]) -> dict[str, str]:
-    """Of the findings those that a chosen step mends: what was looked at, and the name of the step."""
+def awaited_results(seen: Seen, selected: frozenset[str], missing: Iterable[Finding]) -> dict[str, str]:
+    """The findings that a selected phase will fix: that phase by the name of the check."""
     names = {finding.what for finding in missing}
-    found: dict[str, str] = {}
-    if "ensure_pve" in chosen and "PVE" in names:
-        found["PVE"] = "ensure_pve"
-    if "setup_network" in chosen and "bridge" in names and seen.settings.bridge in (None, "vmbr0"):
-        found["bridge"] = "setup_network"
-    if "setup_repos" in chosen and (there := _storage(seen)) is not None:
-        lacks = {what for what, kind in _CONTENT.items() if kind not in contents(there)}
+    awaited: dict[str, str] = {}
+    if "ensure_pve" in selected and "PVE" in names:
+        awaited["PVE"] = "ensure_pve"
+    if "setup_network" in selected and "bridge" in names and seen.settings.bridge in (None, "vmbr0"):
+        awaited["bridge"] = "setup_network"
+    if "setup_repos" in selected and (storage := _storage(seen)) is not None:
+        lacks = {what for what, kind in _CONTENT.items() if kind not in contents(storage)}
         if seen.settings.storage not in (None, STORAGE):
             lacks.discard("storage")
         if _elsewhere(seen.settings.image):
             lacks.discard("image")
-        found |= dict.fromkeys(sorted(lacks & names), "setup_repos")
-    return found
+        awaited |= dict.fromkeys(sorted(lacks & names), "setup_repos")
+    return awaited
 
 
 def _elsewhere(image: str | None) -> bool:
-    """Whether the image that was named is a volume of another storage or content, not a URL or a file."""
+    """Whether the configured image is a volume of another storage or content type, not a URL or a file."""
     return image is not None and not re.match(r"https?://|/|" + STORAGE + ":import/", image)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.answers import mapping
@@ -78,8 +79,13 @@ def _healthy(env: Environment, version: str) -> dict[str, Any]:
     return {"version": version, "action": "healthy", "ip": env.ip, "did": f"PVE {version} is there and well"}
 
 
-def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
-    """Install PVE where it is absent, mend it where it is sick, by the same playbook."""
+def ensure_pve(
+    env: Environment, timeout: float, *, find: Callable[[Environment], str] = relocate
+) -> dict[str, Any]:
+    """Install PVE where it is absent, repair it where it is not well, by the same playbook.
+
+    `find` returns the node's address after its reboot. Raises PveError.
+    """
     deadline = Deadline(timeout)
     was_there = installed(env.inner)
     wrong = "absent"
@@ -91,7 +97,7 @@ def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
     variables = play_variables.pve_install(env.settings, env.facts)
     result = _play(env, "pve-install.yml", variables, deadline)
     # The kernel is a new one, so the node was rebooted: it may have another lease now.
-    ip = relocate(env)
+    ip = find(env)
     version, wrong = health(env.inner)
     if version is None:
         raise PveError(f"expected PVE to be well after pve-install.yml, found: {wrong}")
@@ -118,8 +124,13 @@ def _play(
 # -- setup_network --------------------------------------------------------------------------------
 
 
-def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
-    """The card becomes a port of vmbr0; the address afterwards is read through the agent."""
+def setup_network(
+    env: Environment, timeout: float, *, find: Callable[[Environment], str] = relocate
+) -> dict[str, Any]:
+    """Turn the card into a port of vmbr0.
+
+    `find` returns the node's address afterwards. Raises PveError.
+    """
     deadline = Deadline(timeout)
     if came_with_template(env, "setup_network") and (facts := probe_network(env)) is not None:
         return facts
@@ -130,14 +141,14 @@ def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     except PlaybookFailed as e:
         if e.result is None or not e.result.unreachable:
             raise
-        ip = relocate(env)
+        ip = find(env)
         if ip == before:
             raise
         env.progress(f"the node is at {ip} now")
         result = _play(
             env, "nested-pve-network.yml", play_variables.network(env.settings, env.facts), deadline
         )
-    ip = relocate(env)
+    ip = find(env)
     mode = str(variables.get("nested_pve_network_mode", "dhcp"))
     facts = {"ip": ip, "mode": mode}
     wrong = network_fault(env.inner, ip, str(env.fact("provision", "mac")))
@@ -221,18 +232,23 @@ def root_public_key(host: PveHost) -> str | None:
 # -- setup_repos, sync_repos ----------------------------------------------------------------------
 
 
-def setup_repos(env: Environment, timeout: float) -> dict[str, Any]:
-    """Sources, secrets, storage content, certificate, API token, bootstrap; the token is fetched."""
+def setup_repos(
+    env: Environment, timeout: float, *, outer: PveHost | None, token_name: str | None = None
+) -> dict[str, Any]:
+    """Install sources, secrets, content types, certificate, API token; run the bootstrap; fetch the token.
+
+    The root of `outer` may log in at the nested PVE afterwards. `token_name`: None for the playbook's own.
+    Raises PveError.
+    """
     deadline = Deadline(timeout)
     env.progress("packing sources")
     packed = play_variables.pack_sources(env.settings, env.run)
-    outer_key = None if env.attached else root_public_key(env.outer)
+    outer_key = root_public_key(outer) if outer is not None else None
     variables = play_variables.repos(
         env.settings, env.facts, packed=packed, outer_keys=[outer_key] if outer_key else []
     )
-    if env.attached:
-        # By this name the teardown finds it as the run's.
-        variables.setdefault("nested_pve_token_name", f"npve-{env.run.id}-{env.run.session[:8]}")
+    if token_name is not None:
+        variables.setdefault("nested_pve_token_name", token_name)
     result = _play(env, "nested-pve-repos.yml", variables, deadline)
     token_id = fetch_token(env)
     names = [each.name for each in packed]

@@ -23,7 +23,7 @@ def source(env: Environment) -> str:
     Debian image that the outer host has. Raises PveError."""
     found = env.facts.get("preflight", {})
     wanted = env.settings.leaf_image or found.get("image")
-    if not wanted and found.get("template") and not env.attached:
+    if not wanted and found.get("template"):
         wanted = _of_the_host(migration.outer(env))
     if not wanted:
         raise PveError(
@@ -45,8 +45,6 @@ def download_image(env: Environment, timeout: float) -> dict[str, Any]:
     """Bring it onto the nested PVE's storage. Facts: its volume id there."""
     wanted = image_file.read(source(env))
     inner = env.inner
-    if env.attached and wanted.kind == "volume":  # the attached PVE's own
-        return {"volid": wanted.text, "source": wanted.text, "did": f"{wanted.text} is there already"}
     volid = _volume(wanted)
     if wanted.kind == "volume":
         how = _pipe(env, wanted, timeout)
@@ -63,8 +61,6 @@ def probe_image(env: Environment) -> dict[str, Any] | None:
         wanted = image_file.read(source(env))
     except PveError:
         return None
-    if env.attached and wanted.kind == "volume":
-        return {"volid": wanted.text, "source": wanted.text, "did": f"{wanted.text} is there"}
     volid = _volume(wanted)
     if volid not in image_file.listed(env.inner, STORAGE):
         return None

@@ -26,7 +26,7 @@ _GUEST = re.compile(r"/nodes/[^/]+/qemu/(?P<vmid>\d+)(?P<rest>/.+)\Z")
 def outer(env: Environment) -> PveHost:
     """The outer host at the node that the nested VM is on, or will be made on. Raises PveError."""
     host = env.outer
-    if env.attached or not host.cluster.several:
+    if not host.cluster.several:
         return host
     known = env.facts.get("provision", {}).get("node") or env.facts.get("preflight", {}).get("node")
     return host.at(str(known or host.node)).with_api(Following(env, host.api), entry=host)
@@ -36,7 +36,7 @@ def chosen(env: Environment) -> PveHost:
     """The outer host at the node that preflight chose, where the image is. Raises PveError."""
     host = env.outer
     node = env.facts.get("preflight", {}).get("node")
-    return host if node is None or env.attached else host.at(str(node))
+    return host if node is None else host.at(str(node))
 
 
 class Following(Verbs):

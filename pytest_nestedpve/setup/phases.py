@@ -10,8 +10,6 @@ from pytest_nestedpve.environment.phases import Phase
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
 
-LEAF_MEMORY = 1024  # MiB
-
 Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 
@@ -67,23 +65,27 @@ def _input(name: str) -> Callable[[Environment], object]:
 
 def preflight(env: Environment) -> Mapping[str, Any]:
     """The action of the phase of that name."""
-    return _look(env, image=True)
+    return _check_host(env, image=True)
 
 
 def preflight_without_image(env: Environment) -> Mapping[str, Any]:
     """The same for a VM that the project makes: what it boots is not looked for."""
-    return _look(env, image=False)
+    return _check_host(env, image=False)
 
 
-def _look(env: Environment, *, image: bool) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached
-    from pytest_nestedpve.setup import preflight as look
+def _check_host(env: Environment, *, image: bool) -> Mapping[str, Any]:
+    from pytest_nestedpve.setup import preflight
+
+    return sweep_expired(env, preflight.preflight(env, image=image))
+
+
+def sweep_expired(env: Environment, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """After preflight, with its facts: delete expired runs from the host, if it is a PVE already."""
     from pytest_nestedpve.teardown import expired_runs
 
-    found = attached.preflight(env) if env.attached else look.preflight(env, image=image)
-    if found["version"] is not None:
+    if facts["version"] is not None:
         expired_runs.sweep(env)
-    return found
+    return facts
 
 
 def _provision(env: Environment) -> Mapping[str, Any]:
@@ -118,33 +120,10 @@ def _probe_provision(env: Environment) -> Mapping[str, Any] | None:
 
 
 def _leaf(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.pve.answers import entries
-    from pytest_nestedpve.setup import attached, leaf_image, vm
-    from pytest_nestedpve.setup.preflight import disk_format
+    from pytest_nestedpve.setup import leaf_image, vm
 
-    settings, inner = env.settings, env.inner
-    storage = snippets = leaf_image.STORAGE
-    bridge: str = "vmbr0"
-    if env.attached:
-        attached.look_again(env)
-        found = env.facts["preflight"]
-        storage, snippets, bridge = found["storage"], found["snippets"], found["bridge"]
-    listed = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
-    own = env.facts.get("setup_ssh", {}).get("root_public_key")
-    public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
-    shape = vm.Shape(
-        storage=storage,
-        bridge=bridge,
-        cores=1,
-        memory=LEAF_MEMORY,
-        disk=vm.LEAF_DISK,
-        keys=(public, own) if own else (public,),
-        image=env.fact("download_image", "volid"),
-        format=disk_format(listed[0]) if listed else None,
-        snippets=snippets,
-        options=settings.leaf_options,
-    )
-    return vm.provision(env, vm.LEAF, shape)
+    storage = leaf_image.STORAGE
+    return vm.provision_leaf(env, vm.LEAF, storage=storage, snippets=storage, bridge="vmbr0")
 
 
 def _probe_leaf(env: Environment) -> Mapping[str, Any] | None:
@@ -190,75 +169,62 @@ def _probe_ip(role: str) -> Action:
 
 
 def _ensure_pve(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    if env.attached:
-        attached.before_pve(env)
     return host_phases.ensure_pve(env, 3400)
 
 
 def _probe_pve(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    return attached.probe_pve(env) if env.attached else host_phases.probe_pve(env)
+    return host_phases.probe_pve(env)
 
 
 def _network(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    if env.attached:
-        attached.before_network(env)
     return host_phases.setup_network(env, 600)
 
 
 def _probe_network(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    return attached.probe_network(env) if env.attached else host_phases.probe_network(env)
+    return host_phases.probe_network(env)
 
 
 def _ssh(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    if env.attached:
-        attached.before_ssh(env)
     return host_phases.setup_ssh(env, 540)
 
 
 def _probe_ssh(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    return attached.probe_ssh(env) if env.attached else host_phases.probe_ssh(env)
+    return host_phases.probe_ssh(env)
 
 
 def _repos(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    if env.attached:
-        attached.before_repos(env)
-    return host_phases.setup_repos(env, 2600)
+    return host_phases.setup_repos(env, 2600, outer=env.outer)
 
 
 def _probe_repos(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.setup import attached, host_phases
+    from pytest_nestedpve.setup import host_phases
 
-    return attached.probe_repos(env) if env.attached else host_phases.probe_repos(env)
+    return host_phases.probe_repos(env)
 
 
 def _image(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, leaf_image
+    from pytest_nestedpve.setup import leaf_image
 
-    if env.attached:
-        attached.look_again(env)
-        attached.before_image(env)
     return leaf_image.download_image(env, 1700)
 
 
 def _probe_image(env: Environment) -> Mapping[str, Any] | None:
-    from pytest_nestedpve.setup import attached, leaf_image
+    from pytest_nestedpve.setup import leaf_image
 
-    if env.attached:
-        attached.look_again(env)
     return leaf_image.probe_image(env)
 
 
@@ -275,8 +241,6 @@ def _probe_sync(env: Environment) -> Mapping[str, Any] | None:
 
 
 def _chain(env: Environment) -> Mapping[str, Any]:
-    from pytest_nestedpve.setup import attached, ssh_chain
+    from pytest_nestedpve.setup import ssh_chain
 
-    if env.attached:
-        attached.before_chain(env)
     return ssh_chain.verify_ssh_chain(env, 280)

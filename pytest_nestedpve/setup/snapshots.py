@@ -33,15 +33,20 @@ def name_of(phase: str) -> str:
     return f"{PREFIX}{phase}"[:40]
 
 
+def _has_vm(env: Environment) -> bool:
+    """Whether the nested PVE is a VM of the outer host: an attached one has facts without a VM."""
+    return "vmid" in env.facts.get("provision", {})
+
+
 def _base(env: Environment) -> str:
     made = made_of(env.facts["provision"])
     return f"/nodes/{made.node}/qemu/{made.vmid}"
 
 
 def take(env: Environment, name: str, description: str) -> bool:
-    """Take a snapshot without memory; False where the storage cannot, or no VM is known, as of an attached
-    PVE. Raises PveError."""
-    if env.attached:
+    """Take a snapshot without memory; False where the storage cannot, or an attached PVE has no VM here.
+    Raises PveError."""
+    if not _has_vm(env):
         return False
     host, base = NESTED.host(env), _base(env)
     made = made_of(env.facts["provision"])
@@ -68,7 +73,7 @@ def drop(env: Environment, name: str) -> None:
 
 def taken(env: Environment) -> list[str]:
     """The names of our snapshots, the oldest first. Raises PveError."""
-    if env.attached:
+    if not _has_vm(env):
         return []
     listed = entries(NESTED.host(env).api.get(f"{_base(env)}/snapshot"), call="get snapshots")
     ours = [each for each in listed if str(each.get("name", "")).startswith(PREFIX)]

@@ -20,8 +20,11 @@ class ChainBroken(PveError):
     """A hop of the SSH chain does not work, or ends elsewhere than it should."""
 
 
-def verify_ssh_chain(env: Environment, timeout: float) -> dict[str, Any]:
-    """Log in over every hop, with both SSH clients, and from the nested PVE to its leaf. Facts: hops."""
+def verify_ssh_chain(env: Environment, timeout: float, *, direct: bool = False) -> dict[str, Any]:
+    """Log in over every hop, with both SSH clients, and from the nested PVE to its leaf. Facts: hops.
+
+    `direct`: the nested PVE is the outer host itself. Raises PveError.
+    """
     deadline = Deadline(timeout)
     nested, leaf = str(env.fact("provision", "name")), str(env.fact("leaf_provision", "name"))
     hops = []
@@ -31,7 +34,7 @@ def verify_ssh_chain(env: Environment, timeout: float) -> dict[str, Any]:
         found = _name(ssh.run(["uname", "-n"], timeout=60).check().stdout)
         if found != name:
             raise ChainBroken(f"expected the login at {name} to end on {name}, it ended on {found!r}")
-    way = f"controller → {nested}" if env.attached else f"controller → {outer_name} → {nested}"
+    way = f"controller → {nested}" if direct else f"controller → {outer_name} → {nested}"
     hops.append(f"{way} → {leaf} (paramiko)")
     env.progress("by ssh")
     config = env.write_ssh_config()

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.ownership.create import Created, create_marked
 from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
 from pytest_nestedpve.ownership.proof import prove
-from pytest_nestedpve.pve.answers import text
+from pytest_nestedpve.pve.answers import entries, text
 from pytest_nestedpve.pve.api import call_limit, patiently
 from pytest_nestedpve.pve.cluster import node_of
 from pytest_nestedpve.pve.errors import PveError, Running
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.tasks import wait_task
 from pytest_nestedpve.setup import image_file, migration, vendor_data
+from pytest_nestedpve.setup.checks.storage import disk_format
 from pytest_nestedpve.setup.clone import clone_marked
 
 if TYPE_CHECKING:
@@ -27,23 +28,29 @@ BRING_LIMIT = 1800.0
 IMPORT_LIMIT = 1200.0
 START_LIMIT = 120.0
 LEAF_DISK = 8  # GiB
+LEAF_MEMORY = 1024  # MiB
 _DISK_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 1024.0}
 
 
 @dataclass(frozen=True)
 class Level:
-    """Where a VM of a run lives and what its phases are called: the outer host's, or the nested PVE's."""
+    """A VM of a run by its role: its host, and the names of its phases.
+
+    `outermost`: its host is the one that the session connects to, which has the run's lease.
+    """
 
     role: str  # nested | leaf
     provision: str  # the phase whose facts name the VM
     wait_ip: str
+    outermost: bool = False
 
     def host(self, env: Environment) -> PveHost:
         return migration.outer(env) if self.role == "nested" else env.inner
 
 
-NESTED = Level("nested", "provision", "wait_ip")
+NESTED = Level("nested", "provision", "wait_ip", outermost=True)
 LEAF = Level("leaf", "leaf_provision", "leaf_wait_ip")
+ATTACHED_LEAF = Level("leaf", "leaf_provision", "leaf_wait_ip", outermost=True)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class Shape:
 
 
 def level_settings(env: Environment, level: Level) -> Settings:
-    """The settings as they apply on that host: a nested PVE of the run has no parent for pools."""
-    return env.settings if level.role == "nested" or env.attached else replace(env.settings, pool_parent=None)
+    """The settings on the level's host: a nested PVE of the run has no parent for pools."""
+    return env.settings if level.outermost else replace(env.settings, pool_parent=None)
 
 
 def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     env.progress("making the run's pool")
     create_pool(host.api, env.run, settings, host_clock(host))
-    if level.role == "nested" or env.attached:
+    if level.outermost:
         env.keep_lease()
     env.check_lease()
     if shape.image is not None and shape.brought is not None:
@@ -124,6 +131,29 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
         f"{size:g} GiB from {source} on {shape.storage}"
     )
     return {**facts, "mac": mac, "snippet": snippet, "did": did}
+
+
+def provision_leaf(
+    env: Environment, level: Level, *, storage: str, snippets: str | None, bridge: str
+) -> dict[str, Any]:
+    """Create the VM inside, from the image that download_image provided. Facts. Raises PveError."""
+    inner = env.inner
+    storages = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
+    own = env.facts.get("setup_ssh", {}).get("root_public_key")
+    public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
+    shape = Shape(
+        storage=storage,
+        bridge=bridge,
+        cores=1,
+        memory=LEAF_MEMORY,
+        disk=LEAF_DISK,
+        keys=(public, own) if own else (public,),
+        image=env.fact("download_image", "volid"),
+        format=disk_format(storages[0]) if storages else None,
+        snippets=snippets,
+        options=env.settings.leaf_options,
+    )
+    return provision(env, level, shape)
 
 
 def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:

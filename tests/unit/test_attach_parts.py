@@ -12,15 +12,18 @@ from memory_environment import environments
 from memory_host import MemoryHost
 
 from pytest_nestedpve.config.settings import Settings
-from pytest_nestedpve.environment.attached import Attachment, NotChosen, chosen_steps
+from pytest_nestedpve.environment.attached import StepNotSelected, steps_by_name
+from pytest_nestedpve.environment.phases import ATTACHED, Phase
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.pve.ssh.target import SshTarget
 from pytest_nestedpve.run.directory import ssh_block
-from pytest_nestedpve.setup import attached
-from pytest_nestedpve.setup.attached_needs import promised
+from pytest_nestedpve.setup import attached, attached_undo
+from pytest_nestedpve.setup.attached_needs import awaited_results
+from pytest_nestedpve.setup.attached_phases import attached_phases, permitted
 from pytest_nestedpve.setup.checks.finding import Finding
 from pytest_nestedpve.setup.clean_state import CleanState, NoSnapshots
+from pytest_nestedpve.setup.phases import default_phases
 
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 
@@ -45,7 +48,7 @@ NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
     ],
 )
 def test_only_an_expression_that_names_a_step_chooses_it(keyword: str, wanted: set[str]) -> None:
-    assert chosen_steps(NAMES, "test_", keyword, ["tests"]) == wanted
+    assert steps_by_name(NAMES, "test_", keyword, ["tests"]) == wanted
 
 
 @pytest.mark.parametrize(
@@ -60,21 +63,44 @@ def test_only_an_expression_that_names_a_step_chooses_it(keyword: str, wanted: s
     ],
 )
 def test_only_a_node_id_chooses_by_name(argument: str, wanted: set[str]) -> None:
-    assert chosen_steps(NAMES, "test_", "", [argument]) == wanted
+    assert steps_by_name(NAMES, "test_", "", [argument]) == wanted
 
 
 def test_a_step_that_is_not_selected_is_not_chosen() -> None:
-    assert chosen_steps(["setup_ssh"], "test_", "setup", []) == {"setup_ssh"}
+    assert steps_by_name(["setup_ssh"], "test_", "setup", []) == {"setup_ssh"}
 
 
 def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
-    def taken(_env: Any, _name: str) -> dict[str, Any]:
-        return {}
+    own = Phase("our_agent", "install our agent", lambda _env: None)
+    (phase,) = permitted([own], "pve1", frozenset({"our_agent"}))
+    assert phase.guard is not None
+    phase.guard.check("our_agent", None, probed=False)
+    (phase,) = permitted([own], "pve1", frozenset())
+    assert phase.guard is not None
+    with pytest.raises(StepNotSelected, match="found: that it has no probe to tell"):
+        phase.guard.check("our_agent", None, probed=False)
 
-    assert Attachment("pve1", frozenset(), taken).guards("our_agent")
-    Attachment("pve1", frozenset({"our_agent"}), taken).allow("our_agent", None, probed=False)
-    with pytest.raises(NotChosen, match="found: that it has no probe to tell"):
-        Attachment("pve1", frozenset(), taken).allow("our_agent", None, probed=False)
+
+def test_every_phase_is_described_harmless_or_guarded_on_an_attached_pve() -> None:
+    phases = permitted(attached_phases(), "pve1", frozenset({"setup_ssh"}))
+    assert [phase.name for phase in phases] == [phase.name for phase in default_phases()]
+    assert {phase.name for phase in phases if phase.outcome == ATTACHED} == {
+        "provision",
+        "start_vm",
+        "wait_ip",
+    }
+    guarded = {phase.name: phase.guard.selected for phase in phases if phase.guard is not None}
+    assert guarded == {name: name == "setup_ssh" for name in NAMES}
+
+
+def test_a_project_cannot_replace_the_phases_that_describe_an_attached_pve() -> None:
+    def create(_env: Any) -> None:
+        raise AssertionError("the attached PVE exists")
+
+    phases = [Phase("provision", "create it", create, probe=create, timeout=7.0)]
+    (phase,) = permitted(phases, "pve1", frozenset({"provision"}))
+    assert (phase.timeout, phase.probe, phase.outcome) == (7.0, None, ATTACHED)
+    assert phase.do is attached_phases()[1].do
 
 
 BROUGHT = {"image": "setup_repos"}
@@ -118,9 +144,9 @@ def test_a_chosen_step_is_trusted_with_what_it_does_and_no_more(
         settings=Settings(**settings),  # type: ignore[arg-type]
         storages=[{"storage": "local", "content": content, "active": 1, "enabled": 1}],
     )
-    assert promised(seen, frozenset(chosen), missing(*lacks)) == wanted
+    assert awaited_results(seen, frozenset(chosen), missing(*lacks)) == wanted
     seen.storages[0]["active"] = 0
-    assert "setup_repos" not in promised(seen, frozenset(chosen), missing(*lacks)).values()
+    assert "setup_repos" not in awaited_results(seen, frozenset(chosen), missing(*lacks)).values()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +168,7 @@ def test_a_pve_that_is_sick_is_not_called_absent(
         env.facts["preflight"] = attached.preflight(env, frozenset({"ensure_pve"}))
         assert env.facts["preflight"]["awaited"] == {"PVE": "ensure_pve"}
         assert f"(PVE {there})" in env.facts["preflight"]["did"]
-        attached.before_pve(env)
+        attached_undo.before_pve(env)
         assert env.undo.pop()() == []
         assert env.remarks[-1] == f"father stays as it is now: ensure_pve {done}"
 
@@ -254,7 +280,7 @@ def test_a_line_goes_out_of_a_file_behind_a_link_and_the_link_stays(tmp_path: Pa
     )
     link = tmp_path / "authorized_keys"
     link.symlink_to(real)
-    assert run(attached._WITHOUT, "AAAAthe+run/key", "yes", str(link)) == 0
+    assert run(attached_undo._REMOVE_LINES, "AAAAthe+run/key", "yes", str(link)) == 0
     assert link.is_symlink()
     assert real.read_text() == "ssh-ed25519 AAAAmine alice\nssh-rsa AAAAb bob\n"
     assert [each.name for each in real.parent.iterdir()] == ["authorized_keys"]
@@ -264,7 +290,7 @@ def test_a_line_goes_out_of_a_file_behind_a_link_and_the_link_stays(tmp_path: Pa
 def test_a_file_that_gets_empty_goes_if_it_was_not_there(tmp_path: Path, there: str, stays: bool) -> None:
     file = tmp_path / "known_hosts"
     file.write_text("leaf ssh-ed25519 AAAA\n")
-    assert run(attached._WITHOUT, "^leaf ", there, str(file)) == 0
+    assert run(attached_undo._REMOVE_LINES, "^leaf ", there, str(file)) == 0
     assert file.exists() == stays
 
 
@@ -273,10 +299,10 @@ def test_a_file_that_was_there_comes_back_and_one_that_was_not_goes(tmp_path: Pa
     old.write_text("as it was")
     old.chmod(0o640)
     files = [str(old), str(new)]
-    assert run(attached._ASIDE, ".npve-x", *files) == 0
+    assert run(attached_undo._SAVE, ".npve-x", *files) == 0
     old.write_text("ours")
     new.write_text("ours")
-    assert run(attached._BACK, ".npve-x", *files) == 0
+    assert run(attached_undo._RESTORE, ".npve-x", *files) == 0
     assert old.read_text() == "as it was"
     assert old.stat().st_mode & 0o777 == 0o640
     assert [each.name for each in tmp_path.iterdir()] == ["old"]

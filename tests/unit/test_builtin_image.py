@@ -26,9 +26,7 @@ UPID = "UPID:outer:00000001:00000010:00000001:download:x:root@pam:"
 
 
 def environment(leaf_image: str | None = None, own: str | None = "local:import/debian-13.raw") -> Environment:
-    made = SimpleNamespace(
-        settings=Settings(leaf_image=leaf_image), facts={"preflight": {"image": own}}, attached=False
-    )
+    made = SimpleNamespace(settings=Settings(leaf_image=leaf_image), facts={"preflight": {"image": own}})
     return cast(Environment, made)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.environment.phases import needed_before
+from pytest_nestedpve.environment.phases import ATTACHED, needed_before
 from pytest_nestedpve.run import kept_runs
 
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_nestedpve.environment.phases import Phase
     from pytest_nestedpve.session.state import SessionState
 
 
@@ -39,29 +40,24 @@ def rows(state: SessionState, chosen: list[pytest.Item]) -> list[dict[str, Any]]
         {
             "phase": phase.name,
             "title": phase.title,
-            "what": _what(state, phase.name, asked[phase.name], done),
+            "what": _what(state, phase, asked[phase.name], done),
             "seconds": usual.get(phase.name, phase.usual),
         }
-        for phase in state.phases
+        for phase in state.permitted_phases()
         if phase.name in asked
     ]
 
 
-def _what(state: SessionState, name: str, what: str, done: frozenset[str]) -> str:
-    """What becomes of a phase: skipped, done in a kept run, or of a nested PVE that exists."""
-    from pytest_nestedpve.session import open_run
-
-    attachment = open_run.attachment(state)
-    if name in state.settings.skip:
+def _what(state: SessionState, phase: Phase, what: str, done: frozenset[str]) -> str:
+    """The plan for a phase: skipped, done in a kept run, or attached; else `what`."""
+    if phase.name in state.settings.skip:
         return SKIPPED
-    if name in done and not (state.settings.redo and what == CHOSEN):
+    if phase.name in done and not (state.settings.redo and what == CHOSEN):
         return DONE
-    if attachment is None:
-        return what
-    if attachment.takes(name):
-        return "attached"
-    if attachment.guards(name):
-        return "probed; " + ("done if need be" if name in attachment.chosen else "not done")
+    if phase.outcome == ATTACHED:
+        return ATTACHED
+    if phase.guard is not None:
+        return "probed; " + ("done if need be" if phase.guard.selected else "not done")
     return what
 
 
