@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,36 +55,41 @@ def _ids(value: Any) -> set[int]:
     return {vmid} if vmid is not None and 100 <= vmid <= 999_999_999 else set()
 
 
-def save(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the facts of the phases into the file, and preserve other keys. Raises ContextError."""
+@dataclass(frozen=True)
+class ContextVm:
+    """A VM in the context file; None where a value is not known."""
+
+    name: str | None = None
+    vmid: int | None = None
+    ip: str | None = None
+
+
+def save(path: Path, nested: ContextVm, leaf: ContextVm) -> None:
+    """Write the two VMs into the file; other keys remain. Raises ContextError."""
     context = load(path)
-    nested, leaf = facts.get("provision", {}), facts.get("leaf_provision", {})
-    ip = facts.get("setup_network", {}).get("ip") or facts.get("wait_ip", {}).get("ip")
-    name = str(nested.get("name") or ROLE)
+    name = nested.name or ROLE
     for key, value in (
-        ("inner_ip", ip),
-        ("node_ip", ip),
-        (f"{ROLE}_vm_id", nested.get("vmid")),
-        (f"{name}_vm_id", nested.get("vmid")),
-        (f"{name}_ip", ip),
-        (f"{leaf.get('name')}_vm_id", leaf.get("vmid")),
-        ("leaf_ip", facts.get("leaf_wait_ip", {}).get("ip")),
+        ("inner_ip", nested.ip),
+        ("node_ip", nested.ip),
+        (f"{ROLE}_vm_id", nested.vmid),
+        (f"{name}_vm_id", nested.vmid),
+        (f"{name}_ip", nested.ip),
+        (f"{leaf.name}_vm_id", leaf.vmid),
+        ("leaf_ip", leaf.ip),
     ):
         if value is not None:
             context[key] = value
-    if nested.get("vmid") is not None:
-        others = [entry for entry in _listed(context) if _ids(_id_of(entry)) != {int(nested["vmid"])}]
-        context["provisioned_vms"] = [*others, {"name": name, "vmid": nested["vmid"]}]
+    if nested.vmid is not None:
+        others = [entry for entry in _listed(context) if _ids(_id_of(entry)) != {nested.vmid}]
+        context["provisioned_vms"] = [*others, {"name": name, "vmid": nested.vmid}]
     _write(path, context)
 
 
-def forget(path: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Remove the keys that `save` wrote for these facts, of deleted VMs. Raises ContextError."""
+def forget(path: Path, nested: ContextVm, leaf: ContextVm) -> None:
+    """Delete the entries that `save` wrote for the two VMs. Raises ContextError."""
     context = load(path)
-    gone = {
-        facts[phase]["vmid"] for phase in ("provision", "leaf_provision") if facts.get(phase, {}).get("vmid")
-    }
-    names = {str(facts.get(phase, {}).get("name")) for phase in ("provision", "leaf_provision")}
+    gone = {vm.vmid for vm in (nested, leaf) if vm.vmid}
+    names = {str(vm.name) for vm in (nested, leaf)}
     for key in list(context):
         named = any(key in (f"{name}_vm_id", f"{name}_ip") for name in names)
         if named or (key.endswith("_vm_id") and context[key] in gone):

@@ -9,8 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pytest_nestedpve.pve.errors import PveError
+from pytest_nestedpve.environment.facts import (
+    AddressFacts,
+    LeafAddressFacts,
+    LeafProvisionFacts,
+    NotReady,
+    PreflightFacts,
+    ProvisionFacts,
+    missing_fact,
+    nested_address,
+)
 from pytest_nestedpve.run.phase_record import PhaseRecord
+
+__all__ = ["Environment", "NotReady"]
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
@@ -19,10 +30,6 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.ssh.connection import SshConnection
     from pytest_nestedpve.run.audit_log import AuditLog
     from pytest_nestedpve.run.identity import Run
-
-
-class NotReady(PveError):
-    """Something was asked for whose phase has not been done."""
 
 
 class Environment:
@@ -72,14 +79,11 @@ class Environment:
     # -- facts ------------------------------------------------------------------------------------
 
     def fact(self, phase: str, key: str) -> Any:
-        """One fact of a phase. Raises NotReady when that phase has not said it."""
+        """One fact of a phase, for a project's own ones. Raises NotReady when it is not recorded."""
         try:
             return self.facts[phase][key]
         except KeyError as e:
-            raise NotReady(
-                f"expected the phase {phase} to have been done and to say its {key}; known of it: "
-                f"{', '.join(sorted(self.facts.get(phase, {}))) or 'nothing'}"
-            ) from e
+            raise missing_fact(phase, key, self.facts.get(phase, {})) from e
 
     @property
     def attached(self) -> bool:
@@ -88,11 +92,8 @@ class Environment:
 
     @property
     def ip(self) -> str:
-        """The nested PVE's address as it is now: the network set-up may have changed it."""
-        for phase in ("setup_network", "ensure_pve"):
-            if self.facts.get(phase, {}).get("ip"):
-                return str(self.facts[phase]["ip"])
-        return str(self.fact("wait_ip", "ip"))
+        """The nested PVE's present address, which its set-up may change. Raises NotReady."""
+        return nested_address(self.facts) or AddressFacts.of(self.facts).ip
 
     def hide(self, secret: str) -> None:
         """Keep a value out of the log and out of playbooks' artifacts from now on."""
@@ -102,7 +103,7 @@ class Environment:
 
     def start_over(self) -> None:
         """What was known of a kept run does not hold any more: every phase but preflight is to do."""
-        for name in [name for name in self.facts if name != "preflight"]:
+        for name in [name for name in self.facts if name != PreflightFacts.phase]:
             del self.facts[name]
         self.record.digests.clear()
         self.record.begun = None
@@ -161,7 +162,7 @@ class Environment:
             return self.outer
         with self._lock:
             if self._inner is None:
-                self._inner = self._nested_host(str(self.fact("provision", "name")), self.ip)
+                self._inner = self._nested_host(ProvisionFacts.of(self.facts).name, self.ip)
             return self._inner
 
     @property
@@ -169,8 +170,8 @@ class Environment:
         """A login at the leaf, through the outer host and the nested PVE. Raises NotReady."""
         with self._lock:
             if self._leaf is None:
-                name = str(self.fact("leaf_provision", "name"))
-                ip = str(self.fact("leaf_wait_ip", "ip"))
+                name = LeafProvisionFacts.of(self.facts).name
+                ip = LeafAddressFacts.of(self.facts).ip
                 self._leaf = self.guest_ssh(name, ip, cast("SshConnection", self.inner.ssh))
             return self._leaf
 
@@ -213,8 +214,9 @@ class Environment:
 
     def write_ssh_config(self) -> Path:
         """The run's ssh_config for what is known now of the nested PVE and the leaf."""
-        outer, name = self.outer, str(self.fact("provision", "name"))
+        outer, name = self.outer, ProvisionFacts.of(self.facts).name
         target = getattr(outer.ssh, "target", None)
+        leaf, leaf_address = LeafProvisionFacts.known(self.facts), LeafAddressFacts.known(self.facts)
         block = None
         if self.attached:
             from pytest_nestedpve.run.directory import ssh_block
@@ -225,8 +227,8 @@ class Environment:
             outer.ssh_config,
             self.ip,
             name,
-            self.facts.get("leaf_wait_ip", {}).get("ip"),
-            self.facts.get("leaf_provision", {}).get("name"),
+            leaf_address.ip if leaf_address is not None else None,
+            leaf.name if leaf is not None else None,
             nested_block=block,
         )
 

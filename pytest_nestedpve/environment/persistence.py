@@ -5,6 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.facts import (
+    AddressFacts,
+    ByPhase,
+    LeafAddressFacts,
+    LeafProvisionFacts,
+    NetworkFacts,
+    ProvisionFacts,
+)
 from pytest_nestedpve.environment.phases import Listener, Phase, PhaseEnded
 from pytest_nestedpve.ownership.lease import Lease, LeaseLost, parse_lease
 from pytest_nestedpve.ownership.pool import host_clock, pool_name, read_pool, renew
@@ -14,6 +22,7 @@ from pytest_nestedpve.run import phase_record
 from pytest_nestedpve.run.identity import HARD_LIMIT
 
 if TYPE_CHECKING:
+    from pytest_nestedpve.config.legacy_context import ContextVm
     from pytest_nestedpve.environment.environment import Environment
 
 from pytest_nestedpve.run.kept_runs import store
@@ -76,7 +85,21 @@ class StateKeeper(Listener):
         if path is not None:
             from pytest_nestedpve.config import legacy_context
 
-            legacy_context.save(path, facts_now)
+            legacy_context.save(path, *context_vms(facts_now))
+
+
+def context_vms(facts: ByPhase) -> tuple[ContextVm, ContextVm]:
+    """The nested VM and the VM inside, as the context file lists them."""
+    from pytest_nestedpve.config.legacy_context import ContextVm
+
+    vm, address, network = ProvisionFacts.known(facts), AddressFacts.known(facts), NetworkFacts.known(facts)
+    leaf, leaf_address = LeafProvisionFacts.known(facts), LeafAddressFacts.known(facts)
+    ip = (network and network.ip) or (address and address.ip) or None
+    leaf_ip = (leaf_address and leaf_address.ip) or None
+    return (
+        ContextVm(vm.name or None, vm.vmid, ip) if vm is not None else ContextVm(ip=ip),
+        ContextVm(leaf.name or None, leaf.vmid, leaf_ip) if leaf is not None else ContextVm(ip=leaf_ip),
+    )
 
 
 def load(env: Environment) -> None:

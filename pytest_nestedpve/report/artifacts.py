@@ -9,6 +9,12 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.facts import (
+    AddressFacts,
+    LeafAddressFacts,
+    LeafProvisionFacts,
+    ProvisionFacts,
+)
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.report.collect import ITEM, Item, NotThere
 
@@ -68,11 +74,15 @@ def after_phase(env: Environment, phase: str) -> list[Item]:
     """What is fetched when a phase failed, or a test (`phase` is empty): the nearest to the cause first."""
     found: list[Item] = []
     if not env.attached:
-        found += _of_guest(env, "provision", "wait_ip", "nested", "the nested VM", lambda: env.outer)
-    elif "provision" in env.facts:
+        nested = ProvisionFacts.known(env.facts)
+        known = AddressFacts.phase in env.facts
+        found += _of_guest(env, nested, "nested", "the nested VM", lambda: env.outer, address_known=known)
+    elif ProvisionFacts.phase in env.facts:
         found += _inside("nested", "the nested PVE", lambda script: _said(env.outer, script))
     if phase in _LEAF_PHASES or not phase:
-        found += _of_guest(env, "leaf_provision", "leaf_wait_ip", "leaf", "the VM inside", lambda: env.inner)
+        leaf = LeafProvisionFacts.known(env.facts)
+        known = LeafAddressFacts.phase in env.facts
+        found += _of_guest(env, leaf, "leaf", "the VM inside", lambda: env.inner, address_known=known)
     tasks = _tasks(env)
     # The last tasks are near to the cause; the others can wait.
     return [*tasks[:4], *found, *tasks[4:]]
@@ -90,13 +100,18 @@ def after_teardown(env: Environment, lines: list[str]) -> list[Item]:
 
 
 def _of_guest(
-    env: Environment, provision: str, wait: str, name: str, title: str, host: Callable[[], PveHost]
+    env: Environment,
+    facts: ProvisionFacts | None,
+    name: str,
+    title: str,
+    host: Callable[[], PveHost],
+    *,
+    address_known: bool,
 ) -> list[Item]:
-    facts = env.facts.get(provision, {})
-    if not facts.get("vmid") or not facts.get("node"):
+    if facts is None or not facts.vmid or not facts.node:
         return []
-    node, vmid = str(facts["node"]), int(facts["vmid"])
-    guest = _Guest(env, host, node, vmid, name if wait in env.facts else "")
+    node, vmid = facts.node, facts.vmid
+    guest = _Guest(env, host, node, vmid, name if address_known else "")
     return [
         *_of_vm(host, node, vmid, name, title),
         Item(
@@ -222,9 +237,9 @@ class _Guest:
                 self._tried = True
                 facts = self._env.facts
                 if self._level == "nested":
-                    name, ip = str(facts["provision"]["name"]), self._env.ip
+                    name, ip = ProvisionFacts.of(facts).name, self._env.ip
                 else:
-                    name, ip = str(facts["leaf_provision"]["name"]), str(facts["leaf_wait_ip"]["ip"])
+                    name, ip = LeafProvisionFacts.of(facts).name, LeafAddressFacts.of(facts).ip
                 via = cast("SshConnection", self._host().ssh)
                 ssh = self._env.guest_ssh(name, ip, via, timeout=REACH)
                 try:

@@ -129,9 +129,10 @@ def _conclude(run: OpenRun) -> None:
         env.run.directory.write(FINISHED, "".join(f"{_one_line(line)}\n" for line in lines))
     if state.settings.context_file is not None and not lines and state.kept is None:
         from pytest_nestedpve.config import legacy_context
+        from pytest_nestedpve.environment.persistence import context_vms
 
         with contextlib.suppress(Exception):
-            legacy_context.forget(state.settings.context_file, env.facts)
+            legacy_context.forget(state.settings.context_file, *context_vms(env.facts))
     if state.kept is None:
         from pytest_nestedpve.session.project_hooks import ProjectHooks
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nestedpve.environment.environment import NotReady
+from pytest_nestedpve.environment.facts import NotReady, ProvisionFacts
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
@@ -36,10 +36,9 @@ class NestedPve:
 
     def __repr__(self) -> str:
         env = self._environment
-        facts = env.facts.get("provision", {})
-        if env.attached:
-            return f"<NestedPve {facts.get('name', '?')} (attached) run {env.run.id}>"
-        return f"<NestedPve {facts.get('name', '?')} (VM {facts.get('vmid', '?')}) run {env.run.id}>"
+        facts = ProvisionFacts.known(env.facts) or ProvisionFacts()
+        what = "attached" if env.attached else f"VM {facts.vmid or '?'}"
+        return f"<NestedPve {facts.name or '?'} ({what}) run {env.run.id}>"
 
     @property
     def _env(self) -> Environment:
@@ -61,12 +60,12 @@ class NestedPve:
     def vmid(self) -> int:
         """Its id as a VM of the outer host. Raises NotOurs for an attached one."""
         self._refuse_if_attached("its VM is unknown, so it has no vmid")
-        return int(self._env.fact("provision", "vmid"))
+        return ProvisionFacts.of(self._env.facts).vm_id
 
     @property
     def name(self) -> str:
         """Its name as a VM, also its host name and node name."""
-        return str(self._env.fact("provision", "name"))
+        return ProvisionFacts.of(self._env.facts).name
 
     @property
     def node(self) -> str:

@@ -6,8 +6,10 @@ import ipaddress
 import json
 import re
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from pytest_nestedpve.environment.facts import AddressFacts, NetworkFacts, PveFacts
 from pytest_nestedpve.ownership.create import Created
 from pytest_nestedpve.pve import agent
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
@@ -22,7 +24,7 @@ from pytest_nestedpve.pve.errors import (
 )
 from pytest_nestedpve.pve.host import PveHost, SshLike
 from pytest_nestedpve.pve.qemu import guest_config
-from pytest_nestedpve.setup.vm import NESTED, Level, made_of
+from pytest_nestedpve.setup.vm import NESTED, Level
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
@@ -70,8 +72,8 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
     """Wait for the agent, the address, the end of cloud-init; pin the host keys; log in once. Facts."""
     deadline = Deadline(timeout)
     host = level.host(env)
-    facts = env.facts[level.provision]
-    made, mac = made_of(facts), str(facts["mac"])
+    facts = level.provision.of(env.facts)
+    made, mac = facts.vm, facts.card
     env.progress("waiting for the guest agent")
     wait_until(
         lambda: _answers(host, made),
@@ -86,44 +88,42 @@ def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
     first_boot, words = wait_cloud_init(host, made, deadline)
     env.progress("waiting for its address")
     found = locate(env, level, deadline)
-    env.facts[level.wait_ip] = found
-    with connect(env, level, str(found["ip"])) as ssh:
+    env.facts[level.wait_ip.phase] = found.values()
+    with connect(env, level, found.ip) as ssh:
         await_login(ssh, deadline)
-    if level.role == "nested" or "wait_ip" in env.facts:
+    if level.role == "nested" or AddressFacts.phase in env.facts:
         env.write_ssh_config()
     said = f"; cloud-init: {first_boot}" + (f" ({words})" if words else "")
-    return {**found, "cloud_init": first_boot, "did": f"{found['ip']} by {mac}{said}"}
+    return {**replace(found, cloud_init=first_boot).values(), "did": f"{found.ip} by {mac}{said}"}
 
 
 def probe_ip(env: Environment, level: Level) -> dict[str, Any] | None:
     """The facts, when the address is still the one and answers to the pinned key."""
-    facts = env.facts.get(level.wait_ip)
-    if not facts or level.provision not in env.facts:
+    facts, vm = level.wait_ip.known(env.facts), level.provision.known(env.facts)
+    if facts is None or vm is None:
         return None
-    made = made_of(env.facts[level.provision])
+    made = vm.vm
     host = level.host(env)
     try:
-        seen = agent.ipv4_for_mac(
-            agent.interfaces(host.api, made.node, made.vmid), str(env.facts[level.provision]["mac"])
-        )
+        seen = agent.ipv4_for_mac(agent.interfaces(host.api, made.node, made.vmid), vm.card)
     except PveError:
         return None
-    if seen != facts.get("ip"):
+    if seen != facts.ip:
         return None
     try:
-        with connect(env, level, str(facts["ip"])) as ssh:
-            return dict(facts) if ssh.run(["true"], timeout=20).ok else None
+        with connect(env, level, facts.ip) as ssh:
+            return dict(facts.recorded) if ssh.run(["true"], timeout=20).ok else None
     except HostKeyMismatch:
         raise
     except SshError:
         return None  # it may be booting: to be waited for
 
 
-def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]:
-    """The VM's address now and its host keys, checked and pinned; `{ip, host_keys}`. Raises PveError."""
+def locate(env: Environment, level: Level, deadline: Deadline) -> AddressFacts:
+    """The VM's present address and its host keys, checked and pinned. Raises PveError."""
     host = level.host(env)
-    facts = env.facts[level.provision]
-    made, mac = made_of(facts), str(facts["mac"])
+    facts = level.provision.of(env.facts)
+    made, mac = facts.vm, facts.card
 
     def address() -> str | None:
         try:
@@ -136,15 +136,14 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> dict[str, Any]
         interval=(0.1, 0.3),
     )  # fmt: skip
     # Where it is by now.
-    check_address(level.host(env), str(facts["bridge"]), ip, mac, deadline)
+    check_address(level.host(env), facts.bridge or "", ip, mac, deadline)
     keys = wait_until(
         lambda: _host_keys(host, made), deadline=deadline, what=f"the SSH host keys of VM {made.vmid}",
         interval=(0.1, 0.3),
     )  # fmt: skip
-    name = str(facts["name"])
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
-    env.run.directory.pin_host_keys(name, keys)
-    return {"ip": ip, "host_keys": list(keys)}
+    env.run.directory.pin_host_keys(facts.name, keys)
+    return level.wait_ip(ip, tuple(keys))
 
 
 def relocate(env: Environment, timeout: float = 120.0) -> str:
@@ -165,16 +164,16 @@ def reconnect(env: Environment, timeout: float = 120.0) -> str:
 
 
 def _find_again(env: Environment, deadline: Deadline) -> None:
-    host, made = NESTED.host(env), made_of(env.facts["provision"])
+    host, made = NESTED.host(env), NESTED.vm(env)
     wait_until(
         lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.3),
         what=f"the guest agent of VM {made.vmid} to answer again",
     )  # fmt: skip
     found = locate(env, NESTED, deadline)
-    env.facts["wait_ip"] = {**env.facts.get("wait_ip", {}), **found}
-    for phase in ("ensure_pve", "setup_network"):
-        if "ip" in env.facts.get(phase, {}):
-            env.facts[phase]["ip"] = found["ip"]
+    found.record(env.facts)
+    for facts in (PveFacts.known(env.facts), NetworkFacts.known(env.facts)):
+        if facts is not None and "ip" in facts.recorded:
+            replace(facts, ip=found.ip).record(env.facts)
     env.forget_connections()
     env.write_ssh_config()
 
@@ -252,7 +251,7 @@ def _host_keys(host: PveHost, made: Created) -> tuple[str, ...] | None:
 def connect(env: Environment, level: Level, ip: str) -> SshConnection:
     """A login of its own at the VM; the caller closes it."""
     via = cast("SshConnection", level.host(env).entry.ssh)
-    return env.guest_ssh(str(env.facts[level.provision]["name"]), ip, via)
+    return env.guest_ssh(level.provision.of(env.facts).name, ip, via)
 
 
 # -- first boot -----------------------------------------------------------------------------------

@@ -12,6 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import (
+    AddressFacts,
+    ImageFacts,
+    NetworkFacts,
+    PreflightFacts,
+    ProvisionFacts,
+    PveFacts,
+    SshFacts,
+)
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import PveError, SshError
 from pytest_nestedpve.setup import address, attached_undo, host_phases, image_file, leaf_image, ssh_chain, vm
@@ -83,7 +92,7 @@ def _with_step(finding: Finding, could: Mapping[str, str]) -> Finding:
 def _check_again(env: Environment) -> None:
     """Repeat preflight if it awaited results of phases, which must exist now. Raises PreflightError."""
     if _awaited(env):
-        env.facts["preflight"] = preflight(env, frozenset())
+        env.facts[PreflightFacts.phase] = preflight(env, frozenset())
 
 
 def _kvm(seen: Seen) -> Iterator[Finding]:
@@ -110,8 +119,7 @@ def describe_pve(env: Environment) -> dict[str, Any]:
     # PVE will call it so as well.
     name = host.run(["hostname", "-s"], timeout=30).check().stdout.strip() if _no_pve(env) else host.node
     return {
-        "name": name,
-        "node": name,
+        **ProvisionFacts(name=name, node=name).values(),
         "did": f"attached: {name}, which exists, and is never destroyed, stopped or reconfigured",
     }
 
@@ -120,18 +128,17 @@ def describe_address(env: Environment) -> dict[str, Any]:
     """The facts of `wait_ip`; the host keys are pinned. Raises PveError."""
     keys = _host_keys(env)
     if keys:
-        env.run.directory.pin_host_keys(str(env.fact("provision", "name")), keys)
+        env.run.directory.pin_host_keys(ProvisionFacts.of(env.facts).name, keys)
     ip = _address(env)
-    env.facts["wait_ip"] = {"ip": ip}
+    AddressFacts(ip).record(env.facts)
     env.write_ssh_config()
     attached_undo.remove_new_directories(env, ("/root/.ansible", "/root/.ansible/tmp"))
-    return {"ip": ip, "host_keys": keys, "did": f"attached: {ip}"}
+    return {**AddressFacts(ip, tuple(keys)).values(), "did": f"attached: {ip}"}
 
 
 def _awaited(env: Environment) -> Mapping[str, str]:
     """Results that preflight did not find, and the phase of each."""
-    awaited: Mapping[str, str] = env.facts["preflight"].get("awaited", {})
-    return awaited
+    return PreflightFacts.of(env.facts).awaited
 
 
 def _no_pve(env: Environment) -> bool:
@@ -187,7 +194,7 @@ def probe_pve(env: Environment) -> dict[str, Any] | None:
     version, wrong = host_phases.health(env.inner) if installed else (None, "PVE's commands are not there")
     if version is None:
         return _missing(env, "ensure_pve", wrong)
-    return {"version": version, "action": "healthy", "did": f"PVE {version} is there and well"}
+    return {**PveFacts(version, "healthy").values(), "did": f"PVE {version} is there and well"}
 
 
 _BRIDGE = r"""
@@ -199,11 +206,11 @@ getent hosts "$(hostname)" >/dev/null || { echo "the own name does not resolve";
 
 def probe_network(env: Environment) -> dict[str, Any] | None:
     """Proved when the bridge of the VM inside is up, and the node's own name resolves."""
-    bridge = str(env.fact("preflight", "bridge") or "vmbr0")
+    bridge = PreflightFacts.of(env.facts).bridge or "vmbr0"
     wrong = env.inner.run(["sh", "-c", _BRIDGE, "sh", bridge], timeout=60).check().stdout.strip()
     if wrong:
         return _missing(env, "setup_network", wrong)
-    return {"ip": env.ip, "mode": "as it is", "did": f"{bridge} is there"}
+    return {**NetworkFacts(env.ip, "as it is").values(), "did": f"{bridge} is there"}
 
 
 def probe_ssh(env: Environment) -> dict[str, Any] | None:
@@ -211,7 +218,7 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
     own = host_phases.root_public_key(env.inner)
     if own is None or not env.inner.run(["test", "-s", "/root/.ssh/id_rsa"], timeout=30).ok:
         return _missing(env, "setup_ssh", "root has no key pair /root/.ssh/id_rsa to log in to its VMs with")
-    return {"root_public_key": own, "own_key": True, "did": "root has a key of its own for its VMs"}
+    return {**SshFacts(own, own_key=True).values(), "did": "root has a key of its own for its VMs"}
 
 
 def probe_repos(env: Environment) -> dict[str, Any] | None:
@@ -248,7 +255,7 @@ def ensure_pve(env: Environment, timeout: float) -> dict[str, Any]:
 
 def setup_network(env: Environment, timeout: float) -> dict[str, Any]:
     """Turn the card that has the address into a port of the bridge; that remains. Raises PveError."""
-    env.facts["provision"]["mac"] = _card(env)
+    replace(ProvisionFacts.of(env.facts), mac=_card(env)).record(env.facts)
     attached_undo.before_network(env)
     return host_phases.setup_network(env, timeout, find=address.reconnect)
 
@@ -289,7 +296,7 @@ def download_image(env: Environment, timeout: float) -> dict[str, Any]:
     attached_undo.before_image(env)
     image = image_file.read(leaf_image.source(env))
     if image.kind == "volume":
-        return {"volid": image.text, "source": image.text, "did": f"{image.text} is there already"}
+        return {**ImageFacts(image.text, image.text).values(), "did": f"{image.text} is there already"}
     return leaf_image.download_image(env, timeout)
 
 
@@ -301,16 +308,16 @@ def probe_image(env: Environment) -> dict[str, Any] | None:
     except PveError:
         return None
     if image.kind == "volume":
-        return {"volid": image.text, "source": image.text, "did": f"{image.text} is there"}
+        return {**ImageFacts(image.text, image.text).values(), "did": f"{image.text} is there"}
     return leaf_image.probe_image(env)
 
 
 def provision_leaf(env: Environment) -> dict[str, Any]:
     """Create the VM inside, with storage and bridge of preflight. Raises PveError."""
     _check_again(env)
-    facts = env.facts["preflight"]
+    facts = PreflightFacts.of(env.facts)
     return vm.provision_leaf(
-        env, vm.ATTACHED_LEAF, storage=facts["storage"], snippets=facts["snippets"], bridge=facts["bridge"]
+        env, vm.ATTACHED_LEAF, storage=facts.storage, snippets=facts.snippets, bridge=facts.bridge
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.config.settings import secret_destination
+from pytest_nestedpve.environment.facts import LeafProvisionFacts
 from pytest_nestedpve.ownership.pool import create_pool, host_clock
 from pytest_nestedpve.pve.answers import mapping
 from pytest_nestedpve.pve.errors import PveError
@@ -133,7 +134,7 @@ def before_repos(env: Environment) -> None:
 
 def before_chain(env: Environment) -> None:
     """Prepare the undo for the leaf's host keys in root's known_hosts. Raises PveError."""
-    file, name = "/root/.ssh/known_hosts", str(env.fact("leaf_provision", "name"))
+    file, name = "/root/.ssh/known_hosts", LeafProvisionFacts.of(env.facts).name
     there = file in _existing(env, [file])
     _undo_at_end(env, "the leaf's host keys", lambda: _remove_lines(env, f"^{name} ", file, there=there))
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.facts import LeafAddressFacts
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import PveError, SshError
 from pytest_nestedpve.setup import address, host_phases, snapshots, vm
@@ -42,7 +43,7 @@ class CleanState:
         its tests did is not set-up. Of one that is to be kept it was taken when the set-up was complete.
         """
         env = self._env
-        self._leaf = "leaf_wait_ip" in env.facts
+        self._leaf = LeafAddressFacts.phase in env.facts
         there = snapshots.CLEAN in snapshots.taken(env)
         holds = there and (not fresh or env.settings.keep != "no")
         self._able = holds or snapshots.take(env, snapshots.CLEAN, snapshots.AFTER_SETUP)
@@ -116,5 +117,5 @@ class CleanState:
         )  # fmt: skip
         if self._leaf:
             vm.start(env, vm.LEAF)
-            env.facts["leaf_wait_ip"] = address.wait_ip(env, vm.LEAF, deadline.nominal())
+            env.facts[LeafAddressFacts.phase] = address.wait_ip(env, vm.LEAF, deadline.nominal())
             env.write_ssh_config()

@@ -6,6 +6,14 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import (
+    LeafProvisionFacts,
+    NetworkFacts,
+    PreflightFacts,
+    ProvisionFacts,
+    PveFacts,
+    SshFacts,
+)
 from pytest_nestedpve.pve.answers import mapping
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import PveError
@@ -76,7 +84,7 @@ def probe_pve(env: Environment) -> dict[str, Any] | None:
 
 
 def _healthy(env: Environment, version: str) -> dict[str, Any]:
-    return {"version": version, "action": "healthy", "ip": env.ip, "did": f"PVE {version} is there and well"}
+    return {**PveFacts(version, "healthy", env.ip).values(), "did": f"PVE {version} is there and well"}
 
 
 def ensure_pve(
@@ -102,10 +110,8 @@ def ensure_pve(
     if version is None:
         raise PveError(f"expected PVE to be well after pve-install.yml, found: {wrong}")
     action = "mended" if was_there else "installed"
-    return {
-        "version": version, "action": action, "ip": ip,
-        "did": f"PVE {version} {action}; {playbooks.summary(result)}",
-    }  # fmt: skip
+    facts = PveFacts(version, action, ip)
+    return {**facts.values(), "did": f"PVE {version} {action}; {playbooks.summary(result)}"}
 
 
 def _play(
@@ -150,17 +156,17 @@ def setup_network(
         )
     ip = find(env)
     mode = str(variables.get("nested_pve_network_mode", "dhcp"))
-    facts = {"ip": ip, "mode": mode}
-    wrong = network_fault(env.inner, ip, str(env.fact("provision", "mac")))
+    wrong = network_fault(env.inner, ip, ProvisionFacts.of(env.facts).card)
     if wrong:
         raise PveError(f"expected vmbr0 to have taken the network over; found: {wrong}")
-    return {**facts, "did": f"vmbr0 at {ip} ({mode}); {playbooks.summary(result)}"}
+    return {**NetworkFacts(ip, mode).values(), "did": f"vmbr0 at {ip} ({mode}); {playbooks.summary(result)}"}
 
 
 def came_with_template(env: Environment, phase: str) -> bool:
     """Whether the VM is a clone in which that phase has not been done by this run, nor is asked for anew."""
-    template = env.facts.get("preflight", {}).get("template")
-    return template is not None and not env.record.digests.get(phase) and not env.settings.redo
+    preflight = PreflightFacts.known(env.facts)
+    cloned = preflight is not None and preflight.template is not None
+    return cloned and not env.record.digests.get(phase) and not env.settings.redo
 
 
 def probe_network(env: Environment) -> dict[str, Any] | None:
@@ -170,9 +176,9 @@ def probe_network(env: Environment) -> dict[str, Any] | None:
     wanted, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
     if mode == "static" and str(wanted).partition("/")[0] != ip:
         return None
-    if network_fault(host, ip, str(env.fact("provision", "mac"))):
+    if network_fault(host, ip, ProvisionFacts.of(env.facts).card):
         return None
-    return {"ip": ip, "mode": mode, "did": f"vmbr0 has {ip} already"}
+    return {**NetworkFacts(ip, mode).values(), "did": f"vmbr0 has {ip} already"}
 
 
 _NETWORK = r"""
@@ -207,7 +213,7 @@ def setup_ssh(env: Environment, timeout: float) -> dict[str, Any]:
     variables = play_variables.ssh(env.settings, env.facts, env.run)
     env.hide(str(variables["nested_pve_run_key"]))
     result = _play(env, "nested-pve-ssh.yml", variables, Deadline(timeout))
-    return {"root_public_key": root_public_key(env.inner), "did": playbooks.summary(result)}
+    return {**SshFacts(root_public_key(env.inner)).values(), "did": playbooks.summary(result)}
 
 
 def probe_ssh(env: Environment) -> dict[str, Any] | None:
@@ -219,7 +225,7 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
     private = host.run(["test", "-s", KEY_FILE], timeout=30)
     if public not in there.stdout or public not in keys.stdout or not private.ok:
         return None
-    return {"root_public_key": root_public_key(host), "did": "the keys are in their places"}
+    return {**SshFacts(root_public_key(host)).values(), "did": "the keys are in their places"}
 
 
 def root_public_key(host: PveHost) -> str | None:
@@ -300,7 +306,7 @@ def sync_repos(env: Environment, timeout: float) -> dict[str, Any]:
     packed = play_variables.pack_sources(env.settings, env.run)
     if not packed:
         return {"sources": [], "did": "no sources are configured"}
-    name = str(env.fact("leaf_provision", "name"))
+    name = LeafProvisionFacts.of(env.facts).name
     inventory = Inventory((InventoryHost(name, {"ansible_host": name, "ansible_user": "root"}),))
     result = _play(
         env, "nested-pve-leaf.yml", play_variables.leaf(env.settings, packed), deadline, inventory=inventory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from typing import TYPE_CHECKING, Any, cast
 
+from pytest_nestedpve.environment.facts import ImageFacts, PreflightFacts
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.setup import image_file, migration
@@ -21,9 +22,9 @@ STORAGE = "local"
 def source(env: Environment) -> str:
     """What the leaf boots: `leaf_image`, else the image of the nested VM itself; beside a template the
     Debian image that the outer host has. Raises PveError."""
-    found = env.facts.get("preflight", {})
-    wanted = env.settings.leaf_image or found.get("image")
-    if not wanted and found.get("template"):
+    preflight = PreflightFacts.known(env.facts) or PreflightFacts()
+    wanted = env.settings.leaf_image or preflight.image
+    if not wanted and preflight.template:
         wanted = _of_the_host(migration.outer(env))
     if not wanted:
         raise PveError(
@@ -52,7 +53,7 @@ def download_image(env: Environment, timeout: float) -> dict[str, Any]:
             raise PveError(f"expected {volid} on the nested PVE after it was brought there; it is not listed")
     else:
         how = image_file.bring(inner, STORAGE, wanted, timeout, env.progress)
-    return {"volid": volid, "source": wanted.text, "did": f"{volid} {how}"}
+    return {**ImageFacts(volid, wanted.text).values(), "did": f"{volid} {how}"}
 
 
 def probe_image(env: Environment) -> dict[str, Any] | None:
@@ -64,7 +65,7 @@ def probe_image(env: Environment) -> dict[str, Any] | None:
     volid = _volume(wanted)
     if volid not in image_file.listed(env.inner, STORAGE):
         return None
-    return {"volid": volid, "source": wanted.text, "did": f"{volid} is there"}
+    return {**ImageFacts(volid, wanted.text).values(), "did": f"{volid} is there"}
 
 
 def _volume(image: image_file.Image) -> str:

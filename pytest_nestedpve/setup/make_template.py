@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from pytest_nestedpve.environment.facts import ProvisionFacts
 from pytest_nestedpve.ownership.pool import host_clock
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.setup.generalise import GENERALISE
 from pytest_nestedpve.setup.migration import outer
-from pytest_nestedpve.setup.vm import made_of
 from pytest_nestedpve.teardown import templates
 
 if TYPE_CHECKING:
@@ -38,12 +38,11 @@ def make(env: Environment) -> Made:
     What is half-way when something fails is removed here; when the process is killed, the next
     `--nested-destroy-only` on this machine does it.
     """
-    settings, facts = env.settings, env.facts["provision"]
-    found = made_of(facts)
+    settings, found = env.settings, ProvisionFacts.of(env.facts).vm
     proof = prove(env.outer.api, settings, found, env.run)
     if not proof.ok:
         raise PveError(f"expected VM {found.vmid} to be the run's own; found: {proof.reason}")
-    facts["node"] = proof.node
+    replace(ProvisionFacts.of(env.facts), node=proof.node).record(env.facts)
     env.check_lease()
     env.progress("generalising it")
     said = env.inner.run(["sh", "-s"], stdin=GENERALISE.encode(), timeout=GENERALISE_LIMIT)
@@ -53,7 +52,7 @@ def make(env: Environment) -> Made:
     env.forget_connections()
     env.progress("shutting it down")
     # It may be moved while it is generalised: this follows it, and so do the facts.
-    qemu.shutdown(outer(env).api, str(facts["node"]), found.vmid, timeout=SHUTDOWN_LIMIT)
+    qemu.shutdown(outer(env).api, ProvisionFacts.of(env.facts).vm.node, found.vmid, timeout=SHUTDOWN_LIMIT)
     env.check_lease()
     # The run's token has no right on what is not in the run's pool any more: root, from here on.
     host = env.outer.within(cast(Any, lambda: None))
@@ -62,7 +61,7 @@ def make(env: Environment) -> Made:
         env.progress("giving it a pool of its own")
         templates.claim(host, settings, deed)
         env.audit.write("template_converting", phase="make_template", vmid=found.vmid)
-        name = templates.convert(host, settings, deed, str(facts["node"]), env.progress)
+        name = templates.convert(host, settings, deed, ProvisionFacts.of(env.facts).vm.node, env.progress)
     except BaseException as error:
         stays = templates.undo(host, settings, deed)
         if stays and isinstance(error, PveError):

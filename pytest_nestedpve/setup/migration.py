@@ -7,8 +7,10 @@ the VM there is proved to be the same by its SMBIOS uuid, and the call is made a
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import PreflightFacts, ProvisionFacts
 from pytest_nestedpve.ownership.marker import uuid_of
 from pytest_nestedpve.pve.api import Verbs
 from pytest_nestedpve.pve.cluster import node_of
@@ -18,6 +20,7 @@ from pytest_nestedpve.pve.qemu import guest_config
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
+    from pytest_nestedpve.ownership.create import Created
     from pytest_nestedpve.pve.api import Api
 
 _GUEST = re.compile(r"/nodes/[^/]+/qemu/(?P<vmid>\d+)(?P<rest>/.+)\Z")
@@ -28,15 +31,16 @@ def outer(env: Environment) -> PveHost:
     host = env.outer
     if not host.cluster.several:
         return host
-    known = env.facts.get("provision", {}).get("node") or env.facts.get("preflight", {}).get("node")
-    return host.at(str(known or host.node)).with_api(Following(env, host.api), entry=host)
+    vm, preflight = ProvisionFacts.known(env.facts), PreflightFacts.known(env.facts)
+    known = (vm and vm.node) or (preflight and preflight.node)
+    return host.at(known or host.node).with_api(Following(env, host.api), entry=host)
 
 
 def chosen(env: Environment) -> PveHost:
     """The outer host at the node that preflight chose, where the image is. Raises PveError."""
     host = env.outer
-    node = env.facts.get("preflight", {}).get("node")
-    return host if node is None else host.at(str(node))
+    preflight = PreflightFacts.known(env.facts)
+    return host if preflight is None or preflight.node is None else host.at(preflight.node)
 
 
 class Following(Verbs):
@@ -47,28 +51,28 @@ class Following(Verbs):
         self._api = api
 
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
-        facts = self._env.facts.get("provision", {})
+        facts = ProvisionFacts.known(self._env.facts)
         guest = _GUEST.match(path)
-        if guest is None or int(guest["vmid"]) != facts.get("vmid"):
+        if guest is None or facts is None or int(guest["vmid"]) != facts.vmid:
             return getattr(self._api, verb)(path, **params)
         rest = guest["rest"]
         if verb != "get" and not rest.startswith("/agent/"):
             # A task would be begun on the wrong node, and fail there.
             self._call("get", f"{path.removesuffix(rest)}/status/current", {})
         while True:
-            node = str(facts["node"])
+            vm = ProvisionFacts.of(self._env.facts).vm
             try:
-                return getattr(self._api, verb)(f"/nodes/{node}/qemu/{guest['vmid']}{rest}", **params)
+                return getattr(self._api, verb)(f"/nodes/{vm.node}/qemu/{guest['vmid']}{rest}", **params)
             except GuestNotFound:
-                if not self._moved(facts):
+                if not self._has_moved(vm):
                     raise
 
-    def _moved(self, facts: dict[str, Any]) -> bool:
-        node = node_of(self._api, int(facts["vmid"]))
-        if node is None or node == facts["node"]:
+    def _has_moved(self, vm: Created) -> bool:
+        node = node_of(self._api, vm.vmid)
+        if node is None or node == vm.node:
             return False
-        if uuid_of(guest_config(self._api, node, int(facts["vmid"]))) != facts["uuid"]:
+        if uuid_of(guest_config(self._api, node, vm.vmid)) != vm.uuid:
             return False
-        self._env.remark(f"VM {facts['vmid']} was moved from {facts['node']} to {node}")
-        facts["node"] = node
+        self._env.remark(f"VM {vm.vmid} was moved from {vm.node} to {node}")
+        replace(ProvisionFacts.of(self._env.facts), node=node).record(self._env.facts)
         return True

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import PreflightFacts, ProvisionFacts
 from pytest_nestedpve.environment.phases import Phase
 from pytest_nestedpve.ownership.create import Created, NoFreeId, free_ids, guest_name, ids_in_pools
 from pytest_nestedpve.ownership.marker import TAG, Marker, new_uuid, parse_marker, uuid_of
@@ -182,7 +183,8 @@ def vm_request(env: Environment) -> VmRequest:
     """The requested properties of the nested VM. Raises NoFreeId, PveError."""
     from pytest_nestedpve.setup.migration import chosen
 
-    settings, host, found = env.settings, chosen(env), env.facts.get("preflight", {})
+    settings, host = env.settings, chosen(env)
+    preflight = PreflightFacts.known(env.facts) or PreflightFacts()
     vmid = next(free_ids(host, settings), None)
     if vmid is None:
         raise NoFreeId(
@@ -202,8 +204,8 @@ def vm_request(env: Environment) -> VmRequest:
         memory=settings.memory,
         disk=settings.disk,
         image=settings.image,
-        storage=found.get("storage") or settings.storage,
-        bridge=found.get("bridge") or settings.bridge,
+        storage=preflight.storage or settings.storage,
+        bridge=preflight.bridge or settings.bridge,
     )
 
 
@@ -233,26 +235,25 @@ def made_by(
             made = adoption.adopt(answer.get("node"), answer.get("vmid"))
         config = guest_config(env.outer.api, made.node, made.vmid)
         pool = pool_name(env.settings, env.run)
-        facts = {
-            "vmid": made.vmid, "node": made.node, "uuid": made.uuid, "name": made.name, "pool": pool,
-            "storage": env.facts.get("preflight", {}).get("storage"), "bridge": _bridge(config),
-        }  # fmt: skip
-        # Known from here on to whoever tears down, should anything below fail.
-        env.facts["provision"] = facts
+        preflight = PreflightFacts.known(env.facts) or PreflightFacts()
+        storage, bridge = preflight.storage, _bridge(config)
+        vm = ProvisionFacts(made.vmid, made.node, made.uuid, made.name, pool, storage, bridge)
+        facts = {**vm.values(), "storage": storage, "bridge": bridge}
+        # Recorded at once: the teardown needs them, should anything below fail.
+        env.facts[ProvisionFacts.phase] = facts
         did = f"VM {made.vmid} ({made.name}), made by the project, taken into pool {pool}"
         return {"did": did, **answer, **facts, "mac": mac_of(config)}
 
     def probe(env: Environment) -> Mapping[str, Any] | None:
         from pytest_nestedpve.setup.resume import resume
-        from pytest_nestedpve.setup.vm import made_of
 
         if env.resumed and not env.has_lease and not resume(env):
             return None
-        facts = env.facts.get("provision")
-        if not facts or "mac" not in facts:
+        facts = ProvisionFacts.known(env.facts)
+        if facts is None or facts.mac is None:
             return None
-        proof = prove(env.outer.api, env.settings, made_of(facts), env.run)
-        return {**facts, "node": proof.node} if proof.ok else None
+        proof = prove(env.outer.api, env.settings, facts.vm, env.run)
+        return {**facts.recorded, "node": proof.node} if proof.ok else None
 
     def depends(env: Environment) -> object:
         from pytest_nestedpve.setup.inputs import shape
@@ -292,7 +293,7 @@ def _destroy_former(env: Environment) -> None:
     for outcome in destroy(host, prover, candidates, force_stop=settings.force_stop):
         if outcome.result != "gone":
             raise PveError(f"VM {outcome.vmid}, the run's previous one, still exists: {outcome.reason}")
-    env.facts.pop("provision", None)
+    env.facts.pop(ProvisionFacts.phase, None)
     env.forget_connections()
 
 

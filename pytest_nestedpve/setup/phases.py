@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import PreflightFacts
 from pytest_nestedpve.environment.phases import Phase
 
 if TYPE_CHECKING:
@@ -91,21 +92,21 @@ def sweep_expired(env: Environment, facts: Mapping[str, Any]) -> Mapping[str, An
 def _provision(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.setup import vm
 
-    settings, found = env.settings, env.facts["preflight"]
-    given = settings.image if found["image"] else None
+    settings, found = env.settings, PreflightFacts.of(env.facts)
+    given = settings.image if found.image else None
     shape = vm.Shape(
-        storage=found["storage"],
-        bridge=found["bridge"],
+        storage=found.storage,
+        bridge=found.bridge,
         cores=settings.cores,
         memory=settings.memory,
         disk=settings.disk,
         keys=(env.run.directory.ensure_key(f"nested-pve run {env.run.id}"),),
         ipconfig=settings.ipconfig,
-        image=found["image"],
-        brought=given if given and given != found["image"] else None,
-        template=found["template"],
-        format=found["format"],
-        snippets=found["snippets"],
+        image=found.image,
+        brought=given if given and given != found.image else None,
+        template=found.template,
+        format=found.format,
+        snippets=found.snippets,
         options=settings.vm_options,
     )
     return vm.provision(env, vm.NESTED, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_nestedpve.environment import persistence
+from pytest_nestedpve.environment.facts import ProvisionFacts
 from pytest_nestedpve.setup import snapshots
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def resume(env: Environment) -> bool:
 def _undo(env: Environment) -> None:
     """Back to the state before a phase that broke half-way, if there is a snapshot of it."""
     begun = env.record.begun
-    if begun is None or "provision" not in env.facts:
+    if begun is None or ProvisionFacts.phase not in env.facts:
         return
     there = snapshots.taken(env)
     names = list(env.record.digests)  # in the order in which they were done

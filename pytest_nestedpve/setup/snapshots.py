@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.facts import AddressFacts, ProvisionFacts
 from pytest_nestedpve.environment.phases import Listener
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.api import call_limit
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.storage import vm_can
-from pytest_nestedpve.setup.vm import NESTED, made_of, starting, task
+from pytest_nestedpve.setup.vm import NESTED, starting, task
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
@@ -35,12 +36,13 @@ def name_of(phase: str) -> str:
 
 def _has_vm(env: Environment) -> bool:
     """Whether the nested PVE is a VM of the outer host: an attached one has facts without a VM."""
-    return "vmid" in env.facts.get("provision", {})
+    facts = ProvisionFacts.known(env.facts)
+    return facts is not None and facts.vmid is not None
 
 
 def _base(env: Environment) -> str:
-    made = made_of(env.facts["provision"])
-    return f"/nodes/{made.node}/qemu/{made.vmid}"
+    vm = ProvisionFacts.of(env.facts).vm
+    return f"/nodes/{vm.node}/qemu/{vm.vmid}"
 
 
 def take(env: Environment, name: str, description: str) -> bool:
@@ -49,8 +51,8 @@ def take(env: Environment, name: str, description: str) -> bool:
     if not _has_vm(env):
         return False
     host, base = NESTED.host(env), _base(env)
-    made = made_of(env.facts["provision"])
-    if vm_can(host.api, made.node, made.vmid, "snapshot") is False:
+    vm = ProvisionFacts.of(env.facts).vm
+    if vm_can(host.api, vm.node, vm.vmid, "snapshot") is False:
         return False
     if name in taken(env):
         drop(env, name)
@@ -119,7 +121,7 @@ class SnapshotKeeper(Listener):
         # Without a probe a phase always runs: there is nothing to come back to.
         phase = ended.phase
         done = ended.status == "done" and phase.probe is not None
-        if not self._able or "wait_ip" not in env.facts or not (done or self._complete()):
+        if not self._able or AddressFacts.phase not in env.facts or not (done or self._complete()):
             return
         try:
             for name, description in self._due(phase.name, done):

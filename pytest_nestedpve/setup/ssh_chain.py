@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import LeafAddressFacts, LeafProvisionFacts, ProvisionFacts, SshFacts
 from pytest_nestedpve.pve.deadline import Deadline, scaled
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.setup.host_phases import KEY_FILE
@@ -26,7 +28,7 @@ def verify_ssh_chain(env: Environment, timeout: float, *, direct: bool = False) 
     `direct`: the nested PVE is the outer host itself. Raises PveError.
     """
     deadline = Deadline(timeout)
-    nested, leaf = str(env.fact("provision", "name")), str(env.fact("leaf_provision", "name"))
+    nested, leaf = ProvisionFacts.of(env.facts).name, LeafProvisionFacts.of(env.facts).name
     hops = []
     env.progress("by paramiko")
     outer_name = _name(env.outer.run(["uname", "-n"], timeout=30).check().stdout)
@@ -50,15 +52,16 @@ def verify_ssh_chain(env: Environment, timeout: float, *, direct: bool = False) 
 
 def _from_nested(env: Environment, nested: str, leaf: str) -> list[str]:
     """With the run's key, as configured by name, and with the nested node's own key."""
-    ip = str(env.fact("leaf_wait_ip", "ip"))
-    keys = [str(key) for key in env.fact("leaf_wait_ip", "host_keys")]
-    pin_on_nested(env, leaf, keys)
+    address = LeafAddressFacts.of(env.facts)
+    ip = address.ip
+    pin_on_nested(env, leaf, address.host_keys)
     to_leaf = ["-o", f"HostName={ip}", "-o", f"HostKeyAlias={leaf}", leaf, "uname -n"]
     hops = []
     ways = []
-    if not env.facts.get("setup_ssh", {}).get("own_key"):
+    login = SshFacts.known(env.facts) or SshFacts()
+    if not login.own_key:
         ways.append(("the run's key", ["-i", KEY_FILE, "-o", "IdentitiesOnly=yes"]))
-    if env.facts.get("setup_ssh", {}).get("root_public_key"):
+    if login.root_public_key:
         # -F none: the file of the set-up would offer the run's key as well, and prove nothing.
         own = ["-F", "none", "-l", "root", "-i", "/root/.ssh/id_rsa", "-o", "IdentitiesOnly=yes"]
         ways.append(("its own key", own))
@@ -76,7 +79,7 @@ def _from_nested(env: Environment, nested: str, leaf: str) -> list[str]:
     return hops
 
 
-def pin_on_nested(env: Environment, name: str, keys: list[str]) -> None:
+def pin_on_nested(env: Environment, name: str, keys: Iterable[str]) -> None:
     """Make `keys` what the nested PVE's root knows `name` by. Raises CommandFailed."""
     script = (
         'umask 077; f=/root/.ssh/known_hosts; touch "$f"; t=$(mktemp "$f.XXXXXX") || exit; '

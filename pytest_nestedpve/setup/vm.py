@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import (
+    AddressFacts,
+    ImageFacts,
+    LeafAddressFacts,
+    LeafProvisionFacts,
+    ProvisionFacts,
+    SshFacts,
+)
 from pytest_nestedpve.ownership.create import Created, create_marked
 from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
 from pytest_nestedpve.ownership.proof import prove
@@ -34,31 +42,35 @@ _DISK_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 1024.0}
 
 @dataclass(frozen=True)
 class Level:
-    """A VM of a run by its role: its host, and the names of its phases.
+    """A VM of a run by its role: its host, and the facts of its phases.
 
     `outermost`: its host is the one that the session connects to, which has the run's lease.
     """
 
     role: str  # nested | leaf
-    provision: str  # the phase whose facts name the VM
-    wait_ip: str
+    provision: type[ProvisionFacts]
+    wait_ip: type[AddressFacts]
     outermost: bool = False
 
     def host(self, env: Environment) -> PveHost:
         return migration.outer(env) if self.role == "nested" else env.inner
 
+    def vm(self, env: Environment) -> Created:
+        """The VM, at the node where it was last. Raises NotReady."""
+        return self.provision.of(env.facts).vm
 
-NESTED = Level("nested", "provision", "wait_ip", outermost=True)
-LEAF = Level("leaf", "leaf_provision", "leaf_wait_ip")
-ATTACHED_LEAF = Level("leaf", "leaf_provision", "leaf_wait_ip", outermost=True)
+
+NESTED = Level("nested", ProvisionFacts, AddressFacts, outermost=True)
+LEAF = Level("leaf", LeafProvisionFacts, LeafAddressFacts)
+ATTACHED_LEAF = Level("leaf", LeafProvisionFacts, LeafAddressFacts, outermost=True)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a VM is to be. Memory in MiB, disk in GiB; `options` are qm's and outrank all others."""
 
-    storage: str
-    bridge: str
+    storage: str | None
+    bridge: str | None
     cores: int
     memory: int
     disk: int
@@ -104,12 +116,11 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
     else:
         made = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
     pool = pool_name(settings, env.run)
-    facts = {
-        "vmid": made.vmid, "node": made.node, "uuid": made.uuid, "name": made.name, "pool": pool,
-        "storage": shape.storage, "bridge": shape.bridge,
-    }  # fmt: skip
-    # Known from here on to whoever tears down, should anything below fail.
-    env.facts[level.provision] = facts
+    # Recorded at once: the teardown needs them, should anything below fail.
+    env.facts.pop(level.provision.phase, None)
+    level.provision(made.vmid, made.node, made.uuid, made.name, pool, shape.storage, shape.bridge).record(
+        env.facts
+    )
     base = f"/nodes/{made.node}/qemu/{made.vmid}"
     snippet = None
     if shape.snippets is not None:
@@ -130,16 +141,18 @@ def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
         f"VM {made.vmid} ({made.name}) in pool {pool}: {shape.cores} cores, {shape.memory} MiB, "
         f"{size:g} GiB from {source} on {shape.storage}"
     )
-    return {**facts, "mac": mac, "snippet": snippet, "did": did}
+    facts = replace(level.provision.of(env.facts), mac=mac)
+    return {**facts.values(), "snippet": snippet, "did": did}
 
 
 def provision_leaf(
-    env: Environment, level: Level, *, storage: str, snippets: str | None, bridge: str
+    env: Environment, level: Level, *, storage: str | None, snippets: str | None, bridge: str | None
 ) -> dict[str, Any]:
     """Create the VM inside, from the image that download_image provided. Facts. Raises PveError."""
     inner = env.inner
     storages = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
-    own = env.facts.get("setup_ssh", {}).get("root_public_key")
+    login = SshFacts.known(env.facts)
+    own = login.root_public_key if login is not None else None
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     shape = Shape(
         storage=storage,
@@ -148,7 +161,7 @@ def provision_leaf(
         memory=LEAF_MEMORY,
         disk=LEAF_DISK,
         keys=(public, own) if own else (public,),
-        image=env.fact("download_image", "volid"),
+        image=ImageFacts.of(env.facts).volid,
         format=disk_format(storages[0]) if storages else None,
         snippets=snippets,
         options=env.settings.leaf_options,
@@ -158,24 +171,19 @@ def provision_leaf(
 
 def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
     """The facts, when the VM that they name exists, is proved ours, and has its disk."""
-    facts = env.facts.get(level.provision)
-    if not facts or "mac" not in facts:
+    facts = level.provision.known(env.facts)
+    if facts is None or facts.mac is None:
         return None
-    proof = prove(level.host(env).entry.api, level_settings(env, level), made_of(facts), env.run)
-    facts["node"] = proof.node
+    proof = prove(level.host(env).entry.api, level_settings(env, level), facts.vm, env.run)
+    replace(facts, node=proof.node).record(env.facts)
     whole = proof.ok and proof.config is not None and "scsi0" in proof.config and "lock" not in proof.config
-    return dict(facts) if whole else None
+    return dict(env.facts[level.provision.phase]) if whole else None
 
 
 def task(host: PveHost, answer: Any, limit: float) -> None:
     """Await the task that a call answered with; calls that fork none answer nothing. Raises PveError."""
     if isinstance(answer, str) and answer.strip():
         wait_task(host.api, answer, timeout=limit)
-
-
-def made_of(facts: Mapping[str, Any]) -> Created:
-    """The VM that a provision phase's facts name."""
-    return Created(int(facts["vmid"]), str(facts["node"]), str(facts["name"]), str(facts["uuid"]))
 
 
 def _config(shape: Shape, now: Mapping[str, Any], snippet: str | None) -> dict[str, Any]:
@@ -240,7 +248,7 @@ def mac_of(config: object) -> str:
 
 def start(env: Environment, level: Level) -> dict[str, Any]:
     """Start the VM and await it."""
-    vmid = env.facts[level.provision]["vmid"]
+    vmid = level.vm(env).vmid
     try:
         starting(env, level, "status/start", START_LIMIT)
     except PveError as e:
@@ -257,11 +265,10 @@ def starting(env: Environment, level: Level, how: str, limit: float, **params: A
     A snippet on a storage that is not shared stays behind when the VM is moved, and PVE refuses then: it is
     written where the VM is, and the task begun again.
     """
-    facts = env.facts[level.provision]
-    snippet = facts.get("snippet")
+    snippet = level.provision.of(env.facts).snippet
 
     def begin() -> None:
-        host, made = level.host(env), made_of(facts)
+        host, made = level.host(env), level.vm(env)
         with call_limit(limit):
             task(host, host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/{how}", **params), limit)
 
@@ -271,18 +278,18 @@ def starting(env: Environment, level: Level, how: str, limit: float, **params: A
         if snippet is None or f"volume '{snippet}' does not exist" not in str(e):
             raise
         host = level.host(env)
-        env.remark(f"the snippet of VM {facts['vmid']} was not on {host.node}; it is written there")
-        storage = str(snippet).partition(":")[0]
+        env.remark(f"the snippet of VM {level.vm(env).vmid} was not on {host.node}; it is written there")
+        storage = snippet.partition(":")[0]
         vendor_data.write_snippet(host, storage, env.run.id, vendor_data.user_data(env.settings))
         patiently(begin)
 
 
 def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:
     """Whether it runs."""
-    facts = env.facts.get(level.provision)
-    if not facts:
+    facts = level.provision.known(env.facts)
+    if facts is None:
         return None
-    made = made_of(facts)
+    made = facts.vm
     status = level.host(env).api.get(f"/nodes/{made.node}/qemu/{made.vmid}/status/current")
     running = isinstance(status, dict) and status.get("status") == "running"
     return {"did": f"VM {made.vmid} runs"} if running else None

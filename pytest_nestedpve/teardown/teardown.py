@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.environment.facts import ImageFacts, LeafProvisionFacts, PreflightFacts, ProvisionFacts
 from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 from pytest_nestedpve.ownership.discover import Candidate, discover
 from pytest_nestedpve.ownership.proof import RunProver, prove
@@ -79,8 +80,8 @@ def _discover(env: Environment, progress: Progress) -> list[Candidate] | None:
     try:
         return _candidates(env, progress)
     except NoPve:
-        awaited = env.facts.get("preflight", {}).get("awaited", {})
-        if env.attached and "PVE" in awaited and not env.has_lease:
+        preflight = PreflightFacts.known(env.facts)
+        if env.attached and preflight and "PVE" in preflight.awaited and not env.has_lease:
             return None
         raise
 
@@ -133,9 +134,10 @@ def _context_ids(env: Environment) -> frozenset[int]:
 def _destroy_inner_guests(env: Environment, candidates: list[Candidate], progress: Progress) -> None:
     """Destroy guests inside the nested PVE, best effort: they are deleted with its disk anyway. Only through
     a VM that was just proved to be ours."""
-    if env.attached or ("leaf_provision" not in env.facts and "download_image" not in env.facts):
+    if env.attached or not {LeafProvisionFacts.phase, ImageFacts.phase} & env.facts.keys():
         return
-    vmid = env.facts.get("provision", {}).get("vmid")
+    facts = ProvisionFacts.known(env.facts)
+    vmid = facts.vmid if facts is not None else None
     try:
         nested = [candidate for candidate in candidates if candidate.vmid == vmid]
         if not nested or not prove(env.outer.api, env.settings, nested[0], env.run).ok:

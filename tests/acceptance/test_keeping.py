@@ -62,14 +62,16 @@ def told(phase):
     return dataclasses.replace(phase, do=do)
 
 def probe_provision(environment):
-    from pytest_nestedpve.setup import vm as guest, resume
+    from pytest_nestedpve.environment.facts import ProvisionFacts
+    from pytest_nestedpve.setup import resume
     if environment.resumed and not environment.has_lease and not resume.resume(environment):
         return None
     facts = environment.facts.get("provision")
     if not facts:
         return None
     from pytest_nestedpve.ownership.proof import prove
-    ours = prove(environment.outer.api, environment.settings, guest.made_of(facts), environment.run).ok
+    vm = ProvisionFacts.read(facts).vm
+    ours = prove(environment.outer.api, environment.settings, vm, environment.run).ok
     return dict(facts) if ours else None
 
 def lookup(environment):

@@ -14,6 +14,7 @@ from memory_host import MemoryHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.facts import ProvisionFacts
 from pytest_nestedpve.ownership.marker import parse_marker
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve import agent, deadline
@@ -51,7 +52,7 @@ def test_the_vm_is_proved_ours_and_gets_what_it_needs(make: Make, host: MemoryHo
     env = make(memory=4096, cores=3)
     do(env, "preflight", "provision")
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
+    assert prove(env.outer.api, env.settings, ProvisionFacts.read(facts).vm, env.run).ok
     made = config(host, facts["vmid"])
     assert made["name"] == facts["name"] == f"nested-pve-{env.run.id}"
     assert str(made["memory"]) == "4096"
@@ -147,7 +148,7 @@ def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: Memo
     env = make(template="golden")
     do(env, "preflight", "provision")
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
+    assert prove(env.outer.api, env.settings, ProvisionFacts.read(facts).vm, env.run).ok
     marker = parse_marker(config(host, facts["vmid"])["description"])
     assert marker is not None
     assert marker.run == env.run.id

@@ -18,6 +18,7 @@ from test_standin_guests import IMAGE
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.facts import ProvisionFacts
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve.answers import read_answer
 from pytest_nestedpve.pve.deadline import Deadline
@@ -128,7 +129,7 @@ def test_a_vm_is_made_started_proved_and_torn_down(env: Environment, node: Node)
     (snippet,) = node.file("/var/lib/vz/snippets").iterdir()
     assert snippet.stat().st_mode & 0o777 == 0o600, "an address in it may hold a password"
     facts = env.facts["provision"]
-    assert prove(env.outer.api, env.settings, vm.made_of(facts), env.run).ok
+    assert prove(env.outer.api, env.settings, ProvisionFacts.read(facts).vm, env.run).ok
     assert vm.probe_provision(env, vm.NESTED) is not None
     assert vm.probe_start(env, vm.NESTED) is not None
     api = env.outer.api
@@ -162,7 +163,7 @@ def test_a_pool_that_somebody_uses_too_and_a_look_alike_stay(env: Environment) -
 
 def test_the_first_boots_end_and_its_warnings_come_through_the_agent(env: Environment, node: Node) -> None:
     do(env, "preflight", "provision", "start_vm")
-    made = vm.made_of(env.facts["provision"])
+    made = ProvisionFacts.read(env.facts["provision"]).vm
     asked: list[dict[str, Any]] = []
 
     def agent(execute: str, arguments: dict[str, Any]) -> Any:

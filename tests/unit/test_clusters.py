@@ -19,6 +19,7 @@ from memory_host import MemoryHost
 from memory_model import volume
 
 from pytest_nestedpve.environment.environment import Environment
+from pytest_nestedpve.environment.facts import ProvisionFacts
 from pytest_nestedpve.ownership.create import create_marked
 from pytest_nestedpve.ownership.discover import discover
 from pytest_nestedpve.ownership.marker import Marker, new_uuid
@@ -149,7 +150,7 @@ def test_a_node_that_is_none_is_refused(env: Environment) -> None:
 
 def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: MemoryHost) -> None:
     vmid = ours(env)
-    made = vm.made_of(env.facts["provision"])
+    made = ProvisionFacts.read(env.facts["provision"]).vm
     move(host, vmid, "father2")
     proof = prove(env.outer.api, env.settings, made, env.run)
     assert (proof.ok, proof.node, proof.gone) == (True, "father2", False)
@@ -157,14 +158,14 @@ def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: Memor
 
 def test_a_vm_that_moves_between_pool_and_configuration_is_proved(env: Environment, host: MemoryHost) -> None:
     vmid = ours(env)
-    made = vm.made_of(env.facts["provision"])
+    made = ProvisionFacts.read(env.facts["provision"]).vm
     host.fault("GET", f"/nodes/father/qemu/{vmid}/status/current", do="migrate", text=f"{vmid}:father2")
     assert prove(env.outer.api, env.settings, made, env.run).ok
 
 
 def test_only_a_vm_that_is_on_no_node_is_gone(env: Environment) -> None:
     vmid = ours(env, running=False)
-    made = vm.made_of(env.facts["provision"])
+    made = ProvisionFacts.read(env.facts["provision"]).vm
     qemu.destroy(env.outer.api, "father", vmid)
     assert prove(env.outer.api, env.settings, made, env.run).gone
 

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nestedpve.config.legacy_context import ContextError, forget, load, save, vmids
+from pytest_nestedpve.config.legacy_context import ContextError, ContextVm, forget, load, save, vmids
 
-FACTS: dict[str, dict[str, Any]] = {
-    "provision": {"vmid": 99911, "name": "nested-pve-3fa9c2d41b07"},
-    "wait_ip": {"ip": "10.0.0.9"},
-    "leaf_provision": {"vmid": 99922, "name": "nested-pve-leaf-3fa9c2d41b07"},
-}
+NESTED = ContextVm("nested-pve-3fa9c2d41b07", 99911, "10.0.0.9")
+LEAF = ContextVm("nested-pve-leaf-3fa9c2d41b07", 99922)
 
 
 def test_unknown_keys_survive_a_save_and_a_clean_up(tmp_path: Path) -> None:
     path = tmp_path / "context.json"
     theirs = {"site": {"rack": [1, 2]}, "discovered_vms": [{"vmid": 105, "why": "x"}], "other_vm_id": 200}
     path.write_text(json.dumps(theirs))
-    save(path, FACTS)
+    save(path, NESTED, LEAF)
     saved = load(path)
     assert saved["inner_ip"] == saved["node_ip"] == "10.0.0.9"
     assert saved["nested-pve_vm_id"] == 99911
     assert vmids(saved) >= {99911, 99922, 105, 200}
     assert theirs.items() <= saved.items()
-    forget(path, FACTS)
+    forget(path, NESTED, LEAF)
     left = load(path)
     assert theirs.items() <= left.items()
     assert vmids(left) == {105, 200}

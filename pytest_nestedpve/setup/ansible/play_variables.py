@@ -5,11 +5,12 @@ Each function returns plain data; `extra_vars` of the settings come last and so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.config import yaml_path
 from pytest_nestedpve.config.settings import secret_destination
+from pytest_nestedpve.environment.facts import AddressFacts, ByPhase, NetworkFacts, ProvisionFacts
 from pytest_nestedpve.setup.ansible import sources
 from pytest_nestedpve.setup.ansible.sources import Packed
 
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.run.identity import Run
 
-Facts = Mapping[str, Mapping[str, Any]]
-
 _REPOSITORY = ("pve_repository_url", "pve_repository_key_url", "pve_repository_key_sha256")
 
 
-def pve_install(settings: Settings, facts: Facts) -> dict[str, Any]:
+def pve_install(settings: Settings, facts: ByPhase) -> dict[str, Any]:
     """For pve-install.yml: the node's name, its address, and where packages come from."""
     variables = _common(facts)
     for key in _REPOSITORY:
@@ -35,13 +34,13 @@ def pve_install(settings: Settings, facts: Facts) -> dict[str, Any]:
     return variables | dict(settings.extra_vars)
 
 
-def network(settings: Settings, facts: Facts) -> dict[str, Any]:
+def network(settings: Settings, facts: ByPhase) -> dict[str, Any]:
     """For nested-pve-network.yml: which card (by net0's MAC), and the addressing that `ipconfig` names."""
     variables = _common(facts) | {"nested_pve_bridge": "vmbr0"}
     if settings.pve_repository_url:
         variables["pve_repository_url"] = settings.pve_repository_url
-    if mac := facts.get("provision", {}).get("mac"):
-        variables["nested_pve_mac"] = str(mac).lower()
+    if (vm := ProvisionFacts.known(facts)) is not None and vm.mac:
+        variables["nested_pve_mac"] = vm.mac.lower()
     parts = dict(part.partition("=")[::2] for part in settings.ipconfig.split(","))
     if parts.get("ip", "dhcp") == "dhcp":
         variables["nested_pve_network_mode"] = "dhcp"
@@ -54,7 +53,7 @@ def network(settings: Settings, facts: Facts) -> dict[str, Any]:
     return variables | dict(settings.extra_vars)
 
 
-def ssh(settings: Settings, facts: Facts, run: Run) -> dict[str, Any]:
+def ssh(settings: Settings, facts: ByPhase, run: Run) -> dict[str, Any]:
     """For nested-pve-ssh.yml: the run's key pair. Its private half is a secret."""
     public = (run.dir / "key.pub").read_text(encoding="ascii").strip()
     return (
@@ -80,7 +79,7 @@ def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
 
 
 def repos(
-    settings: Settings, facts: Facts, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
+    settings: Settings, facts: ByPhase, *, packed: Iterable[Packed], outer_keys: Iterable[str] = ()
 ) -> dict[str, Any]:
     """For nested-pve-repos.yml. `outer_keys`: public keys of the outer host's root, as lines.
 
@@ -119,14 +118,15 @@ def leaf(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
     return variables | dict(settings.extra_vars)
 
 
-def _common(facts: Facts) -> dict[str, Any]:
+def _common(facts: ByPhase) -> dict[str, Any]:
     variables: dict[str, Any] = {"pve_hostname": _node(facts)}
-    address = facts.get("setup_network", {}).get("ip") or facts.get("wait_ip", {}).get("ip")
-    if address:
+    network, first = NetworkFacts.known(facts), AddressFacts.known(facts)
+    if address := (network and network.ip) or (first and first.ip):
         variables["nested_pve_ip"] = address
     return {name: value for name, value in variables.items() if value}
 
 
-def _node(facts: Facts) -> str:
+def _node(facts: ByPhase) -> str:
     # cloud-init makes the VM's name the node's host name
-    return str(facts.get("provision", {}).get("name", ""))
+    vm = ProvisionFacts.known(facts)
+    return vm.name if vm is not None else ""

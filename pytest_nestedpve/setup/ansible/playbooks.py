@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_nestedpve.environment.facts import LeafAddressFacts, ProvisionFacts
 from pytest_nestedpve.pve.deadline import Deadline, scale
 from pytest_nestedpve.setup.ansible.ansible_cfg import GUARDS
 from pytest_nestedpve.setup.ansible.inventory import nested_inventory
@@ -36,7 +37,7 @@ def run(
 
     Raises PlaybookFailed, PlaybookTimeout.
     """
-    name = str(env.fact("provision", "name"))
+    name = ProvisionFacts.of(env.facts).name
     env.write_ssh_config()
     tell_what_does_not_apply(env, variables)
     deadline = Deadline(timeout)
@@ -73,10 +74,13 @@ def run(
 
 def variables_of(env: Environment) -> dict[str, Any]:
     """What else a playbook may want to know of the node it runs on."""
-    facts = env.facts["provision"]
-    found = {"nested_pve_run": env.run.id, "nested_pve_vmid": facts.get("vmid")}
-    found["nested_pve_host"] = env.settings.host
-    found["nested_pve_leaf_ip"] = env.facts.get("leaf_wait_ip", {}).get("ip")
+    vm, leaf_address = ProvisionFacts.known(env.facts), LeafAddressFacts.known(env.facts)
+    found = {
+        "nested_pve_run": env.run.id,
+        "nested_pve_vmid": vm.vmid if vm is not None else None,
+        "nested_pve_host": env.settings.host,
+        "nested_pve_leaf_ip": leaf_address.ip if leaf_address is not None else None,
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
