@@ -1,4 +1,4 @@
 """One environment: its settings, facts and connections, the phases and the runner that executes them.
 
-What the packaged phases do is in `setup`; how an environment ends is in `teardown`.
+The actions of the packaged phases are in `setup`, the end of an environment is in `teardown`.
 """

@@ -1,4 +1,4 @@
-"""What the phases of a run work on: settings, facts, hosts, logins."""
+"""The environment of a run: settings, facts, hosts and logins, shared by its phases."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 
 class Environment:
-    """What the phases of one run share. State on the client is the run's; on the host, what facts name.
+    """The state that the phases of one run share.
 
     `settings` change once, in preflight, when the host's profile is read; `wanted` are those before that.
-    `facts` are by phase, `record` what else is known of them. `resumed`: the run is one that was kept.
-    `secrets` are values that playbooks' artifacts and the log must not show.
+    `facts` are by phase, in their JSON form; `record` has the inputs that each phase was done for.
+    `resumed`: the run is a kept one. `secrets` are values that artifacts of playbooks and the log must not
+    show.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class Environment:
         self.record = PhaseRecord()
         self.resumed = False
         self.remarks: list[str] = []
-        self.leaf_used = False  # a test logged in to the VM inside
-        self.workers = 1  # how many environments of its kind this session has at once
+        self.leaf_used = False  # by a test: the VM inside
+        self.workers = 1  # environments of the session that exist at the same time
         self.secrets: list[str] = []
-        self.undo: list[Callable[[], list[str]]] = []  # at the end, the latest first; lines: what stays
+        self.undo: list[Callable[[], list[str]]] = []  # called at the end, the latest first: leftovers
         self.missing: dict[str, str] = {}  # of an attached PVE, by phase: the reason why its probe failed
         self.selected: frozenset[str] = frozenset()  # of an attached PVE: phases of steps selected by name
         self._connect = connect
@@ -87,7 +88,7 @@ class Environment:
 
     @property
     def attached(self) -> bool:
-        """Whether the nested PVE is one that exists; it is `outer` as well then, and none is above it."""
+        """Whether the nested PVE is an existing one; then `outer` is the same PVE."""
         return self.settings.attach is not None
 
     @property
@@ -96,13 +97,13 @@ class Environment:
         return nested_address(self.facts) or AddressFacts.of(self.facts).ip
 
     def hide(self, secret: str) -> None:
-        """Keep a value out of the log and out of playbooks' artifacts from now on."""
+        """Mask a value in the log and in artifacts of playbooks from now on."""
         self.audit.masker.add(secret)
         if secret not in self.secrets:
             self.secrets.append(secret)
 
     def start_over(self) -> None:
-        """What was known of a kept run does not hold any more: every phase but preflight is to do."""
+        """Discard all facts and records of a kept run but those of preflight."""
         for name in [name for name in self.facts if name != PreflightFacts.phase]:
             del self.facts[name]
         self.record.digests.clear()
@@ -110,7 +111,7 @@ class Environment:
         self.forget_connections()
 
     def remark(self, text: str) -> None:
-        """Something that whoever looks at the session's end should know."""
+        """Report `text` in the log, now as progress, and at the end of the session."""
         self.remarks.append(text)
         self.audit.write("remark", cause=text)
         self.progress(text)
@@ -131,12 +132,12 @@ class Environment:
         return self._lease is not None
 
     def end_lease(self) -> None:
-        """Renew the lease no more."""
+        """Stop renewing the lease."""
         if self._lease is not None:
             self._lease.stop()
 
     def check_lease(self) -> None:
-        """Raises LeaseLost when the run's pool is not ours any more: then nothing more may be made."""
+        """Raises LeaseLost when the lease is lost: then the run must not create anything more."""
         if self._lease is not None:
             self._lease.check()
 
@@ -151,7 +152,7 @@ class Environment:
 
                 host = self._connect()
                 host = host.logged(self.audit.calls(host.name))
-                # PVE itself refuses what would touch another's guest.
+                # PVE itself refuses a call for a guest outside the run's pool.
                 self._outer = host.within(lambda: pool_name(self.settings, self.run))
             return self._outer
 
@@ -176,7 +177,7 @@ class Environment:
             return self._leaf
 
     def guest_ssh(self, name: str, ip: str, via: SshConnection, *, timeout: float = 20.0) -> SshConnection:
-        """A login at a guest of ours: the run's key and nothing else is offered, its pinned key expected."""
+        """A login at a guest of the run: only the run's key is offered, and the pinned host key expected."""
         from pytest_nestedpve.pve.ssh.connection import SshConnection, SshTarget
 
         directory = self.run.directory
@@ -193,9 +194,9 @@ class Environment:
         return SshConnection(target, via=via, log=self.audit.calls(name))
 
     def forget_connections(self) -> None:
-        """The nested PVE was rebooted or has a new address: log in anew at the next use."""
+        """Close the logins after a reboot or a change of address; the next use logs in again."""
         with self._lock:
-            # Only the logins: what the API made for itself on a node that is rebooting expires by itself.
+            # Only the logins: API tokens on a node that is rebooting expire by themselves.
             for connection in (self._leaf, self._inner.ssh if self._inner is not None else None):
                 if connection is not None:
                     with contextlib.suppress(Exception):
@@ -213,7 +214,7 @@ class Environment:
         return host.within(lambda: pool_name(settings, self.run))
 
     def write_ssh_config(self) -> Path:
-        """The run's ssh_config for what is known now of the nested PVE and the leaf."""
+        """Write the run's ssh_config for the nested PVE and, once its address is known, the leaf."""
         outer, name = self.outer, ProvisionFacts.of(self.facts).name
         target = getattr(outer.ssh, "target", None)
         leaf, leaf_address = LeafProvisionFacts.known(self.facts), LeafAddressFacts.known(self.facts)
@@ -235,12 +236,11 @@ class Environment:
     # -- the end ----------------------------------------------------------------------------------
 
     def on_close(self, close: Callable[[], None]) -> None:
-        """Have `close` called at the end; the latest first."""
+        """Register `close` for the end; the latest is called first."""
         self._on_close.append(close)
 
     def close(self) -> None:
-        """End the lease's thread, forwards and the logins at guests; the outer host's connection belongs
-        to who made it."""
+        """End the lease's thread, forwards and logins at guests, but not the outer host's connection."""
         if self._lease is not None:
             self._lease.stop()
         for close in reversed(self._on_close):

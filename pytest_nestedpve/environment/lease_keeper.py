@@ -1,4 +1,4 @@
-"""The lease of a live run, renewed by a thread for as long as the session lives, its teardown included."""
+"""The lease of a live run, renewed by a thread until the end of the session's teardown."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RENEWALS = 6  # per lease: five may fail in a row
 
 
 class LeaseKeeper:
-    """Writes a later end into the lease, six times in its length.
+    """Extends the lease, six times in its length.
 
-    `lost` is why there is no lease any more, once that is known; until then None. The settings' lease is a
-    promise to other sessions, so no time scale applies to it.
+    `lost` is the reason why the lease is lost, None while it is not. Other sessions rely on the length of the
+    lease, so no time scale applies to it.
     """
 
     def __init__(self, host: PveHost, run: Run, settings: Settings, audit: AuditLog) -> None:
@@ -35,13 +35,13 @@ class LeaseKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; a renewal under way is waited for, some seconds."""
+        """End the thread; wait up to 10 seconds for a renewal under way."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(10)
 
     def check(self) -> None:
-        """Raises LeaseLost when the lease is gone: then nothing more may be made."""
+        """Raises LeaseLost when the lease is lost: then the run must not create anything more."""
         if self.lost is not None:
             raise LeaseLost(self.lost)
 

@@ -1,4 +1,4 @@
-"""An environment on disk: facts and record after each phase, keeping it after the session, resuming it."""
+"""The environment on disk: written after each phase, kept after the session, loaded by a later one."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 from pytest_nestedpve.run.kept_runs import store
 
 ADOPTED = "adopted"
-"""The file in a run's directory that tells xdist's controller that a worker went on with a kept run."""
+"""The file in a run's directory by which xdist's controller knows that a worker resumed the kept run."""
 
 
 def keep(env: Environment) -> Lease:
-    """Have the lease say that the run is kept, and write its record. Raises PveError, OSError."""
+    """Turn the lease into that of a kept run, and write the run's record. Raises PveError, OSError."""
     env.end_lease()
     host, settings = env.outer, env.settings
     now = host_clock(host)
@@ -42,10 +42,10 @@ def keep(env: Environment) -> Lease:
 
 
 def adopt(env: Environment) -> bool:
-    """Make a kept run's lease this session's; False when the run is gone from the host.
+    """Transfer a kept run's lease to this session; False when the run does not exist on the host any more.
 
-    Who calls this holds the run's lock: no other session of this client can. Raises LeaseLost when the lease
-    is somebody else's or has lapsed, PveError.
+    The caller holds the run's lock, which excludes other sessions of this client. Raises LeaseLost when the
+    lease has another owner or has expired, PveError.
     """
     host, run, settings = env.outer, env.run, env.settings
     name = pool_name(settings, run)
@@ -55,9 +55,11 @@ def adopt(env: Environment) -> bool:
     lease, now = parse_lease(pool.comment), host_clock(host)
     if lease is None or (lease.client, lease.owner) != (run.client, run.owner):
         whose = "no lease can be read" if lease is None else f"it is {lease.owner}'s"
-        raise LeaseLost(f"the kept run {run.id} cannot be gone on with: {whose} in the pool {name}")
+        raise LeaseLost(f"the kept run {run.id} cannot be resumed: {whose} in the pool {name}")
     if lease.expired(now):
-        raise LeaseLost(f"the kept run {run.id} has expired by the clock of {host.name}, and may go any time")
+        raise LeaseLost(
+            f"the kept run {run.id} has expired by the clock of {host.name}, and may be destroyed at any time"
+        )
     ours = Lease(
         run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
     )
@@ -67,13 +69,13 @@ def adopt(env: Environment) -> bool:
 
 
 class StateKeeper(Listener):
-    """Keeps facts and record in the run's directory after each phase, and facts in a context file."""
+    """Writes facts and record into the run's directory after each phase, and the VMs into a context file."""
 
     def __init__(self, env: Environment) -> None:
         self._env = env
 
     def acting(self, _phase: Phase) -> None:
-        """A phase's action begins: from now on it is not known to be done."""
+        """Write the record before a phase's action: the phase is in doubt until its end."""
         self._env.run.directory.write(phase_record.FILE, self._env.record.to_text())
 
     def phase_finished(self, ended: PhaseEnded) -> None:
@@ -103,7 +105,7 @@ def context_vms(facts: ByPhase) -> tuple[ContextVm, ContextVm]:
 
 
 def load(env: Environment) -> None:
-    """Have a resumed environment know what its run's directory says. Raises PveError."""
+    """Load facts and record of a resumed run from its directory. Raises PveError."""
     directory = env.run.directory
     env.facts.update(directory.load_state())
     try:

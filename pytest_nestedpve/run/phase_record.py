@@ -1,6 +1,6 @@
-"""What is known of the phases of a run beyond its facts: what each was done for, and which one was begun.
+"""The record of a run's phases: a digest of the inputs of each, and the phase that did not end.
 
-Kept in the run's directory, so that a later session knows what it can rely on.
+It lies in the run's directory: a later session decides by it which phases it does again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ FILE = "phases.json"
 
 
 class RecordError(PveError):
-    """The record of a run is not one."""
+    """The file is not a record of phases."""
 
 
 @dataclass
 class PhaseRecord:
-    """`digests`: per phase that is done, a hash of what it depended on; empty for one in `doubt`. `begun`: a
-    phase whose action began and did not end well; what it left behind is not known."""
+    """`digests`: a hash of the inputs of each phase that was done; empty for one in doubt.
+
+    `begun`: a phase whose action began and failed or was interrupted; its leftovers are unknown.
+    """
 
     digests: dict[str, str] = field(default_factory=dict)
     begun: str | None = None
@@ -31,14 +33,14 @@ class PhaseRecord:
         return json.dumps({"v": 1, "begun": self.begun, "digests": self.digests}, indent=1) + "\n"
 
     def doubt(self, names: Iterable[str]) -> None:
-        """These phases are to be done: what a probe finds of one may be what an earlier playbook left."""
+        """Mark phases to be done again: their probes may find leftovers of an earlier playbook."""
         for name in names:
-            self.digests.pop(name, None)  # in the order in which they were done last
+            self.digests.pop(name, None)  # the order is that of the last time
             self.digests[name] = ""
 
 
 def parse(text: str) -> PhaseRecord:
-    """Raises RecordError."""
+    """The record from the text of its file. Raises RecordError."""
     try:
         data = json.loads(text)
     except ValueError as e:
@@ -50,7 +52,7 @@ def parse(text: str) -> PhaseRecord:
 
 
 def digest(phase: str, inputs: object, before: Mapping[str, str]) -> str:
-    """A hash of what a phase depends on: its own inputs, and the digests of the phases before it."""
+    """A hash of the inputs of a phase, and of the digests of the phases before it."""
     import hashlib  # not at load: pytest itself does without it
 
     data = {"phase": phase, "inputs": inputs, "before": dict(before)}

@@ -74,7 +74,7 @@ def _describing(phase: Phase) -> Phase:
     return replace(phase, do=_DESCRIBING[phase.name], probe=None, inputs=None, outcome=ATTACHED)
 
 
-# Imports stand in the functions, as in the other list.
+# Imports are in the functions, as in the other list.
 
 
 def _preflight(env: Environment) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""From a fresh Debian to a Proxmox VE that a consumer can use: the phases that are playbooks."""
+"""The phases that are playbooks: from a fresh Debian to a Proxmox VE with sources, keys and API token."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ _PUBLIC_KEY = re.compile(r"(?:ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp\d+) [A-Za-z0-
 
 
 def ask_pveproxy(host: PveHost, path: str, token: str = "", *, timeout: float = 60.0) -> str:
-    """Have a PVE node ask its own pveproxy, whose certificate it checks: what is wrong, or "".
+    """Request `path` from a PVE node's own pveproxy, on the node; the error, or "".
 
     Raises SshError.
     """
     script = playbook_path("roles/nested_pve_identity/files/ask_pveproxy.py").read_text(encoding="utf-8")
-    said = host.run(
+    answer = host.run(
         ["python3", "-c", script, path], stdin=token.encode() or None, timeout=timeout, secret=bool(token)
     )
-    return "" if said.ok else (said.stderr.strip().splitlines() or ["no answer"])[-1]
+    return "" if answer.ok else (answer.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
 # -- ensure_pve -----------------------------------------------------------------------------------
 
 
 def installed(host: PveHost) -> bool:
-    """Whether PVE's commands are there. Raises SshError."""
+    """Whether the commands of PVE exist. Raises SshError."""
     return host.run("command -v pveversion pvesh pveproxy >/dev/null", timeout=30).ok
 
 
 def health(host: PveHost) -> tuple[str | None, str]:
-    """PVE's version if commands, API and services are well, else None; and what is wrong. Raises SshError."""
-    said = host.run(["pveversion"], timeout=60)
-    if not said.ok:
-        return None, f"pveversion: {(said.stderr or said.stdout).strip()[:300]}"
+    """The version if commands, API and services of PVE work, else None and the fault. Raises SshError."""
+    answer = host.run(["pveversion"], timeout=60)
+    if not answer.ok:
+        return None, f"pveversion: {(answer.stderr or answer.stdout).strip()[:300]}"
     try:
         version = str(mapping(host.api.get("/version")).get("version", ""))
     except PveError as e:
@@ -70,14 +70,14 @@ def health(host: PveHost) -> tuple[str | None, str]:
         state = host.run(["systemctl", "is-active", service], timeout=30).stdout.strip()
         if state != "active":
             return None, f"the service {service} is {state or 'unknown'}"
-    # The page that needs no login: a call without a ticket is refused as well, but only after three seconds.
+    # The page needs no login: a call without a ticket is refused too, but only after three seconds.
     if silent := ask_pveproxy(host, "/", timeout=40):
         return None, f"pveproxy: {silent[:300]}"
-    return version or said.stdout.strip(), ""
+    return version or answer.stdout.strip(), ""
 
 
 def probe_pve(env: Environment) -> dict[str, Any] | None:
-    """Whether PVE is there and well."""
+    """Proved when commands, API and services of PVE work."""
     host = env.inner
     version = health(host)[0] if installed(host) else None
     return None if version is None else _healthy(env, version)
@@ -90,7 +90,7 @@ def _healthy(env: Environment, version: str) -> dict[str, Any]:
 def ensure_pve(
     env: Environment, timeout: float, *, find: Callable[[Environment], str] = relocate
 ) -> dict[str, Any]:
-    """Install PVE where it is absent, repair it where it is not well, by the same playbook.
+    """Install PVE where it is absent, repair it where it does not work, by the same playbook.
 
     `find` returns the node's address after its reboot. Raises PveError.
     """
@@ -163,14 +163,14 @@ def setup_network(
 
 
 def came_with_template(env: Environment, phase: str) -> bool:
-    """Whether the VM is a clone in which that phase has not been done by this run, nor is asked for anew."""
+    """Whether the VM is a clone in which this run has not done the phase, and must not repeat it."""
     preflight = PreflightFacts.known(env.facts)
     cloned = preflight is not None and preflight.template is not None
     return cloned and not env.record.digests.get(phase) and not env.settings.redo
 
 
 def probe_network(env: Environment) -> dict[str, Any] | None:
-    """Whether vmbr0 has the address, the card is its port, nobody else manages it, and names resolve."""
+    """Proved when vmbr0 has the address, the card is its port, only ifupdown2 manages it, names resolve."""
     host, ip = env.inner, env.ip
     variables = play_variables.network(env.settings, env.facts)
     wanted, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
@@ -200,7 +200,7 @@ echo "$named" | grep -qxF "$ip" || { echo "the own name leads to ${named:-nothin
 
 
 def network_fault(host: PveHost, ip: str, mac: str, name: str = "") -> str:
-    """What is not as setup_network leaves it, in words; empty when all is. Raises SshError."""
+    """The first difference from the result of setup_network; empty without one. Raises SshError."""
     answer = host.run(["sh", "-c", _NETWORK, "sh", ip, mac, name], timeout=60).check()
     return answer.stdout.strip()
 
@@ -209,7 +209,7 @@ def network_fault(host: PveHost, ip: str, mac: str, name: str = "") -> str:
 
 
 def setup_ssh(env: Environment, timeout: float) -> dict[str, Any]:
-    """The run's key pair goes onto the nested node, for its leaves."""
+    """Install the run's key pair on the nested node, for logins at its leaves. Raises PveError."""
     variables = play_variables.ssh(env.settings, env.facts, env.run)
     env.hide(str(variables["nested_pve_run_key"]))
     result = _play(env, "nested-pve-ssh.yml", variables, Deadline(timeout))
@@ -217,7 +217,7 @@ def setup_ssh(env: Environment, timeout: float) -> dict[str, Any]:
 
 
 def probe_ssh(env: Environment) -> dict[str, Any] | None:
-    """Whether the key pair is in its place, and logs in."""
+    """Proved when the key pair is installed, and its public key in authorized_keys."""
     host = env.inner
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}").split()[1]
     there = host.run(["cat", f"{KEY_FILE}.pub"], timeout=30)
@@ -229,10 +229,10 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
 
 
 def root_public_key(host: PveHost) -> str | None:
-    """The public key of the host's root, as PVE generated it; None without one."""
-    said = host.run(["cat", "/root/.ssh/id_rsa.pub"], timeout=30)
-    line = said.stdout.strip()
-    return line if said.ok and _PUBLIC_KEY.match(line) else None
+    """The public key of the host's root, generated by PVE; None without one. Raises SshError."""
+    answer = host.run(["cat", "/root/.ssh/id_rsa.pub"], timeout=30)
+    line = answer.stdout.strip()
+    return line if answer.ok and _PUBLIC_KEY.match(line) else None
 
 
 # -- setup_repos, sync_repos ----------------------------------------------------------------------
@@ -263,7 +263,7 @@ def setup_repos(
 
 
 def probe_repos(env: Environment) -> dict[str, Any] | None:
-    """Whether the token answers and the sources are there as they are here now."""
+    """Proved when the token is accepted, and the sources are up to date."""
     if not (env.run.dir / TOKEN_FILE).exists():
         return None
     packed = play_variables.pack_sources(env.settings, env.run)
@@ -277,7 +277,7 @@ def probe_repos(env: Environment) -> dict[str, Any] | None:
 
 
 def source_there(env: Environment, host: Any, name: str, digest: str) -> bool:
-    """Whether a source is on a machine in the state of that digest."""
+    """Whether a machine has the source in the state of that digest. Raises SshError."""
     return bool(
         host.run(["cat", f"{env.settings.sources_dest}/.nested-pve/{name}.digest"], timeout=30).stdout.strip()
         == digest
@@ -285,13 +285,13 @@ def source_there(env: Environment, host: Any, name: str, digest: str) -> bool:
 
 
 def fetch_token(env: Environment) -> str:
-    """Read the API token that the playbook keeps on the node, prove that it works, keep it here (0600).
+    """Read the API token that the playbook stored on the node, test it, and store it here (0600).
 
-    Returns its id, which is no secret. Raises PveError.
+    Returns the id of the token, which is no secret. Raises PveError.
     """
-    said = env.inner.run(["cat", TOKEN_STORE], timeout=30, secret=True)
-    token = said.stdout.strip()
-    if not said.ok or not _TOKEN.match(token):
+    answer = env.inner.run(["cat", TOKEN_STORE], timeout=30, secret=True)
+    token = answer.stdout.strip()
+    if not answer.ok or not _TOKEN.match(token):
         raise PveError(f"expected an API token in {TOKEN_STORE} on the nested PVE, found none that is one")
     env.hide(token.partition("=")[2])
     if reason := ask_pveproxy(env.inner, "/api2/json/version", token):
@@ -301,7 +301,7 @@ def fetch_token(env: Environment) -> str:
 
 
 def sync_repos(env: Environment, timeout: float) -> dict[str, Any]:
-    """The sources go on to the leaf; secrets stay on the nested PVE."""
+    """Copy the sources to the leaf; secrets remain on the nested PVE alone. Raises PveError."""
     deadline = Deadline(timeout)
     packed = play_variables.pack_sources(env.settings, env.run)
     if not packed:
@@ -319,7 +319,7 @@ def sync_repos(env: Environment, timeout: float) -> dict[str, Any]:
 
 
 def probe_sync(env: Environment) -> dict[str, Any] | None:
-    """Whether the leaf has the sources as they are here now."""
+    """Proved when the sources on the leaf are up to date."""
     packed = play_variables.pack_sources(env.settings, env.run)
     if not all(source_there(env, env.leaf_ssh, each.name, each.digest) for each in packed):
         return None

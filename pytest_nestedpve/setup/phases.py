@@ -15,7 +15,7 @@ Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 
 def default_phases() -> list[Phase]:
-    """The fourteen phases. Limits are nominal seconds; what a phase usually takes is measured (usual.py)."""
+    """The fourteen phases of a run with a nested PVE of its own. Limits are nominal seconds."""
     own = ("ensure_pve", "download_image")
     return [
         Phase("preflight", "look at the outer host", preflight, timeout=600),
@@ -46,7 +46,7 @@ def default_phases() -> list[Phase]:
     ]  # fmt: skip
 
 
-# Imports stand in the functions: the list alone is needed to collect tests, and must cost nothing.
+# Imports are in the functions: the collection of tests needs the list alone, and must stay cheap.
 
 
 def _level(role: str) -> Any:
@@ -65,12 +65,12 @@ def _input(name: str) -> Callable[[Environment], object]:
 
 
 def preflight(env: Environment) -> Mapping[str, Any]:
-    """The action of the phase of that name."""
+    """Check the outer host; the action of the phase `preflight`. Raises PveError."""
     return _check_host(env, image=True)
 
 
 def preflight_without_image(env: Environment) -> Mapping[str, Any]:
-    """The same for a VM that the project makes: what it boots is not looked for."""
+    """Check the outer host for a VM that the project creates: no image is required. Raises PveError."""
     return _check_host(env, image=False)
 
 
