@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import os
 import re
@@ -227,3 +228,34 @@ def test_what_a_run_makes_on_a_host_and_what_its_token_may_is_in_the_table() -> 
     # Written by root beside the API: imagefile, vendor, and what passes one node on to another.
     for written in ("`import/", "`import` and `snippets`", "`npve-RUN-….yaml`", "`/var/tmp/.nestedpve-…`"):
         assert written in table
+
+
+def test_contributing_names_code_that_exists() -> None:
+    """Each `path.py:name` is a definition of that module, or a method of a class in it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(places) > 30
+    for file, name in places:
+        path = ROOT / "pytest_nestedpve" / file
+        assert path.is_file(), file
+        body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            named = {
+                target: node
+                for node in body
+                for target in (
+                    [node.name]
+                    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                    else [node.target.id]
+                    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+                    else [target.id for target in node.targets if isinstance(target, ast.Name)]
+                    if isinstance(node, ast.Assign)
+                    else []
+                )
+            }
+            assert part in named, f"{file}:{name}"
+            inner = named[part]
+            body = inner.body if isinstance(inner, ast.ClassDef) else []
+    for file in re.findall(r"`((?:tests|docs)/[\w/.-]+)`", text):
+        if "*" not in file:
+            assert (ROOT / file).exists(), file
