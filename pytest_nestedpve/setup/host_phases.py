@@ -39,7 +39,7 @@ def ask_pveproxy(host: PveHost, path: str, token: str = "", *, timeout: float = 
 
     Raises SshError.
     """
-    script = playbook_path("roles/nested_pve_identity/files/ask_pveproxy.py").read_text(encoding="utf-8")
+    script = playbook_path("roles/nested_pve_identity/files/check_pveproxy.py").read_text(encoding="utf-8")
     answer = host.run(
         ["python3", "-c", script, path], stdin=token.encode() or None, timeout=timeout, secret=bool(token)
     )

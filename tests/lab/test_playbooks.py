@@ -138,8 +138,8 @@ def test_a_bridge_that_is_there_with_the_address_is_left_alone(changed: Changed)
 
 def test_a_clone_with_a_new_name_and_address_is_mended(changed: Changed) -> None:
     tasks = changed.kept.told_changes()
-    assert "nested_pve_identity : Put the name at its address" in tasks
-    assert "nested_pve_identity : Start pmxcfs anew" in tasks
+    assert "nested_pve_identity : Map the name to its address" in tasks
+    assert "nested_pve_identity : Restart pmxcfs" in tasks
     assert "nested_pve_identity : Renew the certificate" in tasks
 
 

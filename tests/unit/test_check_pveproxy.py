@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import socket
 import subprocess
 import sys
@@ -124,3 +125,11 @@ def test_what_is_wrong_is_told_in_a_line(host: HttpsHost, pve: Path, case: str) 
     assert rc == 1
     assert expected[case] in said
     assert len(said.splitlines()) == 1
+
+
+def test_every_file_of_the_playbooks_that_the_package_reads_exists() -> None:
+    package = ROLES.parents[1] / "pytest_nestedpve"
+    source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    names = re.findall(r'playbook_path\("([^"{]+)"\)', source)
+    assert "roles/nested_pve_identity/files/check_pveproxy.py" in names
+    assert [name for name in names if not (ROLES.parent / name).is_file()] == []
