@@ -29,7 +29,7 @@ def lab(name: str) -> Iterator[str]:
 
     full = f"{PREFIX}-{name}"
     try:
-        lifecycle.start(full, hand=True, say=lambda _text: None)
+        lifecycle.start(full, hand=True, report=lambda _text: None)
     except LabError as e:
         raise RuntimeError(str(e)) from e
     try:
@@ -50,7 +50,7 @@ def ask(name: str, *words: str, node: str = "father") -> str:
     from pytest_nestedpve.lab import lifecycle, programs
     from pytest_nestedpve.lab.enter import namespace_command
 
-    argv = namespace_command(lifecycle.need(name).pids, node, words)
+    argv = namespace_command(lifecycle.get(name).pids, node, words)
     done = subprocess.run(
         argv, capture_output=True, text=True, env={"PATH": programs.search_path()}, check=False
     )
@@ -63,7 +63,7 @@ def by_ssh(name: str, *words: str) -> None:
     """A command on father over a new SSH connection, as a shell script does it."""
     from pytest_nestedpve.lab import lifecycle
 
-    lab = lifecycle.need(name)
+    lab = lifecycle.get(name)
     subprocess.run(["ssh", "-F", lab.ssh_config, lab.host, *words], check=True, capture_output=True)
 
 

@@ -127,9 +127,9 @@ def _check_shell(ssh: SshConnection, target: SshTarget) -> None:
 
 def lab_runs(host: str) -> bool:
     """Whether the lab of `lab` or `lab:NAME` is running; starts none."""
-    from pytest_nestedpve.lab.session import runs
+    from pytest_nestedpve.lab.session import is_running
 
-    return bool(runs(host.partition(":")[2] or ""))
+    return bool(is_running(host.partition(":")[2] or ""))
 
 
 def lab_hindrance() -> str | None:

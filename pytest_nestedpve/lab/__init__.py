@@ -1,4 +1,4 @@
 """The embedded lab: an outer PVE host on this machine, made of system containers.
 
-Only `config.hosts` knows it; the code that speaks to a PVE host cannot tell a lab from a real one.
+Only `config.hosts` imports this package; to all other code a lab is a PVE host like any other.
 """

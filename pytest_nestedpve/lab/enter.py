@@ -1,4 +1,4 @@
-"""Entering a lab's nodes from the machine, by their namespaces: works whatever the network in there does."""
+"""Commands on a lab's nodes, run by entering their namespaces: independent of the lab's network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from . import programs
-from .names import FATHER, UNCLE, LabError
+from .names import FATHER, SECOND_NODE, LabError
 
 _GUESTS = (
     "import json, pathlib\n"
@@ -21,18 +21,19 @@ _GUESTS = (
 
 
 def namespace_command(inits: Mapping[str, int], node: str, command: Sequence[str]) -> list[str]:
-    """The command as seen from the machine, to run it on `node` of the lab whose outer nodes have these
-    PIDs 1. LabError if there is no such node."""
-    shown, _, below = node.partition("/")
-    if shown in (FATHER, UNCLE):
-        node = below
+    """The arguments by which this machine runs `command` on `node`. `inits`: PIDs 1 of the lab's outer nodes.
+    LabError if the node does not exist, or is off."""
+    host, _, path = node.partition("/")
+    if host in (FATHER, SECOND_NODE):
+        node = path
     else:
-        shown = FATHER
-    if shown not in inits:
+        host = FATHER
+    if host not in inits:
         raise LabError(
-            f"{shown} is off, or not in this lab: `nestedpve-lab start NAME --nodes 2` has two nodes"
+            f"{host} is off, or the lab has one node only; "
+            f"`nestedpve-lab power NAME {host} on` switches it on, `nestedpve-lab start NAME --nodes 2` has it"
         )
-    inside = _into(inits[shown])
+    prefix = _nsenter(inits[host])
     if not node:
         steps: list[str] = []
     elif node == "nested":
@@ -42,42 +43,42 @@ def namespace_command(inits: Mapping[str, int], node: str, command: Sequence[str
     else:
         steps = node.split("/")
     for step in steps:
-        guests = _guests(inside)
-        chosen = [guest for guest in guests if not step or step in (str(guest[0]), guest[1])]
-        if len(chosen) != 1:
-            there = ", ".join(f"{vmid} ({name})" for vmid, name, _ in guests) or "none"
-            wanted = f"VM {step!r}" if step else "exactly one VM"
-            more = "; name one, as in --node 9900 or --node 9900/101" if len(chosen) > 1 else ""
-            raise LabError(f"expected {wanted} booted on {shown}, found: {there}{more}")
-        shown = chosen[0][1]
-        inside = [*inside, *_into(chosen[0][2])]
-    # Entering brings this process's rights along; a node's own processes lack those over the whole machine.
-    fewer = ["setpriv", "--bounding-set=-sys_time,-sys_module"]
+        guests = _booted_guests(prefix)
+        matching = [guest for guest in guests if not step or step in (str(guest[0]), guest[1])]
+        if len(matching) != 1:
+            booted = ", ".join(f"{vmid} ({name})" for vmid, name, _ in guests) or "none"
+            expected = f"VM {step!r}" if step else "exactly one VM"
+            hint = "; name one, as in --node 9900 or --node 9900/101" if len(matching) > 1 else ""
+            raise LabError(f"expected {expected} booted on {host}, found: {booted}{hint}")
+        host = matching[0][1]
+        prefix = [*prefix, *_nsenter(matching[0][2])]
+    # nsenter keeps this process's capabilities; a node's own processes lack those over the whole machine.
+    drop = ["setpriv", "--bounding-set=-sys_time,-sys_module"]
     clean = ["env", "-i", "-C", "/", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb", f"PATH={_PATH}"]
-    return [*inside, *fewer, *clean, *command]
+    return [*prefix, *drop, *clean, *command]
 
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def _into(init: int) -> list[str]:
-    spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
-    return ["nsenter", "--target", str(init), *spaces, "--root", "--wd=/", "--"]
+def _nsenter(init: int) -> list[str]:
+    namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+    return ["nsenter", "--target", str(init), *namespaces, "--root", "--wd=/", "--"]
 
 
-def _guests(inside: list[str]) -> list[tuple[int, str, int]]:
-    """Booted VMs of a node: vmid, name, PID 1 as that node sees it."""
+def _booted_guests(prefix: list[str]) -> list[tuple[int, str, int]]:
+    """Booted VMs of the node that `prefix` enters: vmid, name, PID 1 in the node's PID namespace."""
     done = subprocess.run(
-        [*inside, "/usr/bin/python3", "-c", _GUESTS],
+        [*prefix, "/usr/bin/python3", "-c", _GUESTS],
         capture_output=True,
         text=True,
         env={"PATH": programs.search_path()},
         check=False,
     )
     if done.returncode != 0:
-        raise LabError(f"the node cannot be entered: {done.stderr.strip()}")
-    found = []
+        raise LabError(f"entering a node of the lab failed: {done.stderr.strip()}")
+    guests = []
     for line in done.stdout.splitlines():
         vmid, name, init = json.loads(line)
-        found.append((int(vmid), str(name), int(init)))
-    return found
+        guests.append((int(vmid), str(name), int(init)))
+    return guests

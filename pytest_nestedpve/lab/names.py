@@ -1,4 +1,4 @@
-"""Names and numbers of the lab: what its nodes, networks and directories are called."""
+"""Names and addresses of the lab's nodes, networks and directories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_nestedpve.pve.errors import PveError
 
 DOMAIN = "nested-pve.test"
 FATHER = "father"
-UNCLE = "uncle"  # the second outer node, of a lab that has two
+SECOND_NODE = "father2"  # the second outer node of a lab with two
 MIRROR_HOST = f"mirror.{DOMAIN}"
 PVE_HOST = "download.proxmox.com"
 MIRROR_URL = f"http://{MIRROR_HOST}/debian"
@@ -20,7 +20,7 @@ PVE_KEY_URL = f"http://{PVE_HOST}/debian/{PVE_KEY_FILE}"
 IMAGE_FILE = "debian-13-genericcloud-amd64.raw"
 SUITE = "trixie"
 
-# Where the lab's own Python package lies on every node.
+# Directory of the lab's own Python package on every node.
 NODE_LIBRARY = "/usr/share/nestedpve-lab"
 
 DEFAULT_LAB = "default"
@@ -29,19 +29,19 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 
 class LabError(PveError):
-    """Something about a lab went wrong; the text says what to do."""
+    """An operation on a lab failed."""
 
 
 class LabUnavailable(LabError):
-    """The lab cannot run here; the text says what is missing and what works without the lab."""
+    """The lab cannot run on this machine; the message names the missing part and what works without a lab."""
 
 
 class LabUsage(LabError):
-    """Something was asked of a lab that it does not know; the text says what it knows."""
+    """An unknown key, value or node; the message lists the known ones."""
 
 
 def check_name(name: str) -> str:
-    """The lab name itself. LabError unless it is up to 32 lower-case letters, digits and inner hyphens."""
+    """Return the name. LabError unless it is up to 32 lower-case letters, digits and inner hyphens."""
     if not _NAME.fullmatch(name):
         raise LabError(
             f"lab name: expected 1 to 32 lower-case letters, digits and inner hyphens, found {name!r}"
@@ -50,21 +50,21 @@ def check_name(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """$NESTED_PVE_CACHE, by default ~/.cache/nested-pve; absolute, not necessarily there."""
-    given = os.environ.get("NESTED_PVE_CACHE")
-    chosen = Path(given).expanduser() if given else Path.home() / ".cache" / "nested-pve"
-    chosen = chosen.absolute()
-    if re.search(r"[:,\\\s]", str(chosen)):
-        # The path stands in the options of an overlay mount, where these separate.
+    """$NESTED_PVE_CACHE, by default ~/.cache/nested-pve; absolute; it may not exist."""
+    configured = os.environ.get("NESTED_PVE_CACHE")
+    path = Path(configured).expanduser() if configured else Path.home() / ".cache" / "nested-pve"
+    path = path.absolute()
+    if re.search(r"[:,\\\s]", str(path)):
+        # The path is part of the options of an overlay mount, where these characters separate.
         raise LabError(
-            f"the cache directory {str(chosen)!r} contains a colon, comma, backslash or white space; "
-            "choose another one by NESTED_PVE_CACHE"
+            f"the cache directory {str(path)!r} contains a colon, comma, backslash or white space; "
+            "set NESTED_PVE_CACHE to another one"
         )
-    return chosen
+    return path
 
 
 def labs_dir() -> Path:
-    """Where each lab has its directory."""
+    """The parent of all labs' directories."""
     return cache_dir() / "labs"
 
 
@@ -82,7 +82,7 @@ class Subnets:
         self.uplink_father = f"10.210.{number}.2"
         self.uplink = f"10.210.{number}.0/30"
         self.bridge_address = f"10.211.{number}.1"
-        self.uncle_address = f"10.211.{number}.2"
+        self.second_address = f"10.211.{number}.2"
         self.bridge = f"10.211.{number}.0/24"
         self.dhcp_range = (f"10.211.{number}.10", f"10.211.{number}.250")
         self.link = f"npvelab{number}"

@@ -1,7 +1,7 @@
-"""Father, the outer PVE host of a lab: what it is made of, layer by layer, and what makes it that lab's.
+"""The files of a lab's outer PVE hosts, father and father2: layers of their root, and each lab's own part.
 
-Three layers, each made again only when what it is made from changes: the image (a minute), Debian packages
-and the lab's services (seconds), the stand-in packages (seconds). On top comes what differs from lab to lab.
+Three layers, each rebuilt only when its recipe changes: the image (a minute), Debian packages and the lab's
+services (seconds), the stand-in packages (seconds). On top of them are the files that differ between labs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .names import (
     PVE_HOST,
     PVE_KEY_URL,
     PVE_URL,
+    SECOND_NODE,
     SUITE,
-    UNCLE,
     Subnets,
     cache_dir,
 )
@@ -97,7 +97,7 @@ rm -f /etc/resolv.conf /etc/hostname /etc/netplan/*
 mkdir -p /srv/www/{MIRROR_HOST} /srv/www/{PVE_HOST} /var/lib/vz
 """
 
-# dpkg, not apt: the set is complete, and dpkg sorts it out itself.
+# dpkg, not apt: the set of packages is complete, and dpkg orders it itself.
 _STANDIN_SCRIPT = f"""
 dpkg -i /run/share/{PVE_HOST}/debian/pve/pool/*.deb || dpkg --configure -a
 dpkg --audit
@@ -107,8 +107,8 @@ _RECIPE = 1
 
 
 @dataclass(frozen=True)
-class Father:
-    """What any father is started from: the image file, layers above it (topmost first), web site parts."""
+class NodeFiles:
+    """Files of any outer node: the image, layers above it (topmost first), the two parts of the web site."""
 
     image: Path
     layers: tuple[Path, ...]
@@ -129,36 +129,36 @@ def standin_dir(specs: Sequence[DebSpec]) -> Path:
     return cache_dir() / "layers" / f"pve-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
 
-def build(say: Callable[[str], None]) -> Father:
-    """Make what is missing above the image, which has to be there; seconds. LabError when something fails."""
+def build(report: Callable[[str], None]) -> NodeFiles:
+    """Build missing repositories and layers (seconds) on an existing image. LabError when a program fails."""
     specs = repository.standins()
-    mirror = repository.build_mirror(say)
-    pve = repository.build_pve(specs, say)
+    mirror = repository.build_mirror(report)
+    pve = repository.build_pve(specs, report)
     base = image.base_dir() / "base.squashfs"
     system = system_dir()
     if not system.exists():
-        say("father: Debian packages and services")
+        report("father: Debian packages and services")
         _layer(system, base, (), mirror, _SYSTEM_SCRIPT, _FILES)
     standin = standin_dir(specs)
     if not standin.exists():
-        say("father: PVE")
+        report("father: PVE")
         _layer(standin, base, (system,), pve, _STANDIN_SCRIPT, {})
-    return Father(base, (standin, system), mirror / MIRROR_HOST, pve / PVE_HOST)
+    return NodeFiles(base, (standin, system), mirror / MIRROR_HOST, pve / PVE_HOST)
 
 
-def stale() -> list[Path]:
-    """Directories of the cache that no present recipe names: older images, repositories, layers."""
+def stale_dirs() -> list[Path]:
+    """Directories of older images, repositories and layers in the cache, of no present recipe."""
     specs = repository.standins()
-    wanted = {
+    current = {
         image.base_dir(),
         repository.mirror_dir(),
         repository.pve_dir(specs),
         system_dir(),
         standin_dir(specs),
     }
-    found = [path for part in ("base", "repo", "layers") for path in (cache_dir() / part).glob("*")]
-    kept = ("build-", "build.")
-    return [path for path in found if path.is_dir() and path not in wanted and not path.name.startswith(kept)]
+    paths = [path for part in ("base", "repo", "layers") for path in (cache_dir() / part).glob("*")]
+    building = ("build-", "build.")
+    return [p for p in paths if p.is_dir() and p not in current and not p.name.startswith(building)]
 
 
 def _layer_script() -> Path:
@@ -186,9 +186,9 @@ def _layer(
             "SHARE": str(share),
             "SCRIPT": script,
         }
-        apart = ["unshare", "--mount", "--propagation", "private", "--uts", "--net", "--pid", "--fork"]
-        command = [*apart, "--kill-child", "sh", _layer_script()]
-        programs.run(command, what=f"making the layer {target.name}", env=environment, log=log)
+        namespaces = ["unshare", "--mount", "--propagation", "private", "--uts", "--net", "--pid", "--fork"]
+        command = [*namespaces, "--kill-child", "sh", _layer_script()]
+        programs.run(command, what=f"building the layer {target.name}", env=environment, log=log)
         upper.rename(target)
     log.unlink()
 
@@ -196,21 +196,21 @@ def _layer(
 def prepare(
     upper: Path,
     vz: Path,
-    father: Father,
+    files: NodeFiles,
     subnets: Subnets,
     authorized: str,
     host_key: Path,
     *,
     second: bool = False,
 ) -> None:
-    """Write what makes a father this lab's (addresses, keys, profile) into `upper` and `vz`, his
-    /var/lib/vz; `second`: there is an uncle too."""
+    """Write this lab's own files of father (addresses, keys, profile) into `upper`, the top of its root, and
+    `vz`, its /var/lib/vz. `second`: the lab has a second node."""
     address = subnets.bridge_address
     first, last = subnets.dhcp_range
-    known = {FATHER: address} | ({UNCLE: subnets.uncle_address} if second else {})
+    nodes = {FATHER: address} | ({SECOND_NODE: subnets.second_address} if second else {})
     _write(
         upper,
-        _identity(FATHER, subnets, known)
+        _identity(FATHER, subnets, nodes)
         | {
             "etc/network/interfaces": _interfaces(subnets, ports="lan" if second else "none"),
             "etc/nestedpve-lab-dnsmasq.conf": f"""\
@@ -232,7 +232,7 @@ no-ping
 host-record={PVE_HOST},{address}
 host-record={MIRROR_HOST},{address}
 """
-            + "".join(f"host-record={name}.{DOMAIN},{name},{place}\n" for name, place in known.items())
+            + "".join(f"host-record={name}.{DOMAIN},{name},{ip}\n" for name, ip in nodes.items())
             + "user=root\n",
             "etc/nested-pve.ini": f"""\
 [nested-pve]
@@ -253,42 +253,42 @@ pve_repository_key_sha256 = {repository.pve_key_sha256()}
     (ssh / "authorized_keys").write_text(authorized)
     (ssh / "authorized_keys").chmod(0o600)
     _host_key(upper, host_key)
-    _storage(vz, father)
+    _storage(vz, files)
 
 
-def prepare_uncle(upper: Path, vz: Path, father: Father, subnets: Subnets, host_key: Path) -> None:
-    """The same for the second node: father's DHCP, DNS and web server are its too."""
-    known = {FATHER: subnets.bridge_address, UNCLE: subnets.uncle_address}
+def prepare_second(upper: Path, vz: Path, files: NodeFiles, subnets: Subnets, host_key: Path) -> None:
+    """The same for the second node, which uses father's DHCP, DNS and web server."""
+    nodes = {FATHER: subnets.bridge_address, SECOND_NODE: subnets.second_address}
     interfaces = f"""\
 auto lo
 iface lo inet loopback
 
 auto vmbr0
 iface vmbr0 inet static
-	address {subnets.uncle_address}/24
+	address {subnets.second_address}/24
 	hwaddress 02:4e:50:56:02:{subnets.number:02x}
 	bridge-ports lan
 	bridge-stp off
 	bridge-fd 0
 """
-    _write(upper, _identity(UNCLE, subnets, known) | {"etc/network/interfaces": interfaces})
+    _write(upper, _identity(SECOND_NODE, subnets, nodes) | {"etc/network/interfaces": interfaces})
     units = upper / "etc/systemd/system"
     units.mkdir(parents=True)
     for unit in ("nestedpve-lab-dns.service", "nestedpve-lab-web.service"):
         (units / unit).symlink_to("/dev/null")
     _host_key(upper, host_key)
-    _storage(vz, father)
+    _storage(vz, files)
 
 
 def prepare_cluster(folder: Path, name: str, subnets: Subnets) -> None:
-    """What both nodes have as /var/lib/pve-cluster: so far that they are one cluster."""
+    """Write /var/lib/pve-cluster, which both nodes share: so far the configuration of their cluster."""
     (folder / "fs").mkdir(parents=True)
-    nodes = {FATHER: subnets.bridge_address, UNCLE: subnets.uncle_address}
+    nodes = {FATHER: subnets.bridge_address, SECOND_NODE: subnets.second_address}
     (folder / "fs/corosync.conf").write_text(members.config(name, nodes))
 
 
-def _identity(node: str, subnets: Subnets, known: dict[str, str]) -> dict[str, str]:
-    hosts = "".join(f"{address} {name}.{DOMAIN} {name}\n" for name, address in known.items())
+def _identity(node: str, subnets: Subnets, nodes: dict[str, str]) -> dict[str, str]:
+    hosts = "".join(f"{address} {name}.{DOMAIN} {name}\n" for name, address in nodes.items())
     return {
         "etc/hostname": f"{node}\n",
         "etc/hosts": f"127.0.0.1 localhost\n{hosts}\n::1 ip6-localhost\n",
@@ -311,17 +311,17 @@ def _host_key(upper: Path, host_key: Path) -> None:
         target.chmod(mode)
 
 
-def _storage(vz: Path, father: Father) -> None:
+def _storage(vz: Path, files: NodeFiles) -> None:
     for folder in ("import", "images", "snippets", "template/iso", "dump"):
         (vz / folder).mkdir(parents=True, exist_ok=True)
     try:
-        os.link(father.image, vz / "import" / IMAGE_FILE)
+        os.link(files.image, vz / "import" / IMAGE_FILE)
     except OSError:
-        shutil.copyfile(father.image, vz / "import" / IMAGE_FILE)
+        shutil.copyfile(files.image, vz / "import" / IMAGE_FILE)
 
 
 def _interfaces(subnets: Subnets, *, ports: str) -> str:
-    # A bridge without a fixed address changes it as guests come and go. There is no way out: no gateway.
+    # Without a fixed MAC address a bridge changes it with its ports. No gateway: a lab has no way out.
     return f"""\
 auto lo
 iface lo inet loopback

@@ -1,4 +1,4 @@
-"""Programs the lab needs on the machine, and running them."""
+"""Programs that the lab needs on the machine, and how they are run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .names import LabError
 
-# Program → Debian package. What father and the nodes need comes with the image.
+# Program → Debian package. Programs of father and the nodes are in the image.
 TO_RUN = {
     "ip": "iproute2",
     "ssh": "openssh-client",
@@ -57,8 +57,8 @@ def run(
 ) -> bytes:
     """Run a program to its end and return its standard output.
 
-    With `log` both streams go into that file, and nothing is returned. LabError, with `what` was being
-    done and the end of what the program said, if it fails.
+    With `log` both streams are appended to that file, and the result is empty. LabError with `what` (the
+    action, as "building the image") and the end of the program's output if it fails.
     """
     import os
 
@@ -66,16 +66,16 @@ def run(
     environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
     if log is None:
         done = subprocess.run(argv, input=stdin, capture_output=True, cwd=cwd, env=environment, check=False)
-        said = (done.stderr or done.stdout).decode(errors="replace")
+        output = (done.stderr or done.stdout).decode(errors="replace")
     else:
         with open(log, "ab") as file:
             begin = file.tell()
             done = subprocess.run(
                 argv, input=stdin or b"", stdout=file, stderr=file, cwd=cwd, env=environment, check=False
             )
-        said = log.read_bytes()[begin:].decode(errors="replace") if done.returncode else ""
+        output = log.read_bytes()[begin:].decode(errors="replace") if done.returncode else ""
     if done.returncode != 0:
-        end = "\n".join(f"    {line}" for line in said.strip().splitlines()[-12:])
-        where = f"\n  all of it: {log}" if log else ""
+        end = "\n".join(f"    {line}" for line in output.strip().splitlines()[-12:])
+        where = f"\n  full output: {log}" if log else ""
         raise LabError(f"{what} failed: {argv[0]} ended with status {done.returncode}\n{end}{where}")
     return done.stdout or b""

@@ -1,4 +1,4 @@
-"""Asking a lab's father what runs have left in him."""
+"""Leftovers of runs on a lab's father: their VMs and pools."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def ssh(folder: Path, command: str, *, limit: float = 60.0) -> subprocess.Comple
             check=False,
         )
     except subprocess.TimeoutExpired as e:
-        raise LabError(f"{FATHER} did not answer to `{command}` within {limit:g} s") from e
+        raise LabError(f"{FATHER} did not finish `{command}` within {limit:g} s") from e
     if done.returncode == 255:
-        raise LabError(f"no SSH to {FATHER}: {done.stderr.strip()}")
+        raise LabError(f"SSH to {FATHER} failed: {done.stderr.strip()}")
     return done
 
 
 def marked_guests(folder: Path) -> list[str]:
-    """The VMs of runs on father, as `vmid (pool)`; pools without VMs count, by their name. LabError if he
-    cannot be asked."""
-    listed = []
+    """The runs' pools on father, by name, and their VMs, as `vmid (name)`. LabError if father does not
+    answer."""
+    answers = []
     for path in ("/pools", "/cluster/resources --type vm"):
         done = ssh(folder, f"pvesh get {path} --output-format json")
         if done.returncode == _NO_COMMAND:
             return []
         if done.returncode != 0:
             raise LabError(f"pvesh on father ended with status {done.returncode}: {done.stderr.strip()}")
-        listed.append(json.loads(done.stdout))
-    pools, guests = listed
-    found = [str(pool["poolid"]) for pool in pools if "npve-" in str(pool.get("poolid", ""))]
+        answers.append(json.loads(done.stdout))
+    pools, guests = answers
+    marked = [str(pool["poolid"]) for pool in pools if "npve-" in str(pool.get("poolid", ""))]
     for guest in guests:
         tags = str(guest.get("tags", "")).replace(",", ";").split(";")
         if "nestedpve" in tags or "npve-" in str(guest.get("pool", "")):
-            found.append(f"{guest.get('vmid')} ({guest.get('name', 'without a name')})")
-    return found
+            marked.append(f"{guest.get('vmid')} ({guest.get('name', 'without a name')})")
+    return marked

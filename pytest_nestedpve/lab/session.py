@@ -1,4 +1,4 @@
-"""The lab for a test session: started if need be, held while the session lasts. Never runs apt."""
+"""The lab of a test session: started unless it runs, held while the session lasts. Never runs apt."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from . import lifecycle, requirements
 from .names import DEFAULT_LAB, check_name, lab_dir
 from .node.machine.alive import held
 
-# The supervisor asks father for VMs of runs and takes him down: a second or two.
+# The supervisor lists VMs of runs on father and stops the lab: a second or two.
 _RELEASE_LIMIT = 20.0
 
 
 @dataclass
 class LabSession:
-    """A lab that stays at least until `release`."""
+    """A lab that runs at least until `release`."""
 
     name: str
     host: str
@@ -32,8 +32,8 @@ class LabSession:
     _supervisor: int = field(repr=False)
 
     def release(self) -> None:
-        """Let go of the lab. If this was its last session and no VM of a run is left, it stops: this waits
-        for that. Calling it twice does nothing."""
+        """End this session's use of the lab. If it was the last one and no VM of a run remains, wait until
+        the lab has stopped. A second call does nothing."""
         if self._hold.closed:
             return
         folder = lab_dir(self.name)
@@ -67,23 +67,23 @@ class LabSession:
 
 
 def acquire(name: str = "") -> LabSession:
-    """Hold lab `name` (default: "default"), started if it does not run; seconds. LabUnavailable says what
-    is missing on this machine and what works without the lab; LabError any other trouble."""
+    """Hold lab `name` (default: "default"), started unless it runs (seconds). LabUnavailable if this machine
+    cannot run a lab; LabError for any other failure."""
     name = check_name(name or DEFAULT_LAB)
     requirements.check()
     lifecycle.sweep()
     with lifecycle.lab_lock(name):
-        lab = lifecycle.start_locked(name, hand=False, say=_say)
+        lab = lifecycle.start_locked(name, hand=False, report=_report)
         hold = os.fdopen(lock(lab_dir(name) / "session.lock", shared=True, create=False))
     with contextlib.suppress(OSError):
         (lab_dir(name) / "kept").unlink(missing_ok=True)
     return LabSession(name, lab.host, Path(lab.ssh_config), hold, lab.supervisor)
 
 
-def runs(name: str = "") -> bool:
-    """Whether the lab is up; starts none."""
+def is_running(name: str = "") -> bool:
+    """Whether the lab runs. Never starts one."""
     return lifecycle.find(name or DEFAULT_LAB) is not None
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(f"nestedpve-lab: {text}", file=sys.__stderr__, flush=True)

@@ -1,4 +1,4 @@
-"""How slow a lab's nodes are: `nestedpve-lab set NAME cli_delay_s=1.3 stop_s=2 destroy_s=3`."""
+"""Delays of a lab's nodes: `nestedpve-lab set NAME cli_delay_s=1.3 stop_s=2 destroy_s=3`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from . import programs
 from .names import FATHER, LabError, LabUsage
 
-MOST = 600.0
+MAX_SECONDS = 600.0
 KEYS = {
     "cli_delay_s": "each pvesh and qm takes that much longer, each pveum and pvesm 0.4 of it",
     "start_s": "the start of a VM takes that much longer",
@@ -22,8 +22,8 @@ _FILE = "/etc/nestedpve-lab.json"
 
 
 def parse(pairs: Sequence[str]) -> dict[str, float]:
-    """Seconds by key, of words `key=seconds`. LabUsage for an unknown key or what is no number of seconds."""
-    found = {}
+    """Seconds by key, from words `key=seconds`. LabUsage for an unknown key or a value out of range."""
+    delays = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or key not in KEYS:
@@ -33,29 +33,29 @@ def parse(pairs: Sequence[str]) -> dict[str, float]:
             seconds = float(value)
         except ValueError:
             seconds = math.nan
-        if not 0 <= seconds <= MOST:
-            raise LabUsage(f"set: {key}: expected seconds, 0 to {MOST:g}, found {value!r}")
-        found[key] = seconds
-    return found
+        if not 0 <= seconds <= MAX_SECONDS:
+            raise LabUsage(f"set: {key}: expected seconds, 0 to {MAX_SECONDS:g}, found {value!r}")
+        delays[key] = seconds
+    return delays
 
 
 def change(lab: str, changes: Mapping[str, float]) -> dict[str, float]:
-    """Change a running lab's pace, at once and for all its nodes, those that boot later too; all of it, by
-    key. Without changes only tells it. LabError if the lab does not run."""
+    """Change a running lab's delays, at once and for all its nodes, those that boot later too. Returns all
+    delays (seconds) by key. LabError if the lab does not run."""
     from . import lifecycle
 
-    found = dict.fromkeys(KEYS, 0.0) | _read(lab)
+    delays = dict.fromkeys(KEYS, 0.0) | _read(lab)
     if not changes:
-        return found
-    found |= changes
-    # Written in place: the nodes inside have the very same file.
-    for node in lifecycle.need(lab).pids:
-        _on(node, lab, f"cat >{_FILE}", json.dumps(found))
-    return found
+        return delays
+    delays |= changes
+    # Written in place: the file is bind-mounted into the nodes inside.
+    for node in lifecycle.get(lab).pids:
+        _run_on(node, lab, f"cat >{_FILE}", json.dumps(delays))
+    return delays
 
 
 def _read(lab: str) -> dict[str, float]:
-    text = _on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
+    text = _run_on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
     try:
         loaded = json.loads(text or "{}")
         return {key: float(loaded[key]) for key in KEYS if key in loaded}
@@ -63,11 +63,11 @@ def _read(lab: str) -> dict[str, float]:
         raise LabError(f"{_FILE} on {FATHER} of lab {lab} cannot be read: {e}; found {text[:200]!r}") from e
 
 
-def _on(node: str, lab: str, script: str, text: str = "") -> str:
+def _run_on(node: str, lab: str, script: str, text: str = "") -> str:
     from . import lifecycle
     from .enter import namespace_command
 
-    argv = namespace_command(lifecycle.need(lab).pids, node, ["/bin/sh", "-c", script])
+    argv = namespace_command(lifecycle.get(lab).pids, node, ["/bin/sh", "-c", script])
     environment = {**os.environ, "PATH": programs.search_path()}
     done = subprocess.run(argv, input=text, text=True, capture_output=True, env=environment, check=False)
     if done.returncode:

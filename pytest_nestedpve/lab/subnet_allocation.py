@@ -1,7 +1,7 @@
-"""A number for each lab, from which follow its networks, link and cgroup: one that nothing here uses yet.
+"""Allocation of a free number to a lab; its networks, link and cgroup are derived from the number.
 
-What counts is the kernel's state, not a file: labs of other cache directories (another user's, a chroot's)
-are seen too.
+The kernel's state decides, not a file, so that labs of other cache directories (another user's, a chroot's)
+count too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .node.machine import cgroups
 
 
 @contextlib.contextmanager
-def _machine_wide() -> Iterator[None]:
-    """One allocation at a time on this machine, in any mount namespace: the lock is on the cgroup root."""
+def _allocation_lock() -> Iterator[None]:
+    """Lock allocation on this machine, for all mount namespaces: the lock is on the cgroup root."""
     descriptor = os.open(cgroups.root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -30,11 +30,11 @@ def _machine_wide() -> Iterator[None]:
         os.close(descriptor)
 
 
-def take() -> Subnets:
-    """Take a free number: this process moves into the new lab's cgroup, which keeps the number taken.
-    LabError when none of them is free."""
-    with _machine_wide():
-        used = used_networks()
+def allocate() -> Subnets:
+    """Allocate a free number and move this process into its cgroup, which reserves the number. LabError if
+    none is free."""
+    with _allocation_lock():
+        used = routed_networks()
         for number in range(MAX_LABS):
             subnets = Subnets(number)
             group = cgroups.root() / subnets.cgroup
@@ -42,36 +42,36 @@ def take() -> Subnets:
                 if cgroups.event(group, "populated"):
                     continue
                 cgroups.remove(group)
-            if free(subnets, used):
+            if is_free(subnets, used):
                 cgroups.enter(group / "supervisor")
                 return subnets
     raise LabError(
-        f"none of the lab's {MAX_LABS} address ranges (10.210.N.0/30 with 10.211.N.0/24) is free here; "
-        "`nestedpve-lab list` shows running labs, `ip route` what else uses them"
+        f"none of the lab's {MAX_LABS} address ranges (10.210.N.0/30 with 10.211.N.0/24) is free; "
+        "`nestedpve-lab list` lists running labs, `ip route show table all` other uses"
     )
 
 
-def free(subnets: Subnets, used: list[ipaddress.IPv4Network]) -> bool:
+def is_free(subnets: Subnets, used: list[ipaddress.IPv4Network]) -> bool:
     """Whether none of the lab's networks overlaps one in use."""
-    wanted = [ipaddress.IPv4Network(subnets.uplink), ipaddress.IPv4Network(subnets.bridge)]
-    return not any(one.overlaps(other) for one in wanted for other in used)
+    networks = [ipaddress.IPv4Network(subnets.uplink), ipaddress.IPv4Network(subnets.bridge)]
+    return not any(network.overlaps(other) for network in networks for other in used)
 
 
-def used_networks() -> list[ipaddress.IPv4Network]:
-    """Networks that this machine has routes to, other than the default route and other than large private
-    ranges: a route to all of 10.0.0.0/8 (a VPN's) is less specific than a lab's own."""
-    shown = programs.run(["ip", "-json", "-4", "route", "show", "table", "all"], what="reading the routes")
-    found = []
-    for route in json.loads(shown or b"[]"):
+def routed_networks() -> list[ipaddress.IPv4Network]:
+    """Networks that this machine has routes to, except networks of /16 and larger (the default route, a VPN's
+    10.0.0.0/8): such routes are less specific than a lab's own."""
+    routes = programs.run(["ip", "-json", "-4", "route", "show", "table", "all"], what="reading the routes")
+    networks = []
+    for route in json.loads(routes or b"[]"):
         with contextlib.suppress(ValueError, KeyError):
             network = ipaddress.IPv4Network(route["dst"])
             if network.prefixlen > 16:
-                found.append(network)
-    return found
+                networks.append(network)
+    return networks
 
 
-def own_cgroup() -> Path:
-    """The v2 cgroup this process is in."""
+def process_cgroup() -> Path:
+    """The v2 cgroup of this process."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         if line.startswith("0::"):
             path = cgroups.root() / line[3:].lstrip("/")

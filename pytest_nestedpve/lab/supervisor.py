@@ -1,7 +1,7 @@
-"""The process a lab hangs on: it starts father, boots him again, and takes the lab down.
+"""The process that runs a lab: it starts the outer nodes, restarts rebooted ones, and removes the lab.
 
-python -m pytest_nestedpve.lab.supervisor NAME, started by `world.start`. When it dies, the lab dies with
-it; what is then left (directories, an empty cgroup) the next lab command removes.
+python -m pytest_nestedpve.lab.supervisor NAME, started by `lifecycle.start`. If it is killed, all processes
+of the lab end with it; the next lab command removes its leftovers (directories, an empty cgroup).
 """
 
 from __future__ import annotations
@@ -25,40 +25,42 @@ from pytest_nestedpve.pve.errors import CommandTimeout
 from pytest_nestedpve.pve.lock_file import lock, locked
 
 from . import outer_node, programs, run_leftovers, subnet_allocation
-from .names import FATHER, UNCLE, LabError, Subnets, lab_dir
+from .names import FATHER, SECOND_NODE, LabError, Subnets, lab_dir
 from .node.machine import cgroups, launcher
 
 SHARED = "/mnt/shared"
-"""A directory that both nodes of a cluster have, for a storage that is shared."""
+"""A directory that both nodes of a cluster share, for a shared storage."""
 
 _closing = threading.Event()
-_launching = threading.Lock()  # of uncle; none is launched any more once the lab goes down
-_lock_held = threading.Event()  # by this process: the lab's, while the lab goes down by itself
+# Held while the second node is launched; with `_closing` set the launch is refused.
+_launching = threading.Lock()
+# Set if this process holds the lab's lock, as it stops the lab after the last session.
+_lock_held = threading.Event()
 
 
 class Stop(Exception):
-    """The lab shall go down."""
+    """A signal to stop the lab."""
 
 
 def main(arguments: list[str]) -> int:
-    """Report `ok` or the trouble as one line of JSON on standard output once father has been started (it is
-    not up yet then), and stay until the lab is down."""
+    """Run the lab until it is stopped. Once father was started (not booted yet), or failed to start, write one
+    line of JSON to standard output: `ok` with the lab's state, or `error`."""
     name = arguments[0]
     folder = lab_dir(name)
     if os.fork():
-        os._exit(0)  # nobody's child: it outlives the one who started it, and leaves him no zombie
+        os._exit(0)  # a child of init outlives the process that started it, and is no zombie of it
     report = os.fdopen(os.dup(1), "w")
-    _to_log(folder / "supervisor.log")
+    _redirect_output(folder / "supervisor.log")
     lock(folder / "supervisor.lock", wait=False)  # until this process ends
     (folder / "supervisor.pid").write_text(str(os.getpid()))
-    before = subnet_allocation.own_cgroup()
-    subnets = subnet_allocation.take()
+    former_cgroup = subnet_allocation.process_cgroup()
+    subnets = subnet_allocation.allocate()
     try:
         _supervise(folder, subnets, report)
     except Stop:
         pass
     except Exception as e:
-        _tell(report, {"error": str(e)})
+        _send(report, {"error": str(e)})
         raise
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -66,22 +68,22 @@ def main(arguments: list[str]) -> int:
         _closing.set()
         with _launching:
             pass
-        take_down(folder, subnets, before)
+        take_down(folder, subnets, former_cgroup)
         if _lock_held.is_set():
             lock_file(folder).unlink(missing_ok=True)
     return 0
 
 
 def lock_file(folder: Path) -> Path:
-    """Held while a lab is started, stopped or joined; beside the lab's directory, which comes and goes."""
+    """Locked while a lab is started, stopped or joined; outside the lab's directory, which is removed."""
     return folder.with_name(f".{folder.name}.lock")
 
 
 def take_down(folder: Path, subnets: Subnets, return_to: Path | None = None) -> None:
-    """End everything of the lab and remove its directory. Done by the supervisor itself, or by another
-    process for one that was killed."""
+    """End all processes of the lab and remove its directory. Called by the supervisor itself, or by another
+    process if the supervisor was killed."""
     group = cgroups.root() / subnets.cgroup
-    for node in (FATHER, UNCLE):
+    for node in (FATHER, SECOND_NODE):
         cgroups.remove(group / node)
     subprocess.run(["ip", "link", "del", subnets.link], capture_output=True, check=False)
     if return_to is not None:
@@ -92,7 +94,7 @@ def take_down(folder: Path, subnets: Subnets, return_to: Path | None = None) -> 
 
 def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
     settings = json.loads((folder / "start.json").read_text())
-    made = outer_node.Father(
+    files = outer_node.NodeFiles(
         Path(settings["image"]),
         tuple(Path(layer) for layer in settings["layers"]),
         Path(settings["mirror_site"]),
@@ -102,7 +104,7 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
     outer_node.prepare(
         folder / "upper",
         folder / "vz",
-        made,
+        files,
         subnets,
         (folder / "id_ed25519.pub").read_text(),
         folder / "host_ed25519",
@@ -115,13 +117,13 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
     if second:
         outer_node.prepare_cluster(folder / "pve-cluster", folder.name, subnets)
         (folder / "shared").mkdir()
-        key = folder / "host_uncle_ed25519"
-        outer_node.prepare_uncle(folder / "upper-uncle", folder / "vz-uncle", made, subnets, key)
-        switch = _switch()
-        uncle = _uncle(folder, made, subnets, switch)
-        begun = _launch_uncle(folder, uncle)
-        threading.Thread(target=_keep_uncle, args=(folder, uncle, begun), daemon=True).start()
-    container = _container(folder, made, subnets, switch)
+        key = folder / "host_father2_ed25519"
+        outer_node.prepare_second(folder / "upper-father2", folder / "vz-father2", files, subnets, key)
+        switch = _start_switch()
+        container = _second_container(folder, files, subnets, switch)
+        started = _launch_second(folder, container)
+        threading.Thread(target=_supervise_second, args=(folder, container, started), daemon=True).start()
+    container = _father_container(folder, files, subnets, switch)
     while True:
         started = launcher.launch(container)
         state = {
@@ -133,26 +135,26 @@ def _supervise(folder: Path, subnets: Subnets, report: Any) -> None:
         }
         local_file.write(folder / "lab.json", json.dumps(state), mode=0o666)
         if not report.closed:
-            _tell(report, {"ok": True, **state})
+            _send(report, {"ok": True, **state})
             threading.Thread(target=_watch_sessions, args=(folder,), daemon=True).start()
         ended = started.wait()
-        print(f"father: {ended}", flush=True)
+        print(f"{FATHER}: {ended}", flush=True)
         if ended != launcher.REBOOT:
             return
         launcher.cleanup(container)
 
 
-def _container(
-    folder: Path, made: outer_node.Father, subnets: Subnets, switch: int | None
+def _father_container(
+    folder: Path, files: outer_node.NodeFiles, subnets: Subnets, switch: int | None
 ) -> launcher.Container:
-    lan, common = ((), ()) if switch is None else (_lan(FATHER, subnets, switch), _common(folder))
+    lan, shared = ((), ()) if switch is None else (_lan_link(FATHER, subnets, switch), _shared_binds(folder))
     return launcher.Container(
         hostname=FATHER,
         state=folder / "state",
         cgroup=cgroups.root() / subnets.cgroup / FATHER,
         console=folder / "console.log",
-        images=(made.image,),
-        lowers=made.layers,
+        images=(files.image,),
+        lowers=files.layers,
         upper=folder / "upper",
         work=folder / "work",
         links=(
@@ -166,9 +168,9 @@ def _container(
         ),
         binds=(
             launcher.Bind(folder / "vz", "/var/lib/vz", writable=True),
-            launcher.Bind(made.mirror_site, f"/srv/www/{made.mirror_site.name}"),
-            launcher.Bind(made.pve_site, f"/srv/www/{made.pve_site.name}"),
-            *common,
+            launcher.Bind(files.mirror_site, f"/srv/www/{files.mirror_site.name}"),
+            launcher.Bind(files.pve_site, f"/srv/www/{files.pve_site.name}"),
+            *shared,
         ),
     )
 
@@ -176,29 +178,31 @@ def _container(
 # -- the second node of a cluster
 
 
-def _uncle(folder: Path, made: outer_node.Father, subnets: Subnets, switch: int) -> launcher.Container:
+def _second_container(
+    folder: Path, files: outer_node.NodeFiles, subnets: Subnets, switch: int
+) -> launcher.Container:
     return launcher.Container(
-        hostname=UNCLE,
-        state=folder / "state-uncle",
-        cgroup=cgroups.root() / subnets.cgroup / UNCLE,
-        console=folder / "console-uncle.log",
-        images=(made.image,),
-        lowers=made.layers,
-        upper=folder / "upper-uncle",
-        work=folder / "work-uncle",
-        links=_lan(UNCLE, subnets, switch),
-        binds=(launcher.Bind(folder / "vz-uncle", "/var/lib/vz", writable=True), *_common(folder)),
+        hostname=SECOND_NODE,
+        state=folder / "state-father2",
+        cgroup=cgroups.root() / subnets.cgroup / SECOND_NODE,
+        console=folder / "console-father2.log",
+        images=(files.image,),
+        lowers=files.layers,
+        upper=folder / "upper-father2",
+        work=folder / "work-father2",
+        links=_lan_link(SECOND_NODE, subnets, switch),
+        binds=(launcher.Bind(folder / "vz-father2", "/var/lib/vz", writable=True), *_shared_binds(folder)),
     )
 
 
-def _lan(node: str, subnets: Subnets, switch: int) -> tuple[launcher.Link, ...]:
-    """The port of a node's bridge by which both nodes' bridges are one network."""
-    number = (FATHER, UNCLE).index(node) + 3
+def _lan_link(node: str, subnets: Subnets, switch: int) -> tuple[launcher.Link, ...]:
+    """The port of a node's bridge that joins both nodes' bridges into one network."""
+    number = (FATHER, SECOND_NODE).index(node) + 3
     mac = f"02:4e:50:56:{number:02x}:{subnets.number:02x}"
     return (launcher.Link(outside=node, inside="lan", mac=mac, bridge="lan", switch=switch),)
 
 
-def _common(folder: Path) -> tuple[launcher.Bind, ...]:
+def _shared_binds(folder: Path) -> tuple[launcher.Bind, ...]:
     return (
         launcher.Bind(folder / "pve-cluster", "/var/lib/pve-cluster", writable=True),
         launcher.Bind(folder / "shared", SHARED, writable=True),
@@ -214,9 +218,9 @@ exec sleep infinity
 """
 
 
-def _switch() -> int:
-    """A process in whose network namespace there is nothing but a bridge: it ends with this one, and with it
-    its namespace. The machine's own network has nothing of it."""
+def _start_switch() -> int:
+    """Start a process whose network namespace holds the bridge between the nodes; return its PID. The process
+    and its namespace end with this process; the machine's own network is not changed."""
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "sh", "-ec", _SWITCH_SCRIPT],
         stdin=subprocess.DEVNULL,
@@ -225,49 +229,49 @@ def _switch() -> int:
     assert process.stdout is not None
     with process.stdout:
         if process.stdout.readline() != b"ready\n":
-            raise LabError("the network between the nodes could not be made")
+            raise LabError("the bridge between the two nodes could not be created")
     return process.pid
 
 
 def power_file(folder: Path) -> Path:
-    """Uncle's button: he waits for a word in it while he is off."""
-    return folder / "uncle.power"
+    """The pipe that the supervisor reads while the second node is off: writing to it switches the node on."""
+    return folder / "father2.power"
 
 
 def off_file(folder: Path) -> Path:
-    """There while uncle is off: neither up, nor going down, nor booting."""
-    return folder / "uncle.off"
+    """Exists while the second node is off: neither up, nor shutting down, nor booting."""
+    return folder / "father2.off"
 
 
 def pid_file(folder: Path) -> Path:
-    """Uncle's PID 1 as seen here; there while he is on."""
-    return folder / "uncle.pid"
+    """The PID, as this machine sees it, of the second node's PID 1; exists while the node is on."""
+    return folder / "father2.pid"
 
 
-def _launch_uncle(folder: Path, uncle: launcher.Container) -> launcher.Started:
+def _launch_second(folder: Path, container: launcher.Container) -> launcher.Started:
     with _launching:
         if _closing.is_set():
-            raise LabError("the lab goes down")
-        started = launcher.launch(uncle)
+            raise LabError("the lab is being stopped")
+        started = launcher.launch(container)
     local_file.write(pid_file(folder), str(started.init), mode=0o666)
     return started
 
 
-def _keep_uncle(folder: Path, uncle: launcher.Container, started: launcher.Started) -> None:
-    """Boot him again when he reboots, or when he was off and somebody switches him on."""
+def _supervise_second(folder: Path, container: launcher.Container, started: launcher.Started) -> None:
+    """Launch the second node again when it reboots, or is switched on after it was off."""
     button, off = power_file(folder), off_file(folder)
     os.mkfifo(button, 0o600)
     ended = started.wait()
     while True:
-        print(f"uncle: {ended}", flush=True)
-        launcher.cleanup(uncle)
+        print(f"{SECOND_NODE}: {ended}", flush=True)
+        launcher.cleanup(container)
         pid_file(folder).unlink(missing_ok=True)
         if ended != launcher.REBOOT:
             off.touch()
             button.read_text()
             off.unlink()
         try:
-            ended = _launch_uncle(folder, uncle).wait()
+            ended = _launch_second(folder, container).wait()
         except launcher.LaunchError as e:
             ended = str(e)
         except LabError:
@@ -275,8 +279,8 @@ def _keep_uncle(folder: Path, uncle: launcher.Container, started: launcher.Start
 
 
 def _watch_sessions(folder: Path) -> None:
-    """Stop the lab when no session uses it any more and no marked VM is left in it. A lab that a person
-    started stays. Sessions hold a shared lock on `session.lock`; getting it alone means there are none."""
+    """Stop the lab when no session uses it and no VM of a run remains in it, unless it was started by hand.
+    Sessions hold a shared lock on `session.lock`; an exclusive lock is possible only without sessions."""
     if (folder / "hand").exists():
         return
     while True:
@@ -285,13 +289,13 @@ def _watch_sessions(folder: Path) -> None:
         try:
             marked = run_leftovers.marked_guests(folder)
         except LabError as e:
-            print(f"sessions are over, but father cannot be asked for their VMs: {e}", flush=True)
-            _stay(folder, "father cannot be asked for the VMs of runs", 30)
+            print(f"all sessions have ended, but listing their VMs on {FATHER} failed: {e}", flush=True)
+            _pause(folder, f"listing VMs of runs on {FATHER} failed", 30)
             continue
         if marked:
-            _stay(folder, f"VMs of runs are there: {', '.join(marked)}", 10)
+            _pause(folder, f"VMs of runs remain: {', '.join(marked)}", 10)
             continue
-        # Nobody can begin a session while the lab's lock is held.
+        # No session can begin while the lab's lock is held.
         with locked(lock_file(folder)), contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(folder / "session.lock", wait=False))
@@ -301,12 +305,13 @@ def _watch_sessions(folder: Path) -> None:
                 return
             _lock_held.set()
             os.kill(os.getpid(), signal.SIGTERM)
-            # Until the process ends, with it the thread and the lock.
+            # Keep the lock until the process ends.
             threading.Event().wait()
 
 
-def _stay(folder: Path, reason: str, seconds: float) -> None:
-    """Tell why the lab stays, for that long; a session takes the word away, and at its end waits for one."""
+def _pause(folder: Path, reason: str, seconds: float) -> None:
+    """Write to the file `kept` why the lab is kept, and wait. Ends early when a session removes the file; at
+    its end that session waits for the file."""
     kept = folder / "kept"
     kept.write_text(f"{reason}\n")
     with contextlib.suppress(CommandTimeout):
@@ -319,13 +324,13 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise Stop
 
 
-def _tell(report: Any, message: Mapping[str, Any]) -> None:
+def _send(report: Any, message: Mapping[str, Any]) -> None:
     if not report.closed:
         report.write(json.dumps(message) + "\n")
         report.close()
 
 
-def _to_log(log: Path) -> None:
+def _redirect_output(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

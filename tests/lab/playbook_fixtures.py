@@ -43,7 +43,7 @@ ADDRESSES = "ip -4 -br address | grep -v ^lo; ip -4 route show default"
 def playbook_lab() -> Iterator[LabInfo]:
     name = f"test-{os.getpid()}-play"
     try:
-        yield lifecycle.start(name, hand=True, say=lambda _text: None)
+        yield lifecycle.start(name, hand=True, report=lambda _text: None)
     finally:
         lifecycle.stop(name)
 

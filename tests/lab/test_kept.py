@@ -143,7 +143,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     text = playbook.read_text()
     try:
         first = project.run("--nested-keep", "test_steps.py")
-        outlives = lab in [each.name for each in lifecycle.running()]
+        outlives = lab in [each.name for each in lifecycle.list_running()]
         by_hand = project.nested("pveversion")
         second = project.run("--nested-keep", "test_steps.py")
         playbook.write_text(text + "# edited\n")
@@ -230,7 +230,7 @@ def test_a_session_without_keep_ends_it_and_the_lab_goes(story: Story) -> None:
     assert [line["status"] for line in story.last.audit if line["event"] == "teardown"][-1] == "clean"
     assert not list((story.project.path / "state" / "nested-pve" / "kept").iterdir())
     wait_until(
-        lambda: story.project.lab not in [lab.name for lab in lifecycle.running()],
+        lambda: story.project.lab not in [lab.name for lab in lifecycle.list_running()],
         deadline=Deadline(30),
         what="the lab to stop after its last session",
     )

@@ -12,7 +12,7 @@ import pytest
 from lab.on_lab import CLI, HandLab, Project, start_by_hand, stop_by_hand
 
 LOW = 96800
-FOREIGN = LOW + 5  # somebody's VM, on uncle, of an id that sessions may draw
+FOREIGN = LOW + 5  # somebody's VM, on father2, of an id that sessions may draw
 
 USERS = """
 import pytest
@@ -29,11 +29,13 @@ def test_goes_on(nested_pve):
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[HandLab]:
-    """A lab of father and uncle. Father's memory is fuller; both have a storage that is shared."""
-    lab = start_by_hand("father", "uncle")
+    """A lab of father and father2. Father's memory is fuller; both have a storage that is shared."""
+    lab = start_by_hand("father", "father2")
     lab.ask("qm create 105 --memory 3000 --name fills && qm start 105")
     lab.ask("pvesm add dir common --path /mnt/shared --shared 1 --content images,snippets")
-    lab.ask(f"qm create {FOREIGN} --name nested-pve-of-somebody --tags theirs --scsi0 local:1", node="uncle")
+    lab.ask(
+        f"qm create {FOREIGN} --name nested-pve-of-somebody --tags theirs --scsi0 local:1", node="father2"
+    )
     yield lab
     stop_by_hand(lab)
 
@@ -58,14 +60,14 @@ def volumes(lab: HandLab) -> list[str]:
 
 
 def power(lab: HandLab, state: str) -> None:
-    subprocess.run([*CLI, "power", lab.name, "uncle", state], check=True, capture_output=True)
+    subprocess.run([*CLI, "power", lab.name, "father2", state], check=True, capture_output=True)
 
 
 def waiting(project: Project, *args: str) -> tuple[subprocess.Popen[bytes], int]:
-    """A session whose VM was made on uncle, and is off; and the VM's id."""
+    """A session whose VM was made on father2, and is off; and the VM's id."""
     process = project.start("test_users.py", *args)
     project.wait_for(process, lambda line: line.get("cmd") == "waiting")
-    return process, made_on(project, "uncle")
+    return process, made_on(project, "father2")
 
 
 def made_on(project: Project, node: str) -> int:
@@ -80,7 +82,7 @@ def test_a_whole_environment_is_on_the_node_with_more_memory_and_leaves_nothing(
     status = project.run("-v", "test_steps.py", env={"WITHOUT": "setup_repos sync_repos"})
     assert status == 0, project.output()
     posted = [line["cmd"] for line in project.audit() if line.get("cmd", "").endswith("/qemu")]
-    assert "post /nodes/uncle/qemu" in posted
+    assert "post /nodes/father2/qemu" in posted
     assert "post /nodes/father/qemu" not in posted
     assert "test_verify_ssh_chain PASSED" in project.output()
 
@@ -90,17 +92,17 @@ def test_a_vm_that_is_moved_between_two_phases_goes_on_and_goes_where_it_is(
     project: Project, storage: str
 ) -> None:
     process, vmid = waiting(project, "-o", f"nested_pve_storage={storage}")
-    project.lab.ask(f"qm migrate {vmid} father", node="uncle")
+    project.lab.ask(f"qm migrate {vmid} father", node="father2")
     project.open_gate()
     assert project.end(process) == 0, project.output()
-    assert f"VM {vmid} was moved from uncle to father" in project.output()
+    assert f"VM {vmid} was moved from father2 to father" in project.output()
 
 
 def test_what_a_killed_session_left_is_found_where_an_administrator_moved_it(project: Project) -> None:
     process, vmid = waiting(project)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    project.lab.ask(f"qm migrate {vmid} father", node="uncle")
+    project.lab.ask(f"qm migrate {vmid} father", node="father2")
     assert made_on(project, "father") == vmid
     assert project.run("--nested-destroy-only") == 0, project.output()
 
@@ -110,7 +112,7 @@ def test_a_vm_on_a_node_that_is_off_is_named_and_goes_when_the_node_is_back(proj
     power(project.lab, "off")
     project.open_gate()
     assert project.end(process, limit=90) != 0
-    assert f"VM {vmid} on uncle: its node uncle is offline" in project.output()
-    assert made_on(project, "uncle") == vmid
+    assert f"VM {vmid} on father2: its node father2 is offline" in project.output()
+    assert made_on(project, "father2") == vmid
     power(project.lab, "on")
     assert project.run("--nested-destroy-only") == 0, project.output()

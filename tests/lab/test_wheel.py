@@ -78,7 +78,7 @@ def test_a_project_of_one_file_gets_its_nested_pve_out_of_the_wheel(tmp_path: Pa
 
     # The lab went with its session: nothing that is ours was left in it.
     wait_until(
-        lambda: lab_name not in [lab.name for lab in lifecycle.running()],
+        lambda: lab_name not in [lab.name for lab in lifecycle.list_running()],
         deadline=Deadline(30),
         what="the lab to stop after its last session",
     )

@@ -24,7 +24,7 @@ CLI = [sys.executable, "-m", "pytest_nestedpve.lab.cli"]
 
 
 def start(name: str, nodes: int = 1) -> LabInfo:
-    return lifecycle.start(name, hand=True, say=lambda _text: None, nodes=nodes)
+    return lifecycle.start(name, hand=True, report=lambda _text: None, nodes=nodes)
 
 
 def father(lab: LabInfo, command: str, check: bool = True) -> str:
@@ -114,7 +114,7 @@ def test_two_labs_run_at_once_on_networks_of_their_own(names: tuple[str, str]) -
         assert father(lab, "ip -4 -o address show vmbr0").split()[3].startswith(f"10.211.{number(lab)}.")
         father(lab, "pvesh create /pools --poolid only-here")
     namespace = network_namespace(one.pid)
-    assert {lab.name for lab in lifecycle.running()} >= set(names)
+    assert {lab.name for lab in lifecycle.list_running()} >= set(names)
     lifecycle.stop(names[0])
     assert remains(one, namespace) == []
     assert "only-here" in father(other, "pvesh get /pools --output-format json")
@@ -159,22 +159,22 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
         ]
 
     lab = start(names[0], nodes=2)
-    first = lab.pids["uncle"]
-    assert nodes() == ["father", "uncle"]
-    subprocess.run([*CLI, "exec", lab.name, "--node", "uncle", "--", "systemctl", "reboot"], check=True)
+    first = lab.pids["father2"]
+    assert nodes() == ["father", "father2"]
+    subprocess.run([*CLI, "exec", lab.name, "--node", "father2", "--", "systemctl", "reboot"], check=True)
     wait_until(
-        lambda: lifecycle.need(lab.name).pids.get("uncle", first) != first,
+        lambda: lifecycle.get(lab.name).pids.get("father2", first) != first,
         deadline=Deadline(30),
-        what="uncle to boot again",
+        what="father2 to boot again",
     )
     assert power("father", "off") == 4
-    assert power("uncle", "off") == 0
+    assert power("father2", "off") == 0
     assert nodes() == ["father"]
-    assert list(lifecycle.need(lab.name).pids) == ["father"]
-    assert power("uncle", "on") == 0
-    assert nodes() == ["father", "uncle"]
-    assert lifecycle.start(lab.name, hand=True, say=print).pids == lifecycle.need(lab.name).pids
-    namespace = network_namespace(lifecycle.need(lab.name).pids["uncle"])
+    assert list(lifecycle.get(lab.name).pids) == ["father"]
+    assert power("father2", "on") == 0
+    assert nodes() == ["father", "father2"]
+    assert lifecycle.start(lab.name, hand=True, report=print).pids == lifecycle.get(lab.name).pids
+    namespace = network_namespace(lifecycle.get(lab.name).pids["father2"])
     os.kill(lab.supervisor, signal.SIGKILL)
     wait_until(
         lambda: lifecycle.find(lab.name) is None, deadline=Deadline(20), what="the lab to die with its owner"
@@ -184,17 +184,17 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
 
 
 def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> None:
-    from pytest_nestedpve.lab.session import acquire, runs
+    from pytest_nestedpve.lab.session import acquire, is_running
 
     first, second = acquire(names[0]), acquire(names[0])
     lab = lifecycle.find(names[0])
     assert lab is not None
     namespace = network_namespace(lab.pid)
     first.release()
-    assert runs(names[0])
+    assert is_running(names[0])
     second.release()
     gone(lab, namespace)
-    assert not runs(names[0])
+    assert not is_running(names[0])
 
 
 def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: P
 def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_does(
     names: tuple[str, str],
 ) -> None:
-    from pytest_nestedpve.lab.session import acquire, runs
+    from pytest_nestedpve.lab.session import acquire, is_running
 
     session = acquire(names[0])
     lab = lifecycle.find(names[0])
@@ -232,7 +232,7 @@ def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_doe
     father(lab, "pvesh create /pools --poolid npve-0123456789ab")
     father(lab, "qm create 9901 --name nested-pve-0123456789ab --pool npve-0123456789ab")
     session.release()
-    assert runs(names[0])
+    assert is_running(names[0])
     kept = lab_dir(names[0]) / "kept"
     wait_until(kept.exists, deadline=Deadline(30), what="the lab to say why it stays")
     assert "npve-0123456789ab" in kept.read_text()
@@ -242,11 +242,11 @@ def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_doe
 
 
 def test_a_lab_started_by_hand_stays_after_the_sessions_in_it(names: tuple[str, str]) -> None:
-    from pytest_nestedpve.lab.session import acquire, runs
+    from pytest_nestedpve.lab.session import acquire, is_running
 
     start(names[0])
     acquire(names[0]).release()
-    assert runs(names[0])
+    assert is_running(names[0])
 
 
 def test_exec_runs_in_father_and_passes_input_output_and_status_on(names: tuple[str, str]) -> None:

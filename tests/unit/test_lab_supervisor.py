@@ -1,4 +1,4 @@
-"""A lab that stays for VMs of runs looks again when a session was there, not when its pause is over."""
+"""A lab kept for VMs of runs checks for them after each session, and not only after a pause."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from pytest_nestedpve.lab import supervisor
 
 
-def test_a_session_that_came_ends_the_pause(tmp_path: Path) -> None:
-    staying = threading.Thread(
-        target=supervisor._stay, args=(tmp_path, "VMs of runs are there: 9900", 3600), daemon=True
+def test_a_session_ends_the_pause_of_a_kept_lab(tmp_path: Path) -> None:
+    pause = threading.Thread(
+        target=supervisor._pause, args=(tmp_path, "VMs of runs remain: 9900", 3600), daemon=True
     )
-    staying.start()
+    pause.start()
     kept = tmp_path / "kept"
-    while staying.is_alive() and not (kept.exists() and kept.read_text().endswith("9900\n")):
-        staying.join(0.01)
-    assert staying.is_alive()
+    while pause.is_alive() and not (kept.exists() and kept.read_text().endswith("9900\n")):
+        pause.join(0.01)
+    assert pause.is_alive()
     kept.unlink()
-    staying.join(30)
-    assert not staying.is_alive()
-    assert not kept.exists(), "the word of the next look is another one"
+    pause.join(30)
+    assert not pause.is_alive()
+    assert not kept.exists(), "the reason is written again only after the next check"

@@ -1,4 +1,4 @@
-"""What a lab is made from: the image, the Debian packages, the repositories and their keys.
+"""The parts of a lab's outer node: the image, Debian packages, repositories and their keys.
 
-Starting and stopping a lab is not here.
+Labs are started and stopped by `lab.lifecycle`.
 """

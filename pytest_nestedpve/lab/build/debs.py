@@ -44,7 +44,7 @@ def build_deb(spec: DebSpec, folder: Path) -> Path:
 
 
 def pack(tree: Path, target: Path) -> Path:
-    """Build `target` from an unpacked package."""
+    """Build the package `target` from the unpacked `tree`."""
     command: list[str | Path] = ["dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "-b", tree, target]
     programs.run(command, what=f"building the package {target.name}")
     return target

@@ -1,7 +1,7 @@
-"""The image: a root that behaves like Debian's cloud image, fit to boot as a container, as one squashfs.
+"""The image: a root that behaves like Debian's cloud image and boots as a container, as one squashfs.
 
-It has no guest agent, as Debian's has none. With it come the Debian packages that the lab's repository
-carries, downloaded in the same run so that versions fit.
+It has no guest agent, as Debian's has none. The Debian packages of the lab's repository are downloaded in the
+same run, so that their versions match.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..names import SUITE, cache_dir
 from ..node.packages import DebSpec
 from .debs import build_deb
 
-# What Debian's generic cloud image has and a test of PVE's set-up can notice, and what nodes need.
+# The packages of Debian's generic cloud image that matter to the set-up of PVE, and those that nodes need.
 # fmt: off
 PACKAGES = [
     "apt-utils", "ca-certificates", "cloud-init", "curl", "dbus", "debian-archive-keyring", "gpg",
@@ -29,7 +29,7 @@ PACKAGES = [
 ]
 # fmt: on
 
-# What the lab's Debian mirror carries beyond that (with what these need).
+# Further packages of the lab's Debian mirror; their dependencies are added.
 # fmt: off
 MIRRORED = [
     "bridge-utils", "chrony", "dnsmasq-base", "dnsmasq-utils", "git", "gnupg", "ifupdown2",
@@ -38,7 +38,7 @@ MIRRORED = [
 ]
 # fmt: on
 
-# They would act on the machine's kernel, or wait for devices that a container does not have.
+# Units that would act on the machine's kernel, or wait for devices that a container does not have.
 # fmt: off
 MASKED = [
     "systemd-udevd.service", "systemd-udevd-kernel.socket", "systemd-udevd-control.socket",
@@ -74,7 +74,7 @@ ExecStartPre=+/bin/sh -c 'sed -i s/^PermanentMACAddress=/MACAddress=/ \
 /run/systemd/network/*.network 2>/dev/null; :'
 """
 
-# The clock is the machine's: chronyd runs and says so, but sets nothing.
+# The clock is the machine's: chronyd runs, but does not set it (-x).
 CHRONY_DROPIN = """\
 [Unit]
 ConditionCapability=
@@ -134,7 +134,7 @@ _RECIPE = 1
 
 
 def base_key() -> str:
-    """Changes when the image would."""
+    """A hash of the image's recipe."""
     recipe = [
         _RECIPE,
         PACKAGES,
@@ -147,18 +147,18 @@ def base_key() -> str:
 
 
 def base_dir() -> Path:
-    """Where image and mirrored packages lie: `base.squashfs`, `debs/`."""
+    """The directory of the image, `base.squashfs`, and of the mirrored packages, `debs/`."""
     return cache_dir() / "base" / base_key()
 
 
 def base_ready() -> bool:
-    """Whether `build_base` has been done for this recipe."""
+    """Whether `build_base` has finished for this recipe."""
     return (base_dir() / "ready").exists()
 
 
-def build_base(archive_key: Path, say: Callable[[str], None]) -> None:
-    """Make the image, if it is not there: about a minute. `archive_key` is the public key that stands in
-    the image as Debian's. LabError when a program fails."""
+def build_base(archive_key: Path, report: Callable[[str], None]) -> None:
+    """Build the image unless it exists: about a minute. `archive_key` is the public key that the image has as
+    Debian's archive key. LabError when a program fails."""
     if base_ready():
         return
     target = base_dir()
@@ -168,12 +168,12 @@ def build_base(archive_key: Path, say: Callable[[str], None]) -> None:
         root, debs, log = work / "root", work / "debs", target.parent / "build.log"
         log.unlink(missing_ok=True)
         (debs / "partial").mkdir(parents=True)
-        say("Debian root and packages (mmdebstrap)")
+        report("Debian root and packages (mmdebstrap)")
         os.chmod(work, 0o755)
-        programs.run(_mmdebstrap(root, debs), what="making the Debian root", log=log)
+        programs.run(_mmdebstrap(root, debs), what="building the Debian root", log=log)
         shutil.rmtree(debs / "partial")
         (debs / "lock").unlink(missing_ok=True)
-        say("image")
+        report("image")
         _customize(root, archive_key, work, log)
         image = work / "base.squashfs"
         squash: list[str | Path] = ["mksquashfs", root, image, "-noappend", "-quiet", "-no-progress"]
@@ -189,23 +189,23 @@ def build_base(archive_key: Path, say: Callable[[str], None]) -> None:
 
 
 def _mmdebstrap(root: Path, debs: Path) -> list[str | Path]:
-    # The hook runs apt as mmdebstrap has set it up, so that mirror and keys are the same.
+    # The hook runs apt with mmdebstrap's configuration, so that mirror and keys are the same.
     download = (
         'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get install -y --no-install-recommends --download-only '
         f"-o Debug::NoLocking=1 -o Dir::Cache::archives={debs} {' '.join(MIRRORED)}"
     )
-    without = ["/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*"]
+    excluded = ["/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*"]
     command: list[str | Path] = ["mmdebstrap", "--variant=minbase", "--mode=root"]
     command += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
-    command += [f"--dpkgopt=path-exclude={path}" for path in without]
+    command += [f"--dpkgopt=path-exclude={path}" for path in excluded]
     command += [f"--include={','.join(PACKAGES)}", f"--customize-hook={download}", SUITE, root]
     mirror = configured_mirror()
     return command if mirror is None else [*command, f"deb {mirror} {SUITE} main"]
 
 
 def configured_mirror(etc: Path = Path("/etc/apt")) -> str | None:
-    """The address of the Debian mirror that this machine's apt uses; None if it is no Debian (then
-    mmdebstrap's own default is right)."""
+    """The URL of the Debian mirror that this machine's apt uses; None if there is none (mmdebstrap then uses
+    its default)."""
     parts = etc / "sources.list.d"
     for file in [*sorted(parts.glob("*.sources")), etc / "sources.list", *sorted(parts.glob("*.list"))]:
         if not file.is_file():
@@ -213,10 +213,10 @@ def configured_mirror(etc: Path = Path("/etc/apt")) -> str | None:
         for line in file.read_text(errors="replace").splitlines():
             words = line.split()
             if file.suffix == ".sources":
-                found = words[1:] if words[:1] == ["URIs:"] else []
+                urls = words[1:] if words[:1] == ["URIs:"] else []
             else:
-                found = [word for word in words if "://" in word] if words[:1] == ["deb"] else []
-            for url in found:
+                urls = [word for word in words if "://" in word] if words[:1] == ["deb"] else []
+            for url in urls:
                 if url.startswith(("http://", "https://")) and url.rstrip("/").endswith("/debian"):
                     return url
     return None
@@ -224,12 +224,12 @@ def configured_mirror(etc: Path = Path("/etc/apt")) -> str | None:
 
 def _customize(root: Path, archive_key: Path, work: Path, log: Path) -> None:
     for deb in DUMMIES:
-        built = build_deb(deb, work)
-        inside = root / "var" / built.name
-        shutil.copy(built, inside)
-        command = ["chroot", root, "dpkg", "-i", f"/var/{built.name}"]
+        package = build_deb(deb, work)
+        copy = root / "var" / package.name
+        shutil.copy(package, copy)
+        command = ["chroot", root, "dpkg", "-i", f"/var/{package.name}"]
         programs.run(command, what=f"installing {deb.name}", log=log)
-        inside.unlink()
+        copy.unlink()
     (root / "etc/apt/sources.list").unlink(missing_ok=True)
     for name, text in FILES.items():
         file = root / name
@@ -240,7 +240,7 @@ def _customize(root: Path, archive_key: Path, work: Path, log: Path) -> None:
         _link(units / unit, "/dev/null")
     _link(units / "multi-user.target.wants/qemu-guest-agent.service", "../qemu-guest-agent.service")
     _link(root / "etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")
-    # The mirror in the lab is signed by the lab's key: the image takes it for Debian's.
+    # The lab's mirror is signed by the lab's key, which the image has in place of Debian's.
     shutil.copyfile(archive_key, root / "usr/share/keyrings/debian-archive-keyring.pgp")
     for file in (root / "etc/apt/trusted.gpg.d").glob("debian-archive-*"):
         file.unlink()

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs SCRIPT inside a root made of IMAGE and the directories LOWERS, and keeps what it changed in UPPER.
-# In mount, pid, uts and net namespaces of its own: nothing of it stays but UPPER. Needs WORK (scratch) and
-# SHARE (seen inside as /run/share).
+# Runs SCRIPT in a root made of IMAGE and the directories LOWERS; its changes are written to UPPER. It runs in
+# its own mount, pid, uts and net namespaces, so that only UPPER remains. WORK is a scratch directory, SHARE
+# is mounted as /run/share.
 set -eu
 mkdir -p "$WORK/image" "$WORK/root" "$WORK/work" "$UPPER"
 mount -t squashfs -o ro,loop "$IMAGE" "$WORK/image"

@@ -1,6 +1,6 @@
 """The lab's package repository: a small Debian mirror and the PVE repository, each signed by its own key.
 
-Laid out as father's web server serves it, a directory per host name.
+Its directories are those of father's web server, one per host name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .debs import build_deb, pack, unpack
 from .image import base_dir, base_key
 
 _RECIPE = 1
-# Suites of the mirror beside the one with the packages: there, but with nothing new in them.
+# Suites of the mirror without packages.
 _EMPTY = ("trixie-updates", "trixie-backports", "trixie-security")
 _PVE_COMPONENT = "pve-no-subscription"
 _IFUPDOWN2_SUFFIX = "+pmx1"
@@ -34,18 +34,18 @@ def standins() -> list[DebSpec]:
 
 
 def standins_key(specs: Sequence[DebSpec]) -> str:
-    """Changes when a stand-in package does."""
+    """A hash of the stand-in packages."""
     recipe = hashlib.sha256()
     for spec in specs:
-        shown = {name: value for name, value in vars(spec).items() if name != "files"}
-        recipe.update(json.dumps(shown, sort_keys=True, default=str).encode())
+        fields = {name: value for name, value in vars(spec).items() if name != "files"}
+        recipe.update(json.dumps(fields, sort_keys=True, default=str).encode())
         for path, (content, mode) in sorted(spec.files.items()):
             recipe.update(f"{path}\0{mode}\0{len(content)}\0".encode() + content)
     return recipe.hexdigest()[:16]
 
 
 def mirror_key() -> str:
-    """Changes when the mirror or the rebuilt ifupdown2 would."""
+    """A hash of the recipes of the mirror and of the rebuilt ifupdown2."""
     archive = keys.public("debian").read_bytes() if keys.public("debian").exists() else b""
     return hashlib.sha256(f"{_RECIPE} {base_key()} ".encode() + archive).hexdigest()[:16]
 
@@ -62,12 +62,12 @@ def pve_dir(specs: Sequence[DebSpec]) -> Path:
     return cache_dir() / "repo" / f"pve-{key}"
 
 
-def build_mirror(say: Callable[[str], None]) -> Path:
-    """The Debian part, if it is not there; its directory."""
+def build_mirror(report: Callable[[str], None]) -> Path:
+    """Build the Debian part unless it exists; return its directory."""
     target = mirror_dir()
     if target.exists():
         return target
-    say("repository: the Debian part")
+    report("repository: the Debian part")
     with _scratch(target) as scratch:
         work = Path(scratch)
         top = work / "new"
@@ -83,17 +83,17 @@ def build_mirror(say: Callable[[str], None]) -> Path:
         keys.sign("debian", releases)
         pmx = top / "pmx"
         pmx.mkdir()
-        _ifupdown2(pool, pmx, work)
+        _rebuild_ifupdown2(pool, pmx, work)
         top.rename(target)
     return target
 
 
-def build_pve(specs: Sequence[DebSpec], say: Callable[[str], None]) -> Path:
-    """The PVE part with the stand-in packages, if it is not there; its directory."""
+def build_pve(specs: Sequence[DebSpec], report: Callable[[str], None]) -> Path:
+    """Build the PVE part with the stand-in packages unless it exists; return its directory."""
     target = pve_dir(specs)
     if target.exists():
         return target
-    say("repository: the PVE part")
+    report("repository: the PVE part")
     with _scratch(target) as scratch:
         work = Path(scratch)
         top = work / "new"
@@ -122,7 +122,7 @@ def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _suite(site: Path, suite: str, origin: str, components: list[str], pool: str | None) -> Path:
-    """Indices of one suite with one set of packages; its Release file, unsigned."""
+    """Write the indices of one suite; return its Release file, unsigned."""
     dist = site / "dists" / suite
     for component in components:
         folder = dist / component / "binary-amd64"
@@ -142,26 +142,28 @@ def _suite(site: Path, suite: str, origin: str, components: list[str], pool: str
         "Components": " ".join(components),
     }
     arguments = [f"-oAPT::FTPArchive::Release::{name}={value}" for name, value in options.items()]
-    made = programs.run(["apt-ftparchive", *arguments, "release", dist], what=f"describing suite {suite}")
+    text = programs.run(["apt-ftparchive", *arguments, "release", dist], what=f"describing suite {suite}")
     release = dist / "Release"
-    release.write_bytes(made)
+    release.write_bytes(text)
     return release
 
 
-def _ifupdown2(pool: Path, target: Path, work: Path) -> None:
-    """ifupdown2 as Proxmox ships it differs from Debian's where it matters here: a reload leaves the ports
-    that guests have on a bridge alone, and it works where iproute2 keeps its tables below /usr."""
-    found = sorted(pool.glob("ifupdown2_*.deb"))
-    if len(found) != 1:
-        raise LabError(f"expected one package ifupdown2 in the mirror, found {[deb.name for deb in found]}")
+def _rebuild_ifupdown2(pool: Path, target: Path, work: Path) -> None:
+    """Rebuild Debian's ifupdown2 with two changes that Proxmox' has: a reload does not remove guests' ports
+    from a bridge, and it works where iproute2 has its tables below /usr."""
+    debs = sorted(pool.glob("ifupdown2_*.deb"))
+    if len(debs) != 1:
+        raise LabError(f"expected one package ifupdown2 in the mirror, found {[deb.name for deb in debs]}")
     tree = work / "ifupdown2"
-    unpack(found[0], tree)
+    unpack(debs[0], tree)
     addon = tree / "usr/share/ifupdown2/addons/bridge.py"
     text = addon.read_text()
-    asked = "ifaceobj.get_attr_value_first('bridge-ports-condone-regex')"
-    if f"{asked}\n" not in text:
-        raise LabError("ifupdown2 has changed: 'bridge-ports-condone-regex' is not read where it was")
-    addon.write_text(text.replace(f"{asked}\n", f"{asked} or r'^(tap|veth|fwpr|fwln)[0-9]+'\n"))
+    call = "ifaceobj.get_attr_value_first('bridge-ports-condone-regex')"
+    if f"{call}\n" not in text:
+        raise LabError(
+            f"ifupdown2 has changed: expected `{call}` at the end of a line in {addon.name}, found none"
+        )
+    addon.write_text(text.replace(f"{call}\n", f"{call} or r'^(tap|veth|fwpr|fwln)[0-9]+'\n"))
     (tree / "etc/iproute2/rt_tables.d").mkdir(parents=True, exist_ok=True)
     control = tree / "DEBIAN" / "control"
     lines = control.read_text().splitlines()
