@@ -1,4 +1,4 @@
-"""The command `nestedpve-lab`: install, start, stop, list, set, power, exec."""
+"""The command `nestedpve-lab`: install, start, stop, list, set, fault, power, exec."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from . import fault_rules
 from .names import DEFAULT_LAB, LabError
 
 
@@ -65,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     delays.add_argument(
         "pairs", nargs="*", metavar="KEY=SECONDS", help="cli_delay_s, start_s, stop_s, destroy_s"
     )
+    fault = commands.add_parser(
+        "fault", help="have calls and tasks of a running lab fail, hang or lose replies"
+    )
+    fault_rules.add_arguments(fault)
     power = commands.add_parser("power", help="switch the second node on, or off as by pulling the plug")
     power.add_argument("name")
     power.add_argument("node", help="father2")
@@ -117,6 +122,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
 
         for key, seconds in speed.change(options.name, speed.parse(options.pairs)).items():
             print(f"{key}={seconds:g}")
+    elif options.command == "fault":
+        rule = fault_rules.rule_of(options) if options.action == "add" else None
+        for each in fault_rules.change(options.name, options.action, rule):
+            print(json.dumps(each))
     elif options.command == "power":
         lifecycle.power(options.name, options.node, on=options.state == "on")
     else:

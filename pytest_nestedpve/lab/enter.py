@@ -31,7 +31,8 @@ def namespace_command(inits: Mapping[str, int], node: str, command: Sequence[str
     if host not in inits:
         raise LabError(
             f"{host} is off, or the lab has one node only; "
-            f"`nestedpve-lab power NAME {host} on` switches it on, `nestedpve-lab start NAME --nodes 2` has it"
+            f"`nestedpve-lab power NAME {host} on` switches it on, "
+            "`nestedpve-lab start NAME --nodes 2` has it"
         )
     prefix = _nsenter(inits[host])
     if not node:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 
-from . import programs
+from . import lifecycle
 from .names import FATHER, LabError, LabUsage
+from .node_commands import output_on
 
 MAX_SECONDS = 600.0
 KEYS = {
@@ -42,34 +41,20 @@ def parse(pairs: Sequence[str]) -> dict[str, float]:
 def change(lab: str, changes: Mapping[str, float]) -> dict[str, float]:
     """Change a running lab's delays, at once and for all its nodes, those that boot later too. Returns all
     delays (seconds) by key. LabError if the lab does not run."""
-    from . import lifecycle
-
     delays = dict.fromkeys(KEYS, 0.0) | _read(lab)
     if not changes:
         return delays
     delays |= changes
     # Written in place: the file is bind-mounted into the nodes inside.
     for node in lifecycle.get(lab).pids:
-        _run_on(node, lab, f"cat >{_FILE}", json.dumps(delays))
+        output_on(node, lab, f"cat >{_FILE}", json.dumps(delays))
     return delays
 
 
 def _read(lab: str) -> dict[str, float]:
-    text = _run_on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
+    text = output_on(FATHER, lab, f"cat {_FILE} 2>/dev/null || true")
     try:
         loaded = json.loads(text or "{}")
         return {key: float(loaded[key]) for key in KEYS if key in loaded}
     except (ValueError, TypeError) as e:
         raise LabError(f"{_FILE} on {FATHER} of lab {lab} cannot be read: {e}; found {text[:200]!r}") from e
-
-
-def _run_on(node: str, lab: str, script: str, text: str = "") -> str:
-    from . import lifecycle
-    from .enter import namespace_command
-
-    argv = namespace_command(lifecycle.get(lab).pids, node, ["/bin/sh", "-c", script])
-    environment = {**os.environ, "PATH": programs.search_path()}
-    done = subprocess.run(argv, input=text, text=True, capture_output=True, env=environment, check=False)
-    if done.returncode:
-        raise LabError(f"{node} of lab {lab}: `{script}` ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout

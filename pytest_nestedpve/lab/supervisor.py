@@ -43,8 +43,8 @@ class Stop(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    """Run the lab until it is stopped. Once father was started (not booted yet), or failed to start, write one
-    line of JSON to standard output: `ok` with the lab's state, or `error`."""
+    """Run the lab until it is stopped. Once father was started (not booted yet), or failed to start, write
+    one line of JSON to standard output: `ok` with the lab's state, or `error`."""
     name = arguments[0]
     folder = lab_dir(name)
     if os.fork():

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -281,6 +282,28 @@ def test_a_lab_is_as_slow_as_it_was_told_to_be(names: tuple[str, str]) -> None:
     assert " qm list" in father(lab, "cat /var/log/nestedpve-lab-commands.log")
     missing = set_pace(names[1], "stop_s=1")
     assert (missing.returncode, "does not run" in missing.stderr) == (1, True)
+
+
+def fault(lab: str, *words: str) -> list[dict[str, Any]]:
+    done = subprocess.run([*CLI, "fault", lab, *words], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_fault_rule_of_a_lab_is_used_by_commands_and_requests_and_no_more_often(
+    names: tuple[str, str],
+) -> None:
+    lab = start(names[0])
+    rule = {"on": {"method": "GET", "path": "/version"}, "do": "fail", "text": "by rule", "times": 2}
+    assert fault(names[0], "add", json.dumps(rule)) == [rule]
+    assert "by rule" in father(lab, "pvesh get /version 2>&1 || true")
+    assert fault(names[0], "list") == [{**rule, "times": 1}]
+    assert "by rule" in father(lab, "pvesh get /version 2>&1 || true")
+    assert fault(names[0], "list") == []
+    assert "9.2" in father(lab, "pvesh get /version")
+    fault(names[0], "add", "--path", "/version", "--do", "drop")
+    assert father(lab, "pvesh get /version; echo $?").strip() == "137"  # killed without a word
+    fault(names[0], "add", "--vmid", "100", "--do", "hang")
+    assert fault(names[0], "clear") == []
 
 
 def test_what_runs_in_a_lab_has_no_hold_on_the_machine(names: tuple[str, str]) -> None:

@@ -6,13 +6,12 @@ import contextlib
 import io
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from standin_machines import CHANGED, WITHOUT_EFFECT, FakeMachines
 
 from pytest_nestedpve.lab.node.commands import pvecm, pvesh, pvesm, pveum, pveversion, qm
 from pytest_nestedpve.lab.node.machine import machine
@@ -33,52 +32,6 @@ class Answer:
     rc: int
     stdout: str
     stderr: str
-
-
-class FakeMachines:
-    """Machines that are files: they run from start to stop, whatever process looks."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        place.mkdir(parents=True, exist_ok=True)
-        self.agents: dict[int, Callable[[str, dict[str, Any]], Any]] = {}
-
-    def file(self, vmid: int) -> Path:
-        return self.place / str(vmid)
-
-    def start(self, spec: machine.MachineSpec) -> None:
-        if "refuse" in spec.name:
-            raise machine.MachineError("QEMU exited with code 1")
-        self.file(spec.vmid).write_text(str(time.time()))
-        (self.place / f"{spec.vmid}.spec").write_text(repr(spec))
-
-    def status(self, vmid: int) -> str:
-        return "running" if self.file(vmid).exists() else "stopped"
-
-    def pid(self, vmid: int) -> int | None:
-        return 4242 if self.file(vmid).exists() else None
-
-    def started_at(self, vmid: int) -> float | None:
-        return float(self.file(vmid).read_text()) if self.file(vmid).exists() else None
-
-    def stop(self, vmid: int) -> None:
-        self.file(vmid).unlink(missing_ok=True)
-
-    def shutdown(self, vmid: int, timeout: float = 60.0) -> bool:
-        del timeout
-        deaf = (self.place / f"{vmid}.deaf").exists()
-        if not deaf:
-            self.stop(vmid)
-        return not deaf
-
-    def agent(self, vmid: int, execute: str, arguments: Any = None, timeout: float = 10.0) -> Any:
-        del timeout
-        if vmid not in self.agents:
-            raise machine.AgentError("unreachable", "no agent")
-        return self.agents[vmid](execute, dict(arguments or {}))
-
-    def nothing(self, *_: Any, **__: Any) -> None:
-        return None
 
 
 @dataclass
@@ -132,9 +85,9 @@ def make_root(root: Path) -> Path:
 
 def fake_machines(machines: FakeMachines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the node's code use these."""
-    for name in ("start", "status", "pid", "started_at", "stop", "shutdown", "agent"):
+    for name in CHANGED:
         monkeypatch.setattr(machine, name, getattr(machines, name))
-    for name in ("forget", "leave", "reset", "suspend", "resume", "set_link"):
+    for name in WITHOUT_EFFECT:
         monkeypatch.setattr(machine, name, machines.nothing)
     monkeypatch.setattr(machine, "frozen", lambda vmid: contextlib.nullcontext(vmid))
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from standin_support import FakeMachines, Node, fake_machines, make_root
+from standin_machines import FakeMachines
+from standin_support import Node, fake_machines, make_root
 
 from pytest_nestedpve.lab.node.api import access, forward, tree
 from pytest_nestedpve.lab.node.api.errors import PveFailure

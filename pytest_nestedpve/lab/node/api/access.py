@@ -6,12 +6,12 @@ import functools
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..state import clock
 from ..state.store import Store, store
 from .errors import NotAllowed, PveFailure
 
@@ -71,7 +71,7 @@ def authenticate(header: str) -> Caller | None:
     if kept is None or kept["hash"] != secret_hash(value):
         return None
     for thing in (kept, owner or {}):
-        if 0 < int(thing.get("expire", 0)) <= time.time():
+        if 0 < int(thing.get("expire", 0)) <= clock.now():
             return None
     return Caller(user, name, sync=False)
 

@@ -27,6 +27,10 @@ class PveFailure(Exception):
         return self.text
 
 
+class NoReply(Exception):
+    """The caller gets no answer, by a fault rule: its connection ends."""
+
+
 class BadParameters(PveFailure):
     """400, by parameter. Values may end in a newline where PVE's do."""
 

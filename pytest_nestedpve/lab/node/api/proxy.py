@@ -22,7 +22,7 @@ from ..commands import tables
 from ..state import cluster_fs, paths, tasks
 from ..state.members import Member
 from . import access, forward, tree, uploads
-from .errors import PveFailure
+from .errors import NoReply, PveFailure
 
 PORT = 8006
 FAILED_DELAY = 3.0  # seconds before a refused log-in is answered (facts 61)
@@ -86,6 +86,9 @@ class Handler(BaseHTTPRequestHandler):
             if received is not None:
                 received.unlink(missing_ok=True)
             return self._failure(e)
+        except NoReply:
+            self.close_connection = True
+            return None
         except Exception as e:
             import traceback
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..state import members, paths, tasks
-from . import access, schema
+from . import access, faults, schema
 from .access import Caller
 from .errors import NotImplementedHere, PveFailure, Unsupported
 
@@ -63,7 +63,17 @@ def find(verb: str, address: str) -> tuple[schema.Method, dict[str, str]]:
 
 
 def call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, *, rc: int = 2) -> Any:
-    """Call the API. A `tasks.Started` as result stands for the UPID. Errors are PveFailure."""
+    """Call the API. A `tasks.Started` as result stands for the UPID. Errors are PveFailure, and NoReply."""
+    rule = faults.on_call(verb, address, params)
+    if rule is not None:
+        faults.before(rule, faults.vmid_of(address, params))
+    result = _call(verb, address, params, caller, rc)
+    if rule is not None:
+        faults.after(rule)
+    return result
+
+
+def _call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, rc: int) -> Any:
     _load()
     method, uri = find(verb, address)
     given = {**params, **uri}

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..api import schema, tree, validation
 from ..api.access import ROOT
-from ..api.errors import BadParameters, PveFailure, Unsupported
+from ..api.errors import BadParameters, NoReply, PveFailure, Unsupported
 from ..state import cluster_fs, paths, store, tasks
 from . import tables
 
@@ -285,6 +286,9 @@ def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int
         sys.stdout.flush()
         sys.stderr.write(e.for_cli())
         return e.rc
+    except NoReply:
+        os.kill(os.getpid(), signal.SIGKILL)  # as a connection ends: without an answer, without an exit code
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 255

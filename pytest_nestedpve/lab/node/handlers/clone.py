@@ -11,7 +11,7 @@ from ..api.access import Caller
 from ..api.errors import PveFailure
 from ..api.tree import api, task
 from ..machine import disks
-from ..state import guests, locks, members, paths, vm_options, volumes
+from ..state import guests, locks, members, output, paths, vm_options, volumes
 from ..state.guests import NETS, Guest
 from . import pools
 from .cluster import taken
@@ -106,14 +106,14 @@ def _check_rights(caller: Caller, source: dict[str, str], storage: str | None) -
 def _clone(
     guest: Guest, source: dict[str, str], new: int, params: dict[str, Any], made: list[str], *, full: bool
 ) -> None:
-    print(f"creating a clone of VM {guest.vmid} with ID {new}", flush=True)
+    output.line(f"creating a clone of VM {guest.vmid} with ID {new}")
     conf = {k: v for k, v in source.items() if k not in NOT_COPIED and not re.fullmatch(r"unused\d+", k)}
     for key, value in sorted(_disks(source).items()):
         volid, _, rest = value.partition(",")
         if "cloudinit" in volid:
             name, _ = volumes.split(volid)
             copy = f"{params.get('storage', name)}:{new}/vm-{new}-cloudinit.qcow2"
-            print(f"create full clone of drive {key} ({volid})", flush=True)
+            output.line(f"create full clone of drive {key} ({volid})")
             made.append(copy)
             volumes.allocate(copy, 4 * 1024**2, "qcow2")
             conf[key] = f"{copy},media=cdrom,size=4M"
@@ -141,34 +141,34 @@ def _clone(
 
 
 def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str]) -> str:
-    print(f"create full clone of drive {key} ({volid})", flush=True)
+    output.line(f"create full clone of drive {key} ({volid})")
     file = volumes.path(volid)
     about = disks.info(file)
     store = params.get("storage") or volumes.split(volid)[0]
     fmt = params.get("format") or about["format"]
     copy = f"{store}:{new}/{volumes.next_name(store, new, fmt)}"
-    print(volumes.formatting(volumes.path(copy), about["size"], fmt), flush=True)
+    output.line(volumes.formatting(volumes.path(copy), about["size"], fmt))
     made.append(copy)
     snapshot = params.get("snapname") if params.get("snapname") not in (None, "current") else None
     disks.full_clone(file, volumes.path(copy), fmt, snapshot)
-    print(f"allocated target volume '{copy}'", flush=True)
+    output.line(f"allocated target volume '{copy}'")
     volumes.transferred(about["size"])
     return copy
 
 
 def _linked(volid: str, new: int, key: str, made: list[str]) -> str:
-    print(f"create linked clone of drive {key} ({volid})", flush=True)
+    output.line(f"create linked clone of drive {key} ({volid})")
     name, _ = volumes.split(volid)
     base = volumes.path(volid)
     owner = base.parent.name
     file = volumes.next_name(name, new, "qcow2")
     below = f"../{owner}/{base.name}"
-    print(f"clone {owner}/{base.name}: images, {file}, {new} to {file} (base={below})", flush=True)
+    output.line(f"clone {owner}/{base.name}: images, {file}, {new} to {file} (base={below})")
     about = disks.info(base)
     copy = f"{name}:{owner}/{base.name}/{new}/{file}"
     target = volumes.path(copy)
     extra = f" backing_file={below} backing_fmt={about['format']}"
-    print(volumes.formatting(target, about["size"], "qcow2", extra), flush=True)
+    output.line(volumes.formatting(target, about["size"], "qcow2", extra))
     made.append(copy)
     disks.linked_clone(base, target, "qcow2")
     return copy

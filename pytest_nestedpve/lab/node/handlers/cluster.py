@@ -10,14 +10,15 @@ from ..api import access
 from ..api.access import Caller
 from ..api.errors import BadParameters, PveFailure
 from ..api.tree import api
-from ..state import broadcast, cluster_fs, guests, members, paths, tasks
+from ..state import broadcast, cluster_fs, guests, members, paths, reported, tasks
 from ..state.store import store
 from .nodes import task_row
 
 
 @api("GET", "/version")
 def version(caller: Caller, params: dict[str, Any]) -> Any:
-    return {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    own = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    return own | reported.of("version")
 
 
 @api("GET", "/cluster/status")
@@ -34,7 +35,7 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
             "quorate": 1,
             "version": len(every),
         }
-        rows.append(about | {"type": "cluster"})
+        rows.append(about | {"type": "cluster"} | reported.of("cluster"))
     for each in every:
         row: dict[str, Any] = {"id": f"node/{each.name}", "name": each.name, "type": "node", "level": ""}
         row |= {"local": int(each.local), "nodeid": each.number, "online": int(each.online)}
@@ -88,7 +89,7 @@ def options(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("GET", "/cluster/replication")
 def replication(caller: Caller, params: dict[str, Any]) -> Any:
-    return []
+    return [{"id": key, **body} for key, body in store().all("replication").items()]
 
 
 @api("GET", "/cluster/backup")

@@ -11,7 +11,7 @@ from ..api.access import Caller
 from ..api.errors import BadParameters, PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import cloudinit, disks, machine
-from ..state import guests, locks, vm_options, volumes
+from ..state import guests, locks, output, vm_options, volumes
 from ..state.guests import DRIVES, NETS, Guest
 
 HERE = "/nodes/{node}/qemu/{vmid}"
@@ -112,7 +112,7 @@ def _update(caller: Caller, params: dict[str, Any], *, background: bool) -> Any:
             only_lock = set(deleted) | set(given) <= {"lock"} and caller.is_root and not given
             guest.check_lock(skip=skip or only_lock)
             if caller.sync or background:
-                print(line, flush=True)
+                output.line(line)
             _apply(guest, given, deleted, revert, force=params.get("force") == "1")
 
     if background:
@@ -137,9 +137,7 @@ def _apply(
         guest.pending.pop(name, None)
     for name in deleted:
         if name not in guest.conf and name not in guest.pending:
-            import sys
-
-            print(f"cannot delete '{name}' - not set in current configuration!", file=sys.stderr)
+            output.error(f"cannot delete '{name}' - not set in current configuration!")
         elif on and not AT_ONCE.fullmatch(name):
             guest.pending[name] = None
         else:
@@ -237,7 +235,7 @@ def resize(caller: Caller, params: dict[str, Any]) -> Any:
                 raise PveFailure("shrinking disks is not supported")
             if wanted > now:
                 disks.resize(file, wanted)
-                print("Image resized.", flush=True)
+                output.line("Image resized.")
             parts = vm_options.drive_parts(guest.conf[name])
             parts.pop("file")
             parts["size"] = volumes.short_size(wanted)
@@ -272,7 +270,7 @@ def cloudinit_update(caller: Caller, params: dict[str, Any]) -> Any:
         guest = guests.load(params["vmid"])
         if cloudinit.drive(guest) is None:
             return
-        print("generating cloud-init ISO", flush=True) if caller.sync else None
+        output.line("generating cloud-init ISO") if caller.sync else None
         cloudinit.seed(guest)
 
 

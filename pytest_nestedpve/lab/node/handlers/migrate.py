@@ -14,7 +14,7 @@ from ..api.access import Caller
 from ..api.errors import BadParameters, PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import disks, machine
-from ..state import cluster_fs, guests, locks, members, paths, vm_options, volumes
+from ..state import cluster_fs, guests, locks, members, output, paths, vm_options, volumes
 from ..state.guests import Guest
 from ..state.members import Member
 from ..state.store import store
@@ -76,7 +76,7 @@ def migrate(caller: Caller, params: dict[str, Any]) -> Any:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    output.line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
 
 def _since(begin: float) -> str:

@@ -16,7 +16,7 @@ from ..api import access
 from ..api.access import Caller
 from ..api.errors import BadParameters
 from ..api.tree import api
-from ..state import broadcast, cluster_fs, guests, paths, tasks, vitals
+from ..state import broadcast, clock, cluster_fs, guests, paths, reported, tasks, vitals
 
 
 def fingerprint(node: str) -> str | None:
@@ -39,12 +39,13 @@ def nodes(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("GET", "/nodes/{node}/version")
 def version(caller: Caller, params: dict[str, Any]) -> Any:
-    return {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    own = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    return own | reported.of("version")
 
 
 @api("GET", "/nodes/{node}/time")
 def now(caller: Caller, params: dict[str, Any]) -> Any:
-    seconds = int(time.time())
+    seconds = int(clock.now())
     return {"localtime": seconds + time.localtime().tm_gmtoff, "time": seconds, "timezone": _timezone()}
 
 
@@ -78,7 +79,7 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
     return {
         "boot-info": {"mode": "legacy-bios"},
         "cpu": round(os.getloadavg()[0] / (os.cpu_count() or 1), 4),
-        "cpuinfo": _cpuinfo(),
+        "cpuinfo": _cpuinfo() | reported.of("cpuinfo"),
         "current-kernel": {
             "machine": os.uname().machine,
             "release": paths.KERNEL,
@@ -94,7 +95,8 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
             "free": memory["MemFree"],
             "total": memory["MemTotal"],
             "used": memory["MemTotal"] - memory["MemAvailable"],
-        },
+        }
+        | reported.of("memory"),
         "pveversion": f"pve-manager/{paths.VERSION}/{paths.REPOID}",
         "rootfs": {
             "avail": disk.f_bavail * size,
@@ -204,15 +206,20 @@ def _interfaces_file() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _links() -> dict[str, Any]:
+    """The kernel's network interfaces, by name."""
+    try:
+        done = subprocess.run(["ip", "-j", "-d", "addr"], capture_output=True, text=True, check=True)
+        return {link["ifname"]: link for link in json.loads(done.stdout or "[]") if link}
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return {}
+
+
 @api("GET", "/nodes/{node}/network")
 def network(caller: Caller, params: dict[str, Any]) -> Any:
     rows, only = [], params.get("type")
     written = _interfaces_file()
-    try:
-        done = subprocess.run(["ip", "-j", "-d", "addr"], capture_output=True, text=True, check=True)
-        links = {link["ifname"]: link for link in json.loads(done.stdout or "[]") if link}
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        links = {}
+    links = {name: {"flags": ["UP"]} for name in written} if paths.in_process() else _links()
     names = [name for name in {**written, **links} if name != "lo" and not name.startswith(("tap", "fw"))]
     for number, name in enumerate(sorted(names, key=lambda n: (n.startswith("vmbr"), n)), start=3):
         row = _network_row(name, written.get(name, {}), links.get(name, {}), number)
@@ -285,7 +292,7 @@ def task_list(caller: Caller, params: dict[str, Any]) -> Any:
     for task in tasks.every(params.get("vmid")):
         if task.running and source == "archive":
             continue
-        if not task.running and source == "active" and time.time() - (task.endtime or 0) > 1:
+        if not task.running and source == "active" and clock.now() - (task.endtime or 0) > 1:
             continue
         row = task_row(task)
         if not (audit or task.user == caller.id):

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from typing import Any
 
 from ..api import validation
@@ -13,7 +11,7 @@ from ..api.access import Caller
 from ..api.errors import PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import cloudinit, disks, machine
-from ..state import guests, locks, paths, tasks, vm_options, volumes
+from ..state import clock, guests, locks, output, paths, tasks, vm_options, volumes
 from ..state.guests import NETS, Guest
 from ..state.store import store
 
@@ -48,7 +46,7 @@ def start(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     skip = params.get("skiplock") == "1"
     if store().get("ha", f"vm:{vmid}") is not None and caller.sync:
-        print(f"Requesting HA start for VM {vmid}", flush=True)
+        output.line(f"Requesting HA start for VM {vmid}")
     return task(caller, "qmstart", vmid, lambda: start_now(vmid, skip=skip))
 
 
@@ -70,7 +68,7 @@ def boot(guest: Guest) -> None:
     paths.pause("start_s")
     spec = machine_spec(guest)
     if spec.memory * 1024**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        print("kvm: cannot set up guest memory 'pc.ram': Cannot allocate memory", flush=True)
+        output.line("kvm: cannot set up guest memory 'pc.ram': Cannot allocate memory")
         raise PveFailure("start failed: QEMU exited with code 1")
     try:
         machine.start(spec)
@@ -79,7 +77,7 @@ def boot(guest: Guest) -> None:
     if guest.lock == "suspended":
         del guest.conf["lock"]
         guest.save()
-    store().put("runtime", guest.vmid, {"paused": 0, "started": time.time()})
+    store().put("runtime", guest.vmid, {"paused": 0, "started": clock.now()})
 
 
 def machine_spec(guest: Guest) -> machine.MachineSpec:
@@ -104,7 +102,7 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
     seed = None
     if cloudinit.drive(guest) is not None:
         seed = cloudinit.seed(guest)
-        print("generating cloud-init ISO", flush=True)
+        output.line("generating cloud-init ISO")
     drive = guests.boot_drive(guest)
     disk = str(volumes.path(guest.conf[drive].split(",")[0])) if drive else None
     if disk is not None and not disks.bootable(disk):
@@ -139,7 +137,7 @@ def _stop_now(vmid: int) -> None:
 def stop(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     if store().get("ha", f"vm:{vmid}") is not None and caller.sync:
-        print(f"Requesting HA stop for VM {vmid}", flush=True)
+        output.line(f"Requesting HA stop for VM {vmid}")
 
     def work() -> None:
         if params.get("overrule-shutdown") == "1":
@@ -147,7 +145,7 @@ def stop(caller: Caller, params: dict[str, Any]) -> Any:
             for other in others:
                 tasks.stop(other.upid)
             if others:
-                print("overruled qmshutdown tasks: " + ", ".join(t.upid for t in others), flush=True)
+                output.line("overruled qmshutdown tasks: " + ", ".join(t.upid for t in others))
         with locks.guest(vmid):
             guest = guests.find(vmid)
             if not guests.running(vmid):
@@ -180,11 +178,11 @@ def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
             try:
                 guest = guests.find(vmid)
             except PveFailure as e:
-                print(e.text + "\n", file=sys.stderr)
+                output.error(e.text + "\n")
                 raise
             guest.check_lock(skip=params.get("skiplock") == "1")
             if not guests.running(vmid):
-                print(f"VM {vmid} not running\n", file=sys.stderr)
+                output.error(f"VM {vmid} not running\n")
                 return
             _shutdown(vmid, float(params.get("timeout", 60)), force=params.get("forceStop") == "1")
 
@@ -198,7 +196,7 @@ def reboot(caller: Caller, params: dict[str, Any]) -> Any:
         _needs_running(vmid)
     except PveFailure as e:
         if caller.sync:
-            print(e.text + "\n", file=sys.stderr)
+            output.error(e.text + "\n")
         raise
     if guests.paused(vmid):
         raise PveFailure("VM is paused - cannot shutdown", rc=29)

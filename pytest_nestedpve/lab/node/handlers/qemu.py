@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..api.access import Caller
 from ..api.errors import NotAllowed, PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import disks, machine
-from ..state import guests, locks, paths, tasks, vm_options, volumes
+from ..state import clock, guests, locks, output, paths, vm_options, volumes, worker
 from ..state.guests import Guest
 from ..state.store import store
 from . import pools
@@ -95,7 +94,7 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
             try:
                 start_now(vmid)
             except PveFailure as e:
-                tasks.warn(f"unable to start VM {vmid} - {e.text}")
+                worker.warn(f"unable to start VM {vmid} - {e.text}")
 
     return task(caller, "qmcreate", vmid, work)
 
@@ -133,7 +132,7 @@ def _create(caller: Caller, vmid: int, given: dict[str, str], made: list[str]) -
     guest.conf.setdefault("boot", vm_options.default_boot(guest.conf))
     if not guest.conf.get("description"):
         guest.conf.pop("description", None)
-    guest.conf["meta"] = f"creation-qemu={paths.QEMU},ctime={int(time.time())}"
+    guest.conf["meta"] = f"creation-qemu={paths.QEMU},ctime={int(clock.now())}"
     guest.save()
 
 
@@ -158,7 +157,7 @@ def destroy(caller: Caller, params: dict[str, Any]) -> Any:
             paths.pause("destroy_s")
             _destroy(guest, unreferenced=params.get("destroy-unreferenced-disks") == "1")
             if purge:
-                print(f"purging VM {vmid} from related configurations..", flush=True)
+                output.line(f"purging VM {vmid} from related configurations..")
                 forget_everywhere(vmid)
             pools.remove_guest(vmid)
             guests.remove(vmid)
@@ -187,12 +186,15 @@ def _destroy(guest: Guest, *, unreferenced: bool) -> None:
             if volumes.owner(volid) == guest.vmid and volumes.path(volid):
                 mine.append(volid)
         except PveFailure as e:
-            tasks.warn(f"failed to get path and owner of volume '{volid}': {e.text}")
+            worker.warn(f"failed to get path and owner of volume '{volid}': {e.text}")
     for volid in mine:
         if volumes.path(volid).name.startswith("base-") and volumes.users_of(volid):
             raise PveFailure(f"base volume '{volid}' is still in use by linked cloned")
     for volid in mine:
-        volumes.free(volid)
+        try:
+            volumes.free(volid)
+        except PveFailure as e:
+            worker.warn(f"Could not remove disk '{volid}', check manually: {e.text}")
     if unreferenced:
         for name in volumes.storages():
             for row in volumes.listing(name, vmid=guest.vmid, of="images"):

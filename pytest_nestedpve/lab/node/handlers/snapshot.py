@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ..api.access import Caller
 from ..api.errors import PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import disks, machine
-from ..state import guests, locks, volumes
+from ..state import clock, guests, locks, output, reported, volumes
 from ..state.guests import Guest
 from .power import agent_enabled, boot, off
 
@@ -47,13 +46,21 @@ def _drives(guest: Guest) -> dict[str, str]:
 
 @api("GET", "/nodes/{node}/qemu/{vmid}/feature")
 def feature(caller: Caller, params: dict[str, Any]) -> Any:
-    drives = [volumes.path(volid) for volid in _drives(guests.load(params["vmid"])).values()]
+    drives = list(_drives(guests.load(params["vmid"])).values())
     able = {
-        "snapshot": all(disks.info(path)["format"] == "qcow2" for path in drives),
-        "clone": all(path.name.startswith("base-") for path in drives),
+        "snapshot": all(map(_can_be_kept, drives)),
+        "clone": all(volumes.path(volid).name.startswith("base-") for volid in drives),
         "copy": True,
     }
-    return {"hasFeature": int(able[params["feature"]]), "nodes": [params["node"]]}
+    answer = {"hasFeature": int(able[params["feature"]]), "nodes": [params["node"]]}
+    return answer | reported.of("feature", str(params["vmid"])).get(params["feature"], {})
+
+
+def _can_be_kept(volid: str) -> bool:
+    """Whether a snapshot of the volume is possible."""
+    if volumes.has_snapshots(volumes.split(volid)[0]):
+        return True
+    return bool(disks.info(volumes.path(volid))["format"] == "qcow2")
 
 
 def _snapshot(guest: Guest, name: str) -> dict[str, str]:
@@ -80,7 +87,7 @@ def take(caller: Caller, params: dict[str, Any]) -> Any:
                 raise PveFailure(f"snapshot name '{name}' already used")
             drives = _drives(guest)
             for volid in drives.values():
-                if disks.info(volumes.path(volid))["format"] != "qcow2":
+                if not _can_be_kept(volid):
                     raise PveFailure("snapshot feature is not available")
             if params.get("vmstate") == "1" and guests.running(vmid):
                 raise Unsupported("saving the RAM of a running VM")
@@ -95,7 +102,7 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
         values["parent"] = guest.conf["parent"]
     if description:
         values["description"] = description
-    values["snaptime"] = str(int(time.time()))
+    values["snaptime"] = str(int(clock.now()))
     guest.conf["lock"] = "snapshot"
     guest.save()
     done: list[str] = []
@@ -103,7 +110,7 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
         _say_if_not_frozen(guest)
         with machine.frozen(guest.vmid):
             for key, volid in drives.items():
-                print(f"snapshotting 'drive-{key}' ({volid})", flush=True)
+                output.line(f"snapshotting 'drive-{key}' ({volid})")
                 disks.snapshot(volumes.path(volid), name)
                 done.append(volid)
     except BaseException as e:
@@ -126,7 +133,7 @@ def _say_if_not_frozen(guest: Guest) -> None:
         try:
             machine.agent(guest.vmid, "guest-ping", None, 1.0)
         except machine.AgentError:
-            print("skipping guest filesystem freeze - agent configured but not running?", flush=True)
+            output.line("skipping guest filesystem freeze - agent configured but not running?")
 
 
 @api("GET", HERE + "/{snapname}")
@@ -167,6 +174,7 @@ def rollback(caller: Caller, params: dict[str, Any]) -> Any:
                 off(vmid)
                 guest = guests.load(vmid)
             kept = {key: guest.conf[key] for key in ("description",) if key in guest.conf}
+            _newest_where_needed(guest, name, values)
             for volid in _drives(Guest(vmid, values)).values():
                 try:
                     disks.rollback(volumes.path(volid), name)
@@ -180,6 +188,14 @@ def rollback(caller: Caller, params: dict[str, Any]) -> Any:
                 boot(guest)
 
     return task(caller, "qmrollback", vmid, work)
+
+
+def _newest_where_needed(guest: Guest, name: str, values: dict[str, str]) -> None:
+    """ZFS goes back to the newest snapshot alone."""
+    newest = max(guest.snapshots, key=lambda each: int(guest.snapshots[each].get("snaptime", 0)))
+    for volid in _drives(Guest(guest.vmid, values)).values():
+        if name != newest and volumes.storage(volumes.split(volid)[0])["type"] == "zfspool":
+            raise PveFailure(f"can't rollback, '{name}' is not most recent snapshot on '{volid}'")
 
 
 @api("DELETE", HERE + "/{snapname}")

@@ -12,7 +12,7 @@ from ..api.access import Caller
 from ..api.errors import BadParameters, PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import disks
-from ..state import cluster_fs, paths, volumes
+from ..state import cluster_fs, output, paths, volumes
 from ..state.store import store
 
 HERE = "/nodes/{node}/storage"
@@ -26,7 +26,8 @@ def _text() -> str:
     """storage.cfg; empty while `local` is implicit."""
     lines = []
     for name, body in store().all("storage").items():
-        lines.append(f"{body['type']}: {name}\n\tpath {body['path']}\n")
+        place = f"\tpath {body['path']}\n" if "path" in body else ""
+        lines.append(f"{body['type']}: {name}\n{place}")
         lines += [f"\t{key} {body[key]}\n" for key in sorted(body) if key not in ("type", "path")]
         lines.append("\n")
     return "".join(lines)
@@ -260,7 +261,7 @@ def free(caller: Caller, params: dict[str, Any]) -> Any:
         elif file.exists():
             file.unlink()
         else:
-            print(f"disk image '{paths.shown(file)}' does not exist")
-        print(f"Removed volume '{volid}'", flush=True)
+            output.line(f"disk image '{paths.shown(file)}' does not exist")
+        output.line(f"Removed volume '{volid}'")
 
     return task(caller, "imgdel", f"{owner}@{name}" if owner else name, work)

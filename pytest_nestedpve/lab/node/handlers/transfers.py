@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from ..api.access import Caller
 from ..api.errors import BadParameters, PveFailure, Unsupported
 from ..api.tree import api, task
-from ..state import paths, volumes
+from ..state import output, paths, volumes
 
 HERE = "/nodes/{node}/storage/{storage}"
 
@@ -107,13 +107,13 @@ def _check(file: Path, params: dict[str, Any], more: str = "") -> None:
 
 def _download(params: dict[str, Any], target: Path) -> None:
     url, shown = params["url"], paths.shown(target)
-    print(f"downloading {url} to {shown}", flush=True)
+    output.line(f"downloading {url} to {shown}")
     if target.exists():
         if "checksum" not in params:
             raise PveFailure(f"refusing to override existing file '{shown}'")
-        print("calculating checksum of existing file...", flush=True)
+        output.line("calculating checksum of existing file...")
         _check(target, params, ", aborting")
-        print("OK, got correct file already, no need to download", flush=True)
+        output.line("OK, got correct file already, no need to download")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.tmp_dwnl.{os.getpid()}")
@@ -121,11 +121,11 @@ def _download(params: dict[str, Any], target: Path) -> None:
     try:
         _fetch(url, temporary)
         if "checksum" in params:
-            print("calculating checksum...", flush=True)
+            output.line("calculating checksum...")
             _check(temporary, params)
-            print("OK, checksum verified", flush=True)
+            output.line("OK, checksum verified")
         if "compression" in params:
-            print(f"decompressing {paths.shown(temporary)} to {paths.shown(unpacked)}", flush=True)
+            output.line(f"decompressing {paths.shown(temporary)} to {paths.shown(unpacked)}")
             with gzip.open(temporary) as packed, open(unpacked, "wb") as out:
                 shutil.copyfileobj(packed, out)
             unpacked.replace(temporary)
@@ -133,7 +133,7 @@ def _download(params: dict[str, Any], target: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
         unpacked.unlink(missing_ok=True)
-    print(f"download of '{url}' to '{shown}' finished", flush=True)
+    output.line(f"download of '{url}' to '{shown}' finished")
 
 
 def _fetch(url: str, target: Path) -> None:
@@ -141,7 +141,7 @@ def _fetch(url: str, target: Path) -> None:
         with urllib.request.urlopen(url, timeout=30) as answer, open(target, "wb") as out:
             shutil.copyfileobj(answer, out)
     except urllib.error.HTTPError as e:
-        print(f"ERROR {e.code}: {e.reason}.", flush=True)
+        output.line(f"ERROR {e.code}: {e.reason}.")
         raise PveFailure("download failed: exit code 8") from e
     except OSError as e:
         host, cause = urlsplit(url).hostname, getattr(e, "reason", e)
@@ -150,5 +150,5 @@ def _fetch(url: str, target: Path) -> None:
         if isinstance(cause, ConnectionRefusedError):
             where = f"{host}:{urlsplit(url).port or (443 if url.startswith('https') else 80)}"
             raise PveFailure(f"download failed: Connecting to {where}... failed: Connection refused.") from e
-        print(str(e), flush=True)
+        output.line(str(e))
         raise PveFailure("download failed: exit code 4") from e

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import time
 import uuid
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..api import access
 from ..api.access import Caller
 from ..api.errors import BadParameters, NotAllowed, PveFailure
 from ..api.tree import api
-from ..state import cluster_fs, guests
+from ..state import clock, cluster_fs, guests
 from ..state.store import store
 
 ROOT_USER = {"enable": 1}
@@ -233,7 +232,7 @@ def token_add(caller: Caller, params: dict[str, Any]) -> Any:
             "expire": int(params.get("expire", 0)),
             "privsep": int(params.get("privsep", 1)),
             "hash": access.secret_hash(value),
-            "made": time.time(),
+            "made": clock.now(),
         }
         db.put("token", full, body)
     render()

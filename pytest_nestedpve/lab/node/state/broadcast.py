@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import time
 from typing import Any
 
 from ..api import access
 from ..api.access import Caller
-from . import cluster_fs, guests, members, paths, vitals, volumes
+from . import clock, cluster_fs, guests, members, paths, vitals, volumes
 from .store import store
 
 CYCLE = 10.0
@@ -42,7 +41,7 @@ def tick() -> None:
             with contextlib.suppress(OSError):
                 total, used, _ = volumes.usage(name)
                 spaces[name] = {"maxdisk": total, "disk": used}
-    told = {"time": time.time(), "node": vitals.row(), "guests": rows, "storages": spaces}
+    told = {"time": clock.now(), "node": vitals.row(), "guests": rows, "storages": spaces}
     db.put("broadcast", paths.node(), told)
 
 
@@ -62,7 +61,7 @@ def last() -> dict[str, Any]:
     """What the nodes told last: of guests by their id, of nodes and each one's storages by the node."""
     told: dict[str, Any] = {"guests": {}, "storages": {}, "nodes": {}}
     for node, found in sorted(store().all("broadcast").items(), key=lambda each: float(each[1]["time"])):
-        if time.time() - found["time"] <= OLD:
+        if clock.now() - found["time"] <= OLD:
             told["guests"] |= found["guests"]
             told["storages"][node] = found["storages"]
         told["nodes"][node] = found["node"]

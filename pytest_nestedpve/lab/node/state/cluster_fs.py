@@ -14,12 +14,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from pathlib import Path
 
 from ..api.errors import PveFailure
 from ..machine.alive import holding
-from . import members, paths
+from . import members, paths, reported
 
 
 def fs() -> Path:
@@ -31,7 +32,7 @@ def show(name: str, text: str, mode: int = 0o640) -> None:
     """Render a file below /etc/pve; atomic."""
     file = fs() / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{paths.node()}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{paths.node()}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_text(text)
     temporary.chmod(mode)
     temporary.rename(file)
@@ -48,6 +49,8 @@ def pid_file() -> Path:
 def is_up() -> bool:
     try:
         os.kill(int(pid_file().read_text()), 0)
+    except PermissionError:
+        return True
     except (OSError, ValueError):
         return False
     return True
@@ -66,6 +69,8 @@ def require() -> None:
 
 def address() -> str | None:
     """The address that the node's name leads to; None if it is none, or a loopback one."""
+    if (given := reported.everything().get("address")) is not None:
+        return str(given)
     try:
         found = socket.getaddrinfo(paths.node(), None, proto=socket.IPPROTO_TCP)
     except OSError:

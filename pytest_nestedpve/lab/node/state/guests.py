@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from urllib.parse import quote, unquote
 from ..api import schema, validation
 from ..api.errors import PveFailure, no_guest
 from ..machine import machine
-from . import paths
+from . import clock, paths
 from .store import store
 
 DRIVES = re.compile(rf"({validation.DISK}|efidisk0|tpmstate0)")
@@ -263,7 +262,7 @@ def status(guest: Guest, *, full: bool = True) -> dict[str, Any]:
         now.pop("serial", None)
         return now
     started = machine.started_at(guest.vmid)
-    now["uptime"] = max(0, int(time.time() - started)) if started else 0
+    now["uptime"] = max(0, int(clock.now() - started)) if started else 0
     now["mem"] = now["memhost"] = min(now["maxmem"], 96 * 1024**2)
     if pid := machine.pid(guest.vmid):
         now["pid"] = pid

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from ..api.errors import PveFailure
-from . import paths
+from . import output, paths, worker
 
 WAIT = 10.0
-_held: dict[tuple[int, int], int] = {}  # (process, vmid) -> depth: the lock is re-entrant as PVE's
+_held: dict[tuple[int, int, str, int], int] = {}  # depth: re-entrant as PVE's
 
 
 @contextlib.contextmanager
@@ -24,7 +23,7 @@ def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = Fals
     Who has to wait says so ("trying to acquire lock..."): on stdout in a worker, else on stderr
     [recordings concurrency-015 to 023]; `quiet` for callers without a terminal.
     """
-    key = (os.getpid(), vmid)
+    key = (os.getpid(), threading.get_ident(), str(paths.root()), vmid)
     if _held.get(key):
         _held[key] += 1
         try:
@@ -32,12 +31,9 @@ def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = Fals
         finally:
             _held[key] -= 1
         return
-    folder = paths.at("/var/lock/qemu-server")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"lock-{vmid}.conf"
-    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor, name = _open(vmid)
     try:
-        _acquire(descriptor, f"/var/lock/qemu-server/{name}", timeout, rc, quiet)
+        _acquire(descriptor, name, timeout, rc, quiet)
         _held[key] = 1
         try:
             yield
@@ -49,15 +45,39 @@ def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = Fals
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, name: str, timeout: float, rc: int, quiet: bool) -> None:
-    from . import tasks
+def _open(vmid: int) -> tuple[int, str]:
+    """The lock file's descriptor, and its name as the node's user sees it."""
+    folder = paths.at("/var/lock/qemu-server")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"lock-{vmid}.conf"
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), paths.shown(file)
 
+
+def hold(vmid: int, seconds: float) -> None:
+    """Hold the lock file of guest `vmid` from now on for `seconds`, in a process of its own."""
+    from .store import release
+
+    descriptor, _ = _open(vmid)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    release()
+    child = os.fork()
+    if child == 0:
+        if os.fork() == 0:
+            os.setsid()
+            os.closerange(0, descriptor)
+            threading.Event().wait(seconds)
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(descriptor)
+
+
+def _acquire(descriptor: int, name: str, timeout: float, rc: int, quiet: bool) -> None:
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
-    out = sys.stdout if tasks.in_worker() else sys.stderr
+    say = output.line if worker.current.get() is not None else output.error
     if not quiet:
-        print("trying to acquire lock...", file=out, flush=True)
+        say("trying to acquire lock...")
     end = time.monotonic() + timeout
     nobody = threading.Event()
     while time.monotonic() < end:
@@ -67,6 +87,6 @@ def _acquire(descriptor: int, name: str, timeout: float, rc: int, quiet: bool) -
         except BlockingIOError:
             continue
         if not quiet:
-            print(" OK", file=out, flush=True)
+            say(" OK")
         return
     raise PveFailure(f"can't lock file '{name}' - got timeout", rc=rc)

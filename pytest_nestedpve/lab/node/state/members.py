@@ -29,6 +29,8 @@ class Member:
 
     @property
     def online(self) -> bool:
+        if paths.in_process():  # no process is such a node: the file alone decides
+            return self.local or lock_file(self.name).exists()
         return self.local or held(lock_file(self.name))
 
 

@@ -1,10 +1,15 @@
-"""Where a node keeps things, and what it is called. NESTEDPVE_NODE_ROOT moves everything (for tests)."""
+"""Where a node keeps things, and what it is called. NESTEDPVE_NODE_ROOT moves everything (for tests), and so
+does a `Place`, for the calls of one thread."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 VERSION = "9.2.11"
@@ -14,8 +19,35 @@ KERNEL = "6.17.2-1-pve"
 QEMU = "10.0.13"
 
 
+@dataclass(frozen=True)
+class Place:
+    """A node in this process: its directory and its name. A task runs inside of the call that starts it."""
+
+    root: Path
+    node: str
+
+
+_place: ContextVar[Place | None] = ContextVar("nestedpve_place", default=None)
+
+
+@contextlib.contextmanager
+def placed(place: Place) -> Iterator[None]:
+    """Calls of this thread are calls of the node at `place`."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def in_process() -> bool:
+    """Whether this call is one of a node that is no machine of its own."""
+    return _place.get() is not None
+
+
 def root() -> Path:
-    return Path(os.environ.get("NESTEDPVE_NODE_ROOT", "/"))
+    place = _place.get()
+    return place.root if place is not None else Path(os.environ.get("NESTEDPVE_NODE_ROOT", "/"))
 
 
 def at(path: str) -> Path:
@@ -32,6 +64,8 @@ def shown(path: Path | str) -> str:
 
 def node() -> str:
     """The node's name: the first label of the host name."""
+    if (place := _place.get()) is not None:
+        return place.node
     return os.environ.get("NESTEDPVE_NODE_NAME") or socket.gethostname().split(".")[0]
 
 

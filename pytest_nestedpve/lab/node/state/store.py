@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..machine.alive import holding
@@ -28,49 +30,66 @@ CREATE INDEX IF NOT EXISTS task_by_time ON task (starttime);
 
 
 class Store:
-    """A connection to the state; cheap to open, closed by `close` or with the process."""
+    """A connection to the state, which threads share; opened at first use, and again after `close`."""
 
     def __init__(self) -> None:
-        file = paths.database()
+        self._file = paths.database()
+        self._connection: sqlite3.Connection | None = None
+        self._depth = 0
+        self._lock = threading.RLock()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = self._connect(self._file)
+        return self._connection
+
+    @staticmethod
+    def _connect(file: Path) -> sqlite3.Connection:
         # Nodes of a cluster boot at the same moment: one makes it, the others find it made.
         with holding(file.with_name(".config.db.lock")) if not file.exists() else contextlib.nullcontext():
             new = not file.exists()
-            self._db = sqlite3.connect(file, timeout=30, isolation_level=None)
+            db = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
+            # A node in this process is one of a test: its state needs not outlive a crash of the machine.
+            db.execute(f"PRAGMA synchronous={'OFF' if paths.in_process() else 'NORMAL'}")
             if new:
                 file.chmod(0o600)
-                self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            if new or not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='task'").fetchone():
-                self._db.executescript(TABLES)
-        self._depth = 0
+                db.execute("PRAGMA journal_mode=WAL")
+            if new or not db.execute("SELECT 1 FROM sqlite_master WHERE name='task'").fetchone():
+                db.executescript(TABLES)
+        return db
 
     def close(self) -> None:
-        self._db.close()
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Store]:
-        """A transaction; nested ones join the outer. Errors roll back and go on."""
-        if self._depth:
-            yield self
-            return
-        self._db.execute("BEGIN IMMEDIATE")
-        self._depth += 1
-        try:
-            yield self
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        else:
-            self._db.execute("COMMIT")
-        finally:
-            self._depth -= 1
+        """A transaction; nested ones join the outer. Errors roll back and go on. Other threads wait."""
+        with self._lock:
+            if self._depth:
+                yield self
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield self
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            else:
+                self._db.execute("COMMIT")
+            finally:
+                self._depth -= 1
 
     def get(self, kind: str, key: str | int) -> dict[str, Any] | None:
-        row = self._db.execute("SELECT body FROM document WHERE kind=? AND id=?", (kind, str(key))).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self.rows("SELECT body FROM document WHERE kind=? AND id=?", kind, str(key))
+        return json.loads(rows[0][0]) if rows else None
 
     def all(self, kind: str) -> dict[str, dict[str, Any]]:
-        rows = self._db.execute("SELECT id, body FROM document WHERE kind=? ORDER BY id", (kind,))
+        rows = self.rows("SELECT id, body FROM document WHERE kind=? ORDER BY id", kind)
         return {key: json.loads(body) for key, body in rows}
 
     def put(self, kind: str, key: str | int, body: dict[str, Any]) -> None:
@@ -86,7 +105,8 @@ class Store:
             )
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._db.execute(sql, values).fetchall()
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
 
     def run(self, sql: str, *values: Any) -> int:
         """Change by SQL (inside `change()`); how many rows it was."""
@@ -103,19 +123,36 @@ class Store:
         return [row[0] for row in self.rows("SELECT vmid FROM member WHERE pool=? ORDER BY vmid", pool)]
 
 
-def release() -> None:
-    """Close this process's connections, before a fork; the next `store()` opens one anew."""
-    for opened in _open.values():
-        opened.close()
-    _open.clear()
-
-
+MOST_OPEN = 16
 _open: dict[tuple[int, str], Store] = {}
+_inherited: list[Store] = []  # of the process that this one was forked from: not to be closed here
+_opening = threading.Lock()
+
+
+def release() -> None:
+    """Close this process's connections, before a fork."""
+    with _opening:
+        for opened in _open.values():
+            opened.close()
+        _open.clear()
 
 
 def store() -> Store:
     """The store of this process, opened at first use. Nothing of SQLite may cross a fork: `release` first."""
     key = (os.getpid(), str(paths.database()))
-    if key not in _open:
-        _open[key] = Store()
-    return _open[key]
+    with _opening:
+        if key not in _open:
+            if len(_open) >= MOST_OPEN:
+                _open.pop(next(iter(_open))).close()
+            _open[key] = Store()
+        return _open[key]
+
+
+def _forked() -> None:
+    global _opening
+    _inherited.extend(_open.values())
+    _open.clear()
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -2,6 +2,7 @@
 
 A worker is forked and detached: it outlives who started it (recordings disconnect-*). In a command on
 the node (`sync`) the caller relays its output and waits; behind pveproxy the caller gets the UPID at once.
+Of a node in this process a task runs inside of the call that starts it, unless a fault rule makes it slow.
 """
 
 from __future__ import annotations
@@ -20,19 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..api import faults
 from ..api.errors import BadParameters, PveFailure
-from . import paths
+from . import clock, output, paths, worker
 from .store import release, store
-
-_worker: Worker | None = None
-
-
-@dataclass
-class Worker:
-    """The task this process runs."""
-
-    upid: str
-    warnings: int = 0
+from .worker import Worker
 
 
 @dataclass(frozen=True)
@@ -63,17 +56,6 @@ class Interrupted(BaseException):
     """The worker got SIGTERM or SIGINT: "received interrupt"."""
 
 
-def in_worker() -> bool:
-    return _worker is not None
-
-
-def warn(text: str) -> None:
-    """A warning in the task's log; the task ends "WARNINGS: n"."""
-    print(f"WARN: {text}", flush=True)
-    if _worker is not None:
-        _worker.warnings += 1
-
-
 def parse(text: str) -> Upid:
     match = re.fullmatch(
         r"UPID:([a-zA-Z0-9]([a-zA-Z0-9\-]*[a-zA-Z0-9])?):([0-9A-Fa-f]{8}):([0-9A-Fa-f]{8,9}):([0-9A-Fa-f]{8}):"
@@ -93,6 +75,67 @@ def log_file(upid: str) -> Path:
 
 def start(kind: str, ident: str, user: str, work: Callable[[], Any], *, sync: bool) -> Started:
     """Run `work` as a task. With `sync` its output goes to our stdout too, and its end is awaited."""
+    rule = faults.on_task(kind, ident)
+    if rule is not None:
+        work = _faulty(rule, int(ident) if ident.isdigit() else None, work)
+    if paths.in_process() and (rule is None or rule.do not in ("delay", "hang")):
+        started = _run_here(kind, ident, user, work, sync)
+    else:
+        started = _run_forked(kind, ident, user, work, sync)
+    if rule is not None:
+        faults.after(rule)
+    return started
+
+
+def _faulty(rule: faults.Rule, vmid: int | None, work: Callable[[], Any]) -> Callable[[], Any]:
+    def faulty() -> Any:
+        if rule.do == "hang":
+            threading.Event().wait()
+        faults.before(rule, vmid)
+        return work()
+
+    return faulty
+
+
+def _run_here(kind: str, ident: str, user: str, work: Callable[[], Any], sync: bool) -> Started:
+    node, now = paths.node(), int(clock.now())
+    with store().change() as db:
+        number = db.rows("SELECT COALESCE(MAX(rowid), 0) FROM task")[0][0] + 0x1001
+        upid = f"UPID:{node}:{number:08X}:{number << 4:08X}:{now:08X}:{kind}:{ident}:{user}:"
+        # No start of a process: what runs here ends with the call (`_settle`, `stop`).
+        db.run(_INSERT, upid, node, os.getpid(), 0, now, kind, ident, user)
+    file = log_file(upid)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    out, err = (output.out(), output.err()) if sync else (None, None)
+    running = Worker(upid, kind)
+    token = worker.current.set(running)
+    try:
+        with file.open("w") as log:
+            with output.streams(_Copy(log, out), _Copy(log, err)):
+                status = _status_of(work, log, running)
+            line = _end(upid, status, log, sync)
+    finally:
+        worker.current.reset(token)
+    return Started(upid, *((line, None if _good(status) else status, running.warnings) if sync else ()))
+
+
+class _Copy:
+    """A stream into a task's log, and into another stream."""
+
+    def __init__(self, log: Any, other: Any) -> None:
+        self._streams = [log] if other is None else [log, other]
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+
+def _run_forked(kind: str, ident: str, user: str, work: Callable[[], Any], sync: bool) -> Started:
     sys.stdout.flush()
     sys.stderr.flush()
     release()
@@ -128,11 +171,11 @@ def _follow(pipe: Any, sync: bool) -> Started:
             if not sync:
                 break
         elif head[:1] == b"O":
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            output.out().write(text)
+            output.out().flush()
         elif head[:1] == b"X":
-            sys.stdout.flush()
-            sys.stderr.write(text)
+            output.out().flush()
+            output.err().write(text)
         elif head[:1] == b"S":
             status = text
             break  # the last word; a machine's supervisor may keep the pipe open
@@ -202,23 +245,22 @@ def process_start(pid: int) -> int | None:
 def _be_worker(
     kind: str, ident: str, user: str, work: Callable[[], Any], pipe: int, sync: bool
 ) -> None:  # never returns
-    global _worker
     os.setsid()
+    # Who has the UPID may stop the task, which is not ready for that yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     # Nothing of who started us stays open: not its connection, not its locks.
     os.closerange(3, pipe)
     os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 4096)
-    now = int(time.time())
+    now = int(clock.now())
     pid, pstart = os.getpid(), process_start(os.getpid()) or 0
     node = paths.node()
     upid = f"UPID:{node}:{pid:08X}:{pstart:08X}:{now:08X}:{kind}:{ident}:{user}:"
     file = log_file(upid)
     file.parent.mkdir(parents=True, exist_ok=True)
     log = open(file, "w")  # noqa: SIM115 (for the process's life)
-    _worker = Worker(upid)
-    store().run(
-        "INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)",
-        *(upid, node, pid, pstart, now, kind, ident, user),
-    )
+    running = Worker(upid, kind)
+    worker.current.set(running)
+    store().run(_INSERT, upid, node, pid, pstart, now, kind, ident, user)
     tee = _Tee(log, pipe)
     tee.send(b"U", upid)
     errors = _Tee(log, pipe if sync else None, b"X")
@@ -229,26 +271,27 @@ def _be_worker(
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     sys.stdout, sys.stderr = tee, errors
+
+    def interruptible() -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+        return work()
+
     status = "unexpected status"
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _ENDS:
             signal.signal(number, _interrupt)
-        result = work()
-        del result
-        count = _worker.warnings
-        status = f"WARNINGS: {count}" if count else "OK"
-    except Interrupted:
-        status = "received interrupt"
-    except PveFailure as e:
-        status = e.for_cli().rstrip("\n")
-    except Exception as e:
-        traceback.print_exc(file=log)
-        status = f"{e.__class__.__name__}: {e}"
+        with output.streams(tee, errors):
+            status = _status_of(interruptible, log, running)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _ENDS:
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(Exception):
-            _end(upid, status, tee, log, sync)
+            line = _end(upid, status, log, sync)
+            if not _good(status):
+                tee.send(b"E", status)
+            elif running.warnings:
+                tee.send(b"W", str(running.warnings))
+            tee.send(b"S", line)
         os._exit(0)
 
 
@@ -256,20 +299,39 @@ def _interrupt(*_: Any) -> None:
     raise Interrupted
 
 
-def _end(upid: str, status: str, tee: _Tee, log: Any, sync: bool) -> None:
-    good = status == "OK" or status.startswith("WARNINGS: ")
+def _status_of(work: Callable[[], Any], log: Any, running: Worker) -> str:
+    """Do the work; how it ended."""
+    try:
+        work()
+    except Interrupted:
+        return "received interrupt"
+    except PveFailure as e:
+        return e.for_cli().rstrip("\n")
+    except Exception as e:
+        traceback.print_exc(file=log)
+        return f"{e.__class__.__name__}: {e}"
+    return f"WARNINGS: {running.warnings}" if running.warnings else "OK"
+
+
+def _good(status: str) -> bool:
+    return status == "OK" or status.startswith("WARNINGS: ")
+
+
+def _end(upid: str, status: str, log: Any, sync: bool) -> str:
+    """Write down how the task ended; in one line."""
     line = status.replace("\n", " ").strip()
-    if good:
+    if _good(status):
         log.write(f"TASK {status}\n")
-        if _worker is not None and _worker.warnings:
-            tee.send(b"W", str(_worker.warnings))
     else:
         # A command on the node prints its error itself: that line is empty in the log [tasks-012].
         log.write(("\n" if sync else "") + f"TASK ERROR: {line}\n")
-        tee.send(b"E", status)
     log.flush()
-    store().run("UPDATE task SET endtime=?, status=? WHERE upid=?", int(time.time()), line, upid)
-    tee.send(b"S", line)
+    store().run("UPDATE task SET endtime=?, status=? WHERE upid=?", int(clock.now()), line, upid)
+    return line
+
+
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_INSERT = "INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)"
 
 
 # -- asking about tasks
@@ -297,17 +359,22 @@ class Task:
 
 def _settle(task: Task) -> Task:
     """A task whose worker is gone without a word ended with "unexpected status" [ownE-015]."""
-    if not task.running or task.node != paths.node() or process_start(task.pid) == task.pstart:
+    if not task.running or task.node != paths.node() or _alive(task):
         return task
     again = store().rows("SELECT * FROM task WHERE upid=?", task.upid)  # it may have ended just now
     if again and again[0][8] is not None:
         return Task(*again[0])
-    ended = dataclasses.replace(task, endtime=int(time.time()), status="unexpected status")
+    ended = dataclasses.replace(task, endtime=int(clock.now()), status="unexpected status")
     store().run(
         "UPDATE task SET endtime=?, status=? WHERE upid=? AND endtime IS NULL",
         *(ended.endtime, ended.status, task.upid),
     )
     return ended
+
+
+def _alive(task: Task) -> bool:
+    started = process_start(task.pid)
+    return started == task.pstart or (task.pstart == 0 and started is not None)
 
 
 def find(upid: str) -> Task | None:
@@ -330,7 +397,7 @@ def everywhere(ident: str | None = None) -> list[Task]:
 def stop(upid: str, *, wait: float = 5.0) -> None:
     """Interrupt the task's worker and wait (at most `wait` seconds) until it has cleaned up."""
     task = find(upid)
-    if task is None or not task.running:
+    if task is None or not task.running or task.pstart == 0:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(task.pid, signal.SIGTERM)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import guests, members, tasks
+from . import guests, members, reported, tasks
 
 
 def memory() -> dict[str, int]:
@@ -47,4 +47,4 @@ def row() -> dict[str, Any]:
         "maxdisk": disk.f_blocks * disk.f_frsize,
         "disk": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         "uptime": uptime(),
-    }
+    } | reported.of("node")

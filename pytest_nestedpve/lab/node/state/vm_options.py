@@ -13,7 +13,7 @@ from ..api import access, validation
 from ..api.access import Caller
 from ..api.errors import BadParameters, NotAllowed, PveFailure, Unsupported
 from ..machine import disks
-from . import paths, volumes
+from . import output, paths, volumes
 from .guests import DRIVES, NETS, Guest
 
 # Parameters of create and config that are no options of the VM.
@@ -211,7 +211,7 @@ def _drive(guest: Guest, name: str, value: str, made: list[str]) -> str:
             volid, size = _new(guest.vmid, store, int(float(rest) * 1024**3), fmt or "raw", made)
         parts["size"] = volumes.short_size(size)
         text = _drive_text(volid, parts)
-        print(f"{name}: successfully created disk '{text}'", flush=True)
+        output.line(f"{name}: successfully created disk '{text}'")
         return text
     place = volumes.path(file)
     if not place.exists():
@@ -249,7 +249,7 @@ def _cloudinit_drive(
         volumes.allocate(volid, 4 * 1024**2, fmt)
     parts["media"] = "cdrom"
     text = _drive_text(volid, parts)
-    print(f"{name}: successfully created disk '{text}'", flush=True)
+    output.line(f"{name}: successfully created disk '{text}'")
     return text
 
 
@@ -260,7 +260,7 @@ def _import(vmid: int, store: str, source: str, fmt: str | None, made: list[str]
         file = volumes.path(source)
         if not file.is_file():
             raise PveFailure(f"volume '{source}' does not exist")
-        print(f"create full clone of drive ({source})", flush=True)
+        output.line(f"create full clone of drive ({source})")
         fmt = fmt or {"img": "raw"}.get(file.suffix[1:], volumes.file_format(file.name))
     else:
         file = paths.at(source)
@@ -275,14 +275,14 @@ def copy_in(file: Path, volid: str, fmt: str, *, announce: bool, made: list[str]
     """Copy an image file into a new volume, with the lines that PVE prints; its virtual size in bytes."""
     size = -(-int(disks.info(file)["size"]) // 512) * 512
     target = volumes.path(volid)
-    print(volumes.formatting(target, size, fmt), flush=True)
+    output.line(volumes.formatting(target, size, fmt))
     made.append(volid)
     try:
         disks.import_image(file, target, fmt, size)
     except disks.DiskError as e:
         raise PveFailure(str(e)) from e
     if announce:
-        print(f"allocated target volume '{volid}'", flush=True)
+        output.line(f"allocated target volume '{volid}'")
     volumes.transferred(size)
     return size
 

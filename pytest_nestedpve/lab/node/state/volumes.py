@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..api import faults
 from ..api.errors import PveFailure, Unsupported
 from ..machine import disks
-from . import members, paths
+from . import members, output, paths, reported, worker
 from .store import store
 
 IMPLICIT_CONTENT = "backup,iso,vztmpl,snippets,images,rootdir"
@@ -74,7 +75,13 @@ def content(name: str) -> set[str]:
 
 
 def folder(name: str) -> Path:
-    return paths.at(str(storage(name)["path"]))
+    """Where a storage's volumes lie; one of a type that is no directory has a place that it does not show."""
+    return paths.at(str(storage(name).get("path", f"/var/lib/nestedpve-lab/storages/{name}")))
+
+
+def has_snapshots(name: str) -> bool:
+    """Whether the storage itself keeps snapshots, whatever the format of its volumes."""
+    return storage(name)["type"] in ("lvmthin", "rbd", "zfspool")
 
 
 def split(volid: str) -> tuple[str, str]:
@@ -153,7 +160,7 @@ def allocate(volid: str, size: int, fmt: str) -> None:
         raise Unsupported(f"volume format '{fmt}'")
     if file.exists():
         raise PveFailure(f"disk image '{paths.shown(file)}' already exists", rc=25)
-    print(formatting(file, size, fmt), flush=True)
+    output.line(formatting(file, size, fmt))
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         disks.create(file, size, fmt)
@@ -180,10 +187,12 @@ def users_of(volid: str) -> list[Path]:
 def free(volid: str) -> None:
     """Remove a volume; says so if it is not there [storage-027]."""
     file = path(volid)
+    if (rule := faults.on_volume(volid, worker.kind())) is not None:
+        faults.before(rule, owner(volid))
     if file.name.startswith("base-") and users_of(volid):
         raise PveFailure(f"base volume '{volid}' is still in use by linked cloned")
     if not file.exists():
-        print(f"disk image '{paths.shown(file)}' does not exist", flush=True)
+        output.line(f"disk image '{paths.shown(file)}' does not exist")
         return
     disks.free(file)
     if kind(volid) == "images" and file.parent.is_dir() and not any(file.parent.iterdir()):
@@ -252,7 +261,9 @@ def usage(name: str) -> tuple[int, int, int]:
     place.mkdir(parents=True, exist_ok=True)
     about = os.statvfs(place)
     total, free = about.f_blocks * about.f_frsize, about.f_bavail * about.f_frsize
-    return total, total - about.f_bfree * about.f_frsize, free
+    used = total - about.f_bfree * about.f_frsize
+    measured = {"total": total, "used": used, "avail": free} | reported.of("storage", name)
+    return measured["total"], measured["used"], measured["avail"]
 
 
 def human(number: float) -> str:
@@ -276,6 +287,6 @@ def short_size(number: int) -> str:
 
 def transferred(size: int) -> None:
     """The progress of a copy that is done."""
-    print(f"transferred 0.0 B of {human(size)} (0.00%)")
+    output.line(f"transferred 0.0 B of {human(size)} (0.00%)")
     for _ in range(2):
-        print(f"transferred {human(size)} of {human(size)} (100.00%)", flush=True)
+        output.line(f"transferred {human(size)} of {human(size)} (100.00%)")
