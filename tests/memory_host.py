@@ -243,8 +243,3 @@ def _find(files: State, folder: str, names: list[str], delete: bool) -> list[str
 def at(moment: float) -> int:
     """Epoch seconds `moment` from now."""
     return int(time.time() + moment)
-
-
-from memory_phases import memory_phases  # noqa: E402 (for whoever imports the host)
-
-__all__ = ["MemoryApi", "MemoryHost", "MemorySsh", "at", "memory_phases"]

@@ -19,6 +19,7 @@ from pytest_nestedpve.lab.node.api.access import Caller
 from pytest_nestedpve.lab.node.api.errors import NoReply, NotImplementedHere, PveFailure
 from pytest_nestedpve.lab.node.commands import pvecm, pvesh, pvesm, pveum, pveversion, qm
 from pytest_nestedpve.lab.node.state import clock, members, output, paths, tasks
+from pytest_nestedpve.pve.api import Verbs
 from pytest_nestedpve.pve.errors import CommandTimeout, classify
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 
@@ -40,7 +41,7 @@ _PATH = re.compile(r"(?<![\w./*?$})\]-])/(?!dev/null)(?=[\w.])")
 _streams = threading.Lock()
 
 
-class StandinApi:
+class StandinApi(Verbs):
     """The API tree of a StandinHost, as root: a call that starts a task returns its UPID."""
 
     transport = "stand-in"
@@ -48,22 +49,10 @@ class StandinApi:
     def __init__(self, host: StandinHost) -> None:
         self._host = host
 
-    def get(self, path: str, /, **params: Any) -> Any:
-        return self._call("GET", path, params)
-
-    def post(self, path: str, /, **params: Any) -> Any:
-        return self._call("POST", path, params)
-
-    def put(self, path: str, /, **params: Any) -> Any:
-        return self._call("PUT", path, params)
-
-    def delete(self, path: str, /, **params: Any) -> Any:
-        return self._call("DELETE", path, params)
-
     def _call(self, verb: str, path: str, params: dict[str, Any]) -> Any:
         values = {name: _value(value) for name, value in params.items() if value is not None}
+        call, verb = f"{verb} {path}", verb.upper()
         self._host.note_call(verb, path, values)
-        call = f"{verb.lower()} {path}"
         lines = io.StringIO()
         try:
             with self._host.on(self._node_of(path)), output.streams(lines, lines):

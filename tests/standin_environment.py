@@ -6,22 +6,27 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from standin_host import StandinHost
+from typing import Any, Protocol
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked
 from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.run.audit_log import AuditLog
 from pytest_nestedpve.run.identity import Run
 
 Make = Callable[..., Environment]
 
 
+class Outer(Protocol):
+    """An outer host of tests."""
+
+    def connect(self) -> PveHost: ...
+
+
 @contextmanager
-def environments(host: StandinHost, folder: Path) -> Iterator[Make]:
+def environments(host: Outer, folder: Path) -> Iterator[Make]:
     """A function that makes them, each with a run of its own below `folder`, by settings."""
     with ExitStack() as stack:
 

@@ -45,6 +45,7 @@ from pytest_nestedpve.lab.node.state.store import store
 from pytest_nestedpve.pve.host import PveHost
 
 GIB = 1 << 30
+IMAGE_SIZE = 3 << 20  # small, so that a host is quickly copied
 IMAGE = "local:import/debian-13-genericcloud-amd64.qcow2"
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 CONTENT = "vztmpl,iso,backup,rootdir,snippets,images,import"
@@ -71,7 +72,7 @@ class StandinHost:
         with holding(path / ".lock"):
             if not (path / "cluster").exists():
                 self._make_node(node)
-                self.volume(IMAGE, 3 * GIB)
+                self.volume(IMAGE, IMAGE_SIZE)
 
     # -- connections
 
@@ -246,6 +247,28 @@ class StandinHost:
             file = standin_machines.of_place().place / f"{vmid}.agent"
         file.write_text(json.dumps({name.replace("_", "-"): value for name, value in answers.items()}))
 
+    def drop_snapshots(self, vmid: int, prefix: str = "") -> None:
+        """Delete the VM's snapshots whose names begin so, and what the storage kept of them."""
+        guest = self.guest(vmid)
+        with self.on(guest.node):
+            for name in [name for name in guest.snapshots if name.startswith(prefix)]:
+                for volid in vm_options.volids(guest.snapshots.pop(name)):
+                    with contextlib.suppress(disks.DiskError):
+                        disks.delete_snapshot(volumes.path(volid), name)
+            guest.save()
+
+    def clear(self) -> None:
+        """All VMs with their volumes and all pools disappear."""
+        for vmid in self.vms():
+            guest = self.guest(vmid)
+            self.forget_vm(vmid)
+            for volid in vm_options.volids(guest.conf):
+                self.remove_volume(volid, guest.node)
+        with self.on():
+            for name in store().all("pool"):
+                store().drop("pool", name)
+            users.render()
+
     def forget_vm(self, vmid: int) -> None:
         """The VM's configuration disappears, and with it its pool membership; the volumes are left over."""
         self.set_running(vmid, False)
@@ -299,13 +322,14 @@ class StandinHost:
         with self.on():
             return store().pool_of(vmid)
 
-    def set_pool(self, name: str, comment: str = "", vms: Iterable[int] = ()) -> None:
-        """Create or change a pool past the API; `vms` may be ids that no VM has."""
+    def set_pool(self, name: str, comment: str = "", vms: Iterable[int] | None = None) -> None:
+        """Create or change a pool past the API; `vms` may be ids that no VM has, None leaves them."""
         with self.on():
             with store().change() as db:
                 db.put("pool", name, {"storages": [], **(db.get("pool", name) or {}), "comment": comment})
-                db.run("DELETE FROM member WHERE pool=?", name)
-                for vmid in vms:
+                if vms is not None:
+                    db.run("DELETE FROM member WHERE pool=?", name)
+                for vmid in vms or ():
                     db.run("INSERT OR REPLACE INTO member VALUES (?, ?)", vmid, name)
             users.render()
 
@@ -352,7 +376,7 @@ class StandinHost:
         if shared and not place.exists():
             (self.path / "shared" / name).mkdir(parents=True, exist_ok=True)
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(self.path / "shared" / name)
+            place.symlink_to(os.path.relpath(self.path / "shared" / name, place.parent))
         for folder in ("images", "import", "snippets", "template/iso"):
             (place / folder).mkdir(parents=True, exist_ok=True)
 
@@ -400,11 +424,24 @@ class StandinHost:
             store().run("INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *row)
         return upid
 
-    def edit_task(self, upid: str, **fields: Any) -> None:
+    def edit_task(self, upid: str, /, **fields: Any) -> None:
         """Change fields of a task in the list: `status`, `starttime`, `endtime`, `id`, `type`."""
         with self.on(), store().change() as db:
             for name, value in fields.items():
                 db.run(f"UPDATE task SET {name}=? WHERE upid=?", value, upid)
+
+    def shift_task(self, upid: str, seconds: float) -> str:
+        """Let a task have begun so much later; its UPID then, which names that second."""
+        parts = upid.split(":")
+        start = int(parts[4], 16) + int(seconds)
+        shifted = ":".join([*parts[:4], f"{start:08X}", *parts[5:]])
+        with self.on(parts[1]):
+            if (log := tasks.log_file(upid)).exists():
+                new = tasks.log_file(shifted)
+                new.parent.mkdir(parents=True, exist_ok=True)
+                log.rename(new)
+        self.edit_task(upid, starttime=start, upid=shifted)
+        return shifted
 
     # -- nodes, clocks, what is measured
 
@@ -427,7 +464,7 @@ class StandinHost:
             with self.on(node):
                 self._make_folder(storage, shared=volumes.shared(storage))
             self.report(node, storage=dict.fromkeys(self._definitions(), MEASURED["storage"]["local"]))
-        self.volume(IMAGE, 3 * GIB, node)
+        self.volume(IMAGE, IMAGE_SIZE, node)
         with self.on(node):
             broadcast.tick()
 
@@ -525,14 +562,14 @@ class StandinHost:
         """Copy the whole host, for `restore`."""
         with self.on():
             store().close()
-        _copy(self.path, copy)
+        shutil.copytree(self.path, copy, symlinks=True)
 
     def restore(self, copy: Path) -> None:
         """Bring back what `save` copied."""
         with self.on():
             store().close()
         shutil.rmtree(self.path)
-        _copy(copy, self.path)
+        shutil.copytree(copy, self.path, symlinks=True)
 
     # -- how a node is made
 
@@ -545,8 +582,9 @@ class StandinHost:
             (root / folder).mkdir(parents=True)
         first = not cluster.exists()
         (cluster / "fs").mkdir(parents=True, exist_ok=True)
-        (root / "var/lib/pve-cluster").symlink_to(cluster)
-        (root / "etc/pve").symlink_to(cluster / "fs")
+        # Relative: a host can be copied.
+        (root / "var/lib/pve-cluster").symlink_to("../../../../cluster")
+        (root / "etc/pve").symlink_to("../../../cluster/fs")
         (root / "dev/kvm").touch()
         (root / NESTED.lstrip("/")).write_text("Y\n")
         (root / "run/pve-cluster.pid").write_text("1\n")
@@ -560,14 +598,6 @@ class StandinHost:
                 broadcast.tick()
             (cluster / f"fs/nodes/{node}/qemu-server").mkdir(parents=True, exist_ok=True)
             self._make_folder("local", shared=False)
-
-
-def _copy(source: Path, target: Path) -> None:
-    def copy(file: str, new: str) -> None:
-        # Images have no content, and nothing ever writes to one.
-        (os.link if os.stat(file).st_size >= GIB else shutil.copy2)(file, new)
-
-    shutil.copytree(source, target, symlinks=True, copy_function=copy)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pytest_nestedpve.lab.node.machine import machine
-from pytest_nestedpve.lab.node.state import paths
+from pytest_nestedpve.lab.node.state import clock, paths
 
 CHANGED = ("start", "status", "pid", "started_at", "stop", "shutdown", "agent")
 WITHOUT_EFFECT = ("forget", "leave", "reset", "suspend", "resume", "set_link")
@@ -30,7 +29,7 @@ class FakeMachines:
     def start(self, spec: machine.MachineSpec) -> None:
         if "refuse" in spec.name:
             raise machine.MachineError("QEMU exited with code 1")
-        self.file(spec.vmid).write_text(str(time.time()))
+        self.file(spec.vmid).write_text(str(clock.now()))
         (self.place / f"{spec.vmid}.spec").write_text(repr(spec))
 
     def status(self, vmid: int) -> str:

@@ -7,11 +7,11 @@ import json
 import shlex
 from typing import Any
 
-from .names import FATHER, LabError, LabUsage
+from .names import FATHER, NODE_LIBRARY, LabError, LabUsage
 from .node.api import faults
 from .node_commands import output_on
 
-_MODULE = "python3 -m nestedpve_node.api.faults"
+_MODULE = f"PYTHONPATH={NODE_LIBRARY} python3 -m nestedpve_node.api.faults"
 PLACES = ("method", "path", "task", "volume", "vmid")
 
 

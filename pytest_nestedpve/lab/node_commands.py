@@ -11,8 +11,10 @@ from .names import LabError
 
 
 def output_on(node: str, lab: str, script: str, text: str = "") -> str:
-    """The output of `script` on the node, with `text` as its input. Raises LabError: the lab does not run, the
-    script failed."""
+    """The output of `script` on the node, with `text` as its input.
+
+    Raises LabError if the lab does not run or the script failed.
+    """
     argv = namespace_command(lifecycle.get(lab).pids, node, ["/bin/sh", "-c", script])
     environment = {**os.environ, "PATH": programs.search_path()}
     done = subprocess.run(argv, input=text, text=True, capture_output=True, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""Whole pytest runs on the in-memory host: a project of one sentinel, its phases from the hook."""
+"""Whole pytest runs on the stand-in host: a project of one sentinel, its phases from the hook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from memory_host import MemoryHost
+    from standin_host import StandinHost
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
@@ -26,13 +26,14 @@ import dataclasses, os, sys, threading
 from pathlib import Path
 import pytest
 sys.path.insert(0, {str(TESTS)!r})
-from memory_host import MemoryHost, memory_phases
+from standin_host import StandinHost
+from standin_phases import standin_phases
 from pytest_nestedpve.pve.errors import PveError
 
 HERE = Path(__file__).parent
 
 def pytest_nestedpve_host(config, settings):
-    return MemoryHost(HERE / "host.json").connect()
+    return StandinHost(HERE / "host").connect()
 
 def wrapped(phase):
     def do(environment):
@@ -50,7 +51,7 @@ def wrapped(phase):
     return dataclasses.replace(phase, do=do)
 
 def pytest_nestedpve_phases(phases, config):
-    phases[:] = [wrapped(phase) for phase in memory_phases()]
+    phases[:] = [wrapped(phase) for phase in standin_phases()]
 """
 
 STEPS = "from pytest_nestedpve import steps\n"
@@ -75,7 +76,7 @@ def test_whole(nested_pve_run, nested_pve):
 
 @dataclass
 class Project:
-    """A directory with a test project, whose outer host is `host.json` beside it."""
+    """A directory with a test project, whose outer host is the directory `host` beside it."""
 
     path: Path
     env: dict[str, str] = field(default_factory=dict)
@@ -144,16 +145,15 @@ class Project:
         process.kill()
         raise AssertionError(f"no line {wanted} within {limit} s: {process.communicate()[0]}")
 
-    def host(self) -> MemoryHost:
+    def host(self) -> StandinHost:
         """The outer host of this project."""
-        from memory_host import MemoryHost
+        from standin_host import StandinHost
 
-        return MemoryHost(self.path / "host.json")
+        return StandinHost(self.path / "host")
 
     def slow(self, **seconds: float) -> None:
-        """Have the host's tasks of these kinds take so long."""
-        with self.host().open() as model:
-            model.state["delays"].update(seconds)
+        """Have the host's tasks of these types take so long."""
+        self.host().slow(**seconds)
 
     def left(self) -> list[str]:
         """What the host holds that a run of ours made: VMs, pools, volumes, snippets."""
@@ -205,4 +205,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     """A project; whatever a test does with it, nothing of ours may be left on its host."""
     made = make_project(tmp_path / "project")
     yield made
-    assert made.left() == []
+    try:
+        assert made.left() == []
+    finally:
+        made.host().close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from acceptance.conftest import CONFTEST, Project, make_project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 pytestmark = pytest.mark.thorough
 
@@ -35,8 +35,8 @@ def guarded(phase):
         environment.missing[phase.name] = "there is no " + path
     def do(environment):
         environment.outer.ssh.put(b"", path)
-        with MemoryHost(HERE / "host.json").open() as model:
-            model.state.update(json.loads(os.environ.get("BRINGS", "{{}}")))
+        for verb, options in json.loads(os.environ.get("BRINGS", "{{}}")).items():
+            getattr(StandinHost(HERE / "host"), verb)(**options)
         lines = os.environ.get("STAYS", "").splitlines()
         environment.undo.append(lambda: environment.outer.run(["rm", "-f", "--", path]) and lines)
     return dataclasses.replace(phase, do=do, probe=probe)
@@ -45,12 +45,12 @@ def pytest_nestedpve_phases(phases, config):
     own = {{phase.name: phase for phase in phases}}
     phases[:] = [
         wrapped(own[each.name] if each.name in REAL else guarded(each) if each.name in SET_UP else each)
-        for each in memory_phases()
+        for each in standin_phases()
     ]
 
 def pytest_nestedpve_host(config, settings):
     (HERE / "asked").write_text(str(settings.host))
-    return MemoryHost(HERE / "host.json").connect()
+    return StandinHost(HERE / "host").connect()
 """
 
 
@@ -64,35 +64,32 @@ class Attached:
         api = project.host().connect().api
         api.post("/nodes/father/qemu", vmid=100, name="of-somebody", memory=512)
         api.post("/nodes/father/qemu", vmid=99950, name="nested-pve-of-somebody", memory=512)
-        with project.host().open() as model:
-            model.state["files"] |= {"/dev/kvm": "", **{f"/set-up/{name}": "" for name in SET_UP}}
+        project.host().file("/set-up").mkdir()
+        for name in SET_UP:
+            project.host().file(f"/set-up/{name}").touch()
         self.before = self.seen()
 
     def seen(self) -> dict[str, Any]:
         """All that there is on the host: guests by their configurations, pools, volumes, files."""
-        with self.project.host().open() as model:
-            state = json.loads(json.dumps(model.state))
-            guests = {vmid: model.text(int(vmid)) for vmid in state["vms"]}
-        return {"guests": guests, **{name: state[name] for name in ("pools", "volumes", "files")}}
+        host = self.project.host()
+        state = host.state()
+        set_up = sorted(file.name for file in host.file("/set-up").iterdir())
+        return {**{name: state[name] for name in ("guests", "pools", "volumes")}, "set-up": set_up}
 
     def lacks(self, *phases: str) -> None:
         """These phases have not been done there."""
-        with self.project.host().open() as model:
-            for name in phases:
-                del model.state["files"][f"/set-up/{name}"]
+        for name in phases:
+            self.project.host().file(f"/set-up/{name}").unlink()
         self.before = self.seen()
 
     def without(self, step: str) -> str:
         """The bridge or the storage's snippets are not there yet; what the step brings, for `BRINGS`."""
         self.lacks(step)
-        name = {"setup_network": "bridges", "setup_repos": "storages"}[step]
-        with self.project.host().open() as model:
-            brings = json.dumps({name: model.state[name]})
-            if name == "bridges":
-                model.state[name] = {}
-            else:
-                model.state[name]["local"]["content"] = "images,import"
-        return brings
+        if step == "setup_network":
+            self.project.host().bridges()
+            return json.dumps({"bridges": {"vmbr0": "10.77.7.10/24"}})
+        self.project.host().storage("local", content="images,import")
+        return json.dumps({"storage": {"name": "local"}})
 
     def statuses(self) -> dict[str, str]:
         """How the phases ended, by the audit log of the one run."""
@@ -191,8 +188,7 @@ def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attach
     result = attached.project.run(*PVE, "-k", "setup_network", "-o", "nested_pve_redo=true")
     assert result.ret == 0, result.output
     assert "setup_network" in attached.project.done()
-    with attached.project.host().open() as model:
-        model.state["files"]["/set-up/setup_network"] = ""  # the end took it away again
+    attached.project.host().file("/set-up/setup_network").touch()  # the end took it away again
 
 
 @pytest.mark.parametrize("step", ["setup_network", "setup_repos"])
@@ -346,21 +342,19 @@ def test_a_failure_names_the_command_that_finishes_the_job(attached: Attached) -
     result = attached.project.run(*PVE, "-k", "leaf_provision")
     assert result.ret == 1, result.output
     assert "pytest --pve-host pve1 --nested-destroy-only --nested-run" in result.output
-    with attached.project.host().open() as model:
-        model.state["faults"].clear()
-        attached.before["pools"] = json.loads(json.dumps(model.state["pools"]))
+    attached.project.host().clear_faults()
+    attached.before["pools"] = attached.project.host().pools()
 
 
 def test_what_steps_placed_goes_when_the_api_is_down_at_the_end(attached: Attached) -> None:
     attached.lacks("setup_ssh")
-    down = {"method": "GET", "path": ".*", "do": "fail", "text": DOWN, "times": 9999}
+    down = {"method": "GET", "text": DOWN, "times": 9999}
     stays = "the run's key on pve1: read-only"
-    result = attached.project.run(*PVE, "-k", "setup_ssh", BRINGS=json.dumps({"faults": [down]}), STAYS=stays)
+    result = attached.project.run(*PVE, "-k", "setup_ssh", BRINGS=json.dumps({"fault": down}), STAYS=stays)
     assert result.ret == 1, result.output
     assert "unknown, the teardown itself failed: ClusterFilesystemDown: " in result.output
     assert f"\n{stays}\n" in result.output
-    with attached.project.host().open() as model:
-        model.state["faults"].clear()
+    attached.project.host().clear_faults()
 
 
 @pytest.mark.thorough

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from acceptance.conftest import Project, Result
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 pytestmark = pytest.mark.thorough
 

@@ -12,7 +12,7 @@ from acceptance.test_keeping import CONFTEST, SETUP
 pytestmark = pytest.mark.thorough
 
 # There is no guest to look into: what it has of phases and tests stands in its VM's configuration, which the
-# snapshots of the in-memory host hold.
+# snapshots of the stand-in host hold.
 INSIDE = """
 import pytest
 from pytest_nestedpve.setup import clean_state as clean

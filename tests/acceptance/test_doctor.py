@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from acceptance.conftest import Project, Result, make_project
+from standin_host import IMAGE, NESTED, StandinHost
 from terminals import on_terminal
 
 DOCTOR = "--nested-doctor"
-NESTED = "/sys/module/kvm_intel/parameters/nested"
+PROFILE = "/etc/nested-pve.ini"
 GIB = 1024**3
 State = dict[str, Any]
 
@@ -22,10 +23,7 @@ State = dict[str, Any]
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A project on a host that has all that is needed."""
-    made = make_project(tmp_path / "project")
-    with made.host().open() as model:
-        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
-    return made
+    return make_project(tmp_path / "project")
 
 
 def rows(project: Project, *args: str) -> tuple[Result, list[State]]:
@@ -65,102 +63,100 @@ def test_no_test_is_collected_and_nothing_of_pytests_own_lines_is_in_the_way(pro
 
 def test_only_reads_are_sent_and_the_host_is_as_it_was(project: Project) -> None:
     project.host().connect().api.post("/nodes/father/qemu", vmid=99950, name="somebodys")
-    with project.host().open() as model:
-        model.state["commands"], model.state["shell"] = [], []
-        model.state["storages"]["local"]["content"] = "iso"
-        model.state["vms"]["99950"]["born"] = 0
-    before = json.loads(project.host().path.read_text())
+    project.host().storage("local", content="iso")
+    project.host().broadcast()
+    project.host().forget_calls()
+    before = project.host().state()
     project.plugins = ("xdist.plugin",)
     result = project.run(DOCTOR, "-n", "3")
     assert result.ret == 1, result.output
-    after = json.loads(project.host().path.read_text())
-    sent, shell = after.pop("commands"), after.pop("shell")
+    sent, shell = project.host().calls(), project.host().commands()
     assert len(sent) == len(set(sent)) > 6  # nothing is asked twice
     assert [call for call in sent if not call.startswith("GET ")] == []
     reads = {"id", "cat", "test", "date", "if", "/usr/sbin/sshd"}
     assert {line.split()[0] for line in shell} <= reads
-    del before["commands"], before["shell"]
-    assert after == before
+    assert project.host().state() == before
     assert not (project.path / ".nested-pve").exists()
 
 
-def no_virtualisation(state: State) -> None:
-    state["files"].pop(NESTED)
+def no_virtualisation(host: StandinHost) -> None:
+    host.file(NESTED).unlink()
 
 
-def not_nested(state: State) -> None:
-    state["files"][NESTED] = "N\n"
+def not_nested(host: StandinHost) -> None:
+    host.file(NESTED).write_text("N\n")
 
 
-def without_kvm(state: State) -> None:
-    state["files"].pop("/dev/kvm")
+def without_kvm(host: StandinHost) -> None:
+    host.file("/dev/kvm").unlink()
 
 
-def no_images(state: State) -> None:
-    state["storages"]["local"]["content"] = "import,iso,snippets"
+def no_images(host: StandinHost) -> None:
+    host.storage("local", content="import,iso,snippets")
 
 
-def no_snippets(state: State) -> None:
-    state["storages"]["local"]["content"] = "images,import"
+def no_snippets(host: StandinHost) -> None:
+    host.storage("local", content="images,import")
 
 
-def no_import(state: State) -> None:
-    state["storages"]["local"]["content"] = "images,iso,snippets"
+def no_import(host: StandinHost) -> None:
+    host.storage("local", content="images,iso,snippets")
 
 
-def no_image(state: State) -> None:
-    state["volumes"] = {}
+def no_image(host: StandinHost) -> None:
+    host.remove_volume(IMAGE)
 
 
-def two_bridges(state: State) -> None:
-    state["bridges"] = {"lan": "", "dmz": ""}
+def two_bridges(host: StandinHost) -> None:
+    host.bridges(lan="", dmz="")
 
 
-def no_room(state: State) -> None:
-    state["storages"]["local"]["avail"] = GIB
+def no_room(host: StandinHost) -> None:
+    host.report(storage={"local": {"avail": GIB}})
 
 
-def little_memory(state: State) -> None:
-    state["memory"] = {"total": 6 * GIB, "available": 5 * GIB}
+def little_memory(host: StandinHost) -> None:
+    host.report(memory={"total": 6 * GIB, "available": 5 * GIB})
 
 
-def one_core(state: State) -> None:
-    state["cpus"] = 1
+def one_core(host: StandinHost) -> None:
+    host.report(cpuinfo={"cpus": 1})
 
 
-def another_user(state: State) -> None:
-    state["uid"] = 1000
+def another_user(host: StandinHost) -> None:
+    host.login(uid=1000)
 
 
-def old_pve(state: State) -> None:
-    state["version"] = "8.1.4"
+def old_pve(host: StandinHost) -> None:
+    host.report(version={"version": "8.1.4"})
 
 
-def old_clock(state: State) -> None:
-    state["offset"] = -4000.0
+def old_clock(host: StandinHost) -> None:
+    host.advance(-4000)
 
 
-def no_forwarding(state: State) -> None:
-    state["sshd"] = "port 22\nallowtcpforwarding no\ndisableforwarding no\n"
+def no_forwarding(host: StandinHost) -> None:
+    host.login(sshd="port 22\nallowtcpforwarding no\ndisableforwarding no\n")
 
 
-def no_quorum(state: State) -> None:
-    state["cluster"] = [{"type": "cluster", "name": "prod", "quorate": 0}]
+def no_quorum(host: StandinHost) -> None:
+    host.join("father2")
+    host.report(cluster={"name": "prod", "quorate": 0})
 
 
-def broken_profile(state: State) -> None:
-    state["files"]["/etc/nested-pve.ini"] = "[nested-pve]\nsources = a=/etc\n"
+def broken_profile(host: StandinHost) -> None:
+    host.file(PROFILE).write_text("[nested-pve]\nsources = a=/etc\n")
 
 
-def all_ids_taken(state: State) -> None:
-    state["pools"]["theirs"] = {"comment": "", "vms": list(range(99900, 100000))}
+def all_ids_taken(host: StandinHost) -> None:
+    host.set_pool("theirs", vms=range(99900, 100000))
 
 
-def nothing(state: State) -> None:
-    del state
+def nothing(host: StandinHost) -> None:
+    del host
 
 
-MISSING: list[tuple[Callable[[State], None], tuple[str, ...], str, list[str]]] = [
+MISSING: list[tuple[Callable[[StandinHost], None], tuple[str, ...], str, list[str]]] = [
     (
         no_virtualisation,
         (),
@@ -222,10 +218,13 @@ MISSING: list[tuple[Callable[[State], None], tuple[str, ...], str, list[str]]] =
     ids=[f"{row[0].__name__}-{row[2]}".replace(" ", "-") for row in MISSING],
 )
 def test_what_is_missing_is_told_with_the_command_that_mends_it(
-    project: Project, change: Callable[[State], None], args: tuple[str, ...], what: str, command: list[str]
+    project: Project,
+    change: Callable[[StandinHost], None],
+    args: tuple[str, ...],
+    what: str,
+    command: list[str],
 ) -> None:
-    with project.host().open() as model:
-        change(model.state)
+    change(project.host())
     result, found = rows(project, *args)
     assert result.ret == 1, result.output
     missing = checks(found, "missing")
@@ -244,10 +243,9 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(
 
 
 def test_checks_go_on_after_one_that_failed_and_all_is_told_at_once(project: Project) -> None:
-    with project.host().open() as model:
-        for change in (not_nested, no_import, no_snippets, two_bridges, no_forwarding, one_core):
-            change(model.state)
-        model.state["storages"]["local"]["content"] = "images"
+    for change in (not_nested, two_bridges, no_forwarding, one_core):
+        change(project.host())
+    project.host().storage("local", content="images")
     project.host().fault("GET", "/nodes/father/status", text="500 got timeout", times=9)
     result, found = rows(project)
     assert result.ret == 1
@@ -310,8 +308,7 @@ def test_what_does_not_go_with_it_is_refused(project: Project, args: list[str]) 
     assert result.ret == 4, result.output
     assert DOCTOR in result.output
     assert args[0] in result.output
-    with project.host().open() as model:
-        assert model.state["commands"] == []
+    assert project.host().calls() == []
 
 
 def test_what_a_project_says_about_its_tests_is_set_aside(project: Project) -> None:
@@ -331,8 +328,7 @@ def test_runs_that_have_lapsed_are_a_warning_with_the_command(project: Project) 
         "v": 1, "owner": "bob@elsewhere", "client": "0" * 16, "session": "1" * 16, "state": "live",
         "created": 1000, "expires": 2000, "hard": 3000,
     }  # fmt: skip
-    with project.host().open() as model:
-        model.state["pools"]["npve-0123456789ab"] = {"comment": json.dumps(lease), "vms": []}
+    project.host().set_pool("npve-0123456789ab", json.dumps(lease))
     result, found = rows(project)
     assert result.ret == 0, result.output
     warning = checks(found, "warning")["runs"]
@@ -342,10 +338,8 @@ def test_runs_that_have_lapsed_are_a_warning_with_the_command(project: Project) 
 
 
 def test_secrets_are_masked_on_the_terminal_and_in_the_file(project: Project) -> None:
-    with project.host().open() as model:
-        model.state["files"]["/etc/nested-pve.ini"] = (
-            "[nested-pve]\nhttp_proxy = http://user:hunter22@proxy port\n"
-        )
+    profile = "[nested-pve]\nhttp_proxy = http://user:hunter22@proxy port\n"
+    project.host().file(PROFILE).write_text(profile)
     result, found = rows(project)
     assert result.ret == 1, result.output
     assert "profile" in checks(found, "missing")
@@ -354,9 +348,8 @@ def test_secrets_are_masked_on_the_terminal_and_in_the_file(project: Project) ->
 
 @pytest.mark.parametrize("columns", ["200", "80", "44"])
 def test_a_narrow_terminal_breaks_no_command_and_no_line_is_too_long(project: Project, columns: str) -> None:
-    with project.host().open() as model:
-        no_image(model.state)
-        two_bridges(model.state)
+    no_image(project.host())
+    two_bridges(project.host())
     command = project.command(DOCTOR, "--pve-host", "father")
     status, output = on_terminal(
         command, cwd=project.path, env=project.environ(COLUMNS=columns, TERM="xterm")
@@ -387,8 +380,7 @@ def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: st
     head = (project.path / "conftest.py").read_text().partition("def pytest_nestedpve_phases")[0]
     project.write(conftest=head + REAL_PREFLIGHT)
     project.plugins = ("xdist.plugin",)
-    with project.host().open() as model:
-        model.state["memory"] = {"total": 20 * GIB, "available": 18 * GIB}
+    project.host().report(memory={"total": 20 * GIB, "available": 18 * GIB})
     (project.path / "test_again.py").write_text("from pytest_nestedpve import steps\n")
     (project.path / "test_third.py").write_text("from pytest_nestedpve import steps\n")
     args = ["-n", "3", "--pve-host", "father", "-k", "steps or again or third"]

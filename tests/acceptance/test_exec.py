@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import CONFTEST, Project
-from memory_phases import PHASES
+from standin_phases import PHASES
 from terminals import on_terminal
 
 pytestmark = pytest.mark.thorough
 
 SECRET = "0f0f0f0f-1111-2222-3333-444455556666"
 READY = f"""
-from memory_host import MemorySsh
+from standin_connections import StandinSsh
 from pytest_nestedpve.pve.ssh.forward import Forward
 
 def nobody():
-    raise OSError("nobody listens in memory")
+    raise OSError("nobody listens on this host")
 
-MemorySsh.forward = lambda self, host, port: Forward(nobody)
+StandinSsh.forward = lambda self, host, port: Forward(nobody)
 _phases = pytest_nestedpve_phases
 
 def pytest_nestedpve_phases(phases, config):
@@ -39,7 +39,7 @@ def ready(phase):
         lines = ["-----BEGIN CERTIFICATE-----", "ours", "-----END CERTIFICATE-----", ""]
         directory.write("pve-root-ca.pem", "\\n".join(lines))
         directory.pin_host_keys(name, ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA"])
-        environment._inner = MemoryHost(HERE / "nested.json", node=name).connect()
+        environment._inner = StandinHost(HERE / "nested", node=name).connect()
         return phase.do(environment)
     return dataclasses.replace(phase, do=do)
 """
@@ -249,12 +249,11 @@ def test_something_left_makes_a_good_command_a_bad_session_and_no_other_status_i
     del tmp_path
     for command, status in (("true", 1), ("exit 3", 3)):
         text = "403 Permission check failed"
-        ready.host().fault("DELETE", r"/nodes/father/qemu/\d+", text=text, times=1000)
+        ready.host().fault("DELETE", "/nodes/father/qemu/*", text=text, times=1000)
         result = ready.run("--nested-exec", command, "-o", "nested_pve_timeout_scale=0.02")
         assert result.ret == status, result.output
         assert "the teardown left something behind" in result.output
-        with ready.host().open() as model:
-            model.state["faults"].clear()
+        ready.host().clear_faults()
         assert ready.run("--nested-destroy-only").ret == 0
 
 

@@ -65,7 +65,7 @@ class Guest:
         return self.api.delete(path, **params)
 
 def pytest_nestedpve_host(config, settings):
-    host = MemoryHost(HERE / "host.json").connect()
+    host = StandinHost(HERE / "host").connect()
     return PveHost(host.name, host.ssh, Guest(host.api))
 
 def pytest_nestedpve_phases(phases, config):
@@ -79,7 +79,7 @@ def pytest_nestedpve_phases(phases, config):
             return facts
         return dataclasses.replace(phase, do=do)
     name = os.environ.get("BREAKS", "ensure_pve")
-    phases[:] = [fails(phase) if phase.name == name else phase for phase in memory_phases()]
+    phases[:] = [fails(phase) if phase.name == name else phase for phase in standin_phases()]
 
 def pytest_nestedpve_phase_finished(phase, status, seconds, facts, cause):
     if status == "failed":
@@ -183,7 +183,7 @@ def test_what_helps_lies_in_the_run_masked_and_for_its_owner_only(broken: Projec
     assert f"files:    {folder}" in output
     (told,) = events(broken, "artifacts")
     assert {each["file"] for each in told["files"]} == files.keys()
-    # No screen and no serial console in memory; the report says so.
+    # No screen and no serial console on this host; the report says so.
     assert {"screen of the nested VM", "serial console of the nested VM"} <= {
         each["what"] for each in told["missing"]
     }
@@ -236,7 +236,6 @@ def test_what_a_teardown_leaves_is_explained_too(project: Project) -> None:
     assert "--protection 0" in result.output
     folder = run_directory(project) / "artifacts" / "failure-destroy"
     assert '"protection": 1' in next(folder.glob("left-*-config.json")).read_text()
-    with project.host().open() as model:
-        for vm in model.state["vms"].values():
-            vm["config"].pop("protection", None)
+    for vmid in project.host().vms():
+        project.host().edit_vm(vmid, protection=None)
     assert project.run("--nested-destroy-only").ret == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from acceptance.conftest import Project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 HOOKS = """
 
@@ -162,9 +162,8 @@ def test_protected(nested_pve):
     assert result.ret == 1, result.output
     lines = told(told_project)[-1]["left"]
     assert any("protected" in line for line in lines), lines
-    with told_project.host().open() as model:
-        for vm in model.state["vms"].values():
-            vm["config"].pop("protection")
+    for vmid in told_project.host().vms():
+        told_project.host().edit_vm(vmid, protection=None)
     assert told_project.run("--nested-destroy-only", "--nested-yes").ret == 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project, Result, make_project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 pytestmark = pytest.mark.thorough
 
@@ -109,7 +109,7 @@ def test_an_interrupted_controller_leaves_nothing_of_its_workers(tmp_path: Path)
     project = make_project(tmp_path / "project")
     project.plugins = ("xdist",)
     process = project.start(
-        "-q", "-n2", "--pve-host", "memory", "test_steps.py", "test_users.py", HANG="leaf_start"
+        "-q", "-n2", "--pve-host", "standin", "test_steps.py", "test_users.py", HANG="leaf_start"
     )
     project.wait_for(process, cmd="hanging")
     process.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project, make_project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 pytestmark = pytest.mark.thorough
 
@@ -20,7 +20,8 @@ CONFTEST = """
 import dataclasses, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from memory_host import MemoryHost, memory_phases
+from standin_host import StandinHost
+from standin_phases import standin_phases
 from pytest_nestedpve import setup as builtin
 from pytest_nestedpve.setup import phases as real
 from pytest_nestedpve.pve.errors import PveError
@@ -28,7 +29,7 @@ from pytest_nestedpve.pve.errors import PveError
 HERE = Path(__file__).parent
 
 def pytest_nestedpve_host(config, settings):
-    return MemoryHost(HERE / "host.json").connect()
+    return StandinHost(HERE / "host").connect()
 
 def address(environment):
     facts = environment.facts["provision"]
@@ -83,7 +84,7 @@ def lookup(environment):
 
 def pytest_nestedpve_phases(phases, config):
     made = []
-    for phase in memory_phases():
+    for phase in standin_phases():
         if phase.name == "preflight":
             made.append(told(dataclasses.replace(phase, do=lookup)))
         elif phase.name == "provision":
@@ -258,10 +259,9 @@ def test_redo_does_a_chosen_step_again_and_only_that(project: Project) -> None:
 def test_a_phase_that_is_undone_behind_our_back_is_done_again(project: Project) -> None:
     keep(project)
     again(project)
-    with project.host().open() as model:
-        (vm,) = model.state["vms"].values()
-        words = vm["config"]["searchdomain"].split()
-        vm["config"]["searchdomain"] = " ".join(word for word in words if word != "setup_ssh")
+    (vmid,) = project.host().vms()
+    words = project.host().config(vmid)["searchdomain"].split()
+    project.host().edit_vm(vmid, searchdomain=" ".join(word for word in words if word != "setup_ssh"))
     keep(project)
     assert again(project) == ["preflight", "setup_ssh", "verify_ssh_chain"]
     end(project)
@@ -313,19 +313,17 @@ def test_a_phase_that_broke_half_way_is_undone_by_a_rollback(project: Project) -
     said = "setup_ssh broke half-way last time: went back to the snapshot after setup_network"
     assert said in result.output
     assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
-    with project.host().open() as model:
-        (vm,) = model.state["vms"].values()
-        # Once each: what the broken one had left is gone.
-        assert vm["config"]["searchdomain"].split() == SETUP
+    (vmid,) = project.host().vms()
+    # Once each: what the broken one had left is gone.
+    assert project.host().config(vmid)["searchdomain"].split() == SETUP
     end(project)
 
 
 def test_without_a_snapshot_the_broken_phase_is_done_on_what_it_left(project: Project) -> None:
     keep(project, FAIL="setup_ssh")
     again(project)
-    with project.host().open() as model:
-        (vm,) = model.state["vms"].values()
-        vm["snapshots"].clear()
+    (vmid,) = project.host().vms()
+    project.host().drop_snapshots(vmid)
     result = project.run("--nested-keep", "test_steps.py")
     assert result.ret == 0, result.output
     assert "without a snapshot it is done again on what it left" in result.output
@@ -344,10 +342,9 @@ def test_an_edited_phase_that_broke_is_never_proved(project: Project, lost: str,
         (project.path / "playbooks" / name).write_text("edited")
     keep(project, "-k", "setup_network or setup_ssh", FAIL="setup_ssh")
     again(project)
-    with project.host().open() as model:
-        (vm,) = model.state["vms"].values()
-        for name in [name for name in vm["snapshots"] if lost and name.startswith(lost)]:
-            del vm["snapshots"][name]
+    (vmid,) = project.host().vms()
+    if lost:
+        project.host().drop_snapshots(vmid, lost)
     keep(project, "test_users.py")
     rest = PHASES[PHASES.index("setup_ssh") + 1 :]
     assert again(project) == ["preflight", *done, *rest]
@@ -407,10 +404,7 @@ def test_a_run_that_is_gone_on_with_is_finished_no_more(project: Project) -> Non
 def test_a_kept_run_that_somebody_destroyed_is_made_anew(project: Project) -> None:
     keep(project)
     again(project)
-    with project.host().open() as model:
-        model.state["vms"].clear()
-        model.state["pools"].clear()
-        model.state["volumes"] = {k: v for k, v in model.state["volumes"].items() if "import" in k}
+    project.host().clear()
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
     assert "is gone from father: made anew" in result.output
@@ -421,9 +415,9 @@ def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project
     keep(project, "test_steps.py", "-o", "nested_pve_keep_expiry=1s")
     (run,) = [path.parent.name for path in (project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")]
     lease = pool_comment(project)
-    with project.host().open() as model:
-        for pool in model.state["pools"].values():
-            pool["comment"] = json.dumps({**lease, "created": 1, "expires": int(time.time()) - 100})
+    for pool in project.host().pools():
+        comment = json.dumps({**lease, "created": 1, "expires": int(time.time()) - 100})
+        project.host().set_pool(pool, comment)
     record = project.path / "state" / "nested-pve" / "kept" / run / "kept.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "expires": int(time.time()) - 90}))
     result = project.run("test_steps.py")
@@ -438,14 +432,12 @@ def test_a_lapsed_run_of_somebody_else_is_swept_and_a_living_one_is_not(project:
     keep(project)
     lease = pool_comment(project)
     other = {**lease, "owner": "bob@desk", "client": "0" * 16}
-    with project.host().open() as model:
-        for pool in model.state["pools"].values():
-            pool["comment"] = json.dumps(other)
+    for pool in project.host().pools():
+        project.host().set_pool(pool, json.dumps(other))
     project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
     assert len([line for line in project.left() if line.startswith("vm")]) == 1
-    with project.host().open() as model:
-        for pool in model.state["pools"].values():
-            pool["comment"] = json.dumps({**other, "created": 1, "expires": 2})
+    for pool in project.host().pools():
+        project.host().set_pool(pool, json.dumps({**other, "created": 1, "expires": 2}))
     result = project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
     assert "bob@desk's: destroyed" in result.output
     assert project.left() == []

@@ -1,4 +1,4 @@
-"""--nested-make-template and what clean-ups do about its templates: whole sessions on the memory host."""
+"""--nested-make-template and what clean-ups do about its templates: whole sessions on the stand-in host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.thorough
 
 MAKE = "--nested-make-template"
 ONLY = "--nested-destroy-only"
-# In memory there is no guest: what is run on it goes well, and it shuts down at once.
+# No machine runs on this host: commands in the guest end well, and it shuts down at once.
 GUEST = """
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import qemu as guests
@@ -49,8 +49,7 @@ def made_by(output: str) -> tuple[str, int]:
 
 
 def machines(project: Project) -> list[int]:
-    with project.host().open() as model:
-        return sorted(int(vmid) for vmid in model.state["vms"])
+    return project.host().vms()
 
 
 def test_a_template_is_made_after_setup_network_and_nothing_else_stays(project: Project) -> None:
@@ -111,8 +110,7 @@ def test_a_session_that_is_killed_while_it_converts_leaves_what_the_next_clean_u
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert any("npve-template-" in line for line in project.left())
-    with project.host().open() as model:
-        model.state["offset"] += 60
+    project.host().advance(60)
     cleaned = project.run(ONLY, "-v")
     assert cleaned.ret == 0, cleaned.output
     assert project.left() == []

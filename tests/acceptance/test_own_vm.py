@@ -19,10 +19,10 @@ def tool(environment, request):
         raise PveError("apply failed")
     return {"node": "father", "vmid": vmid, "did": "made by tofu"}
 
-_of_memory = pytest_nestedpve_phases
+_of_standin = pytest_nestedpve_phases
 
 def pytest_nestedpve_phases(phases, config):
-    _of_memory(phases, config)
+    _of_standin(phases, config)
     replace_provision(phases, tool, inputs=lambda environment: os.environ.get("PLAN", "one"))
 """
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from acceptance.conftest import Project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 ALL = {f"test_{name}": "PASSED" for name in PHASES}
 

@@ -11,7 +11,7 @@ import pytest
 from acceptance.conftest import Project, make_project
 from acceptance.test_keeping import CONFTEST, pool_comment
 from lab.on_lab import mentioning
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from acceptance.conftest import Project
-from memory_phases import PHASES
+from standin_phases import PHASES
 
 PART = "@pytest.mark.nested_pve(upto='wait_ip')\ndef test_part(nested_pve):\n    assert nested_pve.vmid\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from memory_host import MemoryHost
     from sshd import MakeServer, Sshd
 
     from pytest_nestedpve.environment.environment import Environment
@@ -24,26 +23,37 @@ settings.load_profile("here")
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    """A host in memory, and a machine on which no session was before."""
-    from memory_host import MemoryHost
+def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An outer host, and a machine on which no session was before.
 
+    In a module with STANDIN = True it is a StandinHost, which can nest; else one in memory.
+    """
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return MemoryHost(tmp_path / "host.json")
+    if not getattr(request.module, "STANDIN", False):
+        from memory_host import MemoryHost
+
+        yield MemoryHost(tmp_path / "host.json")
+        return
+    from standin_host import StandinHost
+
+    host = StandinHost(tmp_path / "host")
+    yield host
+    host.close()
 
 
 @pytest.fixture
-def host(memory: MemoryHost) -> MemoryHost:
-    """The host in memory as one that can nest."""
-    with memory.open() as model:
-        model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
+def host(request: pytest.FixtureRequest, memory: Any) -> Any:
+    """The host as one that can nest."""
+    if not getattr(request.module, "STANDIN", False):
+        with memory.open() as model:
+            model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
     return memory
 
 
 @pytest.fixture
-def env(memory: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
+def env(memory: Any, tmp_path: Path) -> Iterator[Environment]:
     """A run on it."""
-    from memory_environment import environments
+    from standin_environment import environments
 
     with environments(memory, tmp_path) as make:
         yield make()

@@ -6,25 +6,15 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from standin_connections import COMMANDS
 from standin_machines import CHANGED, WITHOUT_EFFECT, FakeMachines
 
-from pytest_nestedpve.lab.node.commands import pvecm, pvesh, pvesm, pveum, pveversion, qm
 from pytest_nestedpve.lab.node.machine import machine
 from pytest_nestedpve.lab.node.state import broadcast
-
-DOORS: dict[str, Callable[[], int]] = {
-    "qm": qm.main,
-    "pvesh": pvesh.main,
-    "pvesm": pvesm.main,
-    "pveum": pveum.main,
-    "pvecm": pvecm.main,
-    "pveversion": pveversion.main,
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Node:
         sys.argv, sys.stdin = list(argv), io.StringIO(stdin)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = DOORS[argv[0]]()
+                code = COMMANDS[argv[0]]()
         finally:
             sys.argv, sys.stdin = before
         return Answer(code, out.getvalue(), err.getvalue())

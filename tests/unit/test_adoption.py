@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_environment import environments
 from memory_host import MemoryApi, MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve import setup
 from pytest_nestedpve.config.settings import Settings

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_environment import environments
 from memory_host import MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve.config.parsers import Text, variables
 from pytest_nestedpve.environment.environment import Environment

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from memory_environment import environments
 from memory_host import MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.attached import StepNotSelected, steps_by_name

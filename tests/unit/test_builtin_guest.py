@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from memory_environment import Make, environments
 from memory_host import MemoryHost
+from standin_environment import Make, environments
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.environment import Environment

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
-from memory_environment import environments
 from memory_host import MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve.config import parsers
 from pytest_nestedpve.config.settings import Settings, SettingsError

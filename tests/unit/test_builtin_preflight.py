@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from https_host import certificate, https_host
-from memory_environment import Make, environments
 from memory_host import MemoryHost
+from standin_environment import Make, environments
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve.errors import HostUnreachable

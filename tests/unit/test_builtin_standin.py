@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from standin_support import DOORS, Answer, Node, _node  # noqa: F401 (a fixture)
+from standin_connections import COMMANDS
+from standin_support import Answer, Node, _node  # noqa: F401 (a fixture)
 from test_standin_guests import IMAGE
 
 from pytest_nestedpve.config.settings import Settings
@@ -51,7 +52,7 @@ class LocalSsh:
         text = command if isinstance(command, str) else shlex.join(command)
         while words[0] == "env" or "=" in words[0]:
             words.pop(0)
-        if words[0] in DOORS:
+        if words[0] in COMMANDS:
             answer = self.door(*words, stdin=(stdin or b"").decode())
             return CommandResult(text, answer.rc, answer.stdout.encode(), answer.stderr.encode(), 1.0)
         out, rc = "", 0

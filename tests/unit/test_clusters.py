@@ -14,9 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from memory_environment import Make, environments
 from memory_host import MemoryHost
 from memory_model import volume
+from standin_environment import Make, environments
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.environment.facts import ProvisionFacts

@@ -28,7 +28,7 @@ from pytest_nestedpve.session.nested_pve import NestedPve
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
-_ON_MEMORY = "<!-- host: memory -->"
+_ON_STANDIN = "<!-- host: stand-in -->"
 _BLOCK = re.compile(r"<!-- (file|run)(?:: ?| )?(.*?) ?-->\n```\w*\n(.*?)```", re.DOTALL)
 
 
@@ -46,17 +46,17 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(kind, argument.strip(), text)
 
 
-def run(command: str, folder: Path, *, on_memory: bool) -> subprocess.CompletedProcess[str]:
-    """Run a page's command; `on_memory`: with a host in memory for whatever host the page names."""
+def run(command: str, folder: Path, *, on_standin: bool) -> subprocess.CompletedProcess[str]:
+    """Run a page's command; `on_standin`: with a stand-in for whatever host the page names."""
     words = shlex.split(command)
     assert words[0] == "pytest", command
     ours = ("NESTED_PVE_", "PYTEST")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     clean |= {"COLUMNS": "200", "XDG_STATE_HOME": str(folder / ".state")}
     words += ["-p", "no:randomly"]
-    if on_memory:
+    if on_standin:
         clean["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), clean.get("PYTHONPATH")]))
-        words += ["-p", "on_memory"]
+        words += ["-p", "on_standin"]
     else:
         words += ["-p", "no:cacheprovider"]
     return subprocess.run(
@@ -87,14 +87,14 @@ def shown(expected: str, output: str) -> str | None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
 def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    on_memory = _ON_MEMORY in page.read_text(encoding="utf-8")
+    on_standin = _ON_STANDIN in page.read_text(encoding="utf-8")
     for block in blocks(page):
         if block.kind == "file":
             (tmp_path / block.argument).write_text(block.text)
             continue
         status = int((re.search(r"status=(\d+)", block.argument) or [0, 0])[1])
         command, _, expected = block.text.removeprefix("$ ").partition("\n")
-        done = run(command, tmp_path, on_memory=on_memory)
+        done = run(command, tmp_path, on_standin=on_standin)
         output = done.stdout + done.stderr
         assert done.returncode == status, f"$ {command}\n{output}"
         missing = shown(expected, output)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from memory_host import MemoryHost
+from standin_host import StandinHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.lease_keeper import LeaseKeeper
@@ -17,9 +17,11 @@ from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.run.audit_log import AuditLog
 from pytest_nestedpve.run.identity import Run
 
+STANDIN = True
+
 
 @pytest.fixture
-def keeper(tmp_path: Path, host: MemoryHost) -> Iterator[LeaseKeeper]:
+def keeper(tmp_path: Path, host: StandinHost) -> Iterator[LeaseKeeper]:
     settings = replace(Settings(run_dir=tmp_path / "runs"), lease=1.2)
     run = Run.create(settings, tmp_path)
     audit = AuditLog(run.directory.audit, run.id)
@@ -29,7 +31,7 @@ def keeper(tmp_path: Path, host: MemoryHost) -> Iterator[LeaseKeeper]:
     audit.close()
 
 
-def test_the_lease_is_renewed_until_the_keeper_stops(host: MemoryHost, keeper: LeaseKeeper) -> None:
+def test_the_lease_is_renewed_until_the_keeper_stops(host: StandinHost, keeper: LeaseKeeper) -> None:
     api, run, settings = host.connect().api, keeper._run, keeper._settings
     first = create_pool(api, run, settings, run.created - 100)
     keeper.start()
@@ -43,7 +45,7 @@ def test_the_lease_is_renewed_until_the_keeper_stops(host: MemoryHost, keeper: L
     keeper.check()
 
 
-def test_a_renewal_waits_for_a_lock(host: MemoryHost, keeper: LeaseKeeper) -> None:
+def test_a_renewal_waits_for_a_lock(host: StandinHost, keeper: LeaseKeeper) -> None:
     api, run, settings = host.connect().api, keeper._run, keeper._settings
     create_pool(api, run, settings, run.created - 100)
     host.fault("PUT", "/pools", text="cfs-lock 'file-user_cfg' error: got lock request timeout", times=2)
@@ -57,15 +59,17 @@ def test_a_lease_that_is_gone_is_known(keeper: LeaseKeeper) -> None:
         keeper.check()
 
 
-def test_a_host_that_does_not_answer_for_a_while_loses_nothing(host: MemoryHost, keeper: LeaseKeeper) -> None:
+def test_a_host_that_does_not_answer_for_a_while_loses_nothing(
+    host: StandinHost, keeper: LeaseKeeper
+) -> None:
     api, run, settings = host.connect().api, keeper._run, keeper._settings
     first = create_pool(api, run, settings, run.created - 100)
     host.fault("GET", "/pools", text="got timeout", times=2)
     keeper.start()
 
     def later() -> bool:
-        with host.open() as model:
-            lease = parse_lease(model.state["pools"][pool_name(settings, run)]["comment"])
+        comment, _ = host.pools()[pool_name(settings, run)]
+        lease = parse_lease(comment)
         return lease is not None and lease.expires > first.expires
 
     wait_until(later, deadline=Deadline(10), what="a renewal after failures")

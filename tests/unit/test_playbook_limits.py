@@ -12,8 +12,8 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from memory_environment import environments
 from memory_host import MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import deadline

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from https_host import HttpsHost, https_host
-from memory_environment import ours
 from memory_host import MemoryApi, MemoryHost, MemorySsh
 from recorded import EVERY, HTTPS, Recorded
+from standin_environment import ours
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from memory_environment import environments, ours
 from memory_host import MemoryHost
 from memory_model import Model
+from standin_environment import environments, ours
 
 from pytest_nestedpve.ownership.marker import Marker, new_uuid, uuid_of
 from pytest_nestedpve.ownership.pool import create_pool, pool_name

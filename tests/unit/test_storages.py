@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_environment import Make, environments
 from memory_host import MemoryHost
+from standin_environment import Make, environments
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_environment import ours
 from memory_host import MemoryHost
+from standin_environment import ours
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.environment.phases import Listener, Phase, PhaseEnded

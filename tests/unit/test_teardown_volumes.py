@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from memory_environment import ours
 from memory_host import MemoryHost
 from memory_model import volume
+from standin_environment import ours
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import qemu

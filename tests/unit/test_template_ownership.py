@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from memory_environment import environments
 from memory_host import MemoryHost
+from standin_environment import environments
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.environment import Environment

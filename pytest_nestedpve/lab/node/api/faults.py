@@ -14,6 +14,8 @@ A rule is an object:
     drop   do the work, and lose the reply
     lock   hold the VM's lock file for `seconds` from here on
 
+A volume is left over: with a warning by `fail`, without one by `drop`.
+
 python3 -m nestedpve_node.api.faults add|list|clear is what `nestedpve-lab fault` executes on a node.
 """
 
@@ -105,8 +107,8 @@ def _check(rule: Rule) -> None:
         raise ValueError("text: expected the words of the failure, found none")
     if rule.do in ("delay", "lock") and rule.seconds <= 0:
         raise ValueError(f"seconds: expected more than 0 for {rule.do}, found {rule.seconds:g}")
-    if rule.volume is not None and rule.do != "fail":
-        raise ValueError(f"do: expected fail for a volume, found {rule.do}")
+    if rule.volume is not None and rule.do not in ("fail", "drop"):
+        raise ValueError(f"do: expected fail or drop for a volume, found {rule.do}")
     if rule.times < 1:
         raise ValueError(f"times: expected 1 or more, found {rule.times}")
 

@@ -31,11 +31,26 @@ def fs() -> Path:
 def show(name: str, text: str, mode: int = 0o640) -> None:
     """Render a file below /etc/pve; atomic."""
     file = fs() / name
+    if paths.in_process():
+        _overwrite(file, text, mode)
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{paths.node()}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_text(text)
     temporary.chmod(mode)
     temporary.rename(file)
+
+
+def _overwrite(file: Path, text: str, mode: int) -> None:
+    """The same without a rename, which makes some file systems wait for the disk; not atomic."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
+    with open(descriptor, "w") as opened:
+        opened.write(text)
+        opened.truncate()
 
 
 def hide(name: str) -> None:

@@ -189,6 +189,7 @@ def free(volid: str) -> None:
     file = path(volid)
     if (rule := faults.on_volume(volid, worker.kind())) is not None:
         faults.before(rule, owner(volid))
+        return
     if file.name.startswith("base-") and users_of(volid):
         raise PveFailure(f"base volume '{volid}' is still in use by linked cloned")
     if not file.exists():
