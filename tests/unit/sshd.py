@@ -1,4 +1,4 @@
-"""A real OpenSSH server for tests: unprivileged port on loopback, keys and files of its own."""
+"""A real OpenSSH server for tests: an unprivileged port on loopback, with its own keys and files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pytest_nestedpve.pve.ssh.connection import SshTarget
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
 
 
-def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
-    """A new key pair; the private key's path."""
-    bits = ["-b", "2048"] if kind == "rsa" else []  # more take seconds to find
+def create_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
+    """Create a key pair; return the path of the private key."""
+    bits = ["-b", "2048"] if kind == "rsa" else []  # larger keys take seconds to create
     subprocess.run(
         ["ssh-keygen", "-q", "-t", kind, *bits, "-N", passphrase, "-C", path.name, "-f", str(path)],
         check=True,
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @dataclass
 class Sshd:
-    """One server. `start` returns when it listens; `stop` ends it and every session of it."""
+    """A server. `start` returns when it listens; `stop` kills the server and all its sessions."""
 
     directory: Path
     host_key_types: Sequence[str] = ("ed25519",)
@@ -46,14 +46,14 @@ class Sshd:
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.user_key = make_key(self.directory / "user_key")
+        self.user_key = create_key(self.directory / "user_key")
         self.known_hosts = self.directory / "known_hosts"
         self.authorized_keys = self.directory / "authorized_keys"
         self.authorized_keys.write_text(self.user_key.with_suffix(".pub").read_text())
-        self.host_keys = {t: make_key(self.directory / f"host_{t}", t) for t in self.host_key_types}
-        self.trust()
+        self.host_keys = {t: create_key(self.directory / f"host_{t}", t) for t in self.host_key_types}
+        self.write_known_hosts()
 
-    def trust(self, types: Sequence[str] | None = None) -> None:
+    def write_known_hosts(self, types: Sequence[str] | None = None) -> None:
         """Write known_hosts with the host keys of these types (default: all)."""
         self.known_hosts.write_text(
             "".join(
@@ -62,12 +62,12 @@ class Sshd:
             )
         )
 
-    def new_host_key(self, kind: str = "ed25519") -> None:
-        """Another host key than the one that is known; for the next start."""
+    def replace_host_key(self, kind: str = "ed25519") -> None:
+        """Replace the host key, from the next start on; known_hosts keeps the old one."""
         path = self.host_keys[kind]
         path.unlink()
         path.with_suffix(".pub").unlink()
-        make_key(path, kind)
+        create_key(path, kind)
 
     def target(self, **changes: object) -> SshTarget:
         values: dict[str, object] = {
@@ -82,7 +82,7 @@ class Sshd:
         return SshTarget(**values)  # type: ignore[arg-type]
 
     def config_block(self, alias: str, *lines: str) -> str:
-        """A Host block for an ssh_config that leads here."""
+        """A Host block of an ssh_config for this server."""
         return (
             "\n    ".join(
                 (
@@ -108,7 +108,7 @@ class Sshd:
         config.write_text(
             "\n".join(
                 [
-                    *self.options,  # in front: sshd takes the first
+                    *self.options,  # in front: in sshd, the first value of an option is used
                     f"Port {self.port}",
                     "ListenAddress 127.0.0.1",
                     *(f"HostKey {path}" for path in self.host_keys.values()),
@@ -121,15 +121,15 @@ class Sshd:
                     "PermitRootLogin prohibit-password",
                     "LogLevel ERROR",
                     "MaxStartups 50:30:100",
-                    # bash reads ~/.bashrc below sshd, but only as the outermost shell: keep the
-                    # tester's own start-up file (which may take 100 ms) out of it.
+                    # bash reads ~/.bashrc below sshd, but only as the outermost shell: with SHLVL
+                    # the start-up file of the user (which may take 100 ms) is not read.
                     "SetEnv SHLVL=1",
                 ]
             )
             + "\n"
         )
         log = (self.directory / "sshd.log").open("ab")
-        # A process group of its own, so that `stop` reaches the sessions that sshd forked.
+        # In a new session, apart from the process group of pytest.
         self.process = subprocess.Popen(
             [SSHD, "-D", "-e", "-f", str(config)],
             stderr=log,
@@ -137,10 +137,10 @@ class Sshd:
             start_new_session=True,
         )
         log.close()
-        wait_until(self._listens, deadline=Deadline(10), what=f"sshd on port {self.port}")
+        wait_until(self._is_listening, deadline=Deadline(10), what=f"sshd on port {self.port}")
         return self
 
-    def _listens(self) -> bool:
+    def _is_listening(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, (self.directory / "sshd.log").read_text()
         with socket.socket() as sock:
@@ -167,7 +167,7 @@ class Sshd:
 
 
 MakeServer = Callable[..., Sshd]
-"""Makes a server by its name and options: the fixture `make_server`."""
+"""The fixture `make_server`: creates a server with a name and options."""
 
 
 def _name(pid: int) -> str:
@@ -182,7 +182,7 @@ def _descendants(pid: int) -> list[int]:
         direct = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    found = []
+    pids = []
     for child in map(int, direct):
-        found += [*_descendants(child), child]
-    return found
+        pids += [*_descendants(child), child]
+    return pids

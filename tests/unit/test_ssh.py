@@ -1,4 +1,4 @@
-"""Against real OpenSSH servers that the tests start: logging in, running, interrupting, coming back."""
+"""Commands, files, pipes and forwards with real OpenSSH servers, which the tests start."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from pytest_nestedpve.pve.ssh.connection import CommandFailed, SshConnection
 # -- commands -----------------------------------------------------------------------------------------
 
 
-def test_a_command_gives_its_exit_status_and_both_streams_apart(ssh: SshConnection) -> None:
+def test_a_command_returns_its_exit_status_and_both_streams_separately(ssh: SshConnection) -> None:
     result = ssh.run("echo out; echo err >&2; exit 7")
     assert (result.rc, result.stdout, result.stderr, result.ok) == (7, "out\n", "err\n", False)
 
 
-def test_an_argv_arrives_word_by_word_whatever_is_in_it(ssh: SshConnection) -> None:
+def test_words_of_an_argv_arrive_unchanged_with_any_characters(ssh: SshConnection) -> None:
     words = ["a b", "$HOME", "'", '"', "*", "", "\n", ";false", "ä€"]
     result = ssh.run(["printf", "%s|", *words])
     assert result.stdout == "".join(f"{word}|" for word in words)
 
 
-def test_check_names_the_command_and_its_last_words(ssh: SshConnection) -> None:
+def test_check_reports_the_end_of_the_output(ssh: SshConnection) -> None:
     with pytest.raises(CommandFailed, match=r"exit status 3, expected 0\n    no disk") as caught:
         ssh.run("echo no disk >&2; exit 3").check()
     assert caught.value.result.rc == 3
@@ -72,15 +72,15 @@ def test_large_input_and_large_output_at_once_do_not_deadlock(ssh: SshConnection
     assert result.stderr_bytes == data
 
 
-def test_input_that_nobody_reads_is_no_error(ssh: SshConnection) -> None:
+def test_input_that_the_command_does_not_read_is_no_error(ssh: SshConnection) -> None:
     assert ssh.run("exit 4", stdin=bytes(8 * 2**20), timeout=20).rc == 4
 
 
-def test_without_input_a_command_meets_the_end_of_file(ssh: SshConnection) -> None:
+def test_without_input_a_command_reads_the_end_of_file(ssh: SshConnection) -> None:
     assert ssh.run("cat; echo done", timeout=10).stdout == "done\n"
 
 
-def test_a_daemon_left_behind_does_not_hold_the_command(ssh: SshConnection) -> None:
+def test_a_daemon_in_the_background_does_not_delay_the_end_of_the_command(ssh: SshConnection) -> None:
     began = time.monotonic()
     result = ssh.run("sleep 30 & echo $!", timeout=20)
     assert result.ok
@@ -88,7 +88,7 @@ def test_a_daemon_left_behind_does_not_hold_the_command(ssh: SshConnection) -> N
     os.kill(int(result.stdout), 9)
 
 
-def test_a_limit_interrupts_a_silent_command(ssh: SshConnection) -> None:
+def test_a_limit_interrupts_a_command_without_output(ssh: SshConnection) -> None:
     began = time.monotonic()
     with pytest.raises(
         CommandTimeout, match=r"`echo begun; exec sleep 40`.*did not end within 0\.5 s.*begun"
@@ -98,7 +98,7 @@ def test_a_limit_interrupts_a_silent_command(ssh: SshConnection) -> None:
     assert ssh.run("echo on").stdout == "on\n"
 
 
-def test_a_limit_interrupts_a_command_that_never_stops_talking(ssh: SshConnection) -> None:
+def test_a_limit_interrupts_a_command_with_endless_output(ssh: SshConnection) -> None:
     began = time.monotonic()
     with pytest.raises(CommandTimeout):
         ssh.run("yes", timeout=0.5)
@@ -109,7 +109,7 @@ def test_a_command_ended_by_a_signal_has_no_exit_status(ssh: SshConnection) -> N
     assert ssh.run("kill -9 $$").rc == -1
 
 
-def test_each_command_is_logged_and_of_a_secret_one_neither_text_nor_output(server: Sshd) -> None:
+def test_commands_are_logged_and_secret_ones_without_text_and_output(server: Sshd) -> None:
     log = Calls()
     with SshConnection(server.target(), log=log) as ssh:
         ssh.run(["echo", "open"])
@@ -126,42 +126,42 @@ def test_each_command_is_logged_and_of_a_secret_one_neither_text_nor_output(serv
 
 
 def test_twenty_threads_share_one_connection(ssh: SshConnection) -> None:
-    def one(number: int) -> str:
+    def run_five(number: int) -> str:
         return "".join(ssh.run(f"echo {number}-{step}").stdout for step in range(5))
 
     with ThreadPoolExecutor(20) as pool:
-        results = list(pool.map(one, range(20)))
+        results = list(pool.map(run_five, range(20)))
     assert results == ["".join(f"{n}-{s}\n" for s in range(5)) for n in range(20)]
-    # Below MaxSessions on each transport, and far below a connection per command.
+    # Below MaxSessions per transport, and far fewer connections than commands.
     assert 2 <= len(ssh._links) <= 4
 
 
 def test_the_end_of_input_is_not_sent_after_the_channel_was_closed(ssh: SshConnection) -> None:
-    """sshd ends the whole connection for it, under all commands that run there."""
+    """sshd would end the whole connection, with all its commands."""
     ssh.run("true")
     (link,) = ssh._links
     transport: Any = link.transport
     send, sender = transport._send_user_message, threading.current_thread()
-    tried = []
+    delayed = []
 
-    def hold_back_end_of_input(data: paramiko.Message) -> None:
+    def delay_end_of_input(data: paramiko.Message) -> None:
         if data.asbytes()[0] == MSG_CHANNEL_EOF and threading.current_thread() is sender:
-            channel = max(transport._channels.values(), key=lambda each: each.chanid)
-            tried.append(channel)
-            # What the scheduler does on a busy machine: the command's end overtakes us, if it can.
+            channel = max(transport._channels.values(), key=lambda channel: channel.chanid)
+            delayed.append(channel)
+            # As on a busy machine: the command may end before its end of input is sent.
             with contextlib.suppress(CommandTimeout):
                 wait_until(lambda: channel.closed, deadline=Deadline(0.5), what="the channel's end")
         send(data)
 
-    transport._send_user_message = hold_back_end_of_input
-    assert ssh.run("echo gone").stdout == "gone\n"
-    assert ssh.run("echo on").stdout == "on\n"
-    assert len(tried) == 2
+    transport._send_user_message = delay_end_of_input
+    assert ssh.run("echo one").stdout == "one\n"
+    assert ssh.run("echo two").stdout == "two\n"
+    assert len(delayed) == 2
     assert ssh._links == [link]
     assert link.transport.is_active()
 
 
-def test_more_commands_than_sessions_wait_for_their_turn(ssh: SshConnection) -> None:
+def test_more_commands_than_sessions_wait_for_a_free_one(ssh: SshConnection) -> None:
     with ThreadPoolExecutor(30) as pool:
         assert all(pool.map(lambda _: ssh.run("sleep 0.3", timeout=20).ok, range(30)))
 
@@ -169,7 +169,7 @@ def test_more_commands_than_sessions_wait_for_their_turn(ssh: SshConnection) -> 
 # -- files, pipes, tunnels ----------------------------------------------------------------------------
 
 
-def test_put_and_get_carry_bytes_streams_and_files(ssh: SshConnection, tmp_path: Path) -> None:
+def test_put_and_get_transfer_bytes_streams_and_files(ssh: SshConnection, tmp_path: Path) -> None:
     data = os.urandom(3 * 2**20)
     remote = tmp_path / "far away's $HOME"
     source = tmp_path / "source"
@@ -185,7 +185,7 @@ def test_put_and_get_carry_bytes_streams_and_files(ssh: SshConnection, tmp_path:
     assert remote.stat().st_mode & 0o777 == 0o600
 
 
-def test_put_leaves_the_old_file_or_the_new_one_never_half(ssh: SshConnection, tmp_path: Path) -> None:
+def test_a_failed_put_preserves_the_old_file_and_leaves_no_part(ssh: SshConnection, tmp_path: Path) -> None:
     remote = tmp_path / "file"
     remote.write_text("old")
     with pytest.raises(CommandFailed, match="exit status"):
@@ -199,9 +199,7 @@ def test_put_leaves_the_old_file_or_the_new_one_never_half(ssh: SshConnection, t
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_a_put_whose_connection_dies_leaves_nothing_under_the_name(
-    make_server: MakeServer, tmp_path: Path
-) -> None:
+def test_a_put_whose_connection_is_lost_creates_no_file(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server().start()
     remote = tmp_path / "big"
 
@@ -212,15 +210,17 @@ def test_a_put_whose_connection_dies_leaves_nothing_under_the_name(
         wait_until(
             lambda: bool(list(tmp_path.glob(".big.*.part"))), deadline=Deadline(5), what="the first bytes"
         )
-        # As when the line is cut: what runs on the host lives on and has to see for itself.
+        # As with a lost connection: the commands on the host still run.
         server.stop(spare_commands=True)
         with pytest.raises(PveError):
             running.result(timeout=10)
-    wait_until(lambda: not list(tmp_path.glob(".big.*.part")), deadline=Deadline(5), what="the part to go")
+    wait_until(
+        lambda: not list(tmp_path.glob(".big.*.part")), deadline=Deadline(5), what="the deletion of the part"
+    )
     assert not remote.exists()
 
 
-def test_get_refuses_what_is_larger_than_expected(ssh: SshConnection, tmp_path: Path) -> None:
+def test_get_refuses_a_file_above_the_limit(ssh: SshConnection, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1000))
     with pytest.raises(SshError, match="expected at most 999 bytes, found more"):
         ssh.get(str(tmp_path / "large"), limit=999)
@@ -229,22 +229,24 @@ def test_get_refuses_what_is_larger_than_expected(ssh: SshConnection, tmp_path: 
         ssh.get(str(tmp_path / "missing"))
 
 
-def test_a_pipe_joins_two_hosts(ssh: SshConnection, make_server: MakeServer, tmp_path: Path) -> None:
+def test_a_pipe_connects_commands_on_two_hosts(
+    ssh: SshConnection, make_server: MakeServer, tmp_path: Path
+) -> None:
     other = make_server().start()
     source = tmp_path / "source"
     source.write_bytes(os.urandom(9 * 2**20))
-    with SshConnection(other.target()) as there:
-        ssh.pipe(["cat", str(source)], there, f"cat >{shlex.quote(str(tmp_path / 'copy'))}", timeout=30)
+    with SshConnection(other.target()) as sink:
+        ssh.pipe(["cat", str(source)], sink, f"cat >{shlex.quote(str(tmp_path / 'copy'))}", timeout=30)
         assert (tmp_path / "copy").read_bytes() == source.read_bytes()
         with pytest.raises(CommandFailed, match="no-such-file"):
-            ssh.pipe(["cat", "/no-such-file"], there, "cat >/dev/null", timeout=10)
+            ssh.pipe(["cat", "/no-such-file"], sink, "cat >/dev/null", timeout=10)
         with pytest.raises(CommandFailed, match="exit 9"):
-            ssh.pipe(["cat", str(source)], there, "exit 9", timeout=10)
+            ssh.pipe(["cat", str(source)], sink, "exit 9", timeout=10)
         with pytest.raises(CommandTimeout):
-            ssh.pipe("sleep 30", there, "cat >/dev/null", timeout=0.5)
+            ssh.pipe("sleep 30", sink, "cat >/dev/null", timeout=0.5)
 
 
-def test_a_forward_makes_connections_on_the_far_side(ssh: SshConnection) -> None:
+def test_a_forward_connects_from_the_host(ssh: SshConnection) -> None:
     with socket.create_server(("127.0.0.1", 0)) as service:
 
         def echo() -> None:
@@ -267,7 +269,7 @@ def test_a_forward_makes_connections_on_the_far_side(ssh: SshConnection) -> None
             socket.create_connection(forward.address, timeout=1)
 
 
-def test_a_forward_to_a_closed_port_closes_the_client(ssh: SshConnection) -> None:
+def test_a_forward_to_a_closed_port_closes_the_clients_connection(ssh: SshConnection) -> None:
     with (
         ssh.forward("127.0.0.1", free_port()) as forward,
         socket.create_connection(forward.address, timeout=5) as client,
@@ -297,12 +299,12 @@ def test_the_ssh_configuration_is_read_as_openssh_reads_it(tmp_path: Path) -> No
     assert target.known_hosts == (tmp_path / "known1", tmp_path / "known2")
     assert (target.identities_only, target.identity_agent) == (True, str(tmp_path / "agent"))
     assert (target.host_key_alias, target.connect_timeout, target.alias) == ("far-key", 7.0, "far")
-    given = read_ssh_config("ops@far", config, None, 2300)
-    assert (given.user, given.port) == ("ops", 2300)
+    override = read_ssh_config("ops@far", config, None, 2300)
+    assert (override.user, override.port) == ("ops", 2300)
 
 
 @pytest.mark.parametrize(
-    ("alias", "text", "said"),
+    ("alias", "text", "message"),
     [
         ("a", "Host a\n  ProxyJump b\nHost b\n  ProxyJump a\n", "circle"),
         ("a", "Host a\n  Porrt 22\n", "Bad configuration option"),
@@ -312,19 +314,19 @@ def test_the_ssh_configuration_is_read_as_openssh_reads_it(tmp_path: Path) -> No
         ("a", "Host a\n  ProxyCommand x\n  ProxyUseFdpass yes\n", "ProxyUseFdpass.*not supported"),
     ],
 )
-def test_a_name_or_configuration_that_cannot_be_used_is_said(
-    tmp_path: Path, alias: str, text: str, said: str
+def test_an_unusable_name_or_configuration_is_refused(
+    tmp_path: Path, alias: str, text: str, message: str
 ) -> None:
     config = tmp_path / "config"
     config.write_text(text)
-    with pytest.raises(SshError, match=said):
+    with pytest.raises(SshError, match=message):
         read_ssh_config(alias, config, None, None)
 
 
 # -- hosts --------------------------------------------------------------------------------------------
 
 
-def test_a_host_gives_back_all_it_holds_once_and_the_lab_last(
+def test_a_closed_host_deletes_its_token_and_releases_the_lab_last_and_once(
     make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make_server().start()
@@ -345,7 +347,7 @@ def test_a_host_gives_back_all_it_holds_once_and_the_lab_last(
     assert ended.count("lab") == 1
 
 
-def test_a_host_that_refuses_the_login_gives_the_lab_back(make_server: MakeServer, tmp_path: Path) -> None:
+def test_the_lab_is_released_when_the_host_refuses_the_login(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server().start()
     config = tmp_path / "config"
     config.write_text(server.config_block("father").replace(str(server.known_hosts), str(tmp_path / "none")))
@@ -356,9 +358,7 @@ def test_a_host_that_refuses_the_login_gives_the_lab_back(make_server: MakeServe
     assert ended == ["lab"]
 
 
-def test_a_host_is_resolved_and_connected_and_its_errors_are_typed(
-    make_server: MakeServer, tmp_path: Path
-) -> None:
+def test_a_host_is_connected_and_errors_have_types(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server().start()
     config = tmp_path / "config"
     config.write_text(
@@ -381,7 +381,7 @@ def test_a_host_is_resolved_and_connected_and_its_errors_are_typed(
 PROFILE = b"[nested-pve]\nstorage = local\nbridge=vmbr1\nmirror=http://mirror.test/debian\nimage =\n"
 
 
-def test_a_host_profile_gives_the_keys_that_a_host_may_set() -> None:
+def test_a_host_profile_has_the_keys_that_a_host_may_set() -> None:
     assert hosts.parse_profile(PROFILE, "father") == {
         "storage": "local",
         "bridge": "vmbr1",
@@ -393,7 +393,7 @@ def test_a_host_profile_gives_the_keys_that_a_host_may_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"storage = local\n", "malformed"),
         (b"[nested-pve\n", "malformed"),
@@ -408,15 +408,15 @@ def test_a_host_profile_gives_the_keys_that_a_host_may_set() -> None:
         (b"#" * 70_000, "expected a few lines"),
     ],
 )
-def test_a_host_profile_that_is_anything_else_is_refused(content: bytes, said: str) -> None:
-    with pytest.raises(ProfileError, match=said):
+def test_an_invalid_host_profile_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
         hosts.parse_profile(content, "father")
 
 
 # -- speed --------------------------------------------------------------------------------------------
 
 
-def test_a_command_on_a_warm_connection_takes_milliseconds(ssh: SshConnection) -> None:
+def test_a_command_on_an_open_connection_takes_milliseconds(ssh: SshConnection) -> None:
     ssh.run("true")
     times = sorted(ssh.run(["true"]).ms for _ in range(30))
     assert times[15] < 30, "without TCP_NODELAY it is more than 40 ms; idle it is 3"

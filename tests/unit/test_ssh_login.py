@@ -1,4 +1,4 @@
-"""Against real OpenSSH servers that the tests start: logging in, and whose host keys are believed."""
+"""Logins and checks of host keys with real OpenSSH servers, which the tests start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sshd import MakeServer, Sshd, free_port, make_key
+from sshd import MakeServer, Sshd, create_key, free_port
 
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, LoginRefused
@@ -29,12 +29,12 @@ def test_a_host_that_refuses_connections_is_reported_at_once(server: Sshd) -> No
     assert time.monotonic() - began < 3
 
 
-def test_a_host_that_swallows_packets_is_given_up_at_the_connect_limit(server: Sshd) -> None:
-    # A listener with a full backlog drops what comes: the kernel's own black hole.
-    with socket.socket() as hole:
-        hole.bind(("127.0.0.1", 0))
-        hole.listen(0)
-        port = hole.getsockname()[1]
+def test_connecting_to_a_host_that_drops_packets_ends_at_the_connect_timeout(server: Sshd) -> None:
+    # A listener with a full backlog drops the packets of further connections.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -48,10 +48,10 @@ def test_a_host_that_swallows_packets_is_given_up_at_the_connect_limit(server: S
             filler.close()
 
 
-def test_a_service_that_says_nothing_is_given_up_at_the_connect_limit(server: Sshd) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
+def test_a_login_at_a_silent_service_ends_at_the_connect_timeout(server: Sshd) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
-        target = server.target(port=mute.getsockname()[1], connect_timeout=1.0)
+        target = server.target(port=silent.getsockname()[1], connect_timeout=1.0)
         with (
             pytest.raises(HostUnreachable, match="no SSH session began within 1 s"),
             SshConnection(target) as ssh,
@@ -60,7 +60,7 @@ def test_a_service_that_says_nothing_is_given_up_at_the_connect_limit(server: Ss
         assert time.monotonic() - began < 4
 
 
-def test_an_sshd_that_resets_while_it_boots_is_tried_again(server: Sshd) -> None:
+def test_a_login_is_retried_while_sshd_starts(server: Sshd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as front:
         port = front.getsockname()[1]
         server.known_hosts.write_text(
@@ -95,10 +95,10 @@ def test_an_sshd_that_resets_while_it_boots_is_tried_again(server: Sshd) -> None
         with SshConnection(server.target(port=port)) as ssh:
             assert ssh.run("echo up").stdout == "up\n"
         thread.join(5)
-    server.trust()
+    server.write_known_hosts()
 
 
-def test_an_unknown_name_is_no_host() -> None:
+def test_a_name_that_does_not_resolve_is_an_unknown_host() -> None:
     with (
         pytest.raises(HostUnreachable, match=r"unknown host.*does not resolve"),
         SshConnection(SshTarget("no-such-host.invalid")) as ssh,
@@ -107,7 +107,7 @@ def test_an_unknown_name_is_no_host() -> None:
 
 
 def test_a_key_that_is_not_authorized_is_refused_with_advice(server: Sshd, tmp_path: Path) -> None:
-    stranger = make_key(tmp_path / "stranger")
+    stranger = create_key(tmp_path / "stranger")
     with (
         pytest.raises(LoginRefused, match=r"accepted none of the keys offered: .*stranger.*authorized_keys"),
         SshConnection(server.target(identity_files=(stranger,))) as ssh,
@@ -115,7 +115,7 @@ def test_a_key_that_is_not_authorized_is_refused_with_advice(server: Sshd, tmp_p
         ssh.run("true")
 
 
-def test_no_key_at_all_is_said(server: Sshd, tmp_path: Path) -> None:
+def test_a_login_without_any_key_is_refused_with_the_reason(server: Sshd, tmp_path: Path) -> None:
     with (
         pytest.raises(LoginRefused, match="there was none to offer"),
         SshConnection(server.target(identity_files=(tmp_path / "none",))) as ssh,
@@ -123,8 +123,10 @@ def test_no_key_at_all_is_said(server: Sshd, tmp_path: Path) -> None:
         ssh.run("true")
 
 
-def test_a_key_with_a_passphrase_and_no_agent_names_ssh_add(server: Sshd, tmp_path: Path) -> None:
-    locked = make_key(tmp_path / "locked", passphrase="word")
+def test_the_error_for_a_key_with_a_passphrase_and_no_agent_advises_ssh_add(
+    server: Sshd, tmp_path: Path
+) -> None:
+    locked = create_key(tmp_path / "locked", passphrase="word")
     with (
         pytest.raises(LoginRefused, match=r"protected by a passphrase.*ssh-add"),
         SshConnection(server.target(identity_files=(locked,))) as ssh,
@@ -136,11 +138,11 @@ def test_a_key_with_a_passphrase_works_through_an_agent(
     make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make_server().start()
-    locked = make_key(tmp_path / "locked", passphrase="word")
+    locked = create_key(tmp_path / "locked", passphrase="word")
     server.authorized_keys.write_text(locked.with_suffix(".pub").read_text())
-    ask = tmp_path / "ask"
-    ask.write_text("#!/bin/sh\necho word\n")
-    ask.chmod(0o700)
+    askpass = tmp_path / "askpass"
+    askpass.write_text("#!/bin/sh\necho word\n")
+    askpass.chmod(0o700)
     sock = tmp_path / "agent"
     agent = subprocess.Popen(
         ["ssh-agent", "-D", "-a", str(sock)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -152,7 +154,7 @@ def test_a_key_with_a_passphrase_works_through_an_agent(
             env={
                 **os.environ,
                 "SSH_AUTH_SOCK": str(sock),
-                "SSH_ASKPASS": str(ask),
+                "SSH_ASKPASS": str(askpass),
                 "SSH_ASKPASS_REQUIRE": "force",
             },
             stdin=subprocess.DEVNULL,
@@ -165,7 +167,7 @@ def test_a_key_with_a_passphrase_works_through_an_agent(
         monkeypatch.setenv("SSH_AUTH_SOCK", str(sock))
         with SshConnection(server.target(identity_files=(), allow_agent=True)) as ssh:
             assert ssh.run("echo in").stdout == "in\n"
-        # Towards a guest the agent is not asked, whatever the environment says.
+        # For a guest the agent is not used, also with SSH_AUTH_SOCK.
         with (
             pytest.raises(LoginRefused),
             SshConnection(server.target(identity_files=(), allow_agent=False)) as ssh,
@@ -177,7 +179,7 @@ def test_a_key_with_a_passphrase_works_through_an_agent(
 
 
 def test_a_user_certificate_is_used(make_server: MakeServer, tmp_path: Path) -> None:
-    ca, key = make_key(tmp_path / "ca"), make_key(tmp_path / "user")
+    ca, key = create_key(tmp_path / "ca"), create_key(tmp_path / "user")
     server = make_server(options=(f"TrustedUserCAKeys {ca}.pub",))
     server.authorized_keys.write_text("")
     server.start()
@@ -202,9 +204,9 @@ def test_an_unknown_host_key_is_refused_with_advice(server: Sshd, tmp_path: Path
         ssh.run("true")
 
 
-def test_a_changed_host_key_says_so_and_where_the_old_one_is(make_server: MakeServer) -> None:
+def test_a_changed_host_key_is_refused_with_the_place_of_the_old_one(make_server: MakeServer) -> None:
     server = make_server()
-    server.new_host_key()
+    server.replace_host_key()
     server.start()
     with (
         pytest.raises(HostKeyMismatch, match=r"CHANGED.*known_hosts, line 1.*ssh-keygen -R"),
@@ -226,9 +228,11 @@ def test_a_revoked_host_key_is_refused(server: Sshd, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [["ed25519"], ["rsa"], ["ecdsa"], ["rsa", "ed25519"]])
-def test_the_host_key_that_is_known_is_the_one_asked_for(make_server: MakeServer, known: list[str]) -> None:
+def test_a_key_in_known_hosts_is_requested_before_other_types(
+    make_server: MakeServer, known: list[str]
+) -> None:
     server = make_server(host_key_types=("ed25519", "rsa", "ecdsa"))
-    server.trust(known)
+    server.write_known_hosts(known)
     server.start()
     with SshConnection(server.target()) as ssh:
         assert ssh.run("true").ok
@@ -249,7 +253,7 @@ def test_hashed_entries_aliases_and_several_files_are_read(server: Sshd, tmp_pat
     ):
         with SshConnection(server.target(**changes)) as ssh:
             assert ssh.run("true").ok
-    # An alias is looked up alone: the key of the address does not stand in for it.
+    # With an alias, the key of the address is not accepted.
     with (
         pytest.raises(HostKeyMismatch, match="of nested-pve is unknown"),
         SshConnection(server.target(host_key_alias="nested-pve")) as ssh,

@@ -1,4 +1,4 @@
-"""Against real OpenSSH servers that the tests start: connections that end, and ways over other hosts."""
+"""Lost connections, jump hosts and proxy commands with real OpenSSH servers, which the tests start."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pytest_nestedpve.pve.ssh.config import read_ssh_config
 from pytest_nestedpve.pve.ssh.connection import SshConnection
 
 
-def ours(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-# -- losing and finding the connection ----------------------------------------------------------------
+# -- lost connections ---------------------------------------------------------------------------------
 
 
-def test_after_a_killed_sshd_the_next_command_connects_anew(make_server: MakeServer) -> None:
+def test_after_the_loss_of_a_connection_the_next_command_connects_again(make_server: MakeServer) -> None:
     server = make_server().start()
     with SshConnection(server.target()) as ssh:
         assert ssh.run("true").ok
@@ -38,7 +38,7 @@ def test_after_a_killed_sshd_the_next_command_connects_anew(make_server: MakeSer
         assert ssh.run("echo back").stdout == "back\n"
 
 
-def test_a_connection_that_dies_under_a_command_is_reported_not_repeated(
+def test_a_command_whose_connection_is_lost_fails_and_is_not_repeated(
     make_server: MakeServer, tmp_path: Path
 ) -> None:
     server = make_server().start()
@@ -52,7 +52,7 @@ def test_a_connection_that_dies_under_a_command_is_reported_not_repeated(
     assert counter.read_text() == "x\n"
 
 
-def test_a_connection_that_went_silent_is_noticed_by_its_silence(make_server: MakeServer) -> None:
+def test_a_silent_connection_is_replaced(make_server: MakeServer) -> None:
     server = make_server().start()
     with SshConnection(server.target(connect_timeout=2.0)) as ssh:
         assert ssh.run("true").ok
@@ -60,17 +60,17 @@ def test_a_connection_that_went_silent_is_noticed_by_its_silence(make_server: Ma
         for pid in stopped:
             os.kill(pid, 19)
         try:
-            # is_active() stays true for minutes; that no channel is opened is what tells.
+            # is_active() remains true for minutes; only opening a channel fails.
             assert ssh._links[0].transport.is_active()
             began = time.monotonic()
-            assert ssh.run("echo new way").stdout == "new way\n"
+            assert ssh.run("echo again").stdout == "again\n"
             assert time.monotonic() - began < 8
         finally:
             for pid in stopped:
                 os.kill(pid, 18)
 
 
-def test_many_threads_meet_a_dead_host_together(server: Sshd) -> None:
+def test_all_threads_get_the_error_of_an_unreachable_host(server: Sshd) -> None:
     began = time.monotonic()
     with SshConnection(server.target(port=free_port())) as ssh, ThreadPoolExecutor(20) as pool:
         for future in [pool.submit(ssh.run, "true") for _ in range(20)]:
@@ -79,7 +79,7 @@ def test_many_threads_meet_a_dead_host_together(server: Sshd) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_closed_connection_stays_closed(server: Sshd) -> None:
+def test_a_closed_connection_is_not_opened_again(server: Sshd) -> None:
     ssh = SshConnection(server.target())
     ssh.run("true")
     ssh.close()
@@ -119,14 +119,14 @@ def test_a_jump_over_two_hosts_leads_to_the_third(make_server: MakeServer, tmp_p
         assert target.jump.jump is not None
         assert target.jump.jump.port == first.port
         with SshConnection(target) as ssh:
-            # The port of the client is one that the second hop opened.
+            # The server's port as the target sees it.
             assert ssh.run("set -- $SSH_CONNECTION; echo $4").stdout.strip() == str(third.port)
             assert ssh.run("true").ok
 
 
-def test_a_jump_host_with_the_wrong_key_stops_the_journey(make_server: MakeServer) -> None:
+def test_a_jump_host_with_a_wrong_key_is_refused(make_server: MakeServer) -> None:
     first, second = make_server("one"), make_server("two").start()
-    first.new_host_key()
+    first.replace_host_key()
     first.start()
     with (
         pytest.raises(HostKeyMismatch, match=f":{first.port} CHANGED"),
@@ -144,9 +144,7 @@ def test_a_target_that_is_down_behind_a_jump_host_is_unreachable(server: Sshd) -
         ssh.run("true")
 
 
-def test_a_proxy_command_carries_the_connection_and_ends_with_it(
-    make_server: MakeServer, tmp_path: Path
-) -> None:
+def test_a_proxy_command_ends_with_its_connection(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server().start()
     config, pidfile = tmp_path / "config", tmp_path / "pid"
     relay = tmp_path / "relay.py"
@@ -159,9 +157,9 @@ def test_a_proxy_command_carries_the_connection_and_ends_with_it(
         "threading.Thread(target=back, daemon=True).start()\n"
         "while d := os.read(0, 65536): s.sendall(d)\n"
     )
-    config.write_text(server.config_block("there", f"ProxyCommand python3 {relay} %h %p"))
-    with SshConnection(read_ssh_config("there", config, None, None)) as ssh:
+    config.write_text(server.config_block("proxied", f"ProxyCommand python3 {relay} %h %p"))
+    with SshConnection(read_ssh_config("proxied", config, None, None)) as ssh:
         assert ssh.run("true").ok
         pid = int(pidfile.read_text())
-        assert ours(pid)
-    wait_until(lambda: not ours(pid), deadline=Deadline(5), what="the proxy command's end")
+        assert is_running(pid)
+    wait_until(lambda: not is_running(pid), deadline=Deadline(5), what="the proxy command's end")

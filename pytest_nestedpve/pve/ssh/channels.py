@@ -1,8 +1,8 @@
-"""paramiko's transport and channel, with what one channel sends in the order in which it was decided.
+"""paramiko's transport and channel, with the messages of a channel sent in the order of their creation.
 
-paramiko decides under a channel's lock what is sent, and sends it after letting the lock go. When a
-command ends at once, the transport's thread may get its CLOSE out before our EOF or data: sshd then has
-no such channel any more, and ends the connection under all commands on it.
+paramiko creates a message under the channel's lock, and sends it after the release of the lock. When a
+command ends at once, the transport's thread may send CLOSE before our EOF or data: for sshd the channel no
+longer exists, and it ends the connection with all commands on it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from paramiko.common import MSG_CHANNEL_CLOSE
 
 
 class Channel(paramiko.Channel):
-    """A channel after whose CLOSE nothing more is sent."""
+    """A channel that sends nothing after its CLOSE."""
 
-    _turn: threading.RLock
+    _order: threading.RLock
 
     def _send(self, data: bytes, message: paramiko.Message) -> int:
-        # Waiting for the other side's window happens outside of the turn: its thread has to come through.
+        # The wait for the other side's window is outside of _order: the transport's thread needs that lock.
         with self.lock:
             if self.closed:
                 raise OSError("the channel is closed")
@@ -28,30 +28,30 @@ class Channel(paramiko.Channel):
             if size == 0:
                 return 0
             message.add_string(data[:size])
-        with self._turn:
+        with self._order:
             if self.closed:
                 raise OSError("the channel is closed")
             self.transport._send_user_message(message)  # type: ignore[union-attr]
         return size
 
     def shutdown(self, how: int) -> None:
-        with self._turn:
+        with self._order:
             super().shutdown(how)
 
     def close(self) -> None:
-        with self._turn:
+        with self._order:
             super().close()
 
     def _handle_close(self, message: paramiko.Message) -> None:
-        with self._turn:
+        with self._order:
             super()._handle_close(message)  # type: ignore[misc]
 
 
 class Transport(paramiko.Transport):
-    """A transport that opens such channels, and asks for host keys in the order that is wanted."""
+    """A transport with these channels and a configurable order of host key algorithms."""
 
     #: Host key algorithms, the first preferred; None: paramiko's own order.
-    wanted_host_keys: tuple[str, ...] | None = None
+    host_key_algorithms: tuple[str, ...] | None = None
 
     _channel_handler_table: ClassVar[dict[int, Any]] = {
         **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]
@@ -60,13 +60,13 @@ class Transport(paramiko.Transport):
 
     @property
     def preferred_keys(self) -> tuple[str, ...]:
-        if self.wanted_host_keys is not None:
-            return self.wanted_host_keys
+        if self.host_key_algorithms is not None:
+            return self.host_key_algorithms
         return tuple(super().preferred_keys)
 
     def open_channel(self, *args: Any, **kwargs: Any) -> paramiko.Channel:
         channel = super().open_channel(*args, **kwargs)
-        # paramiko has no place to say which class a channel is of; nothing was sent on this one yet.
-        channel._turn = threading.RLock()  # type: ignore[attr-defined]
+        # paramiko has no option for the class of its channels; nothing was sent on this one yet.
+        channel._order = threading.RLock()  # type: ignore[attr-defined]
         channel.__class__ = Channel
         return channel

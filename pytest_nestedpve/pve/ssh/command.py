@@ -1,4 +1,4 @@
-"""One command on one channel: both streams read while waiting, within a limit that interrupts."""
+"""A command on a channel: both output streams are read until its end or the time limit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 OUTPUT_LIMIT = 256 * 1024 * 1024
 _CHUNK = 256 * 1024
-# What sshd takes before the command reads any of it.
-_AT_ONCE = 32 * 1024
-# A daemon that a command leaves behind keeps its output open: the exit status is enough then.
+# Bytes that sshd buffers before the command reads any.
+_BUFFERED = 32 * 1024
+# Seconds of silence after the exit status: a daemon that the command started keeps its output open.
 _AFTER_EXIT = 1.0
 
 Ended = tuple[int, bytes, bytes]
@@ -27,7 +27,7 @@ Ended = tuple[int, bytes, bytes]
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command that ran left behind.
+    """The result of a command that ended.
 
     >>> result = CommandResult("id -un", 0, b"root\\n", b"", 5.8)
     >>> result.ok, result.stdout
@@ -65,20 +65,20 @@ class CommandResult:
 
 
 class CommandFailed(PveError):
-    """A command ended with an exit status other than 0; `result` has it all."""
+    """A command ended with an exit status other than 0; `result` has its status and output."""
 
     def __init__(self, result: CommandResult) -> None:
-        said = "" if result.secret else (result.stderr.strip() or result.stdout.strip())
-        tail = "".join(f"\n    {line}" for line in said.splitlines()[-12:])
+        output = "" if result.secret else (result.stderr.strip() or result.stdout.strip())
+        tail = "".join(f"\n    {line}" for line in output.splitlines()[-12:])
         super().__init__(f"`{result.command}` ended with exit status {result.rc}, expected 0{tail}")
         self.result = result
 
 
 class Exchange:
-    """A command that has been sent: `finish` waits for its end.
+    """A command and its channel: `finish` sends the command and waits for its end.
 
-    `stdin` is sent and closed; None leaves standard input open for `pour_into`'s other end.
-    `shown` and `where` are for messages; with `secret` they hold nothing of the output.
+    `stdin` is sent and closed; None leaves standard input open (`pipe_into`).
+    `shown` (the command) and `where` (the host) are for messages; with `secret` no message has the output.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Exchange:
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise SshError(
                 f"the connection to {self._where} was lost as `{self._shown}` was sent: {error}. "
-                "Whether it ran is not known"
+                "It is not known whether the command ran"
             ) from error
         if self._stdin is None:
             return
-        if isinstance(self._stdin, bytes) and len(self._stdin) <= _AT_ONCE:
+        if isinstance(self._stdin, bytes) and len(self._stdin) <= _BUFFERED:
             self._feed(self._stdin)
         else:
             threading.Thread(
@@ -118,7 +118,7 @@ class Exchange:
             ).start()
 
     def _feed(self, data: bytes | BinaryIO) -> None:
-        # A command may end without reading all of its input: that is its affair.
+        # A command may end without reading all of its input.
         with suppress(Exception):
             if not isinstance(data, bytes):
                 while chunk := data.read(_CHUNK):
@@ -141,10 +141,10 @@ class Exchange:
         poll.register(channel.fileno(), select.POLLIN)
         after_exit: Deadline | None = None
         while True:
-            got = False
+            received = False
             if channel.recv_ready():
                 data = channel.recv(_CHUNK)
-                got = True
+                received = True
                 if sink is None:
                     out.append(data)
                     size += len(data)
@@ -152,17 +152,17 @@ class Exchange:
                     sink(data)
             if channel.recv_stderr_ready():
                 data = channel.recv_stderr(_CHUNK)
-                got = True
+                received = True
                 err.append(data)
                 size += len(data)
             if size > OUTPUT_LIMIT:
                 raise SshError(f"`{self._shown}` at {self._where} wrote more than {OUTPUT_LIMIT >> 20} MiB")
-            if got:
+            if received:
                 after_exit = None
                 if deadline.expired:
-                    raise self._too_late(deadline, out, err)
+                    raise self._timeout(deadline, out, err)
                 continue
-            # Nothing is left of either stream; `eof_received` and `closed` come after their last bytes.
+            # Both streams are read up to here; `eof_received` and `closed` are set after their last bytes.
             if channel.eof_received or channel.closed:
                 if channel.recv_ready() or channel.recv_stderr_ready():
                     continue
@@ -172,57 +172,57 @@ class Exchange:
                 if after_exit.expired:
                     break
             if deadline.expired:
-                raise self._too_late(deadline, out, err)
-            # The pipe tells of data and of the end, not of an exit status alone: hence the short wait.
+                raise self._timeout(deadline, out, err)
+            # The pipe signals data and the end, but not an exit status alone: hence the short wait.
             poll.poll(max(1, min(250, deadline.remaining() * 1000)))
         while not channel.status_event.wait(min(0.25, deadline.remaining())):
             if deadline.expired:
-                raise self._too_late(deadline, out, err)
-        if not channel.exit_status_ready() or (channel.exit_status == -1 and self._lost()):
+                raise self._timeout(deadline, out, err)
+        if not channel.exit_status_ready() or (channel.exit_status == -1 and self._is_lost()):
             raise SshError(
                 f"the connection to {self._where} was lost while `{self._shown}` ran: "
-                "it may have gone on there"
+                "the command may still run there"
             )
         return channel.exit_status, b"".join(out), b"".join(err)
 
-    def _lost(self) -> bool:
+    def _is_lost(self) -> bool:
         transport = self._channel.get_transport()
         return not transport.is_active()
 
-    def _too_late(self, deadline: Deadline, out: list[bytes], err: list[bytes]) -> CommandTimeout:
+    def _timeout(self, deadline: Deadline, out: list[bytes], err: list[bytes]) -> CommandTimeout:
         tail = b"" if self._secret else b"".join(err)[-400:] or b"".join(out)[-400:]
-        said = f". Last words: {tail.decode('utf-8', 'replace').strip()!r}" if tail else ""
+        output = f". Last output: {tail.decode('utf-8', 'replace').strip()!r}" if tail else ""
         return CommandTimeout(
             f"`{self._shown}` at {self._where} did not end within {deadline.limit:g} s; the channel was "
-            f"closed, the command may go on there{said}"
+            f"closed, the command may still run there{output}"
         )
 
-    def pour_into(self, other: Exchange, deadline: Deadline) -> tuple[Ended, Ended]:
-        """Run this command and `other` at once, this one's output into the other's input."""
+    def pipe_into(self, other: Exchange, deadline: Deadline) -> tuple[Ended, Ended]:
+        """Run this command and `other` at once, with the output of this one as input of the other."""
         other._start(deadline)
-        theirs: list[Ended | BaseException] = []
+        other_result: list[Ended | BaseException] = []
 
-        def watch() -> None:
+        def collect() -> None:
             try:
-                theirs.append(other._collect(deadline, None))
+                other_result.append(other._collect(deadline, None))
             except BaseException as error:
-                theirs.append(error)
+                other_result.append(error)
 
-        watcher = threading.Thread(target=watch, daemon=True, name="nested-pve-pipe")
-        watcher.start()
+        collector = threading.Thread(target=collect, daemon=True, name="nested-pve-pipe")
+        collector.start()
         self._start(deadline)
 
-        def pass_on(data: bytes) -> None:
+        def forward(data: bytes) -> None:
             other._channel.settimeout(max(0.05, deadline.remaining()))
-            # When the other end stopped reading, its own exit status tells why.
+            # When the other command stopped reading, its exit status has the reason.
             with suppress(OSError):
                 other._channel.sendall(data)
 
-        ours = self._collect(deadline, pass_on)
+        result = self._collect(deadline, forward)
         other._feed(b"")
-        watcher.join(deadline.remaining() + 1)
-        if not theirs:
-            raise other._too_late(deadline, [], [])
-        if isinstance(theirs[0], BaseException):
-            raise theirs[0]
-        return ours, theirs[0]
+        collector.join(deadline.remaining() + 1)
+        if not other_result:
+            raise other._timeout(deadline, [], [])
+        if isinstance(other_result[0], BaseException):
+            raise other_result[0]
+        return result, other_result[0]

@@ -1,4 +1,4 @@
-"""What an ssh configuration says that is not honoured, or not to the letter: refused, or told once."""
+"""Options of an ssh configuration that are refused, ignored with a report, or honoured in part."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from pathlib import Path
 from pytest_nestedpve.pve.errors import SshError
 from pytest_nestedpve.pve.ssh import algorithms
 
-Said = Mapping[str, list[str]]
+Options = Mapping[str, list[str]]
 
-#: Options that matter for connecting and are not honoured: as people spell them, and what that means.
+#: Options that matter for connecting and are ignored, with the consequence.
 NOT_HONOURED = {
-    "PKCS11Provider": "keys on a smart card are not read from here; `ssh-add -s PROVIDER` gives them to an "
-    "agent, which is asked",
+    "PKCS11Provider": "keys on a smart card are used only through an agent: `ssh-add -s PROVIDER`",
     "SecurityKeyProvider": "FIDO keys are used only through an agent: `ssh-add KEY`",
-    "KnownHostsCommand": "it is not run: the host key has to stand in a known_hosts file",
-    "VerifyHostKeyDNS": "host keys are not looked up in DNS: the key has to stand in a known_hosts file",
+    "KnownHostsCommand": "it is not run: the host key must be in a known_hosts file",
+    "VerifyHostKeyDNS": "host keys are not looked up in DNS: the key must be in a known_hosts file",
     "HostbasedAuthentication": "only keys are offered to log in",
-    "BindInterface": "connections go out as the routes say; BindAddress is honoured",
+    "BindInterface": "connections follow the routing table; BindAddress is honoured",
     "CASignatureAlgorithms": "a host certificate may be signed with any algorithm but SHA-1",
     "RequiredRSASize": "RSA keys of any size that the host accepts are offered",
 }
@@ -34,7 +33,7 @@ _DEPTH = 16  # OpenSSH's limit on nested Includes
 
 @dataclass(frozen=True)
 class Account:
-    """The user this process runs as, by the system's list of users: what ssh goes by."""
+    """The user of this process, by the system's list of users, as in ssh."""
 
     name: str
     home: str
@@ -50,91 +49,91 @@ def account() -> Account:
     return Account(getpass.getuser(), os.path.expanduser("~"))
 
 
-def usual(ask: Callable[[str, Path, None, None], Said]) -> Said:
-    """What `ssh -G` says without any configuration: a difference is somebody's wish."""
-    return _usual(ask)
+def read_defaults(read: Callable[[str, Path, None, None], Options]) -> Options:
+    """The output of `ssh -G` without any configuration, by `read`; other values are configured."""
+    return _read_defaults(read)
 
 
 @cache
-def _usual(ask: Callable[[str, Path, None, None], Said]) -> Said:
-    return ask("none", Path("none"), None, None)
+def _read_defaults(read: Callable[[str, Path, None, None], Options]) -> Options:
+    return read("none", Path("none"), None, None)
 
 
-def refuse_unusable(alias: str, said: Said) -> None:
-    """Raises SshError for what makes a login impossible."""
+def refuse_unusable(alias: str, options: Options) -> None:
+    """Raises SshError for options that make a login impossible."""
 
     def refuse(option: str, why: str) -> None:
         raise SshError(f"the ssh configuration of {alias} has {option}: not supported, {why}")
 
-    if _one(said, "proxyusefdpass") == "yes":
+    if _first(options, "proxyusefdpass") == "yes":
         refuse("ProxyUseFdpass yes", "expected a ProxyCommand that carries the connection itself")
-    if _one(said, "pubkeyauthentication") in ("no", "false"):
+    if _first(options, "pubkeyauthentication") in ("no", "false"):
         refuse("PubkeyAuthentication no", "only keys are offered to log in")
-    preferred = _one(said, "preferredauthentications")
+    preferred = _first(options, "preferredauthentications")
     if preferred is not None and "publickey" not in preferred.split(","):
         refuse(f"PreferredAuthentications {preferred}", "only keys are offered to log in: add publickey")
 
 
-def restricted(said: Said, usual: Said) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The lists of algorithms that somebody has chosen, by the name of the option."""
+def read_restrictions(options: Options, defaults: Options) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The configured lists of algorithms, by the name of the option in lower case."""
     return tuple(
-        (option, tuple(said[option][0].split(",")))
+        (option, tuple(options[option][0].split(",")))
         for option in algorithms.OPTIONS
-        if said.get(option) and said[option] != usual.get(option)
+        if options.get(option) and options[option] != defaults.get(option)
     )
 
 
-def lenient(said: Said) -> str:
-    """What the configuration says of host keys that is not followed, as an error tells it; or nothing."""
-    strict = _one(said, "stricthostkeychecking")
-    found = []
+def describe_leniency(options: Options) -> str:
+    """The lenient options for host keys, which are ignored, as text for an error; empty without any."""
+    strict = _first(options, "stricthostkeychecking")
+    lenient = []
     if strict in ("no", "off", "false", "accept-new"):
         spelled = "no" if strict == "false" else strict
-        found.append(f"StrictHostKeyChecking {spelled}")
-    if _one(said, "nohostauthenticationforlocalhost") in ("yes", "true"):
-        found.append("NoHostAuthenticationForLocalhost yes")
-    return f"{' and '.join(found)} of the ssh configuration is not followed here" if found else ""
+        lenient.append(f"StrictHostKeyChecking {spelled}")
+    if _first(options, "nohostauthenticationforlocalhost") in ("yes", "true"):
+        lenient.append("NoHostAuthenticationForLocalhost yes")
+    return f"{' and '.join(lenient)} of the ssh configuration is ignored" if lenient else ""
 
 
-def not_honoured(alias: str, said: Said, usual: Said, config: Path | None) -> tuple[str, ...]:
-    """A sentence for each option that matters for connecting to `alias` and is passed over."""
+def describe_ignored(alias: str, options: Options, defaults: Options, config: Path | None) -> tuple[str, ...]:
+    """A sentence for each option that matters for connecting to `alias` and is ignored."""
     notes = []
     for option, meaning in NOT_HONOURED.items():
-        value = _one(said, option.lower())
-        if value in (None, "none", "no", "false") or value == _one(usual, option.lower()):
+        value = _first(options, option.lower())
+        if value in (None, "none", "no", "false") or value == _first(defaults, option.lower()):
             continue
-        where = places(option, config)
-        there = f" ({', '.join(where)})" if where else ""
+        lines = find_lines(option, config)
+        where = f" ({', '.join(lines)})" if lines else ""
         spelled = "yes" if value == "true" else value[:80]
-        notes.append(f"{option} {spelled}{there} is not honoured for {alias}: {meaning}")
+        notes.append(f"{option} {spelled}{where} is not honoured for {alias}: {meaning}")
     return tuple(notes)
 
 
-def places(option: str, config: Path | None) -> list[str]:
-    """Where the option stands: file and line, at most three, whatever block it is in."""
+def find_lines(option: str, config: Path | None) -> list[str]:
+    """File and line of the option, in any block of the configuration; at most three."""
     home = Path(account().home)
     files = [config] if config is not None else [home / ".ssh" / "config", Path("/etc/ssh/ssh_config")]
-    wanted = option.lower()
-    found = [
+    keyword = option.lower()
+    lines = [
         f"{path}, line {number}"
         for file in files
         for path, number, key, _ in _lines(file, home, _DEPTH)
-        if key == wanted
+        if key == keyword
     ]
-    return list(dict.fromkeys(found))[:3]
+    return list(dict.fromkeys(lines))[:3]
 
 
 def _lines(file: Path, home: Path, depth: int) -> Iterator[tuple[Path, int, str, str]]:
-    """File, line number, keyword in small letters and value; those of included files in their place."""
+    """File, line number, keyword in lower case and value, with included files at their Include."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     for number, line in enumerate(text.splitlines(), 1):
-        found = re.match(r"\s*(\w+)(?:\s*=\s*|\s+)(.*)", line)
-        if found is None:
+        match = re.match(r"\s*(\w+)(?:\s*=\s*|\s+)(.*)", line)
+        if match is None:
             continue
-        key, value = found[1].lower(), found[2].strip()
+        key, value = match[1].lower(), match[2].strip()
         if key != "include":
             yield file, number, key, value
             continue
@@ -146,5 +145,5 @@ def _lines(file: Path, home: Path, depth: int) -> Iterator[tuple[Path, int, str,
                 yield from _lines(Path(path), home, depth - 1)
 
 
-def _one(said: Said, key: str) -> str | None:
-    return said[key][0] if said.get(key) else None
+def _first(options: Options, key: str) -> str | None:
+    return options[key][0] if options.get(key) else None

@@ -1,4 +1,4 @@
-"""Commands, files and tunnels over one SSH login, which threads share and which comes back when lost."""
+"""Commands, files and tunnels over one SSH login, shared by threads and renewed after a loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CommandFailed", "CommandResult", "SshConnection", "SshTarget"]
 
-# sshd's MaxSessions is 10, but it frees a slot late: with 5 at once none of 600 was refused, with 8 73.
+# sshd's MaxSessions is 10, but sshd frees a slot late: of 600 sessions, 5 at a time, it refused none; 8 at
+# a time, 73.
 CHANNELS_PER_TRANSPORT = 5
 TRANSPORTS = 4
 
@@ -35,9 +36,9 @@ TRANSPORTS = 4
 @dataclass
 class _Link:
     transport: paramiko.Transport
-    done: Callable[[], None]
+    close_proxy: Callable[[], None]
     busy: int = 0
-    retired: bool = False  # no answer came: takes no new channels
+    retired: bool = False  # did not answer: gets no new channels
 
     @property
     def alive(self) -> bool:
@@ -46,23 +47,23 @@ class _Link:
     def close(self) -> None:
         with suppress(Exception):
             self.transport.close()
-        self.done()
+        self.close_proxy()
 
 
 @dataclass
 class _Attempt:
-    """One log-in that several threads may be waiting for."""
+    """A login that several threads may wait for."""
 
     error: PveError | None = None
     ended: bool = field(default=False)
 
 
 class SshConnection:
-    """A login at one host. Lazy: connects with the first use, and anew when the connection was lost.
+    """A login at one host. Connects at the first use, and again after the loss of the connection.
 
-    Thread-safe. At most five channels are in flight per transport; more transports are made when more
-    are needed. Each command that ended is recorded in `log`, a secret one without its text.
-    `via` is the connection of the jump host; without it `target.jump` is connected by and by.
+    Thread-safe. A transport has at most five channels; further transports are opened on demand. Each command
+    that ended is recorded in `log`, a secret one without its text. `via` is the connection to the jump host;
+    without it, one to `target.jump` is opened at the first use.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SshConnection:
         log: CallLog = NO_LOG,
     ) -> None:
         self.target = target
-        self._own_via = via is None and target.jump is not None
+        self._owns_via = via is None and target.jump is not None
         self._via = SshConnection(target.jump) if via is None and target.jump is not None else via
         self._log = log
         self._changed = threading.Condition()
@@ -111,20 +112,20 @@ class SshConnection:
         `secret` keeps the text and the output out of the log and of exceptions; `logged=False` is for
         a caller that records the call itself.
         Raises SshError and its family when the connection failed, CommandTimeout when the limit passed.
-        The channel is closed then; what the command had started on the host may go on there.
+        The channel is closed then; the command may still run on the host.
         An exit status other than 0 is no error: see `CommandResult.check`.
         """
         log = self._log if logged else NO_LOG
         text, shown = _texts(command, secret)
-        given = b"" if stdin is None else stdin
+        data = b"" if stdin is None else stdin
         began = time.monotonic()
         try:
             with self._channel(timeout) as (channel, link):
-                exchange = Exchange(channel, text, shown, given, self.target.text, secret)
+                exchange = Exchange(channel, text, shown, data, self.target.text, secret)
                 try:
                     rc, out, err = exchange.finish(Deadline(timeout))
                 except CommandTimeout:
-                    # Nothing tells a slow command from a dead line: new commands go over a new one.
+                    # The command may be slow, or the connection lost: a silent transport is replaced.
                     self._retire_if_silent(link)
                     raise
         except PveError:
@@ -157,10 +158,10 @@ class SshConnection:
         other_command: str | Sequence[str],
         timeout: float = 600.0,
     ) -> None:
-        """Run `command` here and `other_command` there, the output of the one into the other.
+        """Run `command` on this host, and `other_command` at `other` with its output as input.
 
-        Nothing is kept here. Raises CommandFailed for the first of the two that failed (the writing
-        one, if both), SshError, CommandTimeout after `timeout` seconds (nominal).
+        The data is not stored on this machine. Raises CommandFailed for the command that failed (both:
+        for `command`), SshError, CommandTimeout after `timeout` seconds (nominal).
         """
         text, shown = _texts(command, False)
         other_text, other_shown = _texts(other_command, False)
@@ -169,21 +170,21 @@ class SshConnection:
             deadline = Deadline(timeout)
             reader = Exchange(source, text, shown, b"", self.target.text)
             writer = Exchange(sink, other_text, other_shown, None, other.target.text)
-            results = reader.pour_into(writer, deadline)
-        for (rc, out, err), what in zip(results, (shown, other_shown), strict=True):
-            CommandResult(what, rc, out, err, _ms(began)).check()
+            results = reader.pipe_into(writer, deadline)
+        for (rc, out, err), piped in zip(results, (shown, other_shown), strict=True):
+            CommandResult(piped, rc, out, err, _ms(began)).check()
 
     # -- tunnels ----------------------------------------------------------------------------------
 
     def open_channel(self, host: str, port: int) -> Any:
-        """A connection from the host to `host`:`port`, as a socket-like thing; the caller closes it.
+        """A connection from the host to `host`:`port`, as a socket-like object; the caller closes it.
 
-        Raises HostUnreachable when the host cannot connect there.
+        Raises HostUnreachable when the host cannot connect to it.
         """
         return self._open_tunnel(host, port, Deadline(self.target.connect_timeout))
 
     def forward(self, host: str, port: int) -> Forward:
-        """A listening port on this machine's loopback whose connections the host makes to `host`:`port`."""
+        """A port on 127.0.0.1 of this machine; its connections continue from the host to `host`:`port`."""
         from pytest_nestedpve.pve.ssh.forward import Forward
 
         forward = Forward(lambda: self.open_channel(host, port))
@@ -194,7 +195,7 @@ class SshConnection:
         import paramiko
 
         while True:
-            # Tunnels do not count against MaxSessions, so they take no slot.
+            # Tunnels do not count against MaxSessions, so they need no slot.
             link = self._link(Deadline(self.target.connect_timeout), slot=False)
             try:
                 return link.transport.open_channel(
@@ -220,7 +221,7 @@ class SshConnection:
 
     @contextmanager
     def _channel(self, timeout: float) -> Iterator[tuple[paramiko.Channel, _Link]]:
-        """A session channel. That sshd opens it is the proof that the transport lives."""
+        """A session channel; that sshd opens it proves that the transport works."""
         import paramiko
 
         wait = Deadline(timeout + self.target.connect_timeout)
@@ -234,7 +235,7 @@ class SshConnection:
                 self._release(link)
                 refused = isinstance(error, paramiko.ChannelException) or "Unable to open" in str(error)
                 if not (refused and link.transport.is_active()):
-                    # No answer, or the connection is gone. Nothing was sent yet: again, on a new one.
+                    # No answer, or a lost connection. Nothing was sent yet: retried on another transport.
                     self._retire(link)
                 elif wait.remaining() > pause:
                     threading.Event().wait(pause)
@@ -251,21 +252,26 @@ class SshConnection:
     def _link(self, wait: Deadline, *, slot: bool) -> _Link:
         while True:
             with self._changed:
-                mine = self._attempt
+                awaited = self._attempt
                 while True:
                     if self._closed:
                         raise SshError(f"the connection to {self.target.text} was closed by this session")
-                    if mine is not None and mine.ended and mine.error is not None and not self._links:
+                    if (
+                        awaited is not None
+                        and awaited.ended
+                        and awaited.error is not None
+                        and not self._links
+                    ):
                         # Copy: several threads must not share one traceback.
-                        raise type(mine.error)(str(mine.error)) from mine.error
-                    link = self._free(slot)
+                        raise type(awaited.error)(str(awaited.error)) from awaited.error
+                    link = self._pick_link(slot)
                     if link is not None:
                         link.busy += slot
                         return link
                     if self._attempt is None and sum(link.alive for link in self._links) < TRANSPORTS:
                         attempt = self._attempt = _Attempt()
                         break
-                    mine = mine or self._attempt
+                    awaited = awaited or self._attempt
                     if not self._changed.wait(wait.remaining()) and wait.expired:
                         raise CommandTimeout(
                             f"no session was free at {self.target.text} for {wait.limit:g} s: "
@@ -273,27 +279,29 @@ class SshConnection:
                         )
             self._add_link(attempt)
 
-    def _free(self, slot: bool) -> _Link | None:
+    def _pick_link(self, slot: bool) -> _Link | None:
         for link in list(self._links):
             if not link.transport.is_active() or (link.retired and not link.busy):
                 self._links.remove(link)
                 link.close()
         alive = [link for link in self._links if link.alive]
-        able = [link for link in alive if not slot or link.busy < CHANNELS_PER_TRANSPORT]
-        return min(able, key=lambda link: link.busy) if able else None
+        usable = [link for link in alive if not slot or link.busy < CHANNELS_PER_TRANSPORT]
+        return min(usable, key=lambda link: link.busy) if usable else None
 
     def _add_link(self, attempt: _Attempt) -> None:
         link: _Link | None = None
         try:
             via, target = self._via, self.target
             if via is not None:
-                # Before the clock of this login starts: each hop has its own limit.
+                # Before the time limit of this login starts: each hop has its own limit.
                 via._link(Deadline(via.target.connect_timeout), slot=False)
-            through = None if via is None else lambda left: via._open_tunnel(target.host, target.port, left)
-            link = _Link(*log_in(target, through))
+            open_socket = (
+                None if via is None else lambda rest: via._open_tunnel(target.host, target.port, rest)
+            )
+            link = _Link(*log_in(target, open_socket))
         except PveError as error:
             attempt.error = error
-            # With other transports at hand one more is a wish, not a need.
+            # Other transports exist: this one is not necessary.
             if not self._links:
                 raise
         finally:
@@ -318,24 +326,24 @@ class SshConnection:
             self._changed.notify_all()
 
     def _retire_if_silent(self, link: _Link) -> None:
-        """Take no new commands on a transport that does not answer a question at once."""
+        """Retire a transport that does not answer a keep-alive request within a second."""
         answered = threading.Event()
 
-        def ask() -> None:
+        def request() -> None:
             with suppress(Exception):
                 if link.transport.global_request("keepalive@openssh.com", wait=True) is None:
-                    # Refused is an answer as well; a dead transport is none.
+                    # A refusal is an answer, too; the end of the transport is not.
                     if link.transport.is_active():
                         answered.set()
                 else:
                     answered.set()
 
-        threading.Thread(target=ask, daemon=True, name="nested-pve-alive").start()
+        threading.Thread(target=request, daemon=True, name="nested-pve-alive").start()
         if not answered.wait(1.0):
             self._retire(link)
 
     def close(self) -> None:
-        """End everything; running commands of other threads fail. Nothing can be run afterwards."""
+        """Close forwards and transports for good; running commands of other threads fail."""
         with self._changed:
             self._closed = True
             links, self._links = self._links, []
@@ -345,12 +353,12 @@ class SshConnection:
             forward.close()
         for link in links:
             link.close()
-        if self._own_via and self._via is not None:
+        if self._owns_via and self._via is not None:
             self._via.close()
 
 
 def _texts(command: str | Sequence[str], secret: bool) -> tuple[str, str]:
-    """What is sent and what is shown."""
+    """The command as it is sent, and as messages and logs show it."""
     if isinstance(command, str):
         return command, "(a command with secrets)" if secret else command
     argv = list(command)

@@ -17,7 +17,7 @@ class Forward:
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._lock = threading.Lock()
-        self._open: list[Any] = []
+        self._sockets: list[Any] = []
         self._closed = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
@@ -42,36 +42,36 @@ class Forward:
         try:
             far = self._connect()
         except Exception:
-            # The client sees a closed connection, which is what a refusal looks like through a forward.
+            # The client gets a closed connection, as with any refusal through a forward.
             near.close()
             return
         with self._lock:
-            self._open += [near, far]
+            self._sockets += [near, far]
             if self._closed:
-                self._end(near, far)
+                self._close_sockets(near, far)
                 return
         back = threading.Thread(target=_pump, args=(far, near), daemon=True, name="nested-pve-forward")
         back.start()
         _pump(near, far)
         back.join()
         with self._lock:
-            self._end(near, far)
+            self._close_sockets(near, far)
 
-    def _end(self, *ends: Any) -> None:
-        for end in ends:
+    def _close_sockets(self, *sockets: Any) -> None:
+        for sock in sockets:
             with suppress(Exception):
-                end.close()
-            if end in self._open:
-                self._open.remove(end)
+                sock.close()
+            if sock in self._sockets:
+                self._sockets.remove(sock)
 
     def close(self) -> None:
         with suppress(OSError):
-            # Wakes the thread in accept; close alone does not.
+            # Ends `accept` in the other thread; close alone does not.
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
             self._closed = True
-            self._end(*list(self._open))
+            self._close_sockets(*list(self._sockets))
 
 
 def _pump(source: Any, sink: Any) -> None:
@@ -79,5 +79,5 @@ def _pump(source: Any, sink: Any) -> None:
         while data := source.recv(_CHUNK):
             sink.sendall(data)
     with suppress(Exception):
-        # A channel has no SHUT_WR of its own name, but the number is the same.
+        # paramiko's channels have no constant SHUT_WR, but use the same number.
         sink.shutdown(socket.SHUT_WR)

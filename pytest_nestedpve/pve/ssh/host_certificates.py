@@ -20,17 +20,18 @@ _FOREVER = 2**64 - 1
 
 @dataclass(frozen=True)
 class HostCertificate:
-    """What a host showed instead of a plain key. `blob` is the whole certificate as it came."""
+    """The certificate that a host presented instead of a plain key; `blob`: all its bytes."""
 
     type: str
     blob: bytes
 
 
-def refusal(certificate: HostCertificate, known: Sequence[KnownKey], name: str) -> str | None:
-    """Why no @cert-authority of `known` (the lines about this host) vouches for it; None when one does.
+def find_refusal(certificate: HostCertificate, known: Sequence[KnownKey], name: str) -> str | None:
+    """Why no @cert-authority of `known` (the entries for this host) certifies the host; None if one does.
 
-    `name` is what the certificate has to be made out to: HostKeyAlias or host name, without the port.
-    As with OpenSSH a refused certificate is no error yet: the plain key inside may be known.
+    The reason is empty without any authority. `name` is the principal that the certificate must have:
+    HostKeyAlias or host name, without the port.
+    As in OpenSSH, a refused certificate is not an error yet: its plain key may be known.
     Raises HostKeyMismatch when the authority is revoked.
     """
     authorities = [key for key in known if key.marker == "@cert-authority"]
@@ -39,7 +40,7 @@ def refusal(certificate: HostCertificate, known: Sequence[KnownKey], name: str) 
     try:
         parsed = _parsed(certificate)
     except ValueError as error:
-        return f"the host showed a certificate that cannot be read ({error})"
+        return f"the host presented a certificate that cannot be read ({error})"
     signed_by = _blob(parsed.signature_key())
     line = next((key for key in authorities if key.blob == signed_by), None)
     if line is None:
@@ -53,12 +54,12 @@ def refusal(certificate: HostCertificate, known: Sequence[KnownKey], name: str) 
             f"the authority that signed the host certificate of {name} is revoked in known_hosts: "
             f"{fingerprint(signed_by)}. Do not connect."
         )
-    why = _invalid(parsed, name)
-    if why is None:
+    fault = _find_fault(parsed, name)
+    if fault is None:
         return None
     return (
         f"its certificate, signed by the @cert-authority of {line.file}, line {line.line}, does not hold: "
-        f"{why} (sign it anew: `ssh-keygen -s CA -I ID -h -n {name} HOST_KEY.pub`)"
+        f"{fault} (sign it again: `ssh-keygen -s CA -I ID -h -n {name} HOST_KEY.pub`)"
     )
 
 
@@ -68,16 +69,16 @@ def _parsed(certificate: HostCertificate) -> SSHCertificate:
 
     line = f"{certificate.type} {base64.b64encode(certificate.blob).decode()}".encode()
     try:
-        found = ssh.load_ssh_public_identity(line)
+        identity = ssh.load_ssh_public_identity(line)
     except UnsupportedAlgorithm as error:
         raise ValueError(str(error)) from error
-    if not isinstance(found, ssh.SSHCertificate):
+    if not isinstance(identity, ssh.SSHCertificate):
         raise ValueError(f"found a plain {certificate.type} key")
-    return found
+    return identity
 
 
-def _invalid(parsed: SSHCertificate, name: str) -> str | None:
-    """Why the certificate does not hold; None when it does."""
+def _find_fault(parsed: SSHCertificate, name: str) -> str | None:
+    """The reason why the certificate is not valid; None if it is."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.serialization.ssh import SSHCertificateType
 
@@ -88,18 +89,18 @@ def _invalid(parsed: SSHCertificate, name: str) -> str | None:
     if getattr(parsed, "_inner_sig_type", b"") == b"ssh-rsa":
         return "it is signed with SHA-1"
     if parsed.type is not SSHCertificateType.HOST:
-        return "it is one of a user, expected one of a host"
-    names = [each.decode(errors="replace") for each in parsed.valid_principals]
-    if names and name.lower() not in [each.lower() for each in names]:
-        return f"it is made out to {', '.join(names)[:200]}, expected {name}"
+        return "it is a user certificate, expected a host certificate"
+    principals = [principal.decode(errors="replace") for principal in parsed.valid_principals]
+    if principals and name.lower() not in [principal.lower() for principal in principals]:
+        return f"it is for {', '.join(principals)[:200]}, expected {name}"
     now = int(time.time())
     if now < parsed.valid_after:
         return f"it is valid only from {_date(parsed.valid_after)}"
     if parsed.valid_before != _FOREVER and now >= parsed.valid_before:
         return f"it was valid until {_date(parsed.valid_before)}"
     if parsed.critical_options:
-        asked = b", ".join(parsed.critical_options).decode(errors="replace")[:100]
-        return f"it asks for {asked}, which is not known here"
+        options = b", ".join(parsed.critical_options).decode(errors="replace")[:100]
+        return f"it has the critical options {options}, expected none"
     return None
 
 

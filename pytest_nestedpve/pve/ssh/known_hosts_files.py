@@ -1,4 +1,4 @@
-"""Reading known_hosts files and judging a host key by them, as OpenSSH does with strict checking."""
+"""Entries of known_hosts files, and the check of a host key by them, strict as OpenSSH's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CERTIFICATE = "-cert-v01@openssh.com"
 
 @dataclass(frozen=True)
 class KnownKey:
-    """One line of a known_hosts file: where it stands and what it says."""
+    """One entry of a known_hosts file, with file and line number."""
 
     patterns: str
     type: str
@@ -35,23 +35,23 @@ class KnownKey:
     file: Path
     line: int
 
-    def names(self, name: str) -> bool:
-        """Whether the line is about `name`, in plain, wildcard or hashed form."""
+    def matches(self, name: str) -> bool:
+        """Whether the entry is for `name`, in plain, wildcard or hashed form."""
         if self.patterns.startswith("|1|"):
             # OpenSSH hashes the name in lower case.
-            return _hashed(self.patterns, name) or _hashed(self.patterns, name.lower())
-        found = False
+            return _matches_hash(self.patterns, name) or _matches_hash(self.patterns, name.lower())
+        matched = False
         for pattern in self.patterns.split(","):
-            wanted = pattern.removeprefix("!").lower()
-            # OpenSSH knows only * and ?; a bracket is a literal, as in [host]:2222.
-            if fnmatch.fnmatchcase(name.lower(), wanted.replace("[", "[[]")):
+            plain = pattern.removeprefix("!").lower()
+            # In OpenSSH only * and ? are wildcards; a bracket is literal, as in [host]:2222.
+            if fnmatch.fnmatchcase(name.lower(), plain.replace("[", "[[]")):
                 if pattern.startswith("!"):
                     return False
-                found = True
-        return found
+                matched = True
+        return matched
 
 
-def _hashed(field: str, name: str) -> bool:
+def _matches_hash(field: str, name: str) -> bool:
     try:
         _, _, salt, digest = field.split("|")
         mac = hmac.new(base64.b64decode(salt, validate=True), name.encode(), hashlib.sha1).digest()
@@ -61,7 +61,7 @@ def _hashed(field: str, name: str) -> bool:
 
 
 def read_known_hosts(files: Iterable[Path]) -> list[KnownKey]:
-    """All readable lines of `files`; missing files and lines that are none are passed over, as ssh does."""
+    """All entries of `files`; missing files and invalid lines are skipped, as in ssh."""
     keys = []
     for file in files:
         try:
@@ -82,41 +82,41 @@ def read_known_hosts(files: Iterable[Path]) -> list[KnownKey]:
 
 
 def lookup_name(host: str, port: int, alias: str | None) -> str:
-    """The name under which OpenSSH files the host's key."""
+    """The name of the host in OpenSSH's known_hosts files."""
     return alias if alias else host if port == 22 else f"[{host}]:{port}"
 
 
-def algorithms(known: Sequence[KnownKey], offered: Sequence[str]) -> tuple[str, ...]:
-    """`offered` host key algorithms, those first whose outcome is known: plain keys, certificates."""
+def order_algorithms(known: Sequence[KnownKey], offered: Sequence[str]) -> tuple[str, ...]:
+    """`offered` host key algorithms, first those of which `known` has an authority or a key."""
     plain = {name for key in known if not key.marker for name in _ALGORITHMS.get(key.type, (key.type,))}
     authority = any(key.marker == "@cert-authority" for key in known)
 
     def rank(name: str) -> int:
         if name.endswith(CERTIFICATE):
-            # Whatever kind of key it is for: an authority signs any.
+            # An authority signs keys of any type.
             return 0 if authority else 3
         return 1 if name in plain else 2
 
     return tuple(sorted(offered, key=rank))
 
 
-def known_for(files: Iterable[Path], host: str, port: int, alias: str | None) -> list[KnownKey]:
-    """The lines about this host; for an unusual port also those without a port."""
+def find_entries(files: Iterable[Path], host: str, port: int, alias: str | None) -> list[KnownKey]:
+    """The entries for this host; for a port other than 22 also those without a port."""
     keys = read_known_hosts(files)
     name = lookup_name(host, port, alias)
-    found = [key for key in keys if key.names(name)]
+    entries = [key for key in keys if key.matches(name)]
     if not alias and port != 22:
-        found += [key for key in keys if key not in found and key.names(host)]
-    return found
+        entries += [key for key in keys if key not in entries and key.matches(host)]
+    return entries
 
 
 def fingerprint(blob: bytes) -> str:
-    """As ssh-keygen prints it: SHA256:…"""
+    """The fingerprint of a key as ssh-keygen prints it: SHA256:…"""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def refuse_revoked(known: Sequence[KnownKey], blob: bytes, shown: str, name: str) -> None:
-    """Raises HostKeyMismatch when a @revoked line of `known` has this key."""
+    """Raises HostKeyMismatch when a @revoked entry of `known` has this key."""
     for key in known:
         if key.marker == "@revoked" and key.blob == blob:
             raise HostKeyMismatch(
@@ -125,18 +125,18 @@ def refuse_revoked(known: Sequence[KnownKey], blob: bytes, shown: str, name: str
 
 
 def refuse_revoked_by(file: Path, type: str, blob: bytes, name: str) -> None:
-    """Raises HostKeyMismatch when RevokedHostKeys has this key, or cannot be read.
+    """Raises HostKeyMismatch when the file of RevokedHostKeys has this key, or cannot be read.
 
-    It is a list of public keys, or a binary key revocation list, about which OpenSSH is asked.
+    The file is a list of public keys, or a binary key revocation list, which `ssh-keygen` reads.
     """
     try:
         content = file.read_bytes()
     except OSError as error:
         raise _unreadable(file, error.strerror or str(error)) from error
     if content.startswith(_KRL):
-        revoked, said = _revoked_by_krl(file, type, blob)
-        if said:
-            raise _unreadable(file, said)
+        revoked, problem = _is_in_krl(file, type, blob)
+        if problem:
+            raise _unreadable(file, problem)
     else:
         text = base64.b64encode(blob).decode()
         revoked = any(text in line.split() for line in content.decode(errors="replace").splitlines())
@@ -147,8 +147,8 @@ def refuse_revoked_by(file: Path, type: str, blob: bytes, name: str) -> None:
         )
 
 
-def _revoked_by_krl(file: Path, type: str, blob: bytes) -> tuple[bool, str]:
-    """Whether it is revoked, and what OpenSSH says against the list."""
+def _is_in_krl(file: Path, type: str, blob: bytes) -> tuple[bool, str]:
+    """Whether the key is revoked; and the reason, if ssh-keygen cannot read the list."""
     with tempfile.NamedTemporaryFile("w", suffix=".pub") as key:
         key.write(f"{type} {base64.b64encode(blob).decode()}\n")
         key.flush()
@@ -161,24 +161,24 @@ def _revoked_by_krl(file: Path, type: str, blob: bytes) -> tuple[bool, str]:
 
 def _unreadable(file: Path, why: str) -> HostKeyMismatch:
     return HostKeyMismatch(
-        f"RevokedHostKeys {file} cannot be read, so no host key is accepted: {why}. Mend or remove it"
+        f"RevokedHostKeys {file} cannot be read, so no host key is accepted: {why}. Fix or remove the file"
     )
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What a person needs to mend a host key that is not known.
+    """Advice for an error about a host key that is not known.
 
-    `by_hand` logs in once; `scan` prints the host's keys from here (None: it cannot be reached directly);
-    `remark` is anything to add to the error.
+    `login` is the command to log in once by hand, `scan` the one that prints the host's keys on this machine
+    (None: the host cannot be reached directly), `remark` an addition to the error.
     """
 
-    by_hand: str
+    login: str
     scan: str | None = None
     remark: str = ""
 
 
-def judge(
+def check_key(
     known: Sequence[KnownKey],
     *,
     type: str,
@@ -187,10 +187,10 @@ def judge(
     files: Sequence[Path],
     advice: Advice,
 ) -> None:
-    """Accept the key `blob` of `type` that the host showed, or raise HostKeyMismatch.
+    """Accept the key `blob` of `type` that the host presented, or raise HostKeyMismatch.
 
-    `name` is the one under which the host's key is filed, `known` the lines about it, `files` where they
-    were looked for. Nothing is ever added to a file.
+    `name` is the name of the host in known_hosts, `known` the entries for it, `files` the files that were
+    read. No file is changed.
     """
     shown = f"{type} {fingerprint(blob)}"
     refuse_revoked(known, blob, shown, name)
@@ -198,31 +198,31 @@ def judge(
     if any(key.blob == blob and key.type == type for key in plain):
         return
     remark = f"; {advice.remark}" if advice.remark else ""
-    # A line without the port only ever helps: that host on another port may be another machine.
-    exact = [key for key in plain if key.names(name)]
+    # An entry without the port can only confirm a key: another port may be another machine.
+    exact = [key for key in plain if key.matches(name)]
     same_type = [key for key in exact if key.type == type]
     if same_type:
         key = same_type[0]
         raise HostKeyMismatch(
             f"the host key of {name} CHANGED: expected {key.type} {fingerprint(key.blob)} "
-            f"({key.file}, line {key.line}), found {shown}{remark}. Somebody may be listening in, or the "
-            "host was installed anew: ask its administrator. If the new key is right, remove the old one "
+            f"({key.file}, line {key.line}), found {shown}{remark}. This may be an attack, or the "
+            "host was reinstalled: ask its administrator. If the new key is right, remove the old one "
             f"with `ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(key.file))}` and log in once by "
-            f"hand with `{advice.by_hand}`"
+            f"hand with `{advice.login}`"
         )
-    others = "".join(f"; known for it is {key.type} ({key.file}, line {key.line})" for key in exact[:3])
+    others = "".join(f"; its known key is {key.type} ({key.file}, line {key.line})" for key in exact[:3])
     where = ", ".join(str(file) for file in files) or "a known_hosts file, but the configuration names none"
-    add = f"Then log in once by hand with `{advice.by_hand}`, which adds it"
+    add = f"Then log in once by hand with `{advice.login}`, which adds it"
     if not files:
-        add = f"Then name a file (UserKnownHostsFile ~/.ssh/known_hosts) and log in by `{advice.by_hand}`"
+        add = f"Then name a file (UserKnownHostsFile ~/.ssh/known_hosts) and log in with `{advice.login}`"
     elif advice.scan is not None:
         add += f"; or: `{advice.scan} >>{shlex.quote(str(files[0]))}`"
     raise HostKeyMismatch(
         f"the host key of {name} is unknown: expected it in {where}, found {shown}{others}{remark}. Compare "
-        f"it with `ssh-keygen -lf /etc/ssh/ssh_host_{kind(type)}_key.pub` on the host's console. {add}"
+        f"it with `ssh-keygen -lf /etc/ssh/ssh_host_{short_type(type)}_key.pub` on the host's console. {add}"
     )
 
 
-def kind(type: str) -> str:
-    """What ssh-keygen and ssh-keyscan call keys of this type: ed25519, rsa, ecdsa."""
+def short_type(type: str) -> str:
+    """The name of a key type for ssh-keygen and ssh-keyscan: ed25519, rsa, ecdsa."""
     return "ecdsa" if type.startswith("ecdsa") else type.removeprefix("ssh-")

@@ -1,4 +1,4 @@
-"""From an SSH target to an authenticated paramiko transport: socket, host key, login."""
+"""The login at an SSH target: socket, check of the host key, authentication of the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import HostUnreachable, LoginRefused, SshError
 from pytest_nestedpve.pve.ssh import algorithms, host_certificates, known_hosts_files, offered_keys
-from pytest_nestedpve.pve.ssh.proxy_command import Proxy
+from pytest_nestedpve.pve.ssh.proxy_command import ProxyProcess
 
 if TYPE_CHECKING:
     import paramiko
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.ssh.target import SshTarget
 
 _LOGGER = "pytest_nestedpve.paramiko"
-# HTTP; SMTP, FTP and the like; POP3; IMAP. An sshd that refuses for now says a line of its own, too.
+# HTTP; SMTP, FTP and similar; POP3; IMAP. A busy sshd also sends a line before it closes the connection.
 _OTHER_SERVICE = re.compile(r"HTTP/\d|[1-5]\d\d[ -]|\+OK|\* OK")
 
 
-class Slow(Exception):
-    """The far end was there but not ready: worth another attempt."""
+class NotReady(Exception):
+    """The service accepted the connection but began no SSH session: the attempt can be retried."""
 
 
 def log_in(
     target: SshTarget, open_socket: Callable[[Deadline], Any] | None
 ) -> tuple[paramiko.Transport, Callable[[], None]]:
-    """A transport that is logged in, and what to call when it is done with.
+    """A transport that is logged in, and the function to call after closing it.
 
-    `open_socket` gives a socket-like thing through a jump host; None connects directly (or by the
-    proxy command). Attempts are repeated within the connect limit only where sshd is merely slow: a
-    reset or a broken banner while it boots, or its limit on unauthenticated connections.
+    `open_socket` opens a socket-like object through a jump host; None: connect directly, or by the proxy
+    command. Within the connect timeout, attempts are repeated only if sshd is not ready: a reset or a
+    broken banner while it starts, or its limit on unauthenticated connections.
     Raises HostUnreachable, HostKeyMismatch, LoginRefused.
     """
     deadline = Deadline(target.connect_timeout)
@@ -46,7 +46,7 @@ def log_in(
     while True:
         try:
             return _attempt(target, open_socket, deadline)
-        except Slow as error:
+        except NotReady as error:
             if deadline.remaining() <= pause:
                 raise HostUnreachable(
                     f"{target.text} accepts connections but no SSH session began within "
@@ -61,36 +61,36 @@ def _attempt(
 ) -> tuple[paramiko.Transport, Callable[[], None]]:
     from pytest_nestedpve.pve.ssh.channels import Transport
 
-    _quiet()
-    proxy: Proxy | None = None
+    _silence_log()
+    proxy: ProxyProcess | None = None
     sock: Any
     if open_socket is not None:
         sock = open_socket(deadline)
     elif target.proxy_command:
-        proxy = Proxy(target.proxy_command)
+        proxy = ProxyProcess(target.proxy_command)
         sock = proxy.socket
     else:
         sock = _connect(target, deadline)
-    done = proxy.close if proxy is not None else _nothing
+    close_proxy = proxy.close if proxy is not None else _do_nothing
     transport = None
     try:
-        transport = Transport(sock, disabled_algorithms=algorithms.disabled(target))
+        transport = Transport(sock, disabled_algorithms=algorithms.find_disabled(target))
         transport.set_log_channel(_LOGGER)
         transport.daemon = True
-        left = max(0.1, deadline.remaining())
-        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = left
-        known = known_hosts_files.known_for(
+        limit = max(0.1, deadline.remaining())
+        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = limit
+        known = known_hosts_files.find_entries(
             target.known_hosts, target.host, target.port, target.host_key_alias
         )
-        wanted = algorithms.host_keys(target, transport.preferred_keys)
-        transport.wanted_host_keys = known_hosts_files.algorithms(known, wanted)
+        allowed = algorithms.select_host_keys(target, transport.preferred_keys)
+        transport.host_key_algorithms = known_hosts_files.order_algorithms(known, allowed)
         try:
             _negotiate(transport, target, deadline)
-        except (Slow, HostUnreachable) as error:
-            if proxy is not None and (ended := proxy.ended()) is not None:
+        except (NotReady, HostUnreachable) as error:
+            if proxy is not None and (end := proxy.describe_end()) is not None:
                 raise HostUnreachable(
-                    f"the ProxyCommand of {target.text} ended ({ended}) before an SSH session began: "
-                    f"`{target.proxy_command}`. Does it work by hand: `{target.by_hand}`?"
+                    f"the ProxyCommand of {target.text} ended ({end}) before an SSH session began: "
+                    f"`{target.proxy_command}`. Test it by hand: `{target.command}`"
                 ) from error
             raise
         _check_host_key(transport, target, known)
@@ -100,87 +100,88 @@ def _attempt(
             transport.close()
         with suppress(Exception):
             sock.close()
-        done()
+        close_proxy()
         raise
-    return transport, done
+    return transport, close_proxy
 
 
 def _check_host_key(transport: paramiko.Transport, target: SshTarget, known: list[KnownKey]) -> None:
     key = transport.get_remote_server_key()
     name, type, blob = target.known_as, key.get_name(), key.asbytes()
-    remarks = [target.lenient] if target.lenient else []
+    remarks = [target.ignored_leniency] if target.ignored_leniency else []
     if target.revoked_host_keys is not None:
         known_hosts_files.refuse_revoked_by(target.revoked_host_keys, type, blob, name)
-    shown = getattr(key, "public_blob", None)
-    if shown is not None:
-        certificate = host_certificates.HostCertificate(shown.key_type, shown.key_blob)
+    presented = getattr(key, "public_blob", None)
+    if presented is not None:
+        certificate = host_certificates.HostCertificate(presented.key_type, presented.key_blob)
         if target.revoked_host_keys is not None:
             known_hosts_files.refuse_revoked_by(
-                target.revoked_host_keys, shown.key_type, shown.key_blob, name
+                target.revoked_host_keys, presented.key_type, presented.key_blob, name
             )
         known_hosts_files.refuse_revoked(known, blob, f"{type} {known_hosts_files.fingerprint(blob)}", name)
-        refusal = host_certificates.refusal(certificate, known, target.host_key_alias or target.host)
+        refusal = host_certificates.find_refusal(certificate, known, target.host_key_alias or target.host)
         if refusal is None:
             return
         remarks += [refusal] if refusal else []
     elif any(line.marker == "@cert-authority" for line in known):
-        remarks.append("known for it is a @cert-authority, but the host showed no certificate")
+        remarks.append("known_hosts has a @cert-authority for it, but the host presented no certificate")
     direct = target.host_key_alias is None and target.jump is None and not target.proxy_command
     port = "" if target.port == 22 else f"-p {target.port} "
-    scan = f"ssh-keyscan {port}-t {known_hosts_files.kind(type)} {target.host}" if direct else None
+    scan = f"ssh-keyscan {port}-t {known_hosts_files.short_type(type)} {target.host}" if direct else None
     advice = known_hosts_files.Advice(target.first_login, scan, "; ".join(remarks))
-    known_hosts_files.judge(known, type=type, blob=blob, name=name, files=target.known_hosts, advice=advice)
+    files = target.known_hosts
+    known_hosts_files.check_key(known, type=type, blob=blob, name=name, files=files, advice=advice)
 
 
 def _negotiate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
     import paramiko
 
-    heard = _overheard(transport)
+    lines = _record_lines(transport)
     try:
         transport.start_client(timeout=deadline.remaining())
     except paramiko.ssh_exception.IncompatiblePeer as error:
         raise SshError(f"{target.text} and this client have no algorithm in common: {error}") from error
     except (EOFError, ConnectionError, paramiko.SSHException) as error:
-        if heard and _OTHER_SERVICE.match(heard[0]):
+        if lines and _OTHER_SERVICE.match(lines[0]):
             raise HostUnreachable(
-                f"{target.text}: expected an sshd at port {target.port}, found another service, which says "
-                f"{heard[0][:80]!r}. Check Port and HostName"
+                f"{target.text}: expected an sshd at port {target.port}, found another service, which sends "
+                f"{lines[0][:80]!r}. Check Port and HostName"
             ) from error
-        if heard and not any(line.startswith("SSH-") for line in heard):
-            # Also sshd's own way to say that it takes no more connections: "Exceeded MaxStartups".
-            raise Slow(f"it says {heard[0][:80]!r} and closes the connection") from error
-        text = str(error) or "the connection was closed before a banner came"
-        raise Slow(text) from error
+        if lines and not any(line.startswith("SSH-") for line in lines):
+            # sshd itself does this when it has too many connections: "Exceeded MaxStartups".
+            raise NotReady(f"it sends {lines[0][:80]!r} and closes the connection") from error
+        text = str(error) or "the connection was closed before a banner arrived"
+        raise NotReady(text) from error
     except OSError as error:
-        raise HostUnreachable(f"the connection to {target.text} broke: {error}") from error
+        raise HostUnreachable(f"the connection to {target.text} was lost: {error}") from error
     try:
         transport.get_remote_server_key()
     except paramiko.SSHException as error:
-        # paramiko returns without a word when its limit has passed.
+        # paramiko returns without an error when its time limit has passed.
         raise HostUnreachable(
             f"{target.text} accepted the connection, but no SSH session began within {deadline.limit:g} s. "
             "Is sshd overloaded, or is this another service?"
         ) from error
 
 
-def _overheard(transport: paramiko.Transport) -> list[str]:
-    """The lines in which the far end introduces itself, as they come; paramiko keeps only the last."""
-    heard: list[str] = []
+def _record_lines(transport: paramiko.Transport) -> list[str]:
+    """A list of the server's lines before the key exchange, as they arrive; paramiko keeps the last only."""
+    lines: list[str] = []
     readline = transport.packetizer.readline
 
-    def listen(timeout: float) -> str:
+    def read_line(timeout: float) -> str:
         line: str = readline(timeout)
-        heard.append(line)
+        lines.append(line)
         return line
 
-    transport.packetizer.readline = listen  # type: ignore[method-assign]
-    return heard
+    transport.packetizer.readline = read_line  # type: ignore[method-assign]
+    return lines
 
 
 def _authenticate(transport: paramiko.Transport, target: SshTarget, deadline: Deadline) -> None:
     problems: list[str] = []
-    with offered_keys.agent_of(target, problems) as agent:
-        _offer(transport, target, offered_keys.keys_for(target, agent, problems), problems, deadline)
+    with offered_keys.connect_agent(target, problems) as agent:
+        _offer(transport, target, offered_keys.list_keys(target, agent, problems), problems, deadline)
 
 
 def _offer(
@@ -198,11 +199,11 @@ def _offer(
             raise HostUnreachable(f"the login at {target.text} took longer than {deadline.limit:g} s")
         transport.auth_timeout = max(0.1, deadline.remaining())
         try:
-            rest = transport.auth_publickey(target.user, key)
+            further = transport.auth_publickey(target.user, key)
         except paramiko.BadAuthenticationType as error:
             raise LoginRefused(
                 f"{target.text} does not accept keys, only {', '.join(error.allowed_types)}: "
-                "allow public keys for this user there"
+                "allow public keys for this user on that host"
             ) from error
         except paramiko.AuthenticationException as error:
             if "timeout" in str(error).lower():
@@ -215,17 +216,19 @@ def _offer(
             if not transport.is_active():
                 raise LoginRefused(
                     f"{target.text} ended the login after {len(tried)} keys ({', '.join(tried)}): {error}. "
-                    "Name the right one with IdentityFile and IdentitiesOnly yes in ~/.ssh/config"
+                    "Name the right key with IdentityFile and IdentitiesOnly yes in ~/.ssh/config"
                 ) from error
             problems.append(f"{name}: {error}")
         else:
-            if not rest:
+            if not further:
                 return
-            raise LoginRefused(f"{target.text} wants {', '.join(rest)} after the key {name}: not supported")
+            raise LoginRefused(
+                f"{target.text} requires {', '.join(further)} after the key {name}: not supported"
+            )
     raise LoginRefused(
         f"{target.text} accepted none of the keys offered: {', '.join(tried) or 'there was none to offer'}"
         + "".join(f"; {problem}" for problem in problems)
-        + f". Try `{target.by_hand}` by hand; put the public key into the user's authorized_keys there"
+        + f". Try `{target.command}` by hand; add the public key to the user's authorized_keys on that host"
     )
 
 
@@ -238,7 +241,7 @@ def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:
             if target.bind_address:
                 sock.bind((target.bind_address, 0))
             sock.connect(address)
-            # Without it each request waits for the other side's delayed acknowledgement: 54 ms, not 6.
+            # Without TCP_NODELAY each request waits for a delayed acknowledgement: 54 ms instead of 6.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         except OSError as error:
@@ -251,7 +254,8 @@ def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:
     if last is None or isinstance(last, TimeoutError):
         raise HostUnreachable(
             f"{target.text} does not answer: expected a connection to port {target.port} within "
-            f"{deadline.limit:g} s, found silence. Is it switched on, the address right, a firewall between?"
+            f"{deadline.limit:g} s, found no answer. Is it switched on, is the address right, does a "
+            "firewall drop packets?"
         ) from last
     raise HostUnreachable(
         f"no connection to {target.text}, port {target.port}: {last.strerror or last}. "
@@ -260,17 +264,17 @@ def _connect(target: SshTarget, deadline: Deadline) -> socket.socket:
 
 
 def _resolve(target: SshTarget, deadline: Deadline) -> list[Any]:
-    # In a thread: a name server that is silent would hold us far beyond the limit.
+    # In a thread: without an answer of the name server, getaddrinfo takes longer than the limit.
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(target.address_family, 0)
 
-    def ask() -> None:
+    def resolve() -> None:
         try:
             answers.put(socket.getaddrinfo(target.host, target.port, family, socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
             answers.put(error)
 
-    threading.Thread(target=ask, daemon=True, name="nested-pve-resolve").start()
+    threading.Thread(target=resolve, daemon=True, name="nested-pve-resolve").start()
     try:
         answer = answers.get(timeout=max(0.05, deadline.remaining()))
     except queue.Empty as error:
@@ -286,12 +290,12 @@ def _resolve(target: SshTarget, deadline: Deadline) -> list[Any]:
     return list(answer)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     return None
 
 
-def _quiet() -> None:
-    # paramiko logs tracebacks of its threads as errors; what matters of them is raised to the caller.
+def _silence_log() -> None:
+    # paramiko logs tracebacks of its threads as errors; the relevant ones are raised to the caller.
     logger = logging.getLogger(_LOGGER)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Which keys are offered at a login, in OpenSSH's order: certificates, the agent's keys, files."""
+"""The keys that a login offers, in OpenSSH's order: certificates, the agent's keys, files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.ssh.target import SshTarget
 
 _CERTIFICATE = "-cert-v01@openssh.com"
-# An agent may ask its user before it signs.
+# Seconds; an agent may ask its user before it signs.
 _AGENT_LIMIT = 30.0
 
 
 @dataclass(frozen=True)
-class Public:
-    """A public key or a certificate as it goes over the wire."""
+class PublicKey:
+    """A public key or a certificate in SSH's wire format."""
 
     type: str
     blob: bytes
@@ -40,12 +40,12 @@ class Public:
 @dataclass(frozen=True)
 class _Certificate:
     path: Path
-    public: Public
+    public: PublicKey
     key: bytes  # the plain public key that it certifies
 
 
 class AgentRefused(Exception):
-    """The agent does not do what it was asked for."""
+    """The agent refused a request, or its answer is invalid."""
 
 
 class Agent:
@@ -54,25 +54,25 @@ class Agent:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
-    def keys(self) -> list[Public]:
-        """What it holds. Raises AgentRefused, OSError."""
-        answer = self._ask(b"\x0b", 12)
+    def list_keys(self) -> list[PublicKey]:
+        """The public keys that the agent holds. Raises AgentRefused, OSError."""
+        answer = self._request(b"\x0b", 12)
         (count,), rest = struct.unpack_from(">I", answer), answer[4:]
-        found = []
+        keys = []
         for _ in range(count):
             blob, rest = _string(rest)
             comment, rest = _string(rest)
-            found.append(Public(_string(blob)[0].decode("ascii"), blob, comment.decode(errors="replace")))
-        return found
+            keys.append(PublicKey(_string(blob)[0].decode("ascii"), blob, comment.decode(errors="replace")))
+        return keys
 
     def sign(self, blob: bytes, data: bytes, algorithm: str) -> bytes:
         """A signature by the key of `blob`. Raises AgentRefused, OSError."""
         flags = 4 if algorithm.startswith("rsa-sha2-512") else 2 if algorithm.startswith("rsa-sha2") else 0
         lengths = (struct.pack(">I", len(blob)), struct.pack(">I", len(data)))
         body = b"\x0d" + lengths[0] + blob + lengths[1] + data + struct.pack(">I", flags)
-        return _string(self._ask(body, 14))[0]
+        return _string(self._request(body, 14))[0]
 
-    def _ask(self, body: bytes, expected: int) -> bytes:
+    def _request(self, body: bytes, expected: int) -> bytes:
         self._sock.sendall(struct.pack(">I", len(body)) + body)
         (length,) = struct.unpack(">I", self._read(4))
         if not 1 <= length <= 2**20:
@@ -82,24 +82,24 @@ class Agent:
             raise AgentRefused("the agent refused (is it locked, or did its user decline?)")
         return answer[1:]
 
-    def _read(self, wanted: int) -> bytes:
-        got = b""
-        while len(got) < wanted:
-            part = self._sock.recv(wanted - len(got))
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._sock.recv(size - len(data))
             if not part:
                 raise AgentRefused("the agent closed the connection")
-            got += part
-        return got
+            data += part
+        return data
 
 
 class _AgentKey:
-    """A key in the agent, as paramiko wants one for a login; `public_blob` as there: its certificate."""
+    """A key in the agent with the interface of paramiko's PKey; `public_blob`: its certificate."""
 
-    def __init__(self, agent: Agent, public: Public, refused: Callable[[str], None]) -> None:
+    def __init__(self, agent: Agent, public: PublicKey, report: Callable[[str], None]) -> None:
         self.public_blob: Any = None
         self._agent = agent
         self._public = public
-        self._refused = refused
+        self._report = report
 
     def get_name(self) -> str:
         return self._public.type
@@ -111,15 +111,15 @@ class _AgentKey:
         try:
             return self._agent.sign(self._public.blob, data, algorithm or "")
         except (AgentRefused, OSError, struct.error) as error:
-            # Raising would end the connection, on which further keys may follow: the host refuses this one.
-            self._refused(f"{self._public.name}: no signature came from the SSH agent: {error}")
+            # An exception would end the connection, and with it the attempts with further keys.
+            self._report(f"{self._public.name}: the SSH agent gave no signature: {error}")
             return b""
 
 
 @contextmanager
-def agent_of(target: SshTarget, problems: list[str]) -> Iterator[Agent | None]:
-    """The SSH agent that the target names; it signs only within the block. None if there is none."""
-    path = agent_socket(target)
+def connect_agent(target: SshTarget, problems: list[str]) -> Iterator[Agent | None]:
+    """The SSH agent of the target, connected within the block; None without an agent."""
+    path = find_agent_socket(target)
     if path is None:
         yield None
         return
@@ -134,8 +134,8 @@ def agent_of(target: SshTarget, problems: list[str]) -> Iterator[Agent | None]:
         yield agent
 
 
-def agent_socket(target: SshTarget) -> str | None:
-    """Where the agent listens that is asked for this target, if any."""
+def find_agent_socket(target: SshTarget) -> str | None:
+    """The path of the agent's socket for this target, if any."""
     path = target.identity_agent or "SSH_AUTH_SOCK"
     if path in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK"):
         path = os.environ.get("SSH_AUTH_SOCK", "")
@@ -144,47 +144,49 @@ def agent_socket(target: SshTarget) -> str | None:
     return os.path.expanduser(path)
 
 
-def keys_for(target: SshTarget, agent: Agent | None, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """Name and key (paramiko's kind) of what OpenSSH would offer, in its order.
+def list_keys(target: SshTarget, agent: Agent | None, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Name and key (paramiko's type) of all keys that OpenSSH would offer, in its order.
 
-    What cannot be used goes into `problems`, with what to do.
+    A message for each unusable key, with advice, is added to `problems`.
     """
     for name, key in _all_keys(target, agent, problems):
         type = key.public_blob.key_type if key.public_blob is not None else key.get_name()
-        if algorithms.user_key_allowed(target, type):
+        if algorithms.is_user_key_allowed(target, type):
             yield name, key
         else:
-            problems.append(f"{name}: PubkeyAcceptedAlgorithms of the ssh configuration leaves out {type}")
+            problems.append(
+                f"{name}: PubkeyAcceptedAlgorithms of the ssh configuration does not allow {type}"
+            )
 
 
 def _all_keys(target: SshTarget, agent: Agent | None, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """Certificates of files, the agent's keys that are configured, the agent's others, keys in files only."""
-    held = _held(target, agent, problems)
+    """Certificates of files, the agent's keys that are configured, its other keys, keys in files only."""
+    held = _list_held(target, agent, problems)
     files = [(path, _public(path)) for path in target.identity_files]
     certificates = _certificates(target, problems)
     loaded: dict[Path, Any] = {}
 
     def load(path: Path) -> Any:
         if path not in loaded:
-            loaded[path] = _load(path, problems, in_vain=_hint(target))
+            loaded[path] = _load(path, problems, ssh_add_fault=_ssh_add_fault(target))
         return loaded[path]
 
-    for each in certificates:
-        key = _private_of(each, held, files, agent, problems, load)
+    for certificate in certificates:
+        key = _private_of(certificate, held, files, agent, problems, load)
         if key is not None:
-            key.public_blob = _PublicBlob(each.public.type, each.public.blob)
-            yield f"{each.path} (certificate)", key
+            key.public_blob = _PublicBlob(certificate.public.type, certificate.public.blob)
+            yield f"{certificate.path} (certificate)", key
             key.public_blob = None
-    named = {public.blob for _, public in files if public} | {each.public.blob for each in certificates}
-    shown = {each.public.blob for each in certificates}
-    mine = [public for public in held if public.blob in named]
-    others = [] if target.identities_only else [public for public in held if public.blob not in named]
-    for public in (*mine, *others):
-        if agent is not None and public.blob not in shown:
+    certified = {certificate.public.blob for certificate in certificates}
+    configured = {public.blob for _, public in files if public} | certified
+    first = [public for public in held if public.blob in configured]
+    others = [] if target.identities_only else [public for public in held if public.blob not in configured]
+    for public in (*first, *others):
+        if agent is not None and public.blob not in certified:
             yield f"{public.name} (agent)", _AgentKey(agent, public, problems.append)
     in_agent = {public.blob for public in held}
-    for path, found in files:
-        if found is not None and found.blob in in_agent:
+    for path, public_key in files:
+        if public_key is not None and public_key.blob in in_agent:
             continue
         key = load(path)
         if key is not None:
@@ -193,26 +195,26 @@ def _all_keys(target: SshTarget, agent: Agent | None, problems: list[str]) -> It
 
 @dataclass(frozen=True)
 class _PublicBlob:
-    """What paramiko sends instead of the plain public key."""
+    """The certificate that paramiko sends instead of the plain public key."""
 
     key_type: str
     key_blob: bytes
 
 
-def _held(target: SshTarget, agent: Agent | None, problems: list[str]) -> list[Public]:
+def _list_held(target: SshTarget, agent: Agent | None, problems: list[str]) -> list[PublicKey]:
     if agent is None:
         return []
     try:
-        return agent.keys()
+        return agent.list_keys()
     except (AgentRefused, OSError, struct.error, ValueError) as error:
-        problems.append(f"the SSH agent at {agent_socket(target)} cannot be used: {error}")
+        problems.append(f"the SSH agent at {find_agent_socket(target)} cannot be used: {error}")
         return []
 
 
 def _private_of(
     certificate: _Certificate,
-    held: Sequence[Public],
-    files: Sequence[tuple[Path, Public | None]],
+    held: Sequence[PublicKey],
+    files: Sequence[tuple[Path, PublicKey | None]],
     agent: Agent | None,
     problems: list[str],
     load: Callable[[Path], Any],
@@ -221,9 +223,9 @@ def _private_of(
     for public in held:
         if public.blob == certificate.key and agent is not None:
             return _AgentKey(agent, public, problems.append)
-    for path, found in files:
-        # An old PEM file without its .pub shows its public key only when it is loaded.
-        if found is None or found.blob == certificate.key:
+    for path, public_key in files:
+        # Of an old PEM file without its .pub, the public key is known only after loading.
+        if public_key is None or public_key.blob == certificate.key:
             key = load(path)
             if key is not None and key.asbytes() == certificate.key:
                 return key
@@ -231,23 +233,23 @@ def _private_of(
 
 
 def _certificates(target: SshTarget, problems: list[str]) -> list[_Certificate]:
-    """Those of CertificateFile; without it those that lie beside the keys."""
+    """The certificates of CertificateFile; without that option those beside the keys."""
     beside = [Path(f"{path}-cert.pub") for path in target.identity_files]
-    found = []
+    certificates = []
     for path in target.certificate_files or beside:
         public = _public_line(path)
         if public is None:
             if target.certificate_files:
-                why = "is not there" if not path.exists() else "is no certificate"
+                why = "does not exist" if not path.exists() else "is not a certificate"
                 problems.append(f"CertificateFile {path} {why}")
             continue
         key = _certified(public)
         if key is not None:
-            found.append(_Certificate(path, public, key))
-    return found
+            certificates.append(_Certificate(path, public, key))
+    return certificates
 
 
-def _certified(public: Public) -> bytes | None:
+def _certified(public: PublicKey) -> bytes | None:
     """The plain public key inside of a certificate."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, ssh
@@ -265,7 +267,7 @@ def _certified(public: Public) -> bytes | None:
     return base64.b64decode(plain.split()[1])
 
 
-def _load(path: Path, problems: list[str], *, in_vain: str) -> Any:
+def _load(path: Path, problems: list[str], *, ssh_add_fault: str) -> Any:
     import paramiko
     from cryptography.exceptions import UnsupportedAlgorithm
 
@@ -278,7 +280,7 @@ def _load(path: Path, problems: list[str], *, in_vain: str) -> Any:
         problems.append(f"{path} cannot be read: {error.strerror}")
         return None
     if _public_line(path) is not None:
-        problems.append(f"{path} is a public key, and the agent does not hold the private one{in_vain}")
+        problems.append(f"{path} is a public key, and the agent does not hold the private one{ssh_add_fault}")
         return None
     if about.st_uid == os.getuid() and stat.S_IMODE(about.st_mode) & 0o077:
         mode = stat.S_IMODE(about.st_mode)
@@ -288,7 +290,7 @@ def _load(path: Path, problems: list[str], *, in_vain: str) -> Any:
     if public is not None and public.type.startswith("sk-"):
         problems.append(
             f"{path} is a FIDO key ({public.type}), which only an agent can use here: "
-            f"`ssh-add {name}`{in_vain}"
+            f"`ssh-add {name}`{ssh_add_fault}"
         )
         return None
     try:
@@ -304,71 +306,71 @@ def _load(path: Path, problems: list[str], *, in_vain: str) -> Any:
         UnsupportedAlgorithm,
         paramiko.pkey.UnknownKeyType,
     ) as error:
-        # That a passphrase is missing, each version of cryptography says in another way.
-        missing = isinstance(error, (paramiko.PasswordRequiredException, TypeError))
-        if missing or _opened_by(path) not in ("none", ""):
+        # Versions of cryptography differ in the error for a missing passphrase.
+        passphrase_missing = isinstance(error, (paramiko.PasswordRequiredException, TypeError))
+        if passphrase_missing or _cipher_of(path) not in ("none", ""):
             problems.append(
-                f"{path} is protected by a passphrase and not in the agent: `ssh-add {name}`{in_vain}"
+                f"{path} is protected by a passphrase and not in the agent: `ssh-add {name}`{ssh_add_fault}"
             )
         else:
             why = str(error)[:100] or type(error).__name__
-            problems.append(f"{path} is not a private key that can be used: {why}")
+            problems.append(f"{path} is not a usable private key: {why}")
     return None
 
 
-def _hint(target: SshTarget) -> str:
-    """Why `ssh-add` would not help, if so."""
-    if agent_socket(target) is not None:
+def _ssh_add_fault(target: SshTarget) -> str:
+    """The reason why `ssh-add` alone would not help, for a message; empty if it would."""
+    if find_agent_socket(target) is not None:
         return ""
     if target.identity_agent == "none" or not target.allow_agent:
         return " (and remove IdentityAgent none)"
-    return " (no agent runs here: SSH_AUTH_SOCK is not set; `eval $(ssh-agent)` starts one)"
+    return " (no agent runs: SSH_AUTH_SOCK is not set; `eval $(ssh-agent)` starts one)"
 
 
-def _public(path: Path) -> Public | None:
-    """The public key of an identity file: in itself, if it is one or of OpenSSH's form, or in its .pub."""
+def _public(path: Path) -> PublicKey | None:
+    """The public key of an identity file: in that file (public, or in OpenSSH's format), or its .pub."""
     return _public_line(path) or _public_in_private(path) or _public_line(Path(f"{path}.pub"))
 
 
-def _public_line(path: Path) -> Public | None:
+def _public_line(path: Path) -> PublicKey | None:
     with suppress(OSError, ValueError, IndexError):
         fields = path.read_text(encoding="utf-8", errors="replace")[:65536].split("\n", 1)[0].split(None, 2)
         blob = base64.b64decode(fields[1], validate=True)
         if _string(blob)[0].decode() == fields[0]:
-            return Public(fields[0], blob, fields[2].strip() if len(fields) > 2 else "")
+            return PublicKey(fields[0], blob, fields[2].strip() if len(fields) > 2 else "")
     return None
 
 
-def _public_in_private(path: Path) -> Public | None:
-    """OpenSSH's own form has the public key in clear, in front of what a passphrase protects."""
+def _public_in_private(path: Path) -> PublicKey | None:
+    """The public key of a private key file in OpenSSH's format, which no passphrase protects."""
     with suppress(OSError, ValueError, struct.error):
-        body = _openssh(path)
-        for _ in range(3):  # cipher, derivation, its options
+        body = _openssh_body(path)
+        for _ in range(3):  # cipher, key derivation, options of the derivation
             _, body = _string(body)
         blob, _ = _string(body[4:])
-        return Public(_string(blob)[0].decode("ascii"), blob, str(path))
+        return PublicKey(_string(blob)[0].decode("ascii"), blob, str(path))
     return None
 
 
-def _opened_by(path: Path) -> str:
-    """The cipher that protects a key of OpenSSH's own form ("none" if it is in clear); "" of any other."""
+def _cipher_of(path: Path) -> str:
+    """The cipher of a private key in OpenSSH's format ("none" without passphrase); "" for other formats."""
     with suppress(OSError, ValueError, struct.error):
-        return _string(_openssh(path))[0].decode("ascii")
+        return _string(_openssh_body(path))[0].decode("ascii")
     return ""
 
 
-def _openssh(path: Path) -> bytes:
-    """What follows the magic of OpenSSH's own form. Raises ValueError for any other, OSError."""
+def _openssh_body(path: Path) -> bytes:
+    """The bytes after the magic of OpenSSH's format. Raises ValueError for another format; OSError."""
     _, begin, rest = path.read_text(encoding="ascii").partition("-----BEGIN OPENSSH PRIVATE KEY-----")
     body = base64.b64decode("".join(rest.partition("-----END")[0].split())) if begin else b""
     magic = b"openssh-key-v1\0"
     if not body.startswith(magic):
-        raise ValueError(f"{path} is not of OpenSSH's own form")
+        raise ValueError(f"{path} is not in OpenSSH's format")
     return body[len(magic) :]
 
 
 def _string(data: bytes) -> tuple[bytes, bytes]:
-    """The first length-prefixed string of `data`, and what follows. Raises ValueError, struct.error."""
+    """The first length-prefixed string of `data`, and the rest. Raises ValueError, struct.error."""
     (length,) = struct.unpack_from(">I", data)
     if len(data) < 4 + length:
         raise ValueError(f"expected {length} bytes, found {len(data) - 4}")

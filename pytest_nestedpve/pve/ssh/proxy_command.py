@@ -10,33 +10,33 @@ import tempfile
 _TAIL = 300
 
 
-class Proxy:
-    """The running command of a target; `socket` is our end. What it says as errors is kept for ours."""
+class ProxyProcess:
+    """The running command of a target; `socket` is our end. Its standard error is stored for messages."""
 
     def __init__(self, command: str) -> None:
-        # A socket pair instead of paramiko.ProxyCommand: real limits, and the child goes with the connection.
-        self.socket, theirs = socket.socketpair()
+        # Unlike paramiko.ProxyCommand, a socket has time limits, and the child ends with the connection.
+        self.socket, far_end = socket.socketpair()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            # As OpenSSH does it: the user's shell, replaced by the command.
+            # As in OpenSSH: the user's shell, replaced by the command.
             [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"],
-            stdin=theirs.fileno(),
-            stdout=theirs.fileno(),
+            stdin=far_end.fileno(),
+            stdout=far_end.fileno(),
             stderr=self._errors,
             start_new_session=True,
         )
-        theirs.close()
+        far_end.close()
 
-    def ended(self) -> str | None:
-        """The command's exit status and last words; None while it runs."""
+    def describe_end(self) -> str | None:
+        """The command's exit status and the end of its standard error; None while it runs."""
         try:
-            # Its end of the socket closes a moment before it is gone.
+            # Its end of the socket closes a moment before the process ends.
             status = self._process.wait(0.5)
         except subprocess.TimeoutExpired:
             return None
         self._errors.seek(0)
-        said = " ".join(self._errors.read().decode(errors="replace").split())[-_TAIL:]
-        return f"exit status {status}" + (f": {said}" if said else "")
+        errors = " ".join(self._errors.read().decode(errors="replace").split())[-_TAIL:]
+        return f"exit status {status}" + (f": {errors}" if errors else "")
 
     def close(self) -> None:
         self.socket.close()

@@ -1,6 +1,6 @@
 """A file on a host: written whole or not at all, read within a limit, by commands of its shell.
 
-No SFTP subsystem is needed, which appliances often lack.
+No SFTP subsystem is needed; appliances often have none.
 """
 
 from __future__ import annotations

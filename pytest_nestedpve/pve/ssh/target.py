@@ -1,4 +1,4 @@
-"""A host to log in at: what ssh's configuration says of it."""
+"""A host to log in at, with its options of the ssh configuration."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from pytest_nestedpve.pve.ssh import known_hosts_files
 
 @dataclass(frozen=True)
 class SshTarget:
-    """Where and how to log in; what `ssh -G` would say. `alias` is what the user typed.
+    """Address and options of a login, as `ssh -G` prints them; `alias` is the name that the user typed.
 
-    `connect_timeout` (seconds) bounds everything up to the login, per attempt to connect. `algorithms`
-    are those that the configuration restricts, by the name of its option in small letters, all others
-    are free. `lenient` is what it says about host keys that is not followed, for the errors; `asks`:
-    whether ssh by hand asks before it adds a host key. `notes` are sentences on options that matter for
-    connecting and are not honoured.
+    `connect_timeout`: seconds for connecting and logging in, per attempt. `algorithms`: the restricted
+    lists, by the name of the option in lower case. `ignored_leniency`: the lenient options for host keys,
+    as text for errors. `asks_to_add_key`: whether ssh by hand asks before it adds a host key. `notes`:
+    sentences on ignored options that matter for connecting.
     """
 
     host: str
@@ -39,27 +38,27 @@ class SshTarget:
     bind_address: str | None = None
     revoked_host_keys: Path | None = None
     algorithms: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    lenient: str = ""
-    asks: bool = True
+    ignored_leniency: str = ""
+    asks_to_add_key: bool = True
     notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """For messages: the alias and what it stands for."""
+        """The target for messages: its alias, and user, host and port."""
         where = f"{self.user}@{self.host}" + ("" if self.port == 22 else f":{self.port}")
         return f"{self.alias} ({where})" if self.alias and self.alias != self.host else where
 
     @property
-    def by_hand(self) -> str:
-        """The ssh command a person would type."""
-        return self._typed("")
+    def command(self) -> str:
+        """The ssh command for a login by hand."""
+        return self._command_with("")
 
     @property
     def first_login(self) -> str:
-        """The ssh command with which a person adds the host's key after looking at it."""
-        return self._typed("" if self.asks else "-o StrictHostKeyChecking=ask ")
+        """The ssh command for a login by hand that shows the host's key and asks whether to add it."""
+        return self._command_with("" if self.asks_to_add_key else "-o StrictHostKeyChecking=ask ")
 
-    def _typed(self, options: str) -> str:
+    def _command_with(self, options: str) -> str:
         if self.alias:
             config = f"-F {shlex.quote(str(self.config))} " if self.config is not None else ""
             return f"ssh {config}{options}{self.alias}"
@@ -69,5 +68,5 @@ class SshTarget:
 
     @property
     def known_as(self) -> str:
-        """The name under which OpenSSH files the host's key."""
+        """The name of the host in known_hosts files."""
         return known_hosts_files.lookup_name(self.host, self.port, self.host_key_alias)

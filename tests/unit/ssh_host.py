@@ -1,4 +1,4 @@
-"""What the tests of ssh configurations share: a host with keys, certificates and an agent, and real ssh."""
+"""A host with keys, certificates and an agent for tests of ssh configurations, and logins with real ssh."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sshd import Sshd, make_key
+from sshd import Sshd, create_key
 
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.pve.errors import PveError
@@ -18,21 +18,21 @@ from pytest_nestedpve.pve.ssh.connection import SshConnection
 
 
 def sign(authority: Path, key: Path, *options: str) -> Path:
-    """A certificate for `key`, beside it."""
+    """Create a certificate for `key`, beside the key."""
     argv = ["ssh-keygen", "-q", "-s", str(authority), "-I", key.name, *options, f"{key}.pub"]
     subprocess.run(argv, check=True, capture_output=True)
     return Path(f"{key}-cert.pub")
 
 
 @dataclass
-class World:
+class SshHost:
     """A server that accepts `good` and certificates of `ca`; its host key has a certificate of `ca`, too."""
 
     folder: Path
     server: Sshd = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ca = make_key(self.folder / "ca")
+        self.ca = create_key(self.folder / "ca")
         self.server = Sshd(
             self.folder / "server",
             options=(
@@ -53,7 +53,7 @@ class World:
 
     @property
     def name(self) -> str:
-        """How known_hosts calls the server."""
+        """The name of the server in known_hosts."""
         return f"[127.0.0.1]:{self.server.port}"
 
     def write(self, name: str, text: str, mode: int = 0o600) -> Path:
@@ -63,15 +63,17 @@ class World:
         path.chmod(mode)
         return path
 
-    def key(self, name: str, *, kind: str = "ed25519", passphrase: str = "", accepted: bool = False) -> Path:
-        path = make_key(self.folder / name, kind, passphrase)
+    def create_key(
+        self, name: str, *, kind: str = "ed25519", passphrase: str = "", accepted: bool = False
+    ) -> Path:
+        path = create_key(self.folder / name, kind, passphrase)
         if accepted:
             with self.server.authorized_keys.open("a") as file:
                 file.write(Path(f"{path}.pub").read_text())
         return path
 
-    def config(self, text: str) -> Path:
-        """A configuration; {x} stands for what this world has."""
+    def write_config(self, text: str) -> Path:
+        """Write a configuration, with {port}, {dir}, {user}, {good} and {known} filled in."""
         filled = text
         for key, value in {
             "{port}": str(self.server.port),
@@ -84,8 +86,8 @@ class World:
         return self.write("config", filled)
 
 
-def ours(config: Path, alias: str) -> str:
-    """What this project makes of `alias`: "" when a command ran there, else the error."""
+def log_in(config: Path, alias: str) -> str:
+    """Log in at `alias` with this project and run a command: "" for success, else the error."""
     try:
         with SshConnection(read_ssh_config(alias, config, None, None)) as ssh:
             return "" if ssh.run("echo in", timeout=20).stdout == "in\n" else "wrong output"
@@ -93,28 +95,28 @@ def ours(config: Path, alias: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def both(config: Path, alias: str) -> tuple[str, str]:
-    """What this project and OpenSSH make of `alias`: "" for success, else the error."""
+def log_in_twice(config: Path, alias: str) -> tuple[str, str]:
+    """Log in at `alias` with this project and with OpenSSH: "" for success, else the error, for both."""
     argv = ["ssh", "-F", str(config), "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", alias, "echo in"]
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
-        mine = ours(config, alias)
-        theirs = process.communicate(timeout=60)[0].decode(errors="replace")
-    return mine, "" if process.returncode == 0 and theirs.endswith("in\n") else theirs or "failed"
+        error = log_in(config, alias)
+        output = process.communicate(timeout=60)[0].decode(errors="replace")
+    return error, "" if process.returncode == 0 and output.endswith("in\n") else output or "failed"
 
 
 @contextlib.contextmanager
-def agent(folder: Path, *keys: Path, options: tuple[str, ...] = ()) -> Iterator[Path]:
-    """An SSH agent of its own that holds these keys (whose passphrase is none or "word"); its socket."""
+def run_agent(folder: Path, *keys: Path, options: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Run an SSH agent with these keys (without passphrase, or with "word"); yields its socket."""
     sock = folder / "agent.sock"
-    ask = folder / "ask"
-    ask.write_text("#!/bin/sh\necho word\n")
-    ask.chmod(0o700)
+    askpass = folder / "ask"
+    askpass.write_text("#!/bin/sh\necho word\n")
+    askpass.chmod(0o700)
     process = subprocess.Popen(
         ["ssh-agent", "-D", "-a", str(sock)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    environment = {**os.environ, "SSH_AUTH_SOCK": str(sock), "SSH_ASKPASS": str(ask), "DISPLAY": ":0"}
+    environment = {**os.environ, "SSH_AUTH_SOCK": str(sock), "SSH_ASKPASS": str(askpass), "DISPLAY": ":0"}
     environment["SSH_ASKPASS_REQUIRE"] = "force"
     try:
         wait_until(sock.exists, deadline=Deadline(10), what="the agent")
