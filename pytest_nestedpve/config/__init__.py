@@ -1,4 +1,4 @@
-"""Settings: where they come from, how their text is parsed, what contradicts what; and the host they name.
+"""Settings: their sources, their parsers, contradictions between them, and the host that they name.
 
-`hosts` is the only module that knows the lab. Nothing here connects except on request of a caller.
+Only `hosts` imports the lab. Only functions of `hosts` and their callers open connections.
 """

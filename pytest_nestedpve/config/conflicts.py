@@ -1,4 +1,4 @@
-"""Options and settings that contradict each other: each alone is right, and together they are refused."""
+"""Valid options and settings that contradict each other: the combination is refused."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ def check(settings: Settings, config: pytest.Config) -> None:
     if settings.attach is not None:
         _check_attach(settings, config)
     if settings.doctor:
-        more = {
+        further = {
             "--nested-dry-run": settings.dry_run,
             "--nested-make-template": settings.make_template,
             "--nested-skip": bool(settings.skip),
             "--context-file": settings.context_file is not None,
         }
-        why = "the doctor only looks, and makes, runs and destroys nothing"
-        _check_alone(settings, config, "--nested-doctor", why, more)
+        why = "the doctor only reads, and creates, runs and destroys nothing"
+        _check_alone(settings, config, "--nested-doctor", why, further)
     if settings.make_template:
-        why = "the nested VM is made anew, becomes the template, and no test has it; leave one of them out"
+        why = "a new nested VM becomes the template, and no test uses it; remove one of the options"
         _check_alone(settings, config, "--nested-make-template", why)
     _check_other_tools(settings, config)
     if not settings.destroy_only:
-        for given, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
-            if given:
+        for value, name in ((settings.run_id, "--nested-run"), (settings.yes, "--nested-yes")):
+            if value:
                 raise SettingsError(
-                    f"{name} only goes with --nested-destroy-only: add that, or leave {name} out"
+                    f"{name} is valid only with --nested-destroy-only: add that option, or remove {name}"
                 )
         if settings.json_file and not (settings.dry_run or settings.doctor):
             raise SettingsError(
-                "--nested-json only goes with --nested-destroy-only, --nested-dry-run or --nested-doctor"
+                "--nested-json is valid only with --nested-destroy-only, --nested-dry-run or --nested-doctor"
             )
     else:
         for name in ("collect-only", "setup-only", "setup-plan"):
@@ -46,17 +46,19 @@ def check(settings: Settings, config: pytest.Config) -> None:
                     f"--nested-destroy-only and --{name} contradict each other; to see what would be "
                     "destroyed, use --nested-destroy-only --nested-dry-run"
                 )
-        if config.option.keyword and _typed(config, "-k"):
+        if config.option.keyword and _is_typed(config, "-k"):
             raise SettingsError(
                 "--nested-destroy-only collects no tests, so -k selects nothing; "
-                "to choose one run, use --nested-run ID"
+                "to select one run, use --nested-run ID"
             )
     if settings.yes and settings.dry_run:
-        raise SettingsError("--nested-yes and --nested-dry-run contradict each other: a dry run asks nothing")
+        raise SettingsError(
+            "--nested-yes and --nested-dry-run contradict each other: a dry run asks no question"
+        )
     if settings.image and settings.template and not {"image", "template"} - set(settings.origins):
         raise SettingsError(
             f"an image ({settings.origin('image')}) and a template ({settings.origin('template')}) "
-            "are both set; the nested VM is made from one: leave the other out"
+            "are both set; the nested VM is created from one: remove the other"
         )
     names = {source.name for source in settings.sources}
     listed = ", ".join(sorted(names)) or "none is set"
@@ -72,54 +74,57 @@ def check(settings: Settings, config: pytest.Config) -> None:
 
 
 def _check_secrets(settings: Settings) -> None:
-    """Each has a place of its own on the nested PVE."""
+    """Raises SettingsError when a secret has the same destination as another one, or a reserved one."""
     from pytest_nestedpve.config.settings import secret_destination
 
-    where = settings.sources_dest
-    taken = {os.path.join(where, source.name): f"the source {source.name}" for source in settings.sources}
-    taken[os.path.join(where, ".nested-pve")] = "the record of what was copied"
+    folder = settings.sources_dest
+    reserved = {os.path.join(folder, source.name): f"the source {source.name}" for source in settings.sources}
+    reserved[os.path.join(folder, ".nested-pve")] = "the record of what was copied"
     for path in dict.fromkeys(settings.secrets):
         destination = secret_destination(path, settings)
-        if destination in taken:
+        if destination in reserved:
             raise SettingsError(
-                f"{settings.origin('secrets')}: expected a place for each file; found {path} and "
-                f"{taken[destination]}, both for {destination}: give the file another name"
+                f"{settings.origin('secrets')}: expected a destination for each file; found {path} and "
+                f"{reserved[destination]}, both for {destination}: rename the file"
             )
-        taken[destination] = str(path)
+        reserved[destination] = str(path)
 
 
 def _check_attach(settings: Settings, config: pytest.Config) -> None:
-    """What does not go with a PVE that exists."""
+    """Raises SettingsError for options that cannot be used with an attached PVE."""
     typed = "--pve-host" if config.getoption("--pve-host") is not None else None
     if typed is None and overrides(config).get("nested_pve_host", "").strip():
         typed = "-o nested_pve_host"
     if typed is not None:
         raise SettingsError(
             f"--nested-attach and {typed} contradict each other: the attached PVE is the nested "
-            "one, and no outer host is used; leave one of them out"
+            "one, and no outer host is used; remove one of the options"
         )
     if settings.destroy_only:
         raise SettingsError(
-            "--nested-attach and --nested-destroy-only contradict each other; what runs left inside of that "
-            f"PVE goes by `pytest --nested-destroy-only --pve-host {settings.attach}`"
+            "--nested-attach and --nested-destroy-only contradict each other; to destroy leftovers of runs "
+            f"inside that PVE, use `pytest --nested-destroy-only --pve-host {settings.attach}`"
         )
     if settings.keep != "no":
         raise SettingsError(
-            "--nested-attach and --nested-keep contradict each other: the attached PVE stays as it is "
-            "anyway, and what a run makes inside of it goes with the run; leave one of them out"
+            "--nested-attach and --nested-keep contradict each other: the attached PVE is never "
+            "destroyed, and the VMs of a run inside it are destroyed with the run; remove one of the options"
         )
     if settings.scope == "run" and getattr(config.option, "tx", None) and config.option.dist != "no":
         raise SettingsError(
             f"--nested-attach and nested_pve_scope = run ({settings.origin('scope')}) contradict each other: "
-            "workers share the attached PVE anyway, each with a VM inside of its own; use "
+            "the worker processes share the attached PVE in any case, each with its own VM inside; use "
             "-o nested_pve_scope=worker"
         )
 
 
 def _check_alone(
-    settings: Settings, config: pytest.Config, name: str, why: str, more: Mapping[str, bool] | None = None
+    settings: Settings, config: pytest.Config, name: str, why: str, further: Mapping[str, bool] | None = None
 ) -> None:
-    """What does not go with the option `name`, which collects no tests; `more` by the option's name."""
+    """Raises SettingsError for options that cannot be used with `name`, which collects no tests.
+
+    `further`: options that only this mode excludes, and whether they are set.
+    """
     option = config.option
     others = {
         "--nested-destroy-only": settings.destroy_only,
@@ -127,23 +132,23 @@ def _check_alone(
         "--nested-env-file": settings.env_file is not None,
         "--nested-keep": settings.keep != "no",
         "--nested-attach": settings.attach is not None,
-        **(more or {}),
+        **(further or {}),
         "--collect-only": getattr(option, "collectonly", False),
         "--setup-only": getattr(option, "setuponly", False),
         "--setup-plan": getattr(option, "setupplan", False),
     }
-    given = [other for other, is_given in others.items() if is_given]
-    if given:
-        raise SettingsError(f"{name} and {', '.join(given)} contradict each other: {why}")
-    if _typed(config, "-k"):
-        raise SettingsError(f"{name} collects no tests, so -k selects nothing: leave it out")
+    conflicting = [other for other, is_set in others.items() if is_set]
+    if conflicting:
+        raise SettingsError(f"{name} and {', '.join(conflicting)} contradict each other: {why}")
+    if _is_typed(config, "-k"):
+        raise SettingsError(f"{name} collects no tests, so -k selects nothing: remove it")
 
 
 def _check_other_tools(settings: Settings, config: pytest.Config) -> None:
     option = config.option
     if settings.destroy_only:
-        for given, name in ((settings.exec_command, "exec"), (settings.env_file, "env-file")):
-            if given is not None:
+        for value, name in ((settings.exec_command, "exec"), (settings.env_file, "env-file")):
+            if value is not None:
                 raise SettingsError(
                     f"--nested-destroy-only and --nested-{name} contradict each other: nothing is set up"
                 )
@@ -151,21 +156,19 @@ def _check_other_tools(settings: Settings, config: pytest.Config) -> None:
         for name in ("collect-only", "setup-only", "setup-plan"):
             if getattr(option, name.replace("-", ""), False):
                 raise SettingsError(
-                    f"--nested-exec and --{name} contradict each other; to see what would be done, use "
+                    f"--nested-exec and --{name} contradict each other; to see the steps, use "
                     "--nested-exec with --nested-dry-run"
                 )
-        for flag, does in (("-k", "selects"), ("-n", "distributes"), ("--numprocesses", "distributes")):
-            if _typed(config, flag):
-                raise SettingsError(
-                    f"--nested-exec collects no tests, so {flag} {does} nothing: leave it out"
-                )
+        for flag, verb in (("-k", "selects"), ("-n", "distributes"), ("--numprocesses", "distributes")):
+            if _is_typed(config, flag):
+                raise SettingsError(f"--nested-exec collects no tests, so {flag} {verb} nothing: remove it")
     elif settings.env_file is not None and getattr(option, "tx", None) and option.dist != "no":
         raise SettingsError(
-            "--nested-env-file does not go with xdist: each worker would write it, for ports of its own; "
-            "leave out -n, or use nested_pve.environ() in the tests"
+            "--nested-env-file cannot be used with xdist: each worker would write it, for its own ports; "
+            "remove -n, or use nested_pve.environ() in the tests"
         )
 
 
-def _typed(config: pytest.Config, flag: str) -> bool:
-    """Whether the flag was typed now, and does not just stand in a project's addopts."""
+def _is_typed(config: pytest.Config, flag: str) -> bool:
+    """Whether the flag is on the command line, and not only in addopts."""
     return any(str(arg).startswith(flag) for arg in config.invocation_params.args)

@@ -37,7 +37,7 @@ def _quoted(value: str) -> str:
     return value if _SAFE.match(value) else "'" + value.replace("'", "'\\''") + "'"
 
 
-def fault(path: Path) -> str:
+def find_fault(path: Path) -> str:
     """The reason why `path` cannot be written; empty if it can. Only files of a session are replaced."""
     try:
         status = path.lstat()
@@ -64,7 +64,7 @@ def _is_ours(path: Path, run: str = "") -> bool:
 
 def write(path: Path, content: str) -> None:
     """Write the file, mode 0600, whole or not at all. Raises EnvFileError."""
-    reason = fault(path)
+    reason = find_fault(path)
     if reason:
         raise EnvFileError(f"--nested-env-file: {reason}")
     try:

@@ -31,12 +31,12 @@ def apply(settings: Settings, values: Mapping[str, Any], base: Path) -> Settings
     changes: dict[str, Any] = {}
     origins = dict(settings.origins)
     for name in NAMES:
-        given = values.get(name, getattr(settings, name))
-        if given == getattr(settings, name):
+        value = values.get(name, getattr(settings, name))
+        if value == getattr(settings, name):
             continue
         origin = f"the fixture nested_pve_{name}"
         try:
-            changes[name] = _value(_KEYS[name], given, base)
+            changes[name] = _parse(_KEYS[name], value, base)
         except ValueError as e:
             raise SettingsError(f"{origin}: {e}") from e
         origins[name] = origin
@@ -48,25 +48,25 @@ def apply(settings: Settings, values: Mapping[str, Any], base: Path) -> Settings
     return replace(settings, **changes, origins=origins)
 
 
-def _value(key: Key, given: Any, base: Path) -> Any:
-    if given is None:
+def _parse(key: Key, value: Any, base: Path) -> Any:
+    if value is None:
         return getattr(Settings(), key.target)
-    if not isinstance(given, Mapping):
-        return key.parse(parsers.Text(str(given), base))
+    if not isinstance(value, Mapping):
+        return key.parse(parsers.Text(str(value), base))
     if key.name not in ("vm_options", "extra_vars"):
-        raise ValueError(f"expected a single value, found {given!r}")
+        raise ValueError(f"expected a single value, found {value!r}")
     if key.name == "vm_options":
         return {
-            parsers.option_name(name): str(int(value) if isinstance(value, bool) else value)
-            for name, value in given.items()
+            parsers.option_name(name): str(int(option) if isinstance(option, bool) else option)
+            for name, option in value.items()
         }
-    for name in given:
+    for name in value:
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
             raise ValueError(f"expected names that match {_VARIABLE.pattern}, found {name!r}")
     try:
-        return dict(json.loads(json.dumps(dict(given))))
+        return dict(json.loads(json.dumps(dict(value))))
     except (TypeError, ValueError) as e:
         raise ValueError(f"expected values that JSON can represent: {e}") from e
 
 
-assert set(NAMES) <= {each.name for each in fields(Settings)}
+assert set(NAMES) <= {field.name for field in fields(Settings)}

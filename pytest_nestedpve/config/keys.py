@@ -1,4 +1,4 @@
-"""Every setting and command line option: its name, what it means, how its text is read."""
+"""All settings and command line options: names, help texts, parsers."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ _MIB = {"": 1, "m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024}
 _GIB = {"": 1, "g": 1, "gb": 1, "gib": 1, "t": 1024, "tb": 1024, "tib": 1024}
 
 KEYS: tuple[Key, ...] = (
-    Key("host", "outer PVE host: what `ssh` takes, or lab, or lab:NAME; no default", parsers.host),
+    Key("host", "outer PVE host: a destination of `ssh`, or lab, or lab:NAME; no default", parsers.host),
     Key(
         "name_pattern",
-        "names of VMs that are ours: patterns, comma-separated; default nested-pve*",
+        "names of the VMs of runs: patterns, comma-separated; default nested-pve*",
         parsers.name_patterns,
         field="name_patterns",
     ),
     Key(
         "vmid_range",
-        "ids of VMs that are ours: ranges, comma-separated, or any; default 99900-99999",
+        "ids of the VMs of runs: ranges, comma-separated, or any; default 99900-99999",
         parsers.vmid_ranges,
         field="vmid_ranges",
     ),
     Key(
         "image",
-        "what the nested VM boots: an import volume of the outer host (default: the one it has), a URL with "
-        "#sha256:… behind it, or a local file",
+        "image of the nested VM: an import volume of the outer host (default: the only one), URL#sha256:…, "
+        "or a local file",
         parsers.image,
         profile=True,
     ),
@@ -84,7 +84,7 @@ KEYS: tuple[Key, ...] = (
     Key("cores", "cores of the nested VM; default 2", parsers.count("a number of cores", 1, 512)),
     Key(
         "memory",
-        "memory of the nested VM in MiB, or with G behind it; default 8192",
+        "memory of the nested VM in MiB, or in GiB with G; default 8192",
         parsers.size("an amount of memory in MiB, like 8192 or 8G,", _MIB, 256, 16_777_216),
     ),
     Key(
@@ -95,13 +95,16 @@ KEYS: tuple[Key, ...] = (
     Key("vm_options", "further qm options for the nested VM: key=value, like kvm=0", parsers.options),
     Key(
         "leaf_image",
-        "image of the VM inside the nested PVE: URL with #sha256:… behind it, volume of the outer host, or "
-        "local file",
+        "image of the VM inside the nested PVE: URL#sha256:…, a volume of the outer host, or a local file",
         parsers.image,
     ),
     Key("leaf_options", "further qm options for the VM inside: key=value", parsers.options),
     Key("extra_vars", "variables for every playbook: lines key=value, or a JSON object", parsers.variables),
-    Key("playbook_dir", "directory whose playbooks are preferred to the packaged ones", parsers.directory),
+    Key(
+        "playbook_dir",
+        "directory with playbooks that replace packaged ones of the same name",
+        parsers.directory,
+    ),
     Key("roles_path", "further directories with Ansible roles, colon-separated", parsers.directories),
     Key(
         "collections_path",
@@ -110,11 +113,13 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "inventory_groups",
-        "groups of the inventory that the nested PVE is in, comma-separated",
+        "groups of the nested PVE in the inventory, comma-separated",
         parsers.groups,
     ),
     Key(
-        "sources", "what setup_repos copies to the nested PVE: name=path or name=git-url@ref", parsers.sources
+        "sources",
+        "sources that setup_repos copies to the nested PVE: name=path, name=git-url@ref",
+        parsers.sources,
     ),
     Key(
         "sources_dest",
@@ -123,7 +128,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "secrets",
-        "files, one by one, that setup_repos copies to the nested PVE, 0600, never logged",
+        "files that setup_repos copies to the nested PVE, with mode 0600, never logged",
         parsers.files,
     ),
     Key(
@@ -133,12 +138,12 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "token_path",
-        "where the API token goes in a synced source, as name:file.yaml:path.in.it",
+        "destination of the API token in a synced source, as name:file.yaml:path.in.it",
         parsers.token_path,
     ),
     Key(
         "pool_parent",
-        "resource pool below which each run makes its own",
+        "parent of the resource pools of runs",
         parsers.one_of_kind(
             "the id of a pool, at most two deep (PVE nests three)", r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?"
         ),
@@ -161,30 +166,30 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "redo",
-        "whether a chosen step is done again though nothing it depends on has changed; default false",
+        "whether a selected step is repeated although its inputs have not changed; default false",
         parsers.boolean,
     ),
     Key(
         "scope",
-        "with pytest-xdist: worker (each has its own) or run (all share one); default worker",
+        "with pytest-xdist: worker (a nested PVE per worker process) or run (one for all); default worker",
         parsers.one_of_kind("worker or run", r"worker|run"),
     ),
-    Key("timeout", "seconds for the whole set-up, which is interrupted then; default: none", parsers.seconds),
-    Key("timeout_scale", "factor for every limit of this plugin; default 1", parsers.factor),
+    Key("timeout", "time limit in seconds for the whole set-up; default: none", parsers.seconds),
+    Key("timeout_scale", "factor for all time limits of this plugin; default 1", parsers.factor),
     Key(
         "lease",
-        "seconds after which a run that is not renewed counts as dead, 10s to 24h; default 30m",
+        "seconds without renewal after which a run expires, 10s to 24h; default 30m",
         parsers.lease,
     ),
     Key(
         "keep_expiry",
-        "seconds after which a kept environment may go, at most 24h; default 8h",
+        "seconds after which a kept environment may be destroyed, at most 24h; default 8h",
         parsers.within_a_day,
     ),
     Key(
         "run_dir",
         "directory for the state of runs; default .nested-pve/runs below the rootdir",
-        parsers.directory_to_make,
+        parsers.creatable_directory,
     ),
 )
 
@@ -196,25 +201,25 @@ def register(parser: pytest.Parser) -> None:
         "--pve-host",
         metavar="HOST",
         default=None,
-        help="outer PVE host: what `ssh HOST` reaches, or lab, or lab:NAME (ini nested_pve_host)",
+        help="outer PVE host: a destination of `ssh`, or lab, or lab:NAME (ini nested_pve_host)",
     )
     group.addoption(
         "--nested-destroy-only",
         action="store_true",
         default=False,
-        help="collect no tests; destroy what earlier runs left, one item per VM",
+        help="collect no tests; destroy leftovers of earlier runs, one item per VM",
     )
     group.addoption(
         "--nested-dry-run",
         action="store_true",
         default=False,
-        help="print what would be done (or, with --nested-destroy-only, destroyed) and touch nothing",
+        help="print the steps (with --nested-destroy-only: the objects to destroy) and change nothing",
     )
     group.addoption(
         "--nested-doctor",
         action="store_true",
         default=False,
-        help="collect no tests; print what a host has, what a run would use, what is missing; makes nothing",
+        help="collect no tests; print what a host has, what a run would use, what is missing; change nothing",
     )
     group.addoption(
         "--nested-keep",
@@ -222,53 +227,53 @@ def register(parser: pytest.Parser) -> None:
         action="store_const",
         const="always",
         default="no",
-        help="leave the environment for later sessions, and say how to go on with it",
+        help="keep the environment for later sessions, and print how to resume it",
     )
-    # A value that is optional would swallow a path that follows.
+    # An optional value would consume a path that follows.
     group.addoption(
         "--nested-keep=on-failure",
         dest="nested_keep",
         action="store_const",
         const="on-failure",
         default="no",
-        help="the same, if something failed",
+        help="keep the environment only if a phase or a test failed",
     )
     group.addoption(
         "--nested-attach",
         metavar="HOST",
         default=None,
-        help="use a PVE that exists (named as for --pve-host) as the nested one: it is never destroyed",
+        help="use an existing PVE (named as for --pve-host) as the nested PVE; it is never destroyed",
     )
     group.addoption(
         "--nested-make-template",
         action="store_true",
         default=False,
-        help="collect no tests; make a template of the nested VM after setup_network (nested_pve_template)",
+        help="collect no tests; create a template of the nested VM after setup_network (nested_pve_template)",
     )
     group.addoption(
         "--nested-skip",
         metavar="PHASE",
         action="append",
         default=None,
-        help="take a phase as done, unasked; may be given several times",
+        help="treat a phase as done, without a probe; can be repeated",
     )
     group.addoption(
         "--nested-run",
         metavar="ID",
         default=None,
-        help="with --nested-destroy-only: this run only, also when it is another owner's; or a template",
+        help="with --nested-destroy-only: only this run, also of another owner, or this template",
     )
     group.addoption(
         "--nested-yes",
         action="store_true",
         default=False,
-        help="with --nested-destroy-only: do not ask before VMs that carry no marker",
+        help="with --nested-destroy-only: do not ask before destroying VMs without a marker",
     )
     group.addoption(
         "--context-file",
         metavar="FILE",
         default=None,
-        help="context of earlier tools, loaded and saved; adds candidates, which are proved like all others",
+        help="context file of earlier tools, read and updated; its VMs are candidates, proved like others",
     )
     group.addoption(
         "--nested-json",
@@ -280,7 +285,7 @@ def register(parser: pytest.Parser) -> None:
         "--nested-exec",
         metavar="COMMAND",
         default=None,
-        help="collect no tests; run this shell command against the environment, its exit status is pytest's",
+        help="collect no tests; run this shell command with the environment; pytest exits with its status",
     )
     group.addoption(
         "--nested-env-file",

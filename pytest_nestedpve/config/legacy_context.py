@@ -28,8 +28,7 @@ def load(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise ContextError(
-            f"expected a JSON object in {path}, found that it cannot be read: {e}; "
-            "fix it, or set another file"
+            f"expected a JSON object in {path}, but it cannot be read: {e}; fix it, or set another file"
         ) from e
     if not isinstance(context, dict):
         raise ContextError(
@@ -88,16 +87,18 @@ def save(path: Path, nested: ContextVm, leaf: ContextVm) -> None:
 def forget(path: Path, nested: ContextVm, leaf: ContextVm) -> None:
     """Delete the entries that `save` wrote for the two VMs. Raises ContextError."""
     context = load(path)
-    gone = {vm.vmid for vm in (nested, leaf) if vm.vmid}
+    deleted = {vm.vmid for vm in (nested, leaf) if vm.vmid}
     names = {str(vm.name) for vm in (nested, leaf)}
     for key in list(context):
         named = any(key in (f"{name}_vm_id", f"{name}_ip") for name in names)
-        if named or (key.endswith("_vm_id") and context[key] in gone):
+        if named or (key.endswith("_vm_id") and context[key] in deleted):
             del context[key]
-    if gone:
+    if deleted:
         for key in ("inner_ip", "node_ip", "leaf_ip"):
             context.pop(key, None)
-        context["provisioned_vms"] = [entry for entry in _listed(context) if not _ids(_id_of(entry)) & gone]
+        context["provisioned_vms"] = [
+            entry for entry in _listed(context) if not _ids(_id_of(entry)) & deleted
+        ]
     _write(path, context)
 
 

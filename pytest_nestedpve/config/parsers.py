@@ -1,4 +1,4 @@
-"""The texts of settings as values: a parser per kind, raising ValueError that says what was expected."""
+"""Parsers for the texts of settings; their ValueError has the expected form and the value found."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ANY_RANGE: tuple[tuple[int, int], ...] = ((VMID_MIN, VMID_MAX),)
 WIDEST_RANGE = 1000
 _LITERAL = re.compile(r"[A-Za-z0-9.-]*")
 _PATTERN = re.compile(r"[A-Za-z0-9.*?\[\]!-]+\Z")
-LEAST_LEASE = 10.0
+SHORTEST_LEASE = 10.0
 """Seconds."""
-_OURS = "by it a VM is proved to be of a run, which gives it itself"
-_STAYS = "a VM that has it is not destroyed, so it would be left behind"
+_RUN_SETS = "each run sets it, to identify its own VMs"
+_PROTECTS = "a VM with this option is not destroyed, so it would be left over"
 _NO_OPTION = "it is no part of a VM's configuration"
-_NOT_CHOSEN = {
-    **dict.fromkeys(("name", "description", "smbios1", "tags", "pool", "vmid"), _OURS),
-    **dict.fromkeys(("protection", "template", "lock"), _STAYS),
+_RESERVED = {
+    **dict.fromkeys(("name", "description", "smbios1", "tags", "pool", "vmid"), _RUN_SETS),
+    **dict.fromkeys(("protection", "template", "lock"), _PROTECTS),
     **dict.fromkeys(
         ("delete", "revert", "digest", "force", "skiplock", "archive", "unique", "start"), _NO_OPTION
     ),
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """A setting as it was found: the text, and the directory that relative paths in it start from."""
+    """The text of a setting, and the base directory of relative paths in it."""
 
     value: str
     base: Path
@@ -62,13 +62,13 @@ class Text:
 Parser = Callable[[Text], Any]
 
 
-def items(text: str) -> list[str]:
-    """Commas and line ends separate."""
+def split_items(text: str) -> list[str]:
+    """The items of a text, separated by commas, blanks or line ends."""
     return [part for part in re.split(r"[,\s]+", text.strip()) if part]
 
 
-def words(text: str) -> list[str]:
-    """Blanks and line ends separate; quotes as in a shell."""
+def split_words(text: str) -> list[str]:
+    """The words of a text, separated as in a shell. Raises ValueError for an open quote."""
     try:
         return shlex.split(text, comments=True)
     except ValueError as e:
@@ -76,13 +76,13 @@ def words(text: str) -> list[str]:
 
 
 def name_prefix(pattern: str) -> str:
-    """The literal beginning of a pattern, what this harness's names start with."""
+    """The literal beginning of a pattern, with which the names of this project's VMs start."""
     literal = _LITERAL.match(pattern)
     return (literal.group() if literal else "").rstrip("-.")
 
 
 def name_patterns(text: Text) -> tuple[str, ...]:
-    patterns = tuple(items(text.value))
+    patterns = tuple(split_items(text.value))
     for pattern in patterns:
         if not _PATTERN.match(pattern):
             raise ValueError(
@@ -91,43 +91,45 @@ def name_patterns(text: Text) -> tuple[str, ...]:
         literal = _LITERAL.match(pattern)
         if literal is None or len(literal.group()) < 3:
             raise ValueError(
-                f"the pattern {pattern!r} is too wide: it needs at least three literal characters at its "
+                f"the pattern {pattern!r} is too wide: expected at least three literal characters at its "
                 "beginning, like 'nested-pve*'"
             )
     prefix = name_prefix(patterns[0])
     if len(prefix) > 44 or not re.match(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?\Z", prefix):
         raise ValueError(
-            f"the names of VMs begin with the literal part of the first pattern; {prefix!r} is no good "
-            "beginning: letters, digits, '-' and '.', at most 44 of them"
+            f"the names of VMs begin with the literal part of the first pattern; {prefix!r} is invalid: "
+            "expected letters, digits, '-' and '.', at most 44 of them"
         )
     for name in (f"{prefix}-{_SAMPLE_RUN}", f"{prefix}-leaf-{_SAMPLE_RUN}"):
         if not fnmatch.fnmatchcase(name, patterns[0]):
             raise ValueError(
-                f"the first pattern, {patterns[0]!r}, does not match the names that VMs get ({name}): "
+                f"the first pattern, {patterns[0]!r}, does not match the names of VMs ({name}): "
                 f"end it with '*', like {prefix + '*'!r}"
             )
     return patterns
 
 
 def vmid_ranges(text: Text) -> tuple[tuple[int, int], ...]:
-    parts = items(text.value)
+    parts = split_items(text.value)
     if parts == ["any"]:
         return ANY_RANGE
     ranges = []
     for part in parts:
         match = re.match(r"(\d{1,9})(?:-(\d{1,9}))?\Z", part)
         if not match:
-            raise ValueError(f"expected VM ids like '99900-99999', a list of such, or 'any'; found {part!r}")
+            raise ValueError(
+                f"expected VM ids like '99900-99999', a list of ranges, or 'any'; found {part!r}"
+            )
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
-            raise ValueError(f"the range {part!r} ends before it begins; turn it round")
+            raise ValueError(f"the range {part!r} ends before it begins; reverse it")
         if low < VMID_MIN:
             raise ValueError(f"VM ids begin at {VMID_MIN}; found {part!r}")
         ranges.append((low, high))
     width = sum(high - low + 1 for low, high in ranges)
     if width > WIDEST_RANGE:
         raise ValueError(
-            f"the range {text.value.strip()!r} holds {width} ids, more than {WIDEST_RANGE}: make it narrower"
+            f"the range {text.value.strip()!r} holds {width} ids, more than {WIDEST_RANGE}: reduce it"
         )
     return tuple(ranges)
 
@@ -145,14 +147,14 @@ def host(text: Text) -> str:
         r"(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9_:\[\]][A-Za-z0-9._:\[\]-]*\Z", value
     ) or value.startswith("-"):
         raise ValueError(
-            "expected what ssh takes (a name of ~/.ssh/config, an address, user@host), or 'lab'; "
+            "expected a destination of ssh (a name of ~/.ssh/config, an address, user@host), or 'lab'; "
             f"found {value!r}"
         )
     return value
 
 
 def one_of_kind(what: str, pattern: str) -> Parser:
-    """A single word that matches `pattern`; `what` says in words what is expected."""
+    """A parser for one word that matches `pattern`; `what` describes it in messages."""
     compiled = re.compile(pattern)
 
     def parse(text: Text) -> str:
@@ -174,7 +176,7 @@ def url(text: Text) -> str:
 
 
 def without_password(value: str) -> str:
-    """An address with what stands between // and @ left out."""
+    """An address without user and password, which are between // and @."""
     return re.sub(r"(?<=//)[^/@\s]*@", "…@", value)
 
 
@@ -183,27 +185,29 @@ def ipconfig(text: Text) -> str:
 
     value = text.value.strip()
     for part in value.split(","):
-        key, _, given = part.partition("=")
+        key, _, address = part.partition("=")
         try:
-            if key == "ip" and given != "dhcp":
-                if "/" not in given:
+            if key == "ip" and address != "dhcp":
+                if "/" not in address:
                     raise ValueError("no prefix length")
-                ipaddress.IPv4Interface(given)
+                ipaddress.IPv4Interface(address)
             elif key == "gw":
-                ipaddress.IPv4Address(given)
-            elif key == "ip6" and given not in ("dhcp", "auto"):
-                ipaddress.IPv6Interface(given)
+                ipaddress.IPv4Address(address)
+            elif key == "ip6" and address not in ("dhcp", "auto"):
+                ipaddress.IPv6Interface(address)
             elif key == "gw6":
-                ipaddress.IPv6Address(given)
+                ipaddress.IPv6Address(address)
             elif key not in ("ip", "ip6"):
                 raise ValueError(f"no such key: {key}")
         except ValueError as e:
             raise ValueError(
-                f"expected what qm calls ipconfig0, 'ip=dhcp' or 'ip=192.0.2.9/24,gw=192.0.2.1'; "
+                f"expected a value of qm's ipconfig0, 'ip=dhcp' or 'ip=192.0.2.9/24,gw=192.0.2.1'; "
                 f"found {part!r} ({e})"
             ) from e
-    own, gateway = static_address(value), re.search(r"(?:\A|,)gw=([^,]+)", value)
-    if gateway is not None and (own is None or ipaddress.IPv4Address(gateway[1]) not in own.network):
+    interface, gateway = static_address(value), re.search(r"(?:\A|,)gw=([^,]+)", value)
+    if gateway is not None and (
+        interface is None or ipaddress.IPv4Address(gateway[1]) not in interface.network
+    ):
         raise ValueError(
             "expected a gateway in the network of the address, as in 'ip=192.0.2.9/24,gw=192.0.2.1'; "
             f"found {value!r}"
@@ -212,18 +216,18 @@ def ipconfig(text: Text) -> str:
 
 
 def static_address(value: str) -> IPv4Interface | None:
-    """The IPv4 address that an ipconfig gives; None if that comes by DHCP."""
+    """The IPv4 address in an ipconfig; None with DHCP."""
     import ipaddress
 
-    given = next((part[3:] for part in value.split(",") if part.startswith("ip=")), "dhcp")
-    return None if given == "dhcp" else ipaddress.IPv4Interface(given)
+    address = next((part[3:] for part in value.split(",") if part.startswith("ip=")), "dhcp")
+    return None if address == "dhcp" else ipaddress.IPv4Interface(address)
 
 
 _CHECKSUMS = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
 
 
 def image(text: Text) -> str:
-    """A volume as it is, `URL#algorithm:checksum`, or the absolute path of a file that is there."""
+    """A volume, `URL#algorithm:checksum`, or the absolute path of an existing file."""
     value = text.value.strip()
     if re.match(r"https?://", value):
         return _image_at(value)
@@ -232,23 +236,23 @@ def image(text: Text) -> str:
     path = absolute(value, text.base)
     if not path.is_file():
         raise ValueError(
-            "expected a volume like local:import/debian-13.qcow2, an address with the checksum behind it "
+            "expected a volume like local:import/debian-13.qcow2, an address followed by its checksum "
             f"like https://…/debian-13.qcow2#sha256:…, or a file; found {value!r}, and no file {path}"
         )
     return str(path)
 
 
 def _image_at(value: str) -> str:
-    address, _, given = value.partition("#")
-    algorithm, _, checksum = given.replace("=", ":", 1).partition(":")
+    address, _, suffix = value.partition("#")
+    algorithm, _, checksum = suffix.replace("=", ":", 1).partition(":")
     if not re.fullmatch(r"https?://[^\s/]+/\S+", address):
         raise ValueError(f"expected the address of a file, like https://…/debian-13.qcow2; found {address!r}")
     if not re.fullmatch(rf"[0-9a-fA-F]{{{_CHECKSUMS.get(algorithm, 1)}}}", checksum) or (
         algorithm not in _CHECKSUMS
     ):
         raise ValueError(
-            f"expected a checksum behind the address, as in {without_password(address)}#sha256:0123… "
-            f"with all its digits ({', '.join(_CHECKSUMS)}); found {given or 'none'!r}"
+            f"expected a checksum after the address, as in {without_password(address)}#sha256:0123… "
+            f"with all its digits ({', '.join(_CHECKSUMS)}); found {suffix or 'none'!r}"
         )
     return f"{address}#{algorithm}:{checksum.lower()}"
 
@@ -264,7 +268,7 @@ def count(what: str, low: int, high: int) -> Parser:
 
 
 def size(what: str, units: dict[str, int], low: int, high: int) -> Parser:
-    """A whole number with one of `units` behind it, a factor to the target unit ('': that itself)."""
+    """A parser for a whole number with a unit; `units`: factors to the target unit, '' without a unit."""
 
     def parse(text: Text) -> int:
         value = text.value.strip()
@@ -279,28 +283,28 @@ def size(what: str, units: dict[str, int], low: int, high: int) -> Parser:
 
 def seconds(text: Text) -> float:
     value = text.value.strip()
-    # Digits enough for years; more of them would be no time any more.
+    # Enough digits for years; a float of more digits might be infinite.
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)?", value)
     if not match or float(match[1]) <= 0:
-        raise ValueError(f"expected a time above 0 in seconds, or with m or h behind it; found {value!r}")
+        raise ValueError(f"expected a time above 0 in seconds, or with the unit m or h; found {value!r}")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
 
 
 def within_a_day(text: Text) -> float:
-    found = seconds(text)
-    if found > 24 * 3600:
-        raise ValueError(f"expected at most 24h, after which every run is over; found {text.value.strip()!r}")
-    return found
+    duration = seconds(text)
+    if duration > 24 * 3600:
+        raise ValueError(f"expected at most 24h, when every run expires; found {text.value.strip()!r}")
+    return duration
 
 
 def lease(text: Text) -> float:
-    found = within_a_day(text)
-    if found < LEAST_LEASE:
+    duration = within_a_day(text)
+    if duration < SHORTEST_LEASE:
         raise ValueError(
-            f"expected at least {LEAST_LEASE:g} s, as a live run renews it six times in its length; "
+            f"expected at least {SHORTEST_LEASE:g} s, because a run renews its lease six times within it; "
             f"found {text.value.strip()!r}"
         )
-    return found
+    return duration
 
 
 def factor(text: Text) -> float:
@@ -320,25 +324,25 @@ def boolean(text: Text) -> bool:
 
 
 def options(text: Text) -> dict[str, str]:
-    """`key=value` words, as qm takes them."""
+    """Words `key=value` with options of qm."""
     result: dict[str, str] = {}
-    for word in words(text.value):
+    for word in split_words(text.value):
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"expected key=value with an option of qm as key, like kvm=0; found {word!r}")
         option_name(key)
         if key in result:
-            raise ValueError(f"the option {key!r} is given twice")
+            raise ValueError(f"the option {key!r} is set twice")
         result[key] = value
     return result
 
 
 def option_name(name: object) -> str:
-    """The name of an option of a VM that may be chosen. Raises ValueError."""
+    """The name of an option of a VM that users may set. Raises ValueError."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         raise ValueError(f"expected an option of qm, like kvm; found {name!r}")
-    if why := _NOT_CHOSEN.get(name):
-        raise ValueError(f"the option {name!r} cannot be chosen: {why}")
+    if why := _RESERVED.get(name):
+        raise ValueError(f"the option {name!r} cannot be set: {why}")
     return name
 
 
@@ -371,24 +375,24 @@ def token_path(text: Text) -> str:
 
 
 def variables(text: Text) -> dict[str, Any]:
-    """A JSON object, or lines `key=value`; a value that is JSON becomes that, any other is a string."""
+    """A JSON object, or lines `key=value`; a value that is JSON is decoded, any other is a string."""
     value = text.value.strip()
     if value.startswith("{"):
         try:
-            found = json.loads(value)
+            decoded = json.loads(value)
         except ValueError as e:
             raise ValueError(f"expected a JSON object: {e}") from e
-        result = dict(found)
+        result = dict(decoded)
     else:
         result = {}
         for line in filter(None, (line.strip() for line in value.splitlines())):
-            key, equals, given = (part.strip() for part in line.partition("="))
+            key, equals, entry = (part.strip() for part in line.partition("="))
             if not equals:
                 raise ValueError(f"expected lines key=value, or a JSON object; found {line!r}")
             try:
-                result[key] = json.loads(given)
+                result[key] = json.loads(entry)
             except ValueError:
-                result[key] = given
+                result[key] = entry
     for key in result:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise ValueError(f"expected a variable name of letters, digits and _; found {key!r}")
@@ -396,11 +400,11 @@ def variables(text: Text) -> dict[str, Any]:
 
 
 def groups(text: Text) -> tuple[str, ...]:
-    found = tuple(items(text.value))
-    for name in found:
+    names = tuple(split_items(text.value))
+    for name in names:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"expected group names of letters, digits and _; found {name!r}")
-    return found
+    return names
 
 
 def directory(text: Text) -> Path:
@@ -415,66 +419,66 @@ def directories(text: Text) -> tuple[Path, ...]:
 
 
 def files(text: Text) -> tuple[Path, ...]:
-    """Files named one by one."""
-    found = []
-    for word in words(text.value):
+    """Words that are paths of readable files."""
+    paths = []
+    for word in split_words(text.value):
         path = absolute(word, text.base)
         try:
             with path.open("rb"):
                 pass
         except OSError as e:
             raise ValueError(f"expected a file that can be read; {path}: {e.strerror}") from e
-        found.append(path)
-    return tuple(found)
+        paths.append(path)
+    return tuple(paths)
 
 
-def directory_to_make(text: Text) -> Path:
-    """It need not be there, but has to be possible."""
+def creatable_directory(text: Text) -> Path:
+    """A directory that exists or can be created."""
     try:
         path = absolute(text.value.strip(), text.base)
-        there = next(each for each in (path, *path.parents) if each.exists())
-    except (OSError, RuntimeError) as e:  # no right to look, too long a name, ~ of nobody
-        raise ValueError(f"expected a directory, or one that can be made: {e}") from e
-    if not there.is_dir():
-        raise ValueError(f"expected a directory, or one that can be made: {there} is none")
+        existing = next(part for part in (path, *path.parents) if part.exists())
+    except (OSError, RuntimeError) as e:  # no permission, too long a name, ~ of an unknown user
+        raise ValueError(f"expected a directory, or one that can be created: {e}") from e
+    if not existing.is_dir():
+        raise ValueError(f"expected a directory, or one that can be created: {existing} is none")
     return path
 
 
 def sources(text: Text) -> tuple[Source, ...]:
-    """`name=path` or `name=git-url@ref` words."""
-    found: list[Source] = []
-    for word in words(text.value):
+    """Words `name=path` or `name=git-url@ref`."""
+    result: list[Source] = []
+    for word in split_words(text.value):
         name, equals, location = word.partition("=")
         if not equals or not location or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"expected name=path or name=git-url@ref; found {word!r}")
-        if any(name == each.name for each in found):
+        if any(name == source.name for source in result):
             raise ValueError(f"two sources are named {name!r}")
-        found.append(_source(name, location, text.base))
-    return tuple(found)
+        result.append(_source(name, location, text.base))
+    return tuple(result)
 
 
 def _source(name: str, location: str, base: Path) -> Source:
-    # A git URL is scheme://… or user@host:path; the ref stands behind the last @ of its path.
+    # A git URL is scheme://… or user@host:path; the ref is after the last @ of its path.
     match = re.fullmatch(r"((?:https?|ssh|git|file)://[^/]*/|[A-Za-z0-9._-]+@[A-Za-z0-9._-]+:)(.+)", location)
     if match:
         path, at, ref = match[2].rpartition("@")
         if at and (not path or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/+-]*", ref)):
             raise ValueError(
-                f"expected a branch, tag or commit behind the @; found {without_password(location)!r}"
+                f"expected a branch, tag or commit after the @; found {without_password(location)!r}"
             )
         return Source(name, match[1] + (path if at else ref), ref if at else None)
     if "://" in location:
         raise ValueError(
             f"expected a path or a git address (https, ssh, git, file); found {without_password(location)!r}"
         )
-    found = absolute(location, base)
-    if not found.is_dir():
-        raise ValueError(f"the source {name!r} is not there: {found} is no directory")
-    return Source(name, str(found))
+    path = absolute(location, base)
+    if not path.is_dir():
+        raise ValueError(f"the source {name!r} does not exist: {path} is no directory")
+    return Source(name, str(path))
 
 
 def absolute(value: str, base: Path) -> Path:
-    """`~` expanded, relative paths below `base`, `..` taken out; links are left alone."""
+    """An absolute path: `~` is expanded, `base` prepended, `..` resolved; links are not followed."""
     import os
 
     return Path(os.path.normpath(base / Path(value).expanduser()))

@@ -1,4 +1,4 @@
-"""All settings as one frozen value: command line over environment over ini over host profile over default."""
+"""All settings as a frozen value. Precedence: command line, environment, ini, host profile, default."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _DEFAULT = "default"
 
 
 class SettingsError(Exception):
-    """A setting, an option or a local file is not usable; the text names where the value came from."""
+    """A setting, an option or a local file is not usable; the message names the source of the value."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a session was told. Sizes: memory MiB, disk GiB; times: seconds.
+    """The settings and options of a session. Sizes: memory MiB, disk GiB; times: seconds.
 
-    `origins` says for each key (ini name without nested_pve_) where its value came from; `typed` is what
-    `-o` said of keys other than the host, by ini name, as it was typed.
+    `origins`: the source of each value, by key (ini name without nested_pve_). `typed`: the values of `-o`
+    for keys other than the host, by ini name, as text.
     """
 
     host: str | None = None
@@ -89,7 +89,7 @@ class Settings:
 
     @property
     def name_prefix(self) -> str:
-        """What the names of our VMs begin with: the literal part of the first pattern."""
+        """The beginning of the names of this project's VMs: the literal part of the first pattern."""
         return parsers.name_prefix(self.name_patterns[0])
 
     @property
@@ -98,14 +98,14 @@ class Settings:
         return self.vmid_ranges == parsers.ANY_RANGE
 
     def origin(self, key: str) -> str:
-        """Where the value of `key` came from, in words; `default` if nowhere."""
+        """The source of the value of `key`, in words; `default` without one."""
         return self.origins.get(key, _DEFAULT)
 
     def with_profile(self, profile: Mapping[str, str], *, where: str = "/etc/nested-pve.ini") -> Settings:
-        """These settings, with what the outer host's profile says where nothing else said anything.
+        """These settings, with the values of the outer host's profile for keys without another source.
 
-        `profile` holds texts by key; `where` names it in errors. Keys that a host may not set are
-        refused. Raises SettingsError.
+        `profile` holds texts by key; `where` is its name in messages. Raises SettingsError, also for keys
+        that a host may not set.
         """
         changes: dict[str, Any] = {}
         origins = dict(self.origins)
@@ -114,18 +114,18 @@ class Settings:
             if not key.profile or not text or key.name in self.origins:
                 continue
             if (key.name == "image" and self.template) or (key.name == "template" and self.image):
-                continue  # the user has chosen the other way to make the VM
+                continue  # the user has configured the alternative
             changes[key.target] = _parse(key, Text(text, Path("/")), f"{key.name} in {where}")
             if key.name == "image" and changes[key.target].startswith("/"):
                 raise SettingsError(
                     f"image in {where}: expected a volume, or a URL with its checksum; found {text!r}: a "
-                    "file would be one of whoever runs pytest"
+                    "file would be one of the machine that runs pytest"
                 )
             origins[key.name] = where
-        foreign = sorted(set(profile) - PROFILE_KEYS)
-        if foreign:
+        refused = sorted(set(profile) - PROFILE_KEYS)
+        if refused:
             raise SettingsError(
-                f"{where} sets {', '.join(foreign)}; a host may only set {', '.join(sorted(PROFILE_KEYS))}"
+                f"{where} sets {', '.join(refused)}; a host may only set {', '.join(sorted(PROFILE_KEYS))}"
             )
         return replace(self, **changes, origins=origins)
 
@@ -133,51 +133,50 @@ class Settings:
 def load(config: pytest.Config, environ: Mapping[str, str] | None = None) -> Settings:
     """The settings of this session; needs no host. Raises SettingsError."""
     env = os.environ if environ is None else environ
-    chosen: dict[str, Any] = {"run_dir": config.rootpath / ".nested-pve" / "runs"}
+    values: dict[str, Any] = {"run_dir": config.rootpath / ".nested-pve" / "runs"}
     origins: dict[str, str] = {}
     typed = overrides(config)
     for key in KEYS:
-        found = _find(config, key, typed, env)
-        if found is None:
+        source = _find(config, key, typed, env)
+        if source is None:
             continue
-        text, origin = found
-        chosen[key.target] = _parse(key, text, origin)
+        text, origin = source
+        values[key.target] = _parse(key, text, origin)
         origins[key.name] = origin
-    chosen.update(_actions(config))
+    values.update(_actions(config))
     attach = config.getoption("--nested-attach")
     if attach is not None:
-        # The only host that there is: all that is made is inside of it, and found there again.
-        where = Text(attach, Path(config.invocation_params.dir))
+        # The attached PVE is the only host: all objects of the run are inside it.
+        text = Text(attach, Path(config.invocation_params.dir))
         host = next(key for key in KEYS if key.name == "host")
-        chosen["attach"] = chosen["host"] = _parse(host, where, "--nested-attach")
+        values["attach"] = values["host"] = _parse(host, text, "--nested-attach")
         origins["host"] = "--nested-attach"
-    known = {each.name for each in fields(Settings)}
-    assert set(chosen) <= known, sorted(set(chosen) - known)
-    said = {key.ini: typed[key.ini] for key in KEYS if key.ini in typed and key.name != "host"}
-    return Settings(**chosen, origins=origins, typed=said)
+    known = {field.name for field in fields(Settings)}
+    assert set(values) <= known, sorted(set(values) - known)
+    texts = {key.ini: typed[key.ini] for key in KEYS if key.ini in typed and key.name != "host"}
+    return Settings(**values, origins=origins, typed=texts)
 
 
 def overrides(config: pytest.Config) -> dict[str, str]:
-    """What `-o key=value` says: it reaches a plugin as ini, but it is the command line and outranks the
-    environment."""
-    pairs = (given.split("=", 1) for given in getattr(config.option, "override_ini", None) or ())
+    """The values of `-o key=value`: passed as ini by pytest, but with precedence over the environment."""
+    pairs = (text.split("=", 1) for text in getattr(config.option, "override_ini", None) or ())
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 def _find(
     config: pytest.Config, key: Key, overrides: Mapping[str, str], env: Mapping[str, str]
 ) -> tuple[Text, str] | None:
-    here = Path(config.invocation_params.dir)
+    cwd = Path(config.invocation_params.dir)
     if key.name == "host":
-        given = config.getoption("--pve-host")
-        if given is not None:
-            return Text(given, here), "--pve-host"
+        value = config.getoption("--pve-host")
+        if value is not None:
+            return Text(value, cwd), "--pve-host"
     if overrides.get(key.ini, "").strip():
-        return Text(overrides[key.ini], here), f"-o {key.ini}"
+        return Text(overrides[key.ini], cwd), f"-o {key.ini}"
     if key.ini in overrides:
         return None
     if env.get(key.env, "").strip():
-        return Text(env[key.env], here), f"environment variable {key.env}"
+        return Text(env[key.env], cwd), f"environment variable {key.env}"
     file = config.inipath
     origin = f"{key.ini} in {file}"
     try:
@@ -185,7 +184,7 @@ def _find(
     except Exception as e:  # pytest.toml: TypeError up to 9.1, UsageError since
         raise SettingsError(f"{origin}: expected a string: {e}") from e
     if isinstance(value, (list, tuple)):
-        value = "\n".join(str(each) for each in value)
+        value = "\n".join(str(item) for item in value)
     text = "" if value is None else str(value)
     return (Text(text, file.parent if file else config.rootpath), origin) if text.strip() else None
 
@@ -198,20 +197,20 @@ def _parse(key: Key, text: Text, origin: str) -> Any:
 
 
 def _actions(config: pytest.Config) -> dict[str, Any]:
-    here = Path(config.invocation_params.dir)
+    cwd = Path(config.invocation_params.dir)
     option = config.getoption
     run_id = option("--nested-run")
     if run_id is not None and not parsers.RUN_ID.match(run_id):
         raise SettingsError(
-            "--nested-run: expected a run id of 12 hexadecimal digits, or template- and those of a template; "
+            "--nested-run: expected a run id of 12 hexadecimal digits, or template- and such an id; "
             f"found {run_id!r}"
         )
     paths: dict[str, Path | None] = {}
     for dest, name in (("context_file", "--context-file"), ("json_file", "--nested-json")):
-        given = option(name)
-        if given is not None and not given.strip():
-            raise SettingsError(f"{name}: expected the path of a file; found an empty text")
-        path = parsers.absolute(given, here) if given is not None else None
+        value = option(name)
+        if value is not None and not value.strip():
+            raise SettingsError(f"{name}: expected the path of a file; found an empty value")
+        path = parsers.absolute(value, cwd) if value is not None else None
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise SettingsError(
                 f"{name}: {path} cannot be written: "
@@ -232,27 +231,27 @@ def _actions(config: pytest.Config) -> dict[str, Any]:
         "yes": option("--nested-yes"),
         "run_id": run_id,
         "exec_command": command,
-        "env_file": _env_file(option("--nested-env-file"), here),
+        "env_file": _env_file(option("--nested-env-file"), cwd),
         **paths,
     }
 
 
-def _env_file(given: str | None, here: Path) -> Path | None:
-    if given is None:
+def _env_file(value: str | None, cwd: Path) -> Path | None:
+    if value is None:
         return None
-    if not given.strip():
-        raise SettingsError("--nested-env-file: expected the path of a file; found an empty text")
+    if not value.strip():
+        raise SettingsError("--nested-env-file: expected the path of a file; found an empty value")
     from pytest_nestedpve.config import env_file
 
-    path = parsers.absolute(given, here)
-    reason = env_file.fault(path)
+    path = parsers.absolute(value, cwd)
+    reason = env_file.find_fault(path)
     if reason:
         raise SettingsError(f"--nested-env-file: {reason}")
     return path
 
 
 def _check_context(path: Path | None) -> None:
-    """A context file that is there holds a JSON object; one that is not will be made."""
+    """Raises SettingsError for a context file that exists and is no JSON object."""
     if path is None:
         return
     from pytest_nestedpve.config import legacy_context
@@ -264,7 +263,7 @@ def _check_context(path: Path | None) -> None:
 
 
 def secret_destination(path: Path, settings: Settings) -> str:
-    """Where a secret goes: its place inside the source it lies in, else directly below sources_dest."""
+    """The destination of a secret: in its source, if it is inside one, else directly below sources_dest."""
     for source in settings.sources:
         if not source.is_git and path.is_relative_to(source.location):
             return os.path.join(settings.sources_dest, source.name, path.relative_to(source.location))

@@ -25,5 +25,5 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={value[key]}" for key in sorted(value)) or "none"
     if isinstance(value, tuple):
-        return ", ".join("-".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
+        return ", ".join("-".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
     return "none" if value is None else str(value)

@@ -276,7 +276,7 @@ def test_the_outer_host_of_the_ini_is_not_asked(attached: Attached) -> None:
             "--nested-attach and -o nested_pve_host contradict each other",
             marks=pytest.mark.thorough,
         ),
-        (("--nested-destroy-only",), "goes by `pytest --nested-destroy-only --pve-host pve1`"),
+        (("--nested-destroy-only",), "use `pytest --nested-destroy-only --pve-host pve1`"),
         (("--nested-keep",), "--nested-attach and --nested-keep contradict each other"),
         pytest.param(
             ("--nested-keep=on-failure",),

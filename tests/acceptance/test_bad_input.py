@@ -26,8 +26,8 @@ def untouched(project: pytest.Pytester) -> bool:
         (["-o", "nested_pve_vmid_range=90000-99999"], "holds 10000 ids"),
         (["-o", "nested_pve_name_pattern=*"], "three literal characters"),
         (["--pve-host", "-x"], "--pve-host"),
-        (["--pve-host", "a b"], "--pve-host: expected what ssh takes"),
-        (["--nested-yes"], "--nested-yes only goes with --nested-destroy-only"),
+        (["--pve-host", "a b"], "--pve-host: expected a destination of ssh"),
+        (["--nested-yes"], "--nested-yes is valid only with --nested-destroy-only"),
         (["--context-file", "broken.json"], "expected a JSON object in"),
         (["--context-file", "list.json"], "list.json"),
     ],
@@ -58,7 +58,7 @@ def test_a_bad_ini_value_names_the_file(project: pytest.Pytester) -> None:
     result = project.runpytest_inprocess()
     assert result.ret == 4
     assert (
-        f"nested_pve_sources in {project.path / 'tox.ini'}: the source 'x' is not there"
+        f"nested_pve_sources in {project.path / 'tox.ini'}: the source 'x' does not exist"
         in result.stderr.str()
     )
 

@@ -279,7 +279,7 @@ def test_a_kept_environment_stays_and_the_file_goes_with_the_ports_that_it_names
         (["--nested-env-file", "no/where"], "there is no directory"),
         (["--nested-env-file", "conftest.py"], "exists and was not written by a session"),
         (["--nested-env-file", "link"], "is not a file"),
-        (["--nested-env-file", "x", "-n2"], "--nested-env-file does not go with xdist"),
+        (["--nested-env-file", "x", "-n2"], "--nested-env-file cannot be used with xdist"),
     ],
 )
 def test_what_cannot_be_meant_is_status_4_before_anything_is_touched(

@@ -153,7 +153,7 @@ def test_a_file_is_looked_for_where_the_setting_stands(tmp_path: Path) -> None:
 def test_the_profile_of_a_host_names_no_file_of_whoever_runs_pytest(tmp_path: Path) -> None:
     file = tmp_path / "debian.qcow2"
     file.write_bytes(b"the image")
-    with pytest.raises(SettingsError, match="a file would be one of whoever runs pytest"):
+    with pytest.raises(SettingsError, match="a file would be one of the machine that runs pytest"):
         Settings().with_profile({"image": str(file)})
     assert Settings().with_profile({"image": f"{URL}#sha256:{SUM}"}).image == f"{URL}#sha256:{SUM}"
 

@@ -1,4 +1,4 @@
-"""Variables, roots, files and passwords for programs of other people; a command that gets signals first."""
+"""Variables, certificates, files and passwords for other programs; the command of --nested-exec."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ ROOT = b"-----BEGIN CERTIFICATE-----\nsystem\n-----END CERTIFICATE-----\n"
 
 
 class Ssh:
-    """What stands for both hosts: it remembers what it was asked."""
+    """An SSH connection to both hosts that records its commands."""
 
     target = SimpleNamespace(alias="father")
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, bytes | None, bool]] = []
+        self.commands: list[tuple[Any, bytes | None, bool]] = []
         self.forwards: list[tuple[str, int]] = []
         self.rc = 0
 
@@ -53,12 +53,12 @@ class Ssh:
         self, command: Any, *, stdin: bytes | None = None, timeout: float = 0, secret: bool = False
     ) -> CommandResult:
         del timeout
-        self.asked.append((command, stdin, secret))
+        self.commands.append((command, stdin, secret))
         return CommandResult("chpasswd", self.rc, b"", b"chpasswd: no", 1.0, secret)
 
 
 class Env:
-    """As much of an environment as NestedPve needs."""
+    """The part of an environment that NestedPve uses."""
 
     attached = False
 
@@ -89,13 +89,13 @@ class Env:
 
 @pytest.fixture
 def env(tmp_path: Path) -> Iterator[Env]:
-    made = Env(tmp_path / "run")
-    directory = made.run.directory
+    env = Env(tmp_path / "run")
+    directory = env.run.directory
     directory.write("api_token", TOKEN + "\n")
     directory.write("pve-root-ca.pem", ROOT.replace(b"system", b"nested"))
     directory.pin_host_keys("nested-pve-1", [KEY])
-    yield made
-    for close in made.closing:
+    yield env
+    for close in env.closing:
         close()
 
 
@@ -107,7 +107,7 @@ def nested(env: Env) -> NestedPve:
 # -- variables --------------------------------------------------------------------------------------
 
 
-def test_each_consumer_gets_the_names_that_it_reads(nested: NestedPve) -> None:
+def test_variables_have_the_names_that_the_consumer_reads(nested: NestedPve) -> None:
     url = nested.api_url
     host, port = nested.forward(8006)
     assert url == f"https://{host}:{port}"
@@ -130,7 +130,7 @@ def test_each_consumer_gets_the_names_that_it_reads(nested: NestedPve) -> None:
         nested.environ("pulumi")
 
 
-def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -> None:
+def test_variables_of_all_consumers_do_not_contradict_each_other(nested: NestedPve) -> None:
     everything = nested.environ()
     for name in tool_environment.CONSUMERS:
         assert nested.environ(name).items() <= everything.items()
@@ -141,7 +141,7 @@ def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "no_proxy"),
     [
         ({}, None),
         ({"HTTPS_PROXY": "http://proxy:3128"}, "127.0.0.1"),
@@ -149,16 +149,14 @@ def test_all_of_them_together_contradict_each_other_nowhere(nested: NestedPve) -
         ({"all_proxy": "socks5://proxy", "no_proxy": "127.0.0.1"}, "127.0.0.1"),
     ],
 )
-def test_a_proxy_is_not_asked_for_the_forwards(environ: dict[str, str], said: str | None) -> None:
+def test_forwards_are_excluded_from_the_proxy(environ: dict[str, str], no_proxy: str | None) -> None:
     roots = dict.fromkeys(tool_environment.ROOTS, Path("roots"))
     api = tool_environment.Api("127.0.0.1", 1, TOKEN, Path("ca"), roots)
-    found = tool_environment.variables(api, ("bpg",), environ)
-    assert (found.get("no_proxy"), found.get("NO_PROXY")) == (said, said)
+    variables = tool_environment.variables(api, ("bpg",), environ)
+    assert (variables.get("no_proxy"), variables.get("NO_PROXY")) == (no_proxy, no_proxy)
 
 
-def test_a_token_that_is_asked_for_too_early_names_the_phase_that_makes_it(
-    env: Env, nested: NestedPve
-) -> None:
+def test_the_error_for_a_missing_token_names_the_phase_that_creates_it(env: Env, nested: NestedPve) -> None:
     (env.run.dir / "api_token").unlink()
     with pytest.raises(NotReady, match="setup_repos"):
         nested.environ("bpg")
@@ -169,13 +167,13 @@ def test_the_token_is_in_no_repr(env: Env, nested: NestedPve) -> None:
     assert TOKEN.partition("=")[2] not in repr(api) + repr(nested) + repr(env.run)
 
 
-def test_a_forward_is_opened_once_and_ends_with_the_environment(env: Env, nested: NestedPve) -> None:
+def test_a_forward_is_opened_once_and_closed_with_the_environment(env: Env, nested: NestedPve) -> None:
     assert nested.forward(8006) == nested.forward(8006) != nested.forward(22)
     assert env.ssh.forwards == [("10.77.7.50", 8006), ("10.77.7.50", 22)]
     assert len(env.closing) == 2
 
 
-def test_the_host_keys_are_known_under_the_forward_s_address_too(env: Env, nested: NestedPve) -> None:
+def test_the_host_keys_are_pinned_for_the_address_of_the_forward(env: Env, nested: NestedPve) -> None:
     host, port = nested.forward(22)
     lines = nested.known_hosts.read_text().splitlines()
     assert lines == [f"nested-pve-1 {KEY}", f"[{host}]:{port} {KEY}"]
@@ -183,10 +181,10 @@ def test_the_host_keys_are_known_under_the_forward_s_address_too(env: Env, neste
         env.run.directory.pin_forward(("127.0.0.1", 1), "another")
 
 
-# -- roots ------------------------------------------------------------------------------------------
+# -- certificates -----------------------------------------------------------------------------------
 
 
-def test_the_system_s_roots_stay_trusted(nested: NestedPve) -> None:
+def test_the_certificates_of_the_system_remain_trusted(nested: NestedPve) -> None:
     for variable in tool_environment.ROOTS:
         file = Path(nested.environ()[variable])
         assert file.read_bytes().endswith(b"-----BEGIN CERTIFICATE-----\nnested\n-----END CERTIFICATE-----\n")
@@ -195,17 +193,17 @@ def test_the_system_s_roots_stay_trusted(nested: NestedPve) -> None:
     assert Path(nested.environ()["NESTED_CA_FILE"]).read_bytes().count(b"BEGIN CERTIFICATE") == 1
 
 
-def test_roots_that_the_user_chose_are_what_ours_is_added_to(tmp_path: Path) -> None:
+def test_the_certificate_is_added_to_those_that_the_user_configured(tmp_path: Path) -> None:
     (tmp_path / "company.pem").write_bytes(ROOT)
-    chosen = {"SSL_CERT_FILE": str(tmp_path / "company.pem")}
-    assert certificate_bundle.with_roots("SSL_CERT_FILE", b"ours\n", chosen) == ROOT + b"ours\n"
+    configured = {"SSL_CERT_FILE": str(tmp_path / "company.pem")}
+    assert certificate_bundle.with_roots("SSL_CERT_FILE", b"ours\n", configured) == ROOT + b"ours\n"
     assert (
-        certificate_bundle.with_roots("REQUESTS_CA_BUNDLE", b"ours\n", chosen).count(b"BEGIN CERTIFICATE")
+        certificate_bundle.with_roots("REQUESTS_CA_BUNDLE", b"ours\n", configured).count(b"BEGIN CERTIFICATE")
         > 20
     )
 
 
-def test_what_openssl_makes_of_the_roots_is_all_of_them(tmp_path: Path) -> None:
+def test_openssl_reads_all_certificates_of_the_bundle(tmp_path: Path) -> None:
     bundle = tmp_path / "roots.pem"
     bundle.write_bytes(certificate_bundle.with_roots("SSL_CERT_FILE", b"", {}))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -216,22 +214,22 @@ def test_what_openssl_makes_of_the_roots_is_all_of_them(tmp_path: Path) -> None:
 # -- the password -------------------------------------------------------------------------------------
 
 
-def test_the_password_is_made_once_and_goes_only_through_standard_input(env: Env, nested: NestedPve) -> None:
+def test_the_password_is_created_once_and_passed_by_standard_input(env: Env, nested: NestedPve) -> None:
     password = nested.root_password
     assert len(password) >= 24
     assert NestedPve(cast(Environment, env)).root_password == password
-    # Set again, for a nested PVE that has gone back to an earlier state.
-    assert env.ssh.asked == [(["chpasswd"], f"root:{password}\n".encode(), True)] * 2
+    # Set again: the nested PVE may have been reset to an earlier state.
+    assert env.ssh.commands == [(["chpasswd"], f"root:{password}\n".encode(), True)] * 2
     assert env.masker.mask(f"it is {password}") == "it is ********"
     assert password not in repr(nested)
     assert stat.S_IMODE((env.run.dir / "root_password").stat().st_mode) == 0o600
 
 
-def test_a_password_that_could_not_be_set_is_none(env: Env, nested: NestedPve) -> None:
+def test_a_password_that_cannot_be_set_is_not_stored(env: Env, nested: NestedPve) -> None:
     env.ssh.rc = 1
     with pytest.raises(CommandFailed) as error:
         _ = nested.root_password
-    (_, stdin, _), *_ = env.ssh.asked
+    (_, stdin, _), *_ = env.ssh.commands
     assert stdin is not None
     assert stdin.decode().strip().partition(":")[2] not in str(error.value)
     assert not (env.run.dir / "root_password").exists()
@@ -247,20 +245,20 @@ VALUES = {
 }
 
 
-def test_a_shell_reads_the_values_as_they_are(tmp_path: Path) -> None:
+def test_a_shell_reads_the_values_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "nested.env"
     env_file.write(file, env_file.text(VALUES, "0123456789ab"))
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     script = 'set -a; . "$0"; exec "$1" -c "import os, json; print(json.dumps(dict(os.environ)))"'
     command = ["sh", "-ec", script, str(file), sys.executable]
-    said = subprocess.run(command, env={}, capture_output=True, check=True).stdout
+    output = subprocess.run(command, env={}, capture_output=True, check=True).stdout
     import json
 
-    found = json.loads(said)
-    assert {name: found[name] for name in VALUES} == VALUES
+    variables = json.loads(output)
+    assert {name: variables[name] for name in VALUES} == VALUES
 
 
-def test_only_what_a_shell_would_misread_is_in_quotes() -> None:
+def test_only_values_with_special_characters_are_quoted() -> None:
     lines = env_file.text(VALUES, "0123456789ab").splitlines()
     assert f"PLAIN={TOKEN}" in lines
     assert "URL=https://127.0.0.1:40123/api2/json" in lines
@@ -269,7 +267,7 @@ def test_only_what_a_shell_would_misread_is_in_quotes() -> None:
         env_file.text({"KEY": "a\nb"}, "0123456789ab")
 
 
-def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
+def test_a_file_of_the_user_is_neither_replaced_nor_deleted(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("MINE=1\n")
     with pytest.raises(PveError, match="was not written by a session"):
@@ -279,7 +277,7 @@ def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
 
 
-def test_only_the_run_whose_file_it_is_removes_it(tmp_path: Path) -> None:
+def test_a_file_is_deleted_only_by_its_run(tmp_path: Path) -> None:
     file = tmp_path / "nested.env"
     env_file.write(file, env_file.text({}, "0123456789ab"))
     env_file.remove(file, "ba9876543210")
@@ -289,18 +287,18 @@ def test_only_the_run_whose_file_it_is_removes_it(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_a_directory_that_cannot_be_written_is_said_beforehand(
+def test_a_directory_that_is_not_writable_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may write anywhere.
+    # Replaced, because the tests may run as root.
     monkeypatch.setattr(os, "access", lambda _path, _mode: False)
-    assert env_file.fault(tmp_path / "x") == f"the directory {tmp_path} is not writable"
+    assert env_file.find_fault(tmp_path / "x") == f"the directory {tmp_path} is not writable"
 
 
 # -- the command --------------------------------------------------------------------------------------
 
 
-def run(text: str, folder: Path, before: Sequence[int] = ()) -> int:
+def run_command(text: str, folder: Path, before: Sequence[int] = ()) -> int:
     command = Command(text, folder=folder, environ=os.environ)
     for signum in before:
         command.deliver(signum)
@@ -308,12 +306,12 @@ def run(text: str, folder: Path, before: Sequence[int] = ()) -> int:
 
 
 @pytest.mark.parametrize(("text", "status"), [("exit 0", 0), ("exit 200", 200), ("kill -USR1 $$", 138)])
-def test_the_status_is_what_a_shell_would_say(tmp_path: Path, text: str, status: int) -> None:
-    assert run(text, tmp_path) == status
+def test_the_exit_status_is_that_of_a_shell(tmp_path: Path, text: str, status: int) -> None:
+    assert run_command(text, tmp_path) == status
 
 
-def test_a_command_that_was_interrupted_before_it_began_is_not_run(tmp_path: Path) -> None:
-    assert run("touch ran", tmp_path, [signal.SIGTERM]) == 143
+def test_a_command_that_is_interrupted_before_its_start_is_not_run(tmp_path: Path) -> None:
+    assert run_command("touch ran", tmp_path, [signal.SIGTERM]) == 143
     assert not (tmp_path / "ran").exists()
 
 
@@ -322,28 +320,28 @@ def test_the_third_signal_kills_at_once(tmp_path: Path) -> None:
         "trap '' TERM; echo up >up; while :; do sleep 0.05; done", folder=tmp_path, environ=os.environ
     )
 
-    def strike() -> None:
+    def send_signals() -> None:
         pause = threading.Event()
         while not (tmp_path / "up").exists():
             pause.wait(0.02)
         for _ in range(3):
             command.deliver(signal.SIGTERM)
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=send_signals)
     thread.start()
     assert command.run() == 128 + signal.SIGKILL
     thread.join()
 
 
-def test_signals_go_elsewhere_while_they_are_diverted(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    guard = SignalGuard(stop=lambda _: None, say=lambda _: None, give_up=lambda _: given.append(-1))
+def test_diverted_signals_are_passed_on_and_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    guard = SignalGuard(stop=lambda _: None, say=lambda _: None, give_up=lambda _: received.append(-1))
     guard.install()
     try:
-        with guard.diverted(given.append):
+        with guard.diverted(received.append):
             for _ in range(3):
                 signal.raise_signal(signal.SIGINT)
-        assert given == [signal.SIGINT] * 3
+        assert received == [signal.SIGINT] * 3
         assert guard.received == [signal.SIGINT]
         monkeypatch.setattr(guard, "_first_at", 0.0)
         with pytest.raises(Interrupted):
@@ -362,15 +360,15 @@ def test_signals_go_elsewhere_while_they_are_diverted(monkeypatch: pytest.Monkey
         (3, False, 15, 143),
     ],
 )
-def test_the_status_of_the_session_is_the_command_s_unless_a_signal_ended_it(
+def test_the_session_exits_with_the_status_of_the_command_or_of_the_signal(
     command: int | None, left: bool, signum: int | None, status: int
 ) -> None:
     assert Tally(command=command, left=left, signum=signum).status(1, executes=True) == status
 
 
-def test_something_left_is_told_after_a_good_command() -> None:
+def test_leftovers_fail_the_session_after_a_successful_command() -> None:
     assert Tally(command=0, left=True).status(0, executes=True) == 1
 
 
-def test_settings_that_nobody_gave_are_none() -> None:
+def test_command_and_file_are_none_by_default() -> None:
     assert (Settings().exec_command, Settings().env_file) == (None, None)

@@ -1,4 +1,4 @@
-"""The context file only adds candidates, and keeps what it does not know."""
+"""The context file: VM ids are read from it, and other keys are preserved."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ NESTED = ContextVm("nested-pve-3fa9c2d41b07", 99911, "10.0.0.9")
 LEAF = ContextVm("nested-pve-leaf-3fa9c2d41b07", 99922)
 
 
-def test_unknown_keys_survive_a_save_and_a_clean_up(tmp_path: Path) -> None:
+def test_other_keys_are_preserved_by_save_and_forget(tmp_path: Path) -> None:
     path = tmp_path / "context.json"
-    theirs = {"site": {"rack": [1, 2]}, "discovered_vms": [{"vmid": 105, "why": "x"}], "other_vm_id": 200}
-    path.write_text(json.dumps(theirs))
+    others = {"site": {"rack": [1, 2]}, "discovered_vms": [{"vmid": 105, "why": "x"}], "other_vm_id": 200}
+    path.write_text(json.dumps(others))
     save(path, NESTED, LEAF)
     saved = load(path)
     assert saved["inner_ip"] == saved["node_ip"] == "10.0.0.9"
     assert saved["nested-pve_vm_id"] == 99911
     assert vmids(saved) >= {99911, 99922, 105, 200}
-    assert theirs.items() <= saved.items()
+    assert others.items() <= saved.items()
     forget(path, NESTED, LEAF)
-    left = load(path)
-    assert theirs.items() <= left.items()
-    assert vmids(left) == {105, 200}
+    context = load(path)
+    assert others.items() <= context.items()
+    assert vmids(context) == {105, 200}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "[" * 100_000, "\x00"], ids=lambda text: repr(text[:4]))
-def test_a_malformed_file_is_a_clear_error(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "context.json"
     path.write_text(text)
     with pytest.raises(ContextError, match=r"context\.json.*JSON object|JSON object in .*context\.json"):
         load(path)
 
 
-def test_a_file_that_is_not_there_is_an_empty_context(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_empty_context(tmp_path: Path) -> None:
     assert load(tmp_path / "none.json") == {}
 
 
@@ -52,5 +52,5 @@ def test_a_file_that_is_not_there_is_an_empty_context(tmp_path: Path) -> None:
         ),
     )
 )
-def test_nothing_but_ids_ever_comes_out(context: dict[str, object]) -> None:
+def test_only_valid_vm_ids_are_read(context: dict[str, object]) -> None:
     assert all(type(vmid) is int and 100 <= vmid <= 999_999_999 for vmid in vmids(context))

@@ -1,4 +1,4 @@
-"""Settings: which source wins, what is refused, and that an error names where the value came from."""
+"""Settings: precedence of their sources, invalid values, and the source of a value in errors."""
 
 from __future__ import annotations
 
@@ -11,92 +11,94 @@ from pytest_nestedpve.config.settings import PROFILE_KEYS, Settings, SettingsErr
 from pytest_nestedpve.run import rerun_commands
 
 
-def settings(
+def read_settings(
     pytester: pytest.Pytester, *args: str, ini: str = "", env: dict[str, str] | None = None
 ) -> Settings:
     pytester.makeini("[pytest]\n" + ini)
     config = pytester.parseconfig(*args)
-    found = load(config, env or {})
-    conflicts.check(found, config)
-    return found
+    settings = load(config, env or {})
+    conflicts.check(settings, config)
+    return settings
 
 
-def test_nothing_said_means_the_documented_defaults(pytester: pytest.Pytester) -> None:
-    found = settings(pytester)
-    assert found.host is None
-    assert (found.cores, found.memory, found.disk) == (2, 8192, 64)
-    assert found.name_patterns == ("nested-pve*",)
-    assert found.vmid_ranges == ((99900, 99999),)
-    assert found.run_dir == pytester.path / ".nested-pve" / "runs"
-    assert found.lease == 1800
+def test_without_configuration_the_documented_defaults_are_used(pytester: pytest.Pytester) -> None:
+    settings = read_settings(pytester)
+    assert settings.host is None
+    assert (settings.cores, settings.memory, settings.disk) == (2, 8192, 64)
+    assert settings.name_patterns == ("nested-pve*",)
+    assert settings.vmid_ranges == ((99900, 99999),)
+    assert settings.run_dir == pytester.path / ".nested-pve" / "runs"
+    assert settings.lease == 1800
 
 
-def test_command_line_beats_environment_beats_ini_beats_profile(pytester: pytest.Pytester) -> None:
+def test_precedence_is_command_line_environment_ini_profile(pytester: pytest.Pytester) -> None:
     ini = "nested_pve_storage = from-ini\nnested_pve_bridge = vmbr7\nnested_pve_cores = 3\n"
     env = {"NESTED_PVE_STORAGE": "from-env", "NESTED_PVE_CORES": "4"}
-    found = settings(pytester, "-o", "nested_pve_storage=from-line", ini=ini, env=env)
-    found = found.with_profile({"bridge": "vmbr9", "image": "local:import/x.raw", "storage": "from-host"})
-    assert found.storage == "from-line"
-    assert found.cores == 4
-    assert found.bridge == "vmbr7"
-    assert found.image == "local:import/x.raw"
-    assert found.origin("storage") == "-o nested_pve_storage"
-    assert found.origin("cores") == "environment variable NESTED_PVE_CORES"
-    assert found.origin("bridge").startswith("nested_pve_bridge in ")
-    assert found.origin("image") == "/etc/nested-pve.ini"
+    settings = read_settings(pytester, "-o", "nested_pve_storage=from-line", ini=ini, env=env)
+    settings = settings.with_profile(
+        {"bridge": "vmbr9", "image": "local:import/x.raw", "storage": "from-host"}
+    )
+    assert settings.storage == "from-line"
+    assert settings.cores == 4
+    assert settings.bridge == "vmbr7"
+    assert settings.image == "local:import/x.raw"
+    assert settings.origin("storage") == "-o nested_pve_storage"
+    assert settings.origin("cores") == "environment variable NESTED_PVE_CORES"
+    assert settings.origin("bridge").startswith("nested_pve_bridge in ")
+    assert settings.origin("image") == "/etc/nested-pve.ini"
 
 
-def test_pve_host_on_the_command_line_beats_the_environment(pytester: pytest.Pytester) -> None:
-    found = settings(
+def test_pve_host_on_the_command_line_has_precedence_over_the_environment(pytester: pytest.Pytester) -> None:
+    settings = read_settings(
         pytester, "--pve-host", "father", ini="nested_pve_host = lab", env={"NESTED_PVE_HOST": "x"}
     )
-    assert found.host == "father"
-    assert found.origin("host") == "--pve-host"
+    assert settings.host == "father"
+    assert settings.origin("host") == "--pve-host"
 
 
 @pytest.mark.parametrize(
-    ("names", "also"),
+    ("names", "other"),
     [("a/token b/token", "a/token"), ("a/site", "the source site"), ("a/.nested-pve", "the record")],
 )
-def test_two_things_for_one_place_on_the_nested_pve_are_refused(
-    pytester: pytest.Pytester, names: str, also: str
+def test_two_files_with_the_same_destination_on_the_nested_pve_are_refused(
+    pytester: pytest.Pytester, names: str, other: str
 ) -> None:
     for name in ("a/token", "b/token", "a/site", "a/.nested-pve", "project/token"):
         path = pytester.path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
     ini = "nested_pve_sources = site=project\nnested_pve_secrets = "
-    # the same one twice, and one that has its place in its source
-    assert settings(pytester, ini=f"{ini}a/token a/token project/token").secrets
-    with pytest.raises(SettingsError, match=f"nested_pve_secrets in .*{also}.*, both for /opt/sources/"):
-        settings(pytester, ini=ini + names)
+    # the same file twice, and a file inside a source
+    assert read_settings(pytester, ini=f"{ini}a/token a/token project/token").secrets
+    with pytest.raises(SettingsError, match=f"nested_pve_secrets in .*{other}.*, both for /opt/sources/"):
+        read_settings(pytester, ini=ini + names)
 
 
-def test_an_empty_value_counts_as_not_set(pytester: pytest.Pytester) -> None:
-    found = settings(pytester, ini="nested_pve_host = father", env={"NESTED_PVE_HOST": ""})
-    assert found.host == "father"
-    assert settings(pytester, "-o", "nested_pve_host=", ini="nested_pve_host = father").host is None
+def test_an_empty_value_is_ignored(pytester: pytest.Pytester) -> None:
+    settings = read_settings(pytester, ini="nested_pve_host = father", env={"NESTED_PVE_HOST": ""})
+    assert settings.host == "father"
+    assert read_settings(pytester, "-o", "nested_pve_host=", ini="nested_pve_host = father").host is None
 
 
-def test_a_host_may_not_choose_what_the_client_runs(pytester: pytest.Pytester) -> None:
-    found = settings(pytester)
+def test_a_profile_with_any_other_key_is_refused(pytester: pytest.Pytester) -> None:
+    settings = read_settings(pytester)
     for key in {key.name for key in keys.KEYS} - PROFILE_KEYS:
         with pytest.raises(SettingsError, match=key):
-            found.with_profile({key: "x"})
+            settings.with_profile({key: "x"})
 
 
-def test_the_profile_does_not_add_an_image_to_a_chosen_template(pytester: pytest.Pytester) -> None:
-    found = settings(pytester, ini="nested_pve_template = 9000")
-    assert found.with_profile({"image": "local:import/x.raw"}).image is None
+def test_the_profile_does_not_add_an_image_to_a_configured_template(pytester: pytest.Pytester) -> None:
+    settings = read_settings(pytester, ini="nested_pve_template = 9000")
+    assert settings.with_profile({"image": "local:import/x.raw"}).image is None
 
 
-def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> None:
+def test_the_error_for_an_invalid_profile_value_names_the_profile(pytester: pytest.Pytester) -> None:
     with pytest.raises(SettingsError, match=r"mirror in /etc/nested-pve\.ini: expected an address"):
-        settings(pytester).with_profile({"mirror": "ftp://x"})
+        read_settings(pytester).with_profile({"mirror": "ftp://x"})
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "message"),
     [
         ("name_pattern", "*", "three literal characters"),
         ("name_pattern", "ne*", "three literal characters"),
@@ -109,8 +111,8 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("vmid_range", "1000-1600,3000-3600", "holds 1202 ids"),
         ("vmid_range", "abc", "expected VM ids"),
         ("vmid_range", "100-200-300", "expected VM ids"),
-        ("host", "-oProxyCommand=x", "expected what ssh takes"),
-        ("host", "a b", "expected what ssh takes"),
+        ("host", "-oProxyCommand=x", "expected a destination of ssh"),
+        ("host", "a b", "expected a destination of ssh"),
         ("host", "lab:../x", "expected 'lab' or 'lab:NAME'"),
         ("cores", "0", "from 1 to 512"),
         ("cores", "two", "from 1 to 512"),
@@ -121,10 +123,10 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("ipconfig", "ip=10.0.0.5/24,gw=10.0.1.1", "gateway in the network"),
         ("ipconfig", "address=1", "ip=dhcp"),
         ("vm_options", "kvm", "key=value"),
-        ("vm_options", "kvm=0 kvm=1", "given twice"),
-        ("vm_options", "description=ours", "proved to be of a run"),
-        ("vm_options", "kvm=0 protection=1", "would be left behind"),
-        ("leaf_options", "name=ci-box", "proved to be of a run"),
+        ("vm_options", "kvm=0 kvm=1", "set twice"),
+        ("vm_options", "description=ours", "to identify its own VMs"),
+        ("vm_options", "kvm=0 protection=1", "would be left over"),
+        ("leaf_options", "name=ci-box", "to identify its own VMs"),
         ("leaf_options", "delete=net0", "no part of a VM's configuration"),
         ("vm_options", 'args="-cpu', "do not close"),
         ("extra_vars", "{", "JSON object"),
@@ -135,7 +137,7 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
         ("playbook_dir", "missing", "directory that exists"),
         ("run_dir", "/etc/passwd/runs", "/etc/passwd is none"),
         ("run_dir", "/tmp/" + "a" * 300, "File name too long"),
-        ("run_dir", "~nobody-of-that-name/runs", "a directory, or one that can be made"),
+        ("run_dir", "~nobody-of-that-name/runs", "a directory, or one that can be created"),
         ("roles_path", "missing", "directory that exists"),
         ("bootstrap", "nowhere:make", "name of a source"),
         ("token_path", "nowhere:x.yaml:a.b", "name of a source"),
@@ -163,8 +165,8 @@ def test_a_bad_profile_value_names_the_profile(pytester: pytest.Pytester) -> Non
     ],
 )
 @pytest.mark.parametrize("source", ["ini", "environment", "command line"])
-def test_a_malformed_value_is_refused_and_its_source_named(
-    pytester: pytest.Pytester, key: str, value: str, says: str, source: str
+def test_an_invalid_value_is_refused_with_its_source_in_the_error(
+    pytester: pytest.Pytester, key: str, value: str, message: str, source: str
 ) -> None:
     ini, env, args, origin = "", {}, [], ""
     if source == "ini":
@@ -174,41 +176,41 @@ def test_a_malformed_value_is_refused_and_its_source_named(
     else:
         args, origin = ["-o", f"nested_pve_{key}={value}"], f"-o nested_pve_{key}"
     with pytest.raises(SettingsError) as caught:
-        settings(pytester, *args, ini=ini, env=env)
+        read_settings(pytester, *args, ini=ini, env=env)
     assert str(caught.value).startswith(origin + ": ")
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_any_is_allowed_as_a_range(pytester: pytest.Pytester) -> None:
-    found = settings(pytester, ini="nested_pve_vmid_range = any")
-    assert found.any_id
-    assert not settings(pytester).any_id
+def test_any_is_a_valid_range(pytester: pytest.Pytester) -> None:
+    settings = read_settings(pytester, ini="nested_pve_vmid_range = any")
+    assert settings.any_id
+    assert not read_settings(pytester).any_id
 
 
-def test_patterns_and_ranges_take_lists(pytester: pytest.Pytester) -> None:
-    found = settings(
+def test_patterns_and_ranges_can_be_lists(pytester: pytest.Pytester) -> None:
+    settings = read_settings(
         pytester,
         ini="nested_pve_name_pattern = nested-pve*,child-pve*\nnested_pve_vmid_range = 99800-99999, 500",
     )
-    assert found.name_patterns == ("nested-pve*", "child-pve*")
-    assert found.vmid_ranges == ((99800, 99999), (500, 500))
-    assert found.name_prefix == "nested-pve"
+    assert settings.name_patterns == ("nested-pve*", "child-pve*")
+    assert settings.vmid_ranges == ((99800, 99999), (500, 500))
+    assert settings.name_prefix == "nested-pve"
 
 
 def test_sources_are_paths_or_git_addresses(pytester: pytest.Pytester) -> None:
     pytester.mkdir("site")
-    found = settings(
+    settings = read_settings(
         pytester,
         ini="nested_pve_sources =\n    site=site\n    a=https://git.example/x/y.git@feature/z\n"
         "    b=git@git.example:x/y.git@v1\n    c=ssh://git@git.example/x.git\n",
     )
-    assert found.sources == (
+    assert settings.sources == (
         parsers.Source("site", str(pytester.path / "site")),
         parsers.Source("a", "https://git.example/x/y.git", "feature/z"),
         parsers.Source("b", "git@git.example:x/y.git", "v1"),
         parsers.Source("c", "ssh://git@git.example/x.git"),
     )
-    assert [each.is_git for each in found.sources] == [False, True, True, True]
+    assert [source.is_git for source in settings.sources] == [False, True, True, True]
 
 
 def test_relative_paths_start_from_the_ini_file_or_the_working_directory(
@@ -216,26 +218,28 @@ def test_relative_paths_start_from_the_ini_file_or_the_working_directory(
 ) -> None:
     (pytester.mkdir("sub") / "secret").write_text("x")
     (pytester.path / "secret").write_text("x")
-    assert settings(pytester, ini="nested_pve_secrets = secret").secrets == (pytester.path / "secret",)
+    assert read_settings(pytester, ini="nested_pve_secrets = secret").secrets == (pytester.path / "secret",)
     monkeypatch.chdir(pytester.path / "sub")
     config = pytester.parseconfig("-o", "nested_pve_secrets=secret", "-c", "../tox.ini")
     assert load(config, {}).secrets == (Path(config.invocation_params.dir) / "secret",)
 
 
 def test_variables_keep_their_types(pytester: pytest.Pytester) -> None:
-    found = settings(pytester, ini="nested_pve_extra_vars =\n    a=true\n    b=1\n    c=text\n    d=[1, 2]\n")
-    assert found.extra_vars == {"a": True, "b": 1, "c": "text", "d": [1, 2]}
-    found = settings(pytester, env={"NESTED_PVE_EXTRA_VARS": '{"a": {"b": null}}'})
-    assert found.extra_vars == {"a": {"b": None}}
+    settings = read_settings(
+        pytester, ini="nested_pve_extra_vars =\n    a=true\n    b=1\n    c=text\n    d=[1, 2]\n"
+    )
+    assert settings.extra_vars == {"a": True, "b": 1, "c": "text", "d": [1, 2]}
+    settings = read_settings(pytester, env={"NESTED_PVE_EXTRA_VARS": '{"a": {"b": null}}'})
+    assert settings.extra_vars == {"a": {"b": None}}
 
 
-def test_a_password_in_an_address_is_not_repeated(pytester: pytest.Pytester) -> None:
+def test_a_password_in_an_address_is_not_in_the_error(pytester: pytest.Pytester) -> None:
     with pytest.raises(SettingsError) as caught:
-        settings(pytester, env={"NESTED_PVE_HTTP_PROXY": "socks://alice:hunter2@proxy"})
+        read_settings(pytester, env={"NESTED_PVE_HTTP_PROXY": "socks://alice:hunter2@proxy"})
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest.Pytester) -> None:
+def test_an_advised_command_has_the_options_of_the_session_and_no_secret(pytester: pytest.Pytester) -> None:
     typed = {
         "vmid_range": "200-210",
         "http_proxy": "http://alice:hunter2@proxy:3128",
@@ -245,27 +249,27 @@ def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest
         "vm_options": "kvm=0,cipassword=hunter2",
     }
     args = [word for name, value in typed.items() for word in ("-o", f"nested_pve_{name}={value}")]
-    found = settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
-    said = rerun_commands.again(found)
-    assert "hunter2" not in said
-    # A clean-up reads few of them, and takes no text that was masked.
+    settings = read_settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
+    command = rerun_commands.again(settings)
+    assert "hunter2" not in command
+    # A clean-up reads only some of the settings, none with a masked value.
     clean = "pytest --pve-host father -o nested_pve_vmid_range=200-210"
-    assert rerun_commands.finishing(found, None) == f"{clean} --nested-destroy-only"
-    assert rerun_commands.finishing(found, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
-    assert said.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
+    assert rerun_commands.finishing(settings, None) == f"{clean} --nested-destroy-only"
+    assert rerun_commands.finishing(settings, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
+    assert command.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
     for name in typed:
-        assert f"nested_pve_{name}=" in said
-    assert "kvm=0" in said
-    assert "log_level" not in said
+        assert f"nested_pve_{name}=" in command
+    assert "kvm=0" in command
+    assert "log_level" not in command
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["--nested-run", "abc", "--nested-destroy-only"], "12 hexadecimal"),
-        (["--nested-run", "0123456789ab"], "only goes with --nested-destroy-only"),
-        (["--nested-yes"], "only goes with --nested-destroy-only"),
-        (["--nested-json", "x.json"], "only goes with"),
+        (["--nested-run", "0123456789ab"], "is valid only with --nested-destroy-only"),
+        (["--nested-yes"], "is valid only with --nested-destroy-only"),
+        (["--nested-json", "x.json"], "is valid only with"),
         (["--nested-json", "no/such/x.json", "--nested-dry-run"], "there is no directory"),
         (["--context-file", "no/such/x.json"], "there is no directory"),
         (["--nested-destroy-only", "--nested-dry-run", "--nested-yes"], "contradict"),
@@ -273,17 +277,17 @@ def test_a_command_to_type_repeats_what_was_typed_and_no_secret(pytester: pytest
         (["--nested-destroy-only", "-k", "x"], "-k selects nothing"),
     ],
 )
-def test_contradicting_options_are_refused(pytester: pytest.Pytester, args: list[str], says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
-        settings(pytester, *args)
+def test_contradicting_options_are_refused(pytester: pytest.Pytester, args: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_settings(pytester, *args)
 
 
-def test_image_and_template_of_the_same_user_contradict(pytester: pytest.Pytester) -> None:
+def test_an_image_and_a_template_contradict_each_other(pytester: pytest.Pytester) -> None:
     with pytest.raises(SettingsError, match="both set"):
-        settings(pytester, ini="nested_pve_image = local:import/x.raw\nnested_pve_template = 9000")
+        read_settings(pytester, ini="nested_pve_image = local:import/x.raw\nnested_pve_template = 9000")
 
 
-def test_every_key_is_a_field_and_says_what_it_is() -> None:
+def test_every_key_is_a_field_and_has_a_help_text() -> None:
     for key in keys.KEYS:
         assert hasattr(Settings(), key.target), key
         assert len(key.help) > 15

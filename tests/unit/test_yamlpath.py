@@ -1,4 +1,4 @@
-"""A value gets into a user's YAML, and nothing else changes."""
+"""A value is set in a user's YAML, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ long: "a line that is longer than eighty characters and tempts a YAML library to
 """
 
 
-def test_the_value_is_added_and_all_else_stays_as_it_was() -> None:
+def test_a_value_is_added_and_other_lines_are_unchanged() -> None:
     result = set_value(USERS, ["api_tokens", "nested"], "root@pam!npve=2")
     kept = [line for line in result.splitlines() if "nested" not in line]
     assert kept == USERS.splitlines()
     assert "    nested: root@pam!npve=2" in result.splitlines()
 
 
-def test_a_value_that_stands_there_changes_nothing() -> None:
+def test_an_existing_value_changes_nothing() -> None:
     once = set_value(USERS, ["api_tokens", "nested"], "t")
     assert set_value(once, ["api_tokens", "nested"], "t") == once
 
 
-def test_an_old_value_is_replaced_and_its_comment_stays() -> None:
+def test_an_old_value_is_replaced_and_its_comment_preserved() -> None:
     result = set_value(USERS, ["api_tokens", "father"], "new")
     assert "# the old one" in result
     assert "root@pam!x=1" not in result
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "a: 1\n", "api_tokens:\n", "---\n"])
-def test_missing_maps_are_made(text: str) -> None:
+def test_missing_maps_are_created(text: str) -> None:
     from ruamel.yaml import YAML
 
     result = set_value(text, ["api_tokens", "nested"], "t")
@@ -52,7 +52,7 @@ def test_missing_maps_are_made(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["api_tokens: text\n", "api_tokens: [a]\n", "- a\n"])
-def test_what_is_no_map_is_not_overwritten(text: str) -> None:
+def test_a_value_that_is_no_map_is_not_overwritten(text: str) -> None:
     with pytest.raises(YamlPathError, match="expected a map"):
         set_value(text, ["api_tokens", "nested"], "t")
 
@@ -60,24 +60,24 @@ def test_what_is_no_map_is_not_overwritten(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["a: [hunter2\n", "a: b: hunter2\n", "a: 1\n---\nb: hunter2\n", "a: {hunter2\n"]
 )
-def test_a_text_that_is_no_yaml_is_refused_without_showing_it(text: str) -> None:
+def test_invalid_yaml_is_refused_without_its_content_in_the_error(text: str) -> None:
     with pytest.raises(YamlPathError) as caught:
         set_value(text, ["x"], "t")
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_number_as_key_is_met_rather_than_doubled() -> None:
+def test_an_existing_number_as_key_is_used() -> None:
     assert set_value("vms:\n  101: old\n", ["vms", "101"], "new") == "vms:\n  101: new\n"
 
 
-def test_a_path_is_split_before_the_node_is_filled_in() -> None:
+def test_a_path_is_split_before_the_node_is_replaced() -> None:
     assert parse_path("api_tokens.{node}", "a.b") == ("api_tokens", "a.b")
-    for bad in ("", "a..b", "a.", "."):
+    for invalid in ("", "a..b", "a.", "."):
         with pytest.raises(YamlPathError):
-            parse_path(bad)
+            parse_path(invalid)
 
 
-def test_a_file_keeps_its_mode_and_a_link_stays_a_link(tmp_path: Path) -> None:
+def test_the_mode_of_a_file_and_a_link_to_it_are_preserved(tmp_path: Path) -> None:
     path = tmp_path / "real.yaml"
     path.write_text(USERS, encoding="utf-8")
     path.chmod(0o640)
@@ -87,16 +87,16 @@ def test_a_file_keeps_its_mode_and_a_link_stays_a_link(tmp_path: Path) -> None:
     assert not set_in_file(link, ["api_tokens", "nested"], "t")
     assert link.is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert [each.name for each in sorted(tmp_path.iterdir())] == ["link.yaml", "real.yaml"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["link.yaml", "real.yaml"]
 
 
-def test_a_new_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_new_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "new.yaml"
     assert set_in_file(path, ["a", "b"], "t")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_line_ends_of_windows_stay() -> None:
+def test_line_ends_of_windows_are_preserved() -> None:
     assert set_value("a: 1\r\nb: 2\r\n", ["c"], "t") == "a: 1\r\nb: 2\r\nc: t\r\n"
 
 
@@ -108,7 +108,7 @@ def test_line_ends_of_windows_stay() -> None:
     ),
     st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=30),
 )
-def test_whatever_stands_in_the_file_only_one_value_changes(data: dict[str, object], value: str) -> None:
+def test_only_one_value_of_any_file_changes(data: dict[str, object], value: str) -> None:
     from io import StringIO
 
     from ruamel.yaml import YAML
