@@ -21,7 +21,7 @@ LONGEST = 2000
 class AuditLog:
     """Appends lines `{ts,run,event,phase,…}` to a 0600 file. Thread-safe.
 
-    Events: phase_start, phase_end, call, task, playbook, teardown, leak; further ones are allowed.
+    Events: phase_start, phase_end, call, task, playbook, teardown, leak; other events are allowed.
     A line without a phase gets the phase in progress. Values that are not JSON become text; None is left out.
     """
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
 
 
-_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # it may be a token alone
+_USERINFO = re.compile(r"(https?://)[^/@\s]+@")  # may be a token without a user name
 
 
 # The settings that a clean-up reads; others may be long, or secret.

@@ -95,8 +95,8 @@ class SignalGuard:
         if self.received.count(signal.SIGINT) >= 3 and signum == signal.SIGINT:
             self._give_up(signum)
         if self.counting:
-            more = 3 - self.received.count(signal.SIGINT)
-            self._say(f"{name}: the teardown continues; {more} more Ctrl-C would give up on it")
+            remaining = 3 - self.received.count(signal.SIGINT)
+            self._say(f"{name}: the teardown continues; {remaining} more Ctrl-C would abort it")
             return
         now = time.monotonic()
         if len(self.received) > 1 and now - self._first_at < _SAME_SIGNAL:
@@ -119,23 +119,23 @@ def limit(seconds: float, what: str) -> Iterator[None]:
     from pytest_nestedpve.pve.deadline import scaled
     from pytest_nestedpve.pve.errors import CommandTimeout
 
-    most = scaled(seconds)
+    maximum = scaled(seconds)
 
     def expire(_signum: int, _frame: FrameType | None) -> None:
-        raise CommandTimeout(f"{what} did not end within its limit of {most:g} s")
+        raise CommandTimeout(f"{what} did not end within its limit of {maximum:g} s")
 
     handler = signal.signal(signal.SIGALRM, expire)
     started = time.monotonic()
-    # Every second after that again: other code may have caught the first exception.
-    before, every = signal.setitimer(signal.ITIMER_REAL, most, 1.0)
+    # Then once a second: other code may have caught the first exception.
+    before, every = signal.setitimer(signal.ITIMER_REAL, maximum, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler if handler is not None else signal.SIG_DFL)
         if before:
-            left = max(0.01, before - (time.monotonic() - started))
-            signal.setitimer(signal.ITIMER_REAL, left, every)
+            remaining = max(0.01, before - (time.monotonic() - started))
+            signal.setitimer(signal.ITIMER_REAL, remaining, every)
 
 
 def write_now(fd: int, text: str) -> None:

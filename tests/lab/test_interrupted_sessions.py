@@ -205,7 +205,7 @@ def give_up(project: Project) -> None:
         project.wait_for(process, trigger)
         strike(process.pid, INT)
     # As soon as it says so: the destroying takes a second or two only.
-    project.wait_for_output(process, "1 more Ctrl-C would give up on it")
+    project.wait_for_output(process, "1 more Ctrl-C would abort it")
     strike(process.pid, INT)
     assert project.end(process) == 128 + INT
     said = project.output()

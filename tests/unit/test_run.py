@@ -1,4 +1,4 @@
-"""A run's directory keeps its secrets, its ssh_config reaches guests with the run's key only."""
+"""The directory, lock, audit log and masking of a run."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def audit(run: Run) -> Iterator[AuditLog]:
     log.close()
 
 
-def test_a_run_is_private_and_git_ignores_it(run: Run, tmp_path: Path) -> None:
+def test_the_directory_of_a_run_is_private_and_ignored_by_git(run: Run, tmp_path: Path) -> None:
     run.directory.ensure_key("test")
     run.directory.save_state({"provision": {"vmid": 1}})
     assert run.dir == tmp_path / "runs" / run.id
     assert stat.S_IMODE(run.dir.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(each.stat().st_mode) for each in run.dir.iterdir() if each.is_file()} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in run.dir.iterdir() if path.is_file()} == {0o600}
     assert (tmp_path / "runs" / ".gitignore").read_text() == "*\n"
     assert run.directory.load_state() == {"provision": {"vmid": 1}}
     assert len(run.id) == 12
     assert run.tag == f"npve-{run.id}"
 
 
-def test_the_key_is_made_once(run: Run) -> None:
+def test_the_key_is_created_once(run: Run) -> None:
     first = run.directory.ensure_key("test")
     assert first.startswith("ssh-ed25519 ")
     assert run.directory.ensure_key("other") == first
 
 
-def test_the_users_settings_do_not_apply_to_guests(run: Run, tmp_path: Path) -> None:
+def test_the_users_ssh_options_do_not_apply_to_guests(run: Run, tmp_path: Path) -> None:
     outer = tmp_path / "outer config"
     outer.write_text(
         "Host father\n  HostName 192.0.2.1\n  User admin\n"
@@ -68,17 +68,17 @@ def test_the_users_settings_do_not_apply_to_guests(run: Run, tmp_path: Path) -> 
     )
     config = run.directory.write_ssh_config("father", outer, "192.0.2.9", "nested-x", "192.0.2.10", "leaf-x")
 
-    def asked(host: str) -> dict[str, list[str]]:
+    def read_options(host: str) -> dict[str, list[str]]:
         out = subprocess.run(
             ["ssh", "-G", "-F", str(config), host], capture_output=True, text=True, check=True
         )
-        found: dict[str, list[str]] = {}
+        options: dict[str, list[str]] = {}
         for line in out.stdout.splitlines():
             key, _, value = line.partition(" ")
-            found.setdefault(key, []).append(value)
-        return found
+            options.setdefault(key, []).append(value)
+        return options
 
-    nested, leaf, father = asked("nested"), asked("leaf-x"), asked("father")
+    nested, leaf, father = read_options("nested"), read_options("leaf-x"), read_options("father")
     assert nested["hostname"] == ["192.0.2.9"]
     assert nested["identityfile"] == [str(run.directory.key)]
     assert nested["stricthostkeychecking"] == ["true"]
@@ -95,7 +95,7 @@ def test_a_path_that_cannot_be_quoted_is_refused(tmp_path: Path, path: str) -> N
         RunDirectory(tmp_path / path).write_ssh_config("father", None, "192.0.2.9", "nested-x")
 
 
-def test_a_pinned_key_replaces_the_one_before(run: Run) -> None:
+def test_a_pinned_key_replaces_the_previous_one(run: Run) -> None:
     run.directory.pin_host_keys("nested", [KEY + " root@old\n"])
     run.directory.pin_host_keys("leaf", [KEY])
     run.directory.pin_host_keys("nested", [KEY.replace("III", "JJJ")])
@@ -114,7 +114,7 @@ def test_a_pinned_key_replaces_the_one_before(run: Run) -> None:
         f"{KEY}\r* {KEY}",
     ],
 )
-def test_a_host_key_of_any_other_form_is_refused(run: Run, key: str) -> None:
+def test_a_host_key_of_another_form_is_refused(run: Run, key: str) -> None:
     with pytest.raises(BadHostKey):
         run.directory.pin_host_keys("nested", [key])
     assert not run.directory.known_hosts.exists()
@@ -135,7 +135,7 @@ def test_no_text_of_a_guest_adds_a_line_to_known_hosts(
 # -- the lock ------------------------------------------------------------------------------------
 
 
-def test_a_lock_tells_alive_dead_and_unknown(run: Run) -> None:
+def test_a_lock_shows_whether_its_session_is_running_or_has_exited(run: Run) -> None:
     assert SessionLock.alive(run.id) is None
     lock = SessionLock(run.id)
     lock.acquire()
@@ -146,18 +146,16 @@ def test_a_lock_tells_alive_dead_and_unknown(run: Run) -> None:
     assert SessionLock.alive(run.id) is False
 
 
-def test_a_lock_whose_file_is_removed_meanwhile_is_held_once(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file is opened, its holder removes it, another session makes it anew, and the old one is free."""
+def test_a_lock_is_held_once_although_its_file_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between open and lock, the holder deletes the file and another session creates a new one."""
     first, second = SessionLock(run.id), SessionLock(run.id)
-    real = fcntl.flock
+    original = fcntl.flock
 
     def flock(fd: int, how: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", real)
+        monkeypatch.setattr(fcntl, "flock", original)
         first.release()
         second.acquire()
-        real(fd, how)
+        original(fd, how)
 
     first.acquire()
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -170,7 +168,7 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_held_once(
     assert SessionLock.alive(run.id) is None
 
 
-def test_a_killed_process_frees_its_lock(run: Run) -> None:
+def test_the_lock_of_a_killed_process_is_free(run: Run) -> None:
     script = (
         "import sys; from pytest_nestedpve.run.lock import SessionLock\n"
         f"lock = SessionLock({run.id!r}); lock.acquire(); print('held', flush=True); sys.stdin.read()"
@@ -189,12 +187,12 @@ def test_a_killed_process_frees_its_lock(run: Run) -> None:
     assert SessionLock.alive(run.id) is False
 
 
-def test_one_user_on_one_machine_is_one_client() -> None:
+def test_the_client_hash_is_the_same_for_all_sessions_of_a_user() -> None:
     assert client_hash() == client_hash()
     assert len(client_hash()) == 16
 
 
-# -- audit log and masks -------------------------------------------------------------------------
+# -- audit log and masking -----------------------------------------------------------------------
 
 
 def test_the_log_has_a_line_per_event_and_no_secret(run: Run, audit: AuditLog) -> None:
@@ -215,12 +213,12 @@ def test_the_log_has_a_line_per_event_and_no_secret(run: Run, audit: AuditLog) -
     assert stat.S_IMODE(run.directory.audit.stat().st_mode) == 0o600
 
 
-def test_lines_of_many_threads_stay_whole(run: Run, audit: AuditLog) -> None:
-    def work() -> None:
+def test_lines_of_several_threads_are_not_mixed(run: Run, audit: AuditLog) -> None:
+    def write_lines() -> None:
         for _ in range(50):
             audit.write("call", cmd="x" * 200)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=write_lines) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -228,9 +226,7 @@ def test_lines_of_many_threads_stay_whole(run: Run, audit: AuditLog) -> None:
     assert len([json.loads(line) for line in run.directory.audit.read_text().splitlines()]) == 400
 
 
-def test_tasks_of_a_run_are_read_back_also_from_a_log_that_was_cut_off(
-    run: Run, audit: AuditLog, tmp_path: Path
-) -> None:
+def test_tasks_of_a_run_are_read_from_an_incomplete_log(run: Run, audit: AuditLog, tmp_path: Path) -> None:
     host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
     upid = host.api.post("/nodes/father/qemu", vmid=500, name="x")
     with run.directory.audit.open("a") as log:
@@ -239,7 +235,7 @@ def test_tasks_of_a_run_are_read_back_also_from_a_log_that_was_cut_off(
     assert task_ids(tmp_path / "none") == frozenset()
 
 
-def test_a_call_that_fails_is_in_the_log_and_values_of_parameters_are_not(
+def test_a_failed_call_is_logged_without_the_values_of_its_parameters(
     run: Run, audit: AuditLog, tmp_path: Path
 ) -> None:
     host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
@@ -267,7 +263,7 @@ def test_a_call_that_fails_is_in_the_log_and_values_of_parameters_are_not(
     ],
     ids=lambda text: text[:16],
 )
-def test_secrets_are_known_by_their_form(text: str) -> None:
+def test_secrets_are_masked_by_their_form(text: str) -> None:
     masked = Masker().mask(f"before {text} after")
     assert "01234567-89ab" not in masked
     assert "abc\n" not in masked
@@ -276,28 +272,28 @@ def test_secrets_are_known_by_their_form(text: str) -> None:
 
 
 @given(st.text(min_size=4, max_size=40).filter(lambda text: len(text.strip()) >= 4 and "*" not in text))
-def test_a_secret_never_gets_through_in_any_coat(secret: str) -> None:
+def test_a_secret_is_masked_in_every_encoding(secret: str) -> None:
     from base64 import b64encode
     from urllib.parse import quote
 
     masker = Masker()
     masker.add(secret)
-    for coat in (
+    for encoded in (
         secret,
         quote(secret),
         quote(secret, safe=""),
         json.dumps(secret),
         b64encode(secret.encode()).decode(),
     ):
-        assert secret not in masker.mask(f"<{coat}>").replace(MASK, "")
+        assert secret not in masker.mask(f"<{encoded}>").replace(MASK, "")
 
 
-def test_the_directory_is_not_world_readable_under_any_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
+def test_the_directory_is_private_under_any_umask(tmp_path: Path) -> None:
+    umask = os.umask(0)
     try:
         run = Run.create(dataclasses.replace(Settings(), run_dir=tmp_path / "r"), tmp_path)
         run.directory.write("x", "y")
     finally:
-        os.umask(before)
+        os.umask(umask)
     assert stat.S_IMODE(run.dir.stat().st_mode) == 0o700
     assert stat.S_IMODE((run.dir / "x").stat().st_mode) == 0o600

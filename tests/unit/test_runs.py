@@ -1,4 +1,4 @@
-"""Old runs' directories go, but none that somebody may need to clean up after its run."""
+"""Directories of old runs are deleted, unless they may be needed to clean up."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def a_run(folder: Path, number: int, *lines: dict[str, Any], cut_off: bool = False) -> str:
-    """The directory of a run; the higher the number the older."""
+def create_run(folder: Path, number: int, *lines: dict[str, Any], cut_off: bool = False) -> str:
+    """Create the directory of a run; runs with higher numbers are older. Returns its id."""
     name = f"{number:012x}"
     log = AuditLog(folder / name / "audit.jsonl", name)
     log.write("session", status="new")
-    log.write("phase_start", phase="provision", title="make it")
+    log.write("phase_start", phase="provision", title="create the VM")
     log.write("phase_end", phase="provision", status="done")
     for line in lines or (CLEAN,):
         fields = dict(line)
@@ -46,49 +46,49 @@ def a_run(folder: Path, number: int, *lines: dict[str, Any], cut_off: bool = Fal
     return name
 
 
-def there(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_newest_runs_that_are_over_stay_and_the_older_ones_go(folder: Path) -> None:
-    runs = [a_run(folder, number) for number in range(NEWEST + 3)]
+def test_only_the_newest_ended_runs_are_kept(folder: Path) -> None:
+    runs = [create_run(folder, number) for number in range(NEWEST + 3)]
     (folder / ".gitignore").write_text("*\n")
     (folder / "notes").mkdir()
     prune(folder, own="f" * 12)
-    assert there(folder) == {*runs[:NEWEST], ".gitignore", "notes"}
+    assert names_in(folder) == {*runs[:NEWEST], ".gitignore", "notes"}
 
 
 def killed(folder: Path) -> str:
-    return a_run(folder, 900, {"event": "phase_start", "phase": "start_vm"}, cut_off=True)
+    return create_run(folder, 900, {"event": "phase_start", "phase": "start_vm"}, cut_off=True)
 
 
-def left_something(folder: Path) -> str:
+def ended_with_leftovers(folder: Path) -> str:
     leak = {"event": "leak", "status": "left", "cause": "VM 99900"}
-    return a_run(folder, 901, leak, {**CLEAN, "status": "left"})
+    return create_run(folder, 901, leak, {**CLEAN, "status": "left"})
 
 
 def teardown_failed(folder: Path) -> str:
-    return a_run(folder, 902, {"event": "leak", "status": "unknown", "cause": "no route to the host"})
+    return create_run(folder, 902, {"event": "leak", "status": "unknown", "cause": "no route to the host"})
 
 
-def gone_on_with_and_killed(folder: Path) -> str:
-    return a_run(folder, 903, CLEAN, {"event": "session", "status": "resumed"})
+def resumed_and_killed(folder: Path) -> str:
+    return create_run(folder, 903, CLEAN, {"event": "session", "status": "resumed"})
 
 
 def kept(folder: Path) -> str:
-    run = a_run(folder, 904, {"event": "teardown", "status": "kept", "expires": 1})
+    run = create_run(folder, 904, {"event": "teardown", "status": "kept", "expires": 1})
     store(run)
     return run
 
 
-def kept_and_gone_on_with(folder: Path) -> str:
-    run = a_run(folder, 905, CLEAN)
+def kept_and_resumed(folder: Path) -> str:
+    run = create_run(folder, 905, CLEAN)
     store(run)
     return run
 
 
-def worked_on(folder: Path) -> str:
-    run = a_run(folder, 906)
+def locked(folder: Path) -> str:
+    run = create_run(folder, 906)
     lock = SessionLock(run)
     lock.acquire()
     LOCKS.append(lock)
@@ -99,68 +99,68 @@ LOCKS: list[SessionLock] = []
 
 
 def store(run: str) -> None:
-    """As a session that keeps it does."""
+    """Write the record of a kept run."""
     kept = kept_runs.Kept(run, "father", "/", "client", "owner", 1, 1 << 40, {})
     target = state_home() / "kept" / run
     target.mkdir(parents=True)
     (target / "kept.json").write_text(json.dumps(dataclasses.asdict(kept)))
-    assert [each.run for each in kept_runs.all_kept()] == [run]
+    assert [record.run for record in kept_runs.all_kept()] == [run]
 
 
 @pytest.mark.parametrize(
-    "make",
+    "create",
     [
         killed,
-        left_something,
+        ended_with_leftovers,
         teardown_failed,
-        gone_on_with_and_killed,
+        resumed_and_killed,
         kept,
-        kept_and_gone_on_with,
-        worked_on,
+        kept_and_resumed,
+        locked,
     ],
 )
-def test_a_run_that_may_still_be_needed_stays_however_old(folder: Path, make: Callable[[Path], str]) -> None:
+def test_an_old_run_that_may_be_needed_is_kept(folder: Path, create: Callable[[Path], str]) -> None:
     for number in range(NEWEST + 1):
-        a_run(folder, number)
-    old = make(folder)
+        create_run(folder, number)
+    old = create(folder)
     prune(folder, own="f" * 12)
     assert (folder / old / "key").exists()
-    assert len(there(folder)) == NEWEST + 1
+    assert len(names_in(folder)) == NEWEST + 1
     for lock in LOCKS:
         lock.release()
     LOCKS.clear()
 
 
-def test_a_run_that_another_session_cleaned_up_after_is_over(folder: Path) -> None:
+def test_a_run_that_another_session_cleaned_up_is_deleted(folder: Path) -> None:
     for number in range(NEWEST):
-        a_run(folder, number)
+        create_run(folder, number)
     old = killed(folder)
     log = folder / old / "audit.jsonl"
     before = log.stat().st_mtime
     note_over(folder / old, "father")
     os.utime(log, (before, before))
     prune(folder, own="f" * 12)
-    assert old not in there(folder)
+    assert old not in names_in(folder)
 
 
-def test_what_cannot_be_removed_or_read_does_not_fail_the_session(
+def test_errors_of_the_deletion_do_not_fail_the_session(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune(folder / "none", own="f" * 12)
-    runs = [a_run(folder, number) for number in range(NEWEST + 2)]
+    runs = [create_run(folder, number) for number in range(NEWEST + 2)]
 
     def refuse(*_: Any) -> None:
-        raise PermissionError("not yours")
+        raise PermissionError("not permitted")
 
     monkeypatch.setattr(Path, "rename", refuse)
     prune(folder, own="f" * 12)
-    assert there(folder) == set(runs)
+    assert names_in(folder) == set(runs)
     monkeypatch.setattr(kept_runs, "all_kept", refuse)
     prune(folder, own="f" * 12)
 
 
-def test_a_removal_that_was_cut_off_is_finished_later(folder: Path) -> None:
-    run = a_run(folder, 1)
+def test_an_interrupted_deletion_is_finished_later(folder: Path) -> None:
+    run = create_run(folder, 1)
     (folder / run).rename(folder / f".over-{run}")
     prune(folder, own="f" * 12)
-    assert there(folder) == set()
+    assert names_in(folder) == set()
