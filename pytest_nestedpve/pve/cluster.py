@@ -49,7 +49,7 @@ class Cluster:
 
     @property
     def several(self) -> bool:
-        """Whether a guest may be on another node than the connected one."""
+        """Whether a guest may be on another node than the connected node."""
         return len(self.members) > 1
 
     @property

@@ -61,7 +61,7 @@ class ReplyLost(SshError):
 
 @dataclass(frozen=True)
 class Trust:
-    """What the host's certificate is checked against: PEM text that root read over SSH.
+    """The certificates that the host's certificate is checked against: PEM text that root read over SSH.
 
     `name` is one of the names in the certificate that the host serves.
     """
@@ -144,13 +144,13 @@ class HttpsClient:
             finally:
                 response.release_conn()
             return _answer(response.status, response.reason or "", content, call)
-        except _TooLate as error:
+        except _LimitPassed as error:
             raise CommandTimeout(f"{call}: no answer over HTTPS within {limit:g} s") from error
         except NoHttps:
             raise
         except urllib3.exceptions.HTTPError as error:
             cause = _cause(error)
-            if isinstance(cause, _TooLate):
+            if isinstance(cause, _LimitPassed):
                 raise CommandTimeout(f"{call}: no answer over HTTPS within {limit:g} s") from error
             if isinstance(cause, NoHttps):
                 raise cause from error
@@ -235,7 +235,7 @@ class HttpsClient:
             socket.shut()
             reason = error.verify_message
             raise Untrusted(f"its certificate is not the one that root reads: {reason}") from error
-        except _TooLate:
+        except _LimitPassed:
             socket.shut()
             raise NotTaken(f"port {PORT} on the host accepts connections, but does not answer") from None
         except (ssl.SSLError, OSError, EOFError) as error:
@@ -243,7 +243,7 @@ class HttpsClient:
             raise NotTaken(f"port {PORT} on the host does not speak TLS: {error}") from error
 
 
-class _TooLate(Exception):
+class _LimitPassed(Exception):
     """The limit of the current call passed. Not an OSError, which libraries below would handle."""
 
 
@@ -275,12 +275,12 @@ class _ChannelSocket:
         deadline = _deadline.get()
         left = 30.0 if deadline is None else deadline.remaining()
         if left <= 0:
-            raise _TooLate
+            raise _LimitPassed
         self._channel.settimeout(left)
         try:
             return do(argument)
         except TimeoutError as error:
-            raise _TooLate from error
+            raise _LimitPassed from error
 
     def settimeout(self, seconds: float | None) -> None:
         """Ignored: the limit of the call is in force, not the library's."""
@@ -310,7 +310,7 @@ class _ChannelSocket:
 def _cause(error: BaseException) -> BaseException | None:
     """The error of this module that the library wrapped, if any."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (_TooLate, NoHttps)):
+    while cause is not None and not isinstance(cause, (_LimitPassed, NoHttps)):
         cause = cause.__cause__ or cause.__context__
     return cause
 

@@ -137,8 +137,8 @@ def create_diskless(
     disks = sorted(key for key in options if _DISK.match(key))
     if disks:
         raise BadParameter(f"expected options of a VM without volumes, found {', '.join(disks)}")
-    given = {"vmid": vmid, "name": name, "pool": pool, "description": description, **options}
-    return awaited(api, lambda: api.post(path_of(node), **given), timeout)
+    config = {"vmid": vmid, "name": name, "pool": pool, "description": description, **options}
+    return awaited(api, lambda: api.post(path_of(node), **config), timeout)
 
 
 def configure(api: Api, node: str, vmid: int, *, timeout: float = 120.0, **options: Any) -> TaskResult:

@@ -42,7 +42,7 @@ class SharedState:
         self._lock = threading.Lock()
         self._backoff = Deadline(0)
         self._worked = False
-        self.off: set[str] = set()
+        self.offline: set[str] = set()
         """Nodes of the cluster that were offline at the last check: no call waits for them again."""
         self.https_failure = ""
         """Why HTTPS failed the last time; empty if it worked."""
@@ -130,15 +130,15 @@ class HostApi(Verbs):
         pool = self._pool() if self._pool is not None else None
         identity = identity_of(verb, path, params, pool=pool, free=self._free)
         if identity is not Identity.ROOT and self.shared.tries_https:
-            if _node_of(path) in self.shared.off:
-                self._refuse_if_off(call, verb, path)
+            if _node_of(path) in self.shared.offline:
+                self._refuse_if_offline(call, verb, path)
             restart, pause = self.shared.restart_limit(), FIRST_PAUSE
             while True:
                 try:
                     answer = self._by_https(call, verb, path, params, identity, pool)
                 except NoHttps as error:
                     if isinstance(error, NotTaken) and pause == FIRST_PAUSE:
-                        self._refuse_if_off(call, verb, path, error)
+                        self._refuse_if_offline(call, verb, path, error)
                     # The call had no effect, so it can be retried.
                     if not isinstance(error, NotTaken) or restart.remaining() <= pause:
                         self.shared.https_failed(error)
@@ -151,7 +151,9 @@ class HostApi(Verbs):
         call.transport = "pvesh"
         return getattr(self.shared.pvesh, verb)(path, **params)
 
-    def _refuse_if_off(self, call: ApiCall, method: str, path: str, error: NotTaken | None = None) -> None:
+    def _refuse_if_offline(
+        self, call: ApiCall, method: str, path: str, error: NotTaken | None = None
+    ) -> None:
         """Raises NodeUnreachable when the call is for a node of the cluster that is offline.
 
         The proxy works then, and a retry cannot help. The proxy answers that by itself, without its daemon.
@@ -165,9 +167,9 @@ class HostApi(Verbs):
             return
         state = next((str(entry.get("status")) for entry in listed if entry.get("node") == node), "online")
         if state != "online":
-            self.shared.off.add(node)
+            self.shared.offline.add(node)
             raise NodeUnreachable(f"the node {node} is {state}", call=f"{method} {path}") from error
-        self.shared.off.discard(node)
+        self.shared.offline.discard(node)
 
     def _by_https(
         self,

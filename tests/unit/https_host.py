@@ -1,4 +1,4 @@
-"""A host that answers over TLS as a PVE host does: certificates, tokens, scripted answers."""
+"""A simulated PVE host with an API over TLS: certificates, tokens, scripted answers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NAMES = ("father", "localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request as it arrived."""
+class Request:
+    """A request to the API; `token`: the name of its token."""
 
     method: str
     path: str
@@ -42,19 +42,19 @@ class Asked:
 
 @dataclass
 class HttpsHost(Answering):
-    """What the server serves and remembers; also the SshLike that reaches it."""
+    """The state of the server, with its requests; also the SshLike that connects to it."""
 
     folder: Path
     answers: list[Callable[[Any], bool]] = field(default_factory=list)
-    """Each takes one request by itself (the handler is its argument) and says whether it did."""
-    asked: list[Asked] = field(default_factory=list)
+    """Functions that may answer a request, with the handler as argument; True if they did."""
+    asked: list[Request] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     tokens: dict[str, str] = field(default_factory=dict)
     read_pem: str = ""
-    """What root reads on the host."""
+    """The certificate that root reads on the host."""
     listens: bool = True
-    pveum_says: str = ""
-    """Why pveum fails, if it does."""
+    pveum_error: str = ""
+    """The error of pveum; empty: it succeeds."""
     made: int = 0
     pools: set[str] = field(default_factory=set)
     rights: list[dict[str, str]] = field(default_factory=list)
@@ -70,25 +70,25 @@ class HttpsHost(Answering):
         text = command if isinstance(command, str) else shlex.join(command)
         self.commands.append(text)
         if "pve-ssl.pem" in text:
-            return self._said(self.read_pem, secret)
-        if "pveum user token add" in text and self.pveum_says:
-            return CommandResult("…", 13, b"", self.pveum_says.encode(), 1.0, secret)
+            return self._result(self.read_pem, secret)
+        if "pveum user token add" in text and self.pveum_error:
+            return CommandResult("…", 13, b"", self.pveum_error.encode(), 1.0, secret)
         if "pveum user token add" in text:
             name = text.split("root@pam ")[1].split()[0]
-            return self._said(json.dumps({"full-tokenid": name, "value": self.new_token(name)}), secret)
+            return self._result(json.dumps({"full-tokenid": name, "value": self.new_token(name)}), secret)
         if text.startswith("date"):
-            return self._said(f"{int(time.time())}\n", secret)
+            return self._result(f"{int(time.time())}\n", secret)
         if " pvesh get /access/" in text:
             listed = [{"tokenid": name} for name in self.tokens] if "/token" in text else self.rights
-            return self._said(json.dumps(listed), secret)
+            return self._result(json.dumps(listed), secret)
         if " pvesh delete /access/" in text:
             del self.tokens[text.split("/token/")[1].split()[0]]
-            return self._said("", secret)
+            return self._result("", secret)
         if " pvesh " in text:
-            return self._said('{"by":"pvesh"}\n', secret)
-        raise AssertionError(f"the host knows no command {text}")
+            return self._result('{"by":"pvesh"}\n', secret)
+        raise AssertionError(f"the host has no command {text}")
 
-    def _said(self, text: str, secret: bool) -> CommandResult:
+    def _result(self, text: str, secret: bool) -> CommandResult:
         return CommandResult("…", 0, text.encode(), b"", 1.0, secret)
 
     def new_token(self, name: str) -> str:
@@ -106,7 +106,7 @@ class HttpsHost(Answering):
 
     # -- the server ---------------------------------------------------------------------------
 
-    def serve_with(self, pem: tuple[str, str]) -> None:
+    def set_certificate(self, pem: tuple[str, str]) -> None:
         """Serve with this certificate and key from the next connection on."""
         cert, key = self.folder / "cert.pem", self.folder / "key.pem"
         cert.write_text(pem[0])
@@ -116,33 +116,33 @@ class HttpsHost(Answering):
         self.context = context
 
     def pvesh(self) -> list[str]:
-        """The API calls that came by pvesh."""
+        """The API calls by pvesh."""
         return [text.split(" pvesh ")[1] for text in self.commands if " pvesh " in text]
 
-    def guest_calls(self) -> list[Asked]:
-        return [each for each in self.asked if "/qemu" in each.path]
+    def guest_calls(self) -> list[Request]:
+        return [request for request in self.asked if "/qemu" in request.path]
 
 
-def certificate(*, days: int = 30, names: Sequence[str] = NAMES) -> tuple[str, str]:
-    """A certificate and its key as PEM, signed by an authority that is in no list."""
+def create_certificate(*, days: int = 30, names: Sequence[str] = NAMES) -> tuple[str, str]:
+    """A certificate and its key as PEM, signed by an unknown authority."""
     now = datetime.datetime.now(datetime.UTC)
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     alternative = [
         x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name)
         for name in names
     ]
-    built = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "father")]))
-        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority of somebody's")]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "unknown authority")]))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=60))
         .not_valid_after(now + datetime.timedelta(days=days))
     )
     if alternative:
-        built = built.add_extension(x509.SubjectAlternativeName(alternative), critical=False)
-    signed = built.sign(authority, hashes.SHA256())
+        builder = builder.add_extension(x509.SubjectAlternativeName(alternative), critical=False)
+    signed = builder.sign(authority, hashes.SHA256())
     return (
         signed.public_bytes(serialization.Encoding.PEM).decode(),
         key.private_bytes(
@@ -154,11 +154,11 @@ def certificate(*, days: int = 30, names: Sequence[str] = NAMES) -> tuple[str, s
 
 
 @contextmanager
-def https_host(folder: Path) -> Iterator[HttpsHost]:
-    """Such a host, served until the block ends."""
+def serve_https_host(folder: Path) -> Iterator[HttpsHost]:
+    """Serve a host until the block ends."""
     host = HttpsHost(folder)
-    pem = certificate()
-    host.serve_with(pem)
+    pem = create_certificate()
+    host.set_certificate(pem)
     host.read_pem = pem[0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -173,15 +173,15 @@ def https_host(folder: Path) -> Iterator[HttpsHost]:
             name = header.partition("!")[2].partition("=")[0]
             assert url.path.startswith("/api2/json/")
             path = url.path.removeprefix("/api2/json")
-            host.asked.append(Asked(self.command, path, params, name))
+            host.asked.append(Request(self.command, path, params, name))
             if header.partition("=")[2].partition("=")[2] != host.tokens.get(name, "none"):
                 return self.say(401, "Authentication failed!", b"")
-            for each in list(host.answers):
-                if each(self):
+            for answer in list(host.answers):
+                if answer(self):
                     return None
             if self.command == "POST" and "/token/" in path:
-                made = path.rpartition("/")[2]
-                return self.data({"value": host.new_token(made), "full-tokenid": made})
+                created = path.rpartition("/")[2]
+                return self.data({"value": host.new_token(created), "full-tokenid": created})
             if self.command == "DELETE" and "/token/" in path:
                 host.tokens.pop(path.rpartition("/")[2], None)
                 return self.data(None)
@@ -190,8 +190,8 @@ def https_host(folder: Path) -> Iterator[HttpsHost]:
             if self.command == "GET" and path == "/access/acl":
                 return self.data(host.rights)
             if self.command == "GET" and path == "/pools":
-                wanted = params.get("poolid", [""])[0]
-                return self.data([{"poolid": wanted, "members": []}] if wanted in host.pools else [])
+                pool = params.get("poolid", [""])[0]
+                return self.data([{"poolid": pool, "members": []}] if pool in host.pools else [])
             return self.data({"by": "https"})
 
         do_GET = do_POST = do_PUT = do_DELETE = _serve
@@ -219,7 +219,7 @@ def https_host(folder: Path) -> Iterator[HttpsHost]:
                     Handler(secure, client_address, self)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that goes away is part of the tests."""
+            """Does nothing: tests close connections early."""
 
     server = Server(("127.0.0.1", 0), Handler)
     host.address = ("127.0.0.1", server.server_port)

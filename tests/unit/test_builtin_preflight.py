@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from https_host import certificate, https_host
+from https_host import create_certificate, serve_https_host
 from memory_host import MemoryHost
 from standin_environment import Make, environments
 
@@ -457,14 +457,14 @@ def test_where_https_cannot_be_used_a_warning_says_why_and_no_token_is_made(
     from pytest_nestedpve.setup.checks.connectivity import transport
     from pytest_nestedpve.setup.checks.context import Seen
 
-    with https_host(tmp_path) as served:
+    with serve_https_host(tmp_path) as served:
         served.listens = case != "closed"
         if case in ("expired", "nameless"):
-            pem = certificate(days=-1) if case == "expired" else certificate(names=())
-            served.serve_with(pem)
+            pem = create_certificate(days=-1) if case == "expired" else create_certificate(names=())
+            served.set_certificate(pem)
             served.read_pem = pem[0]
         if case == "another":
-            served.serve_with(certificate())
+            served.set_certificate(create_certificate())
         seen = Seen(PveHost("father", served, HostApi(served)), Settings(), by_https=True)
         (found,) = transport(seen)
         assert served.asked == []

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from https_host import HttpsHost, certificate, https_host
+from https_host import HttpsHost, create_certificate, serve_https_host
 
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
 SCRIPT = ROLES / "nested_pve_identity" / "files" / "check_pveproxy.py"
@@ -25,7 +25,7 @@ SCRIPT = ROLES / "nested_pve_identity" / "files" / "check_pveproxy.py"
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[HttpsHost]:
     (tmp_path / "host").mkdir()
-    with https_host(tmp_path / "host") as served:
+    with serve_https_host(tmp_path / "host") as served:
         yield served
 
 
@@ -79,16 +79,16 @@ def nodes_own(pve: Path) -> tuple[str, str]:
 
 
 def test_the_nodes_own_authority_vouches_for_the_proxy(host: HttpsHost, pve: Path) -> None:
-    host.serve_with(nodes_own(pve))
+    host.set_certificate(nodes_own(pve))
     assert ask(pve, host.address[1], token=token(host)) == (0, "")
 
 
 def test_an_administrators_certificate_need_not_name_the_loopback(host: HttpsHost, pve: Path) -> None:
     nodes_own(pve)
-    pem = certificate(names=["pve.example.org"])
-    host.serve_with(pem)
+    pem = create_certificate(names=["pve.example.org"])
+    host.set_certificate(pem)
     # As it is kept: with those of its authorities behind it.
-    (pve / "local" / "pveproxy-ssl.pem").write_text(pem[0] + certificate()[0])
+    (pve / "local" / "pveproxy-ssl.pem").write_text(pem[0] + create_certificate()[0])
     assert ask(pve, host.address[1], token=token(host)) == (0, "")
 
 
@@ -97,7 +97,7 @@ def test_any_other_certificate_is_refused(host: HttpsHost, pve: Path, own: bool)
     nodes_own(pve)
     if own:
         # The one that is served is a link of the chain, and still another one.
-        chain = certificate(names=["pve.example.org"])[0] + host.read_pem
+        chain = create_certificate(names=["pve.example.org"])[0] + host.read_pem
         (pve / "local" / "pveproxy-ssl.pem").write_text(chain)
     rc, said = ask(pve, host.address[1], token=token(host))
     assert rc == 1
@@ -107,7 +107,7 @@ def test_any_other_certificate_is_refused(host: HttpsHost, pve: Path, own: bool)
 
 @pytest.mark.parametrize("case", ["refused", "deaf", "no authority", "garbage"])
 def test_what_is_wrong_is_told_in_a_line(host: HttpsHost, pve: Path, case: str) -> None:
-    host.serve_with(nodes_own(pve))
+    host.set_certificate(nodes_own(pve))
     port = host.address[1]
     if case == "deaf":
         with socket.socket() as free:

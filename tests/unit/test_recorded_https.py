@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from https_host import HttpsHost, https_host
+from https_host import HttpsHost, serve_https_host
 from memory_host import MemoryApi, MemoryHost, MemorySsh
 from recorded import EVERY, HTTPS, Recorded
 from standin_environment import ours
@@ -78,7 +78,7 @@ def replayed(name: str, *, only: str = "", times: int = 1) -> Callable[[Any], bo
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpsHost]:
-    with https_host(tmp_path_factory.mktemp("https")) as made:
+    with serve_https_host(tmp_path_factory.mktemp("https")) as made:
         yield made
 
 

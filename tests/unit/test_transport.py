@@ -1,4 +1,4 @@
-"""Recorded answers of PVE 9.2 fed to the client: typed errors, awaited tasks, readers that never crash."""
+"""The client with recorded answers of PVE 9.2: typed errors, awaited tasks, robust readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.pvesh import PveshApi
 
-# What the client makes of the words of each recorded failure, whichever command printed them.
+# The error type of each recorded failure, by the recording's name.
 FAILURES: dict[type[ApiError], str] = {
     errors.GuestNotFound: "basic-104 basic-108 basic-141 basic-142 cluster-040",
     errors.NotFound: "basic-077 basic-078 power-038 power-044 clone-009 snapshot-013 snapshot-031 create-052 "
@@ -52,7 +52,7 @@ FAILURES: dict[type[ApiError], str] = {
 # -- calls --------------------------------------------------------------------------------------------
 
 
-def test_a_call_is_one_pvesh_with_quoted_parameters() -> None:
+def test_a_call_is_a_pvesh_command_with_quoted_parameters() -> None:
     ssh = Recorded((0, "", ""))
     PveshApi(ssh).put(
         "/access/acl", path="/pool/x", roles=["A", "B"], propagate=True, delete=None, comment="ä b"
@@ -81,14 +81,14 @@ def test_the_value_of_a_new_token_is_in_no_message() -> None:
 
 
 @pytest.mark.parametrize("path", ["nodes", "", "/a\0b"])
-def test_a_path_that_is_none_is_not_sent(path: str) -> None:
+def test_an_invalid_path_is_not_sent(path: str) -> None:
     ssh = Recorded()
     with pytest.raises(errors.BadParameter):
         PveshApi(ssh).get(path)
     assert ssh.asked == []
 
 
-def test_reads_are_limited_tighter_than_calls_that_last_as_long_as_their_task() -> None:
+def test_reads_have_a_shorter_limit_than_calls_that_wait_for_a_task() -> None:
     ssh = Recorded((0, "[]", ""), (0, "", ""), (0, "", ""))
     api = PveshApi(ssh)
     api.get("/nodes")
@@ -98,13 +98,13 @@ def test_reads_are_limited_tighter_than_calls_that_last_as_long_as_their_task() 
     assert ssh.limits == [60.0, 900.0, 5]
 
 
-def test_a_host_without_pvesh_is_no_pve() -> None:
-    for words in ("bash: line 1: pvesh: command not found", "env: 'pvesh': No such file or directory"):
+def test_a_host_without_pvesh_is_reported_as_no_pve() -> None:
+    for message in ("bash: line 1: pvesh: command not found", "env: 'pvesh': No such file or directory"):
         with pytest.raises(errors.NoPve):
-            PveshApi(Recorded((127, "", words))).get("/version")
+            PveshApi(Recorded((127, "", message))).get("/version")
 
 
-def test_a_pvesh_that_was_killed_is_no_answer() -> None:
+def test_a_killed_pvesh_is_an_error() -> None:
     with pytest.raises(errors.SshError, match="ended by a signal"):
         PveshApi(Recorded((-1, "", ""))).get("/version")
 
@@ -117,7 +117,7 @@ def test_a_pvesh_that_was_killed_is_no_answer() -> None:
     [(kind, name) for kind, names in FAILURES.items() for name in names.split()],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_recorded_words_become_their_typed_error(kind: type[ApiError], name: str) -> None:
+def test_a_recorded_failure_has_its_error_type(kind: type[ApiError], name: str) -> None:
     record = RECORDED[name]
     error = classify(record["stderr"], record["rc"], "call")
     assert type(error) is kind
@@ -143,7 +143,7 @@ def test_a_recorded_exit_status_other_than_0_raises(name: str) -> None:
         and "UPID:" in record["stdout"]
     ],
 )
-def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> None:
+def test_the_id_of_a_recorded_task_is_read_after_any_output(name: str) -> None:
     record = RECORDED[name]
     upid = PveshApi(Recorded(record)).post("/x")
     task = tasks.parse_upid(upid)
@@ -155,7 +155,7 @@ def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("power-009", None),  # running already: `start` takes it for done
+        ("power-009", None),  # already running: no error for `start`
         ("basic-141", errors.GuestNotFound),
         ("lock-009", errors.Locked),
         ("clone-020", errors.InUse),
@@ -165,35 +165,39 @@ def test_a_recorded_task_gives_its_id_whatever_stands_before_it(name: str) -> No
         ("ownL-005", errors.AlreadyExists),
     ],
 )
-def test_a_task_that_failed_behind_exit_0_is_found_out(name: str, kind: type[ApiError] | None) -> None:
+def test_a_failed_task_of_a_call_with_exit_status_0_is_an_error(
+    name: str, kind: type[ApiError] | None
+) -> None:
     record = RECORDED[name]
-    said = record["stderr"].splitlines()[0]
-    api = PveshApi(Recorded(record, ended(said), log("trying", f"TASK ERROR: {said}")))
+    reason = record["stderr"].splitlines()[0]
+    api = PveshApi(Recorded(record, ended(reason), log("trying", f"TASK ERROR: {reason}")))
     if kind is None:
         assert qemu.start(api, "father", 103) is None
         return
-    with pytest.raises(kind, match=re.escape(said[:20])) as caught:
+    with pytest.raises(kind, match=re.escape(reason[:20])) as caught:
         qemu.awaited(api, lambda: api.post("/x"), 5)
     failed = caught.value if isinstance(caught.value, errors.TaskFailed) else caught.value.__cause__
     assert isinstance(failed, errors.TaskFailed)
-    assert failed.log[-1] == f"TASK ERROR: {said}"
+    assert failed.log[-1] == f"TASK ERROR: {reason}"
 
 
 @pytest.mark.parametrize(
-    ("exitstatus", "good", "warnings"),
+    ("exitstatus", "succeeds", "warnings"),
     [("OK", True, False), ("WARNINGS: 1", True, True), ("unexpected status", False, False)],
 )
-def test_how_a_task_ended_is_read_from_its_exit_status(exitstatus: str, good: bool, warnings: bool) -> None:
+def test_the_result_of_a_task_depends_on_its_exit_status(
+    exitstatus: str, succeeds: bool, warnings: bool
+) -> None:
     upid = "UPID:father:00001037:0008381C:6B04D317:qmcreate:150:root@pam:"
     api = PveshApi(Recorded(ended(exitstatus), log("line")))
-    if good:
+    if succeeds:
         assert tasks.wait_task(api, upid, timeout=5) == tasks.TaskResult(upid, "father", exitstatus, warnings)
     else:
         with pytest.raises(errors.TaskFailed, match=exitstatus):
             tasks.wait_task(api, upid, timeout=5)
 
 
-def test_a_task_is_awaited_while_it_runs_and_given_up_at_the_limit() -> None:
+def test_waiting_for_a_task_ends_with_the_task_or_at_the_limit() -> None:
     upid = "UPID:father:00001037:0008381C:6B04D317:qmcreate:150:root@pam:"
     running = (0, '{"status":"running"}\n', "")
     assert (
@@ -211,7 +215,7 @@ def test_recorded_task_states_and_logs_are_read() -> None:
     assert tasks.task_log(PveshApi(Recorded(RECORDED["tasks-006"])), upid) == ("TASK OK",)
 
 
-def test_a_stop_that_met_a_held_lock_file_is_tried_again() -> None:
+def test_a_stop_that_failed_by_a_held_lock_file_is_retried() -> None:
     lock = "can't lock file '/var/lock/qemu-server/lock-977.conf' - got timeout"
     upid = '"UPID:father:00001037:0008381C:6B04D317:qmstop:977:root@pam:"\n'
     ssh = Recorded((0, upid, lock), ended(lock), log(), (0, upid, ""), ended("OK"))
@@ -219,7 +223,7 @@ def test_a_stop_that_met_a_held_lock_file_is_tried_again() -> None:
     assert [words[3] for words in ssh.asked].count("create") == 2
 
 
-def test_a_destroy_is_never_sent_again_by_itself_and_never_purges() -> None:
+def test_a_destroy_is_never_retried_and_never_purges() -> None:
     record = RECORDED["concurrency-017"]
     ssh = Recorded(record, ended(record["stderr"].strip()), log())
     with pytest.raises(errors.LockTimeout):
@@ -230,7 +234,7 @@ def test_a_destroy_is_never_sent_again_by_itself_and_never_purges() -> None:
     assert sum("delete" in words for words in ssh.asked) == 1
 
 
-def test_a_vm_is_made_without_volumes() -> None:
+def test_a_diskless_vm_cannot_have_volumes() -> None:
     with pytest.raises(errors.BadParameter, match="scsi0"):
         qemu.create_diskless(PveshApi(Recorded()), "father", 150, name="x", scsi0="local:4")
     for node, vmid in (("a/b", 150), ("", 150), ("father", 99), ("father", True)):
@@ -259,16 +263,16 @@ def test_guests_are_read_from_the_resources() -> None:
         {"type": "qemu", "vmid": 103, "node": "../x"},
         "nonsense",
     ]
-    found = qemu.list_guests(PveshApi(Recorded((0, json.dumps(answer), ""))))
-    assert [(guest.vmid, guest.name, guest.kind, guest.template) for guest in found] == [
+    guests = qemu.list_guests(PveshApi(Recorded((0, json.dumps(answer), ""))))
+    assert [(guest.vmid, guest.name, guest.kind, guest.template) for guest in guests] == [
         (100, "7", "qemu", False),
         (101, None, "qemu", False),
         (102, None, "lxc", True),
     ]
-    assert (found[0].tags, found[0].pool, found[0].lock) == (("b", "a"), "npve-1", "create")
+    assert (guests[0].tags, guests[0].pool, guests[0].lock) == (("b", "a"), "npve-1", "create")
 
 
-def test_the_local_node_is_asked_once() -> None:
+def test_the_local_node_is_read_once() -> None:
     ssh = Recorded((0, '[{"type":"node","name":"father","local":1,"nodeid":0}]', ""))
     host = PveHost("outer", ssh, PveshApi(ssh))
     assert (host.node, host.node) == ("father", "father")
@@ -284,24 +288,24 @@ def test_the_local_node_is_asked_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["agent-007", "agent-015"])
-def test_an_agent_that_is_not_there_yet_is_no_error_to_a_ping(name: str) -> None:
+def test_a_ping_without_a_running_agent_is_false(name: str) -> None:
     assert agent.ping(PveshApi(Recorded(RECORDED[name])), "father", 104) is False
     assert agent.ping(PveshApi(Recorded((0, "", ""))), "father", 104) is True
 
 
-def test_an_agent_of_a_host_in_trouble_is_an_error() -> None:
+def test_a_ping_on_a_faulty_host_is_an_error() -> None:
     with pytest.raises(errors.ClusterFilesystemDown):
         agent.ping(PveshApi(Recorded(RECORDED["services-024"])), "father", 104)
 
 
-def test_the_address_is_that_of_the_mac_and_no_other() -> None:
-    found = agent.interfaces(PveshApi(Recorded(RECORDED["agent-024"])), "father", 120)
-    assert found[0].name == "lo"
-    macs = {interface.mac: interface.ipv4 for interface in found}
+def test_the_address_is_that_of_the_interface_with_the_mac() -> None:
+    interfaces = agent.interfaces(PveshApi(Recorded(RECORDED["agent-024"])), "father", 120)
+    assert interfaces[0].name == "lo"
+    macs = {interface.mac: interface.ipv4 for interface in interfaces}
     mac, addresses = next((mac, ipv4) for mac, ipv4 in macs.items() if not mac.startswith("00:00:00"))
-    assert agent.ipv4_for_mac(found, mac.upper()) == (addresses[0] if addresses else None)
-    assert agent.ipv4_for_mac(found, "00:00:00:00:00:00") is None
-    assert agent.ipv4_for_mac(found, "02:00:00:00:00:01") is None
+    assert agent.ipv4_for_mac(interfaces, mac.upper()) == (addresses[0] if addresses else None)
+    assert agent.ipv4_for_mac(interfaces, "00:00:00:00:00:00") is None
+    assert agent.ipv4_for_mac(interfaces, "02:00:00:00:00:01") is None
 
 
 def _blob(kind: str, size: int = 51) -> str:
@@ -312,7 +316,7 @@ def _blob(kind: str, size: int = 51) -> str:
 def test_a_host_key_is_one_line_of_type_and_base64() -> None:
     key = f"ssh-ed25519 {_blob('ssh-ed25519')}"
     assert agent.one_key(f"{key} root@guest\n") == key
-    for poison in (
+    for invalid in (
         f"{key}\n* {key}\n",
         f"{key} x\r* {key}\n",
         f"* {key}\n",
@@ -325,21 +329,21 @@ def test_a_host_key_is_one_line_of_type_and_base64() -> None:
         "",
     ):
         with pytest.raises(UnreadableAnswer):
-            agent.one_key(poison)
+            agent.one_key(invalid)
 
 
-def test_host_keys_of_a_guest_are_those_it_has() -> None:
+def test_host_keys_are_read_from_the_guest() -> None:
     key = f"ssh-ed25519 {_blob('ssh-ed25519')}"
     missing = (255, "", "Agent error: Guest agent command failed, error was 'Failed to open file'")
-    given_key = (0, json.dumps({"bytes-read": 90, "content": f"{key} root@x\n"}), "")
-    assert agent.host_keys(PveshApi(Recorded(given_key, missing, missing)), "father", 120) == (key,)
+    present = (0, json.dumps({"bytes-read": 90, "content": f"{key} root@x\n"}), "")
+    assert agent.host_keys(PveshApi(Recorded(present, missing, missing)), "father", 120) == (key,)
     with pytest.raises(UnreadableAnswer, match="found none"):
         agent.host_keys(PveshApi(Recorded(missing, missing, missing)), "father", 120)
     with pytest.raises(errors.AgentUnavailable):
         agent.host_keys(PveshApi(Recorded(RECORDED["agent-007"])), "father", 120)
 
 
-_WORDS = [record["stderr"] for record in RECORDED.values()]
+_MESSAGES = [record["stderr"] for record in RECORDED.values()]
 
 # -- readers ------------------------------------------------------------------------------------------
 
@@ -376,24 +380,24 @@ NOISE = st.lists(
 
 
 @given(JSON, NOISE)
-def test_an_answer_is_read_whatever_stands_in_front(data: Any, noise: list[str]) -> None:
+def test_an_answer_is_read_after_any_output(data: Any, noise: list[str]) -> None:
     printed = "".join(f"{line}\n" for line in noise) + json.dumps(data, ensure_ascii=False) + "\n"
     assert read_answer(printed) == data
 
 
 @given(UPIDS, NOISE, st.booleans(), st.booleans())
-def test_a_task_id_is_read_bare_quoted_and_without_a_newline_before_it(
-    upid: str, noise: list[str], quoted: bool, glued: bool
+def test_a_task_id_is_read_bare_quoted_and_after_text_on_its_line(
+    upid: str, noise: list[str], quoted: bool, same_line: bool
 ) -> None:
     front = "".join(f"{line}\n" for line in noise)
-    glue = "creating a clone of VM 101 with ID 105" if glued else ""
-    printed = f'{front}{glue}"{upid}"\n' if quoted or glued else f"{front}{upid}\n"
+    text_before = "creating a clone of VM 101 with ID 105" if same_line else ""
+    printed = f'{front}{text_before}"{upid}"\n' if quoted or same_line else f"{front}{upid}\n"
     assert read_answer(printed) == upid
     assert tasks.parse_upid(upid).text == upid
 
 
 @pytest.mark.parametrize("log", ["", "creating a clone of VM 101 with ID 105", "update VM 105: -memory 64"])
-def test_another_nodes_output_as_one_string_is_read(log: str) -> None:
+def test_the_output_of_another_node_as_one_string_is_read(log: str) -> None:
     upid = "UPID:nodea:00000322:000A44B9:6B04D856:qmclone:101:root@pam:"
     assert read_answer(json.dumps(f'{log}"{upid}"') + "\n") == upid
     assert read_answer(json.dumps("update VM 105: -memory 64")) is None
@@ -407,7 +411,7 @@ def test_another_nodes_output_as_one_string_is_read(log: str) -> None:
 @example('"\\ud800"')
 @example("\x1b[")
 @example("UPID:father:0:0:0:x:y:z:")
-def test_no_answer_crashes_the_reader(printed: str) -> None:
+def test_the_reader_never_crashes(printed: str) -> None:
     try:
         answer = read_answer(printed)
     except UnreadableAnswer:
@@ -416,7 +420,7 @@ def test_no_answer_crashes_the_reader(printed: str) -> None:
 
 
 @given(JSON.filter(lambda data: isinstance(data, (list, dict)) and bool(data)), st.data())
-def test_half_an_answer_is_no_answer(data: Any, draw: st.DataObject) -> None:
+def test_an_incomplete_answer_is_an_error(data: Any, draw: st.DataObject) -> None:
     printed = json.dumps(data)
     cut = draw.draw(st.integers(1, len(printed) - 1))
     with pytest.raises(UnreadableAnswer):
@@ -433,9 +437,9 @@ def test_five_megabytes_are_read() -> None:
     assert len(str(caught.value)) < 1000
 
 
-@given(st.text(max_size=300) | st.lists(st.sampled_from(_WORDS), max_size=3).map("\n".join))
-def test_no_words_crash_the_classification(words: str) -> None:
-    error = classify(words, 255, "get /x")
+@given(st.text(max_size=300) | st.lists(st.sampled_from(_MESSAGES), max_size=3).map("\n".join))
+def test_the_classification_never_crashes(message: str) -> None:
+    error = classify(message, 255, "get /x")
     assert isinstance(error, ApiError)
     assert error.text
     str(error).encode("utf-8", "replace")
@@ -450,19 +454,19 @@ FIELD = JSON | st.sampled_from(["1", "0", "qemu", "father", "100", "a;b"])
         FIELD,
     )
 )
-def test_a_strange_entry_is_no_guest_or_one_that_can_be_trusted(entry: dict[str, Any]) -> None:
+def test_an_invalid_entry_is_no_guest_and_a_doubtful_one_is_a_template(entry: dict[str, Any]) -> None:
     guest = qemu.read_guest(entry)
     if guest is None:
         return
     assert type(guest.vmid) is int
     assert guest.vmid >= 100
     assert guest.kind in ("qemu", "lxc")
-    # What is not surely "no template" is one, and stays untouched.
+    # A doubtful value counts as a template, which is not changed.
     assert guest.template == (entry.get("template") not in (None, 0, "0", "", False))
 
 
 @given(JSON)
-def test_small_readers_take_anything(value: Any) -> None:
+def test_readers_of_values_accept_any_value(value: Any) -> None:
     assert whole(value) is None or type(whole(value)) is int
     assert isinstance(flag(value), bool)
     assert text(value) is None or isinstance(text(value), str)
@@ -476,7 +480,7 @@ def test_small_readers_take_anything(value: Any) -> None:
 
 
 @given(JSON)
-def test_no_agent_answer_crashes(answer: Any) -> None:
+def test_readers_of_the_agents_answers_never_crash(answer: Any) -> None:
     printed = (0, json.dumps(answer), "")
     for call in (agent.interfaces, agent.host_keys, qemu.guest_config, qemu.guest_status):
         try:

@@ -1,4 +1,4 @@
-"""HTTPS with tokens and pvesh as root: which one carries a call, and what happens when one does not work."""
+"""HTTPS with tokens and pvesh as root: the transport of request call, and the behaviour when one fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from https_host import HttpsHost, certificate, https_host
+from https_host import HttpsHost, create_certificate, serve_https_host
 from logged_calls import Calls
 
 from pytest_nestedpve.pve import tokens
@@ -33,7 +33,7 @@ from pytest_nestedpve.run.audit_log import AuditLog
 
 POOL = "npve-a1b2c3d4e5f6"
 VM = "/nodes/father/qemu/99901"
-# By a cluster member without quorum [noquorum-011], and where another holds the lock.
+# Of a cluster member without quorum [noquorum-011], and while another process holds the lock.
 NO_QUORUM = "generating token failed: cfs-lock 'file-user_cfg' error: no quorum!"
 LOCKED = "generating token failed: cfs-lock 'file-user_cfg' error: got lock request timeout"
 GONE = "Configuration file 'nodes/father/qemu-server/99901.conf' does not exist"
@@ -41,9 +41,9 @@ GONE = "Configuration file 'nodes/father/qemu-server/99901.conf' does not exist"
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[HttpsHost]:
-    with https_host(tmp_path) as made:
-        made.pools.add(POOL)
-        yield made
+    with serve_https_host(tmp_path) as host:
+        host.pools.add(POOL)
+        yield host
 
 
 @pytest.fixture
@@ -51,22 +51,22 @@ def api(host: HttpsHost) -> HostApi:
     return HostApi(host).within(lambda: POOL)
 
 
-def said(status: int, reason: str, answer: Any, *, only: str = "", times: int = 1) -> Any:
-    """An answer to requests whose path contains `only`."""
-    left = [times]
+def answer_with(status: int, reason: str, answer: Any, *, only: str = "", times: int = 1) -> Any:
+    """A handler that answers the first `times` requests whose path contains `only`."""
+    remaining = [times]
 
-    def answers(handler: Any) -> bool:
-        if only not in handler.path or not left[0]:
+    def reply(handler: Any) -> bool:
+        if only not in handler.path or not remaining[0]:
             return False
-        left[0] -= 1
+        remaining[0] -= 1
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         handler.say(status, reason, body)
         return True
 
-    return answers
+    return reply
 
 
-# -- which one carries a call ----------------------------------------------------------------------
+# -- the transport of a call -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def said(status: int, reason: str, answer: Any, *, only: str = "", times: int = 
         ("post", "/nodes/father/status", {"command": "reboot"}, POOL, Identity.ROOT),
     ],
 )
-def test_what_changes_a_guest_goes_by_the_pools_token_and_by_nothing_else(
+def test_changes_of_guests_are_sent_with_the_token_of_the_pool_or_by_root(
     method: str, path: str, params: dict[str, Any], pool: str | None, expected: Identity
 ) -> None:
     assert identity_of(method, path, params, pool=pool) is expected
 
 
-def test_the_page_names_everything_that_the_session_token_may_change() -> None:
+def test_the_page_lists_everything_that_the_session_token_may_change() -> None:
     page = (Path(__file__).parents[2] / "docs" / "transports.md").read_text(encoding="utf-8")
     paragraph = next(line for line in page.splitlines() if line.startswith("- **The session token.**"))
     outer, _, nested = paragraph.partition("A nested PVE")
@@ -123,7 +123,7 @@ def test_the_page_names_everything_that_the_session_token_may_change() -> None:
         assert name in (nested if free else outer)
 
 
-def test_a_pools_token_is_granted_the_storages_and_bridges_that_a_call_names_and_no_guest() -> None:
+def test_the_token_of_a_pool_gets_grants_for_the_storages_and_bridges_of_a_call_only() -> None:
     params = {
         "scsi0": "fast:0,import-from=local:import/debian.qcow2,format=qcow2",
         "ide2": "slow:cloudinit",
@@ -148,27 +148,27 @@ def test_a_pools_token_is_granted_the_storages_and_bridges_that_a_call_names_and
     assert storages(config) == {"lvm"}
 
 
-def test_reads_go_over_https_and_start_no_command(host: HttpsHost, api: HostApi) -> None:
+def test_reads_use_https_without_a_command(host: HttpsHost, api: HostApi) -> None:
     for _ in range(5):
         assert api.get("/version") == {"by": "https"}
     assert host.pvesh() == []
     assert sum("pveum" in command for command in host.commands) == 1
-    assert host.connections == 2  # the first one before there was a token
+    assert host.connections == 2  # the first one before the token existed
     assert api.transport.startswith("HTTPS")
 
 
-def test_the_token_that_sees_never_changes_a_guest(host: HttpsHost, api: HostApi) -> None:
+def test_the_reading_token_never_changes_a_guest(host: HttpsHost, api: HostApi) -> None:
     api.get(f"{VM}/config")
     api.post("/nodes/father/qemu", vmid=99901, pool=POOL)
     api.delete(VM)
-    seen = {(each.method, each.token.startswith("npve-see-")) for each in host.guest_calls()}
-    assert seen == {("GET", True), ("POST", False), ("DELETE", False)}
-    acting = {each.token for each in host.guest_calls() if each.method != "GET"}
+    senders = {(request.method, request.token.startswith("npve-see-")) for request in host.guest_calls()}
+    assert senders == {("GET", True), ("POST", False), ("DELETE", False)}
+    acting = {request.token for request in host.guest_calls() if request.method != "GET"}
     assert len(acting) == 1
     assert acting.pop().startswith(f"{POOL}-")
 
 
-def test_what_only_root_may_do_goes_by_pvesh(host: HttpsHost, api: HostApi) -> None:
+def test_calls_that_only_root_may_make_use_pvesh(host: HttpsHost, api: HostApi) -> None:
     assert api.delete(VM, skiplock=True) == {"by": "pvesh"}
     assert host.pvesh() == [f"delete {VM} --skiplock 1 --output-format json"]
     assert host.guest_calls() == []
@@ -179,35 +179,33 @@ def test_without_a_pool_guests_are_changed_by_root(host: HttpsHost) -> None:
     assert host.guest_calls() == []
 
 
-def test_a_test_does_with_its_own_nested_pve_what_it_likes(host: HttpsHost, api: HostApi) -> None:
+def test_a_free_api_changes_guests_without_a_pool(host: HttpsHost, api: HostApi) -> None:
     assert api.free().post("/nodes/father/qemu", vmid=500) == {"by": "https"}
     assert api.free().delete("/nodes/father/storage/local/content/local:500/x.raw") == {"by": "https"}
-    assert {each.token.startswith("npve-see-") for each in host.guest_calls()} == {True}
+    assert {request.token.startswith("npve-see-") for request in host.guest_calls()} == {True}
     assert host.pvesh() == []
     assert api.free().put(f"{VM}/config", args="-device x") == {"by": "pvesh"}
 
 
-def test_what_is_not_in_the_pool_yet_is_changed_by_root(host: HttpsHost, api: HostApi) -> None:
+def test_an_unfenced_api_changes_guests_as_root(host: HttpsHost, api: HostApi) -> None:
     assert api.unfenced().put(f"{VM}/config", tags="x") == {"by": "pvesh"}
     assert host.guest_calls() == []
 
 
-def test_parameters_arrive_as_they_are(host: HttpsHost, api: HostApi) -> None:
+def test_parameters_arrive_unchanged(host: HttpsHost, api: HostApi) -> None:
     value = "a b&c=d\nü%41+\"';"
     api.post(f"{VM}/agent/exec", command=["sh", "-c", value], flag=True, off=False, left_out=None)
-    (asked,) = host.guest_calls()
-    assert asked.params == {"command": ["sh", "-c", value], "flag": ["1"], "off": ["0"]}
+    (request,) = host.guest_calls()
+    assert request.params == {"command": ["sh", "-c", value], "flag": ["1"], "off": ["0"]}
     api.get("/nodes/father/tasks", vmid=99901, source="active")
     assert host.asked[-1].params == {"vmid": ["99901"], "source": ["active"]}
 
 
 @pytest.mark.parametrize("path", ["version", "/a/../b", "/a\0"])
-def test_a_path_that_is_none_is_refused_before_anything_is_sent(
-    host: HttpsHost, api: HostApi, path: str
-) -> None:
+def test_an_invalid_path_is_refused_before_a_request(host: HttpsHost, api: HostApi, path: str) -> None:
     with pytest.raises(BadParameter):
         api.get(path)
-    assert [each for each in host.asked if not each.path.startswith("/access")] == []
+    assert [request for request in host.asked if not request.path.startswith("/access")] == []
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -216,7 +214,7 @@ def test_a_path_that_is_none_is_refused_before_anything_is_sent(
 @pytest.mark.parametrize(
     ("status", "reason", "answer", "kind", "text"),
     [
-        # Words and statuses are those of recordings of PVE 9.2 over HTTPS.
+        # Messages and statuses are from recordings of PVE 9.2 over HTTPS.
         (403, "Permission check failed (/vms/99901, VM.Audit)",
          {"data": None, "message": "Permission check failed (/vms/99901, VM.Audit)\n"},
          PermissionDenied, "403 Permission check failed (/vms/99901, VM.Audit)"),
@@ -231,10 +229,10 @@ def test_a_path_that_is_none_is_refused_before_anything_is_sent(
         (502, "Bad Gateway", b"<html>a proxy in between</html>", ApiError, "502 Bad Gateway"),
     ],
 )  # fmt: skip
-def test_errors_are_those_that_pvesh_would_give(
+def test_errors_are_the_same_as_with_pvesh(
     host: HttpsHost, api: HostApi, status: int, reason: str, answer: Any, kind: type[ApiError], text: str
 ) -> None:
-    host.answers.append(said(status, reason, answer, only="/config", times=2))
+    host.answers.append(answer_with(status, reason, answer, only="/config", times=2))
     with pytest.raises(kind) as caught:
         api.get(f"{VM}/config")
     assert type(caught.value) is kind
@@ -242,37 +240,39 @@ def test_errors_are_those_that_pvesh_would_give(
     assert host.pvesh() == []
 
 
-def test_a_refusal_by_the_fence_is_never_tried_again_as_root(host: HttpsHost, api: HostApi) -> None:
+def test_a_refused_change_is_never_repeated_as_root(host: HttpsHost, api: HostApi) -> None:
     words = "Permission check failed (/vms/99901, VM.Allocate)"
-    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/qemu/", times=9))
+    host.answers.append(
+        answer_with(403, words, {"data": None, "message": words + "\n"}, only="/qemu/", times=9)
+    )
     with pytest.raises(PermissionDenied, match=r"VM\.Allocate"):
         api.delete(VM)
-    assert [each.method for each in host.guest_calls()] == ["DELETE"]
+    assert [request.method for request in host.guest_calls()] == ["DELETE"]
     assert host.pvesh() == []
 
 
-def test_a_bridge_of_another_zone_is_granted_when_the_call_names_it(host: HttpsHost, api: HostApi) -> None:
+def test_a_bridge_of_another_zone_is_granted_if_the_call_uses_it(host: HttpsHost, api: HostApi) -> None:
     words = "Permission check failed (/sdn/zones/lab/vnet7, SDN.Use)"
-    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/config"))
+    host.answers.append(answer_with(403, words, {"data": None, "message": words + "\n"}, only="/config"))
     assert api.post(f"{VM}/config", net0="virtio,bridge=vnet7") == {"by": "https"}
-    granted = [each.params["path"][0] for each in host.asked if each.path == "/access/acl"]
+    granted = [request.params["path"][0] for request in host.asked if request.path == "/access/acl"]
     assert granted[-1] == "/sdn/zones/lab/vnet7"
-    host.answers.append(said(403, words, {"data": None, "message": words + "\n"}, only="/config"))
+    host.answers.append(answer_with(403, words, {"data": None, "message": words + "\n"}, only="/config"))
     with pytest.raises(PermissionDenied):
         api.post(f"{VM}/config", net0="virtio,bridge=vmbr0")
 
 
-# -- when something is in the way --------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------
 
 
-def test_a_token_that_is_gone_is_replaced_once(host: HttpsHost, api: HostApi) -> None:
+def test_a_deleted_token_is_replaced_once(host: HttpsHost, api: HostApi) -> None:
     api.get("/version")
     host.tokens.clear()
     assert api.get("/version") == {"by": "https"}
     assert sum("pveum" in command for command in host.commands) == 2
 
 
-def test_a_session_that_outlasts_its_token_makes_the_next_one_with_it_and_removes_it(
+def test_an_old_token_creates_its_successor_and_is_deleted(
     host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.get("/version")
@@ -286,31 +286,31 @@ def test_a_session_that_outlasts_its_token_makes_the_next_one_with_it_and_remove
     assert host.pvesh() == []
 
 
-@pytest.mark.parametrize("why", [NO_QUORUM, LOCKED])
-def test_a_token_that_cannot_be_replaced_serves_until_it_expires_and_then_pvesh(
-    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch, why: str
+@pytest.mark.parametrize("error", [NO_QUORUM, LOCKED])
+def test_a_token_that_cannot_be_replaced_is_used_until_it_expires_then_pvesh(
+    host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     api.get("/version")
     monkeypatch.setattr(tokens, "SEE_SECONDS", 0)
     monkeypatch.setattr("pytest_nestedpve.pve.api.LOCK_LIMIT", 0)
-    host.pveum_says = why
+    host.pveum_error = error
 
-    def refuses(handler: Any) -> bool:
-        made = handler.command == "POST" and "/token/" in handler.path
-        return made and not handler.say(500, why, b"")
+    def refuse(handler: Any) -> bool:
+        creates = handler.command == "POST" and "/token/" in handler.path
+        return creates and not handler.say(500, error, b"")
 
-    host.answers.append(refuses)
+    host.answers.append(refuse)
     assert [api.get("/version") for _ in range(3)] == [{"by": "https"}] * 3
-    assert [each.method for each in host.asked].count("POST") == 1  # not with each call: PVE tries for 10 s
+    assert [request.method for request in host.asked].count(
+        "POST"
+    ) == 1  # not with request call: PVE waits 10 s
     assert sum("pveum" in command for command in host.commands) == 1
     host.tokens.clear()
     assert api.get("/version") == {"by": "pvesh"}
-    assert why in api.transport
+    assert error in api.transport
 
 
-def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
-    host: HttpsHost, api: HostApi
-) -> None:
+def test_the_token_of_a_pool_is_replaced_only_while_the_pool_exists(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/status/start")
     host.tokens = {name: value for name, value in host.tokens.items() if name.startswith("npve-see")}
     assert api.post(f"{VM}/status/stop") == {"by": "https"}
@@ -321,35 +321,35 @@ def test_the_pools_token_is_replaced_while_its_pool_is_there_and_not_afterwards(
     assert host.pvesh() == []
 
 
-def test_the_rights_of_a_token_that_is_replaced_go_before_it(host: HttpsHost, api: HostApi) -> None:
+def test_the_grants_of_a_replaced_token_are_deleted_before_it(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/status/start")
     refused = next(name for name in host.tokens if name.startswith(POOL))
     host.rights = rights_of(refused)
-    host.answers.append(said(401, "Authentication failed!", b"", only="/status/stop"))
+    host.answers.append(answer_with(401, "Authentication failed!", b"", only="/status/stop"))
     assert api.post(f"{VM}/status/stop") == {"by": "https"}
     assert refused not in host.tokens
     assert_rights_first(host)
 
 
-def test_a_token_that_is_refused_twice_is_an_error_and_not_a_loop(host: HttpsHost, api: HostApi) -> None:
-    host.answers.append(said(401, "Authentication failed!", b"", only="/version", times=9))
+def test_a_token_that_is_refused_twice_is_an_error(host: HttpsHost, api: HostApi) -> None:
+    host.answers.append(answer_with(401, "Authentication failed!", b"", only="/version", times=9))
     with pytest.raises(Unauthorized, match="401 Authentication failed!"):
         api.get("/version")
-    assert [each.path for each in host.asked].count("/version") == 2
+    assert [request.path for request in host.asked].count("/version") == 2
 
 
-def test_a_new_certificate_is_taken_when_root_reads_the_same(host: HttpsHost, api: HostApi) -> None:
+def test_a_new_certificate_is_accepted_if_root_reads_the_same(host: HttpsHost, api: HostApi) -> None:
     api.get("/version")
-    pem = certificate()
-    host.serve_with(pem)
+    pem = create_certificate()
+    host.set_certificate(pem)
     host.read_pem = pem[0]
     api.shared.tokens.see_client().close()
     assert api.get("/version") == {"by": "https"}
     assert sum("pveum" in command for command in host.commands) == 1
 
 
-def test_another_certificate_than_root_reads_gets_no_token(host: HttpsHost, api: HostApi) -> None:
-    host.serve_with(certificate())
+def test_no_token_is_sent_to_another_certificate_than_root_reads(host: HttpsHost, api: HostApi) -> None:
+    host.set_certificate(create_certificate())
     assert api.get("/version") == {"by": "pvesh"}
     assert host.asked == []
     assert host.made == 0
@@ -357,34 +357,34 @@ def test_another_certificate_than_root_reads_gets_no_token(host: HttpsHost, api:
 
 
 @pytest.mark.parametrize(
-    ("pem", "words"),
+    ("pem", "reason"),
     [
-        (certificate(days=-1), "expired"),
-        (certificate(names=()), "no subject alternative name"),
+        (create_certificate(days=-1), "expired"),
+        (create_certificate(names=()), "no subject alternative name"),
         (("no certificate", ""), "cannot be read"),
     ],
 )
-def test_a_certificate_that_cannot_be_checked_means_pvesh(
-    host: HttpsHost, api: HostApi, pem: tuple[str, str], words: str
+def test_with_a_certificate_that_cannot_be_checked_pvesh_is_used(
+    host: HttpsHost, api: HostApi, pem: tuple[str, str], reason: str
 ) -> None:
     if pem[1]:
-        host.serve_with(pem)
+        host.set_certificate(pem)
     host.read_pem = pem[0]
     assert api.get("/version") == {"by": "pvesh"}
-    assert words in api.transport
+    assert reason in api.transport
     assert host.asked == []
     assert host.made == 0
 
 
-def test_a_certificate_of_an_administrator_with_a_wildcard_is_checked_too(tmp_path: Path) -> None:
-    with https_host(tmp_path) as host:
-        pem = certificate(names=("*.example.org",))
-        host.serve_with(pem)
+def test_a_wildcard_certificate_is_checked(tmp_path: Path) -> None:
+    with serve_https_host(tmp_path) as host:
+        pem = create_certificate(names=("*.example.org",))
+        host.set_certificate(pem)
         host.read_pem = pem[0]
         assert HostApi(host).get("/version") == {"by": "https"}
 
 
-def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
+def test_pvesh_is_used_while_the_proxy_is_down(
     host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host.listens = False
@@ -392,29 +392,29 @@ def test_a_proxy_that_is_down_means_pvesh_until_it_is_back(
     assert "port 8006" in api.transport
     assert host.made == 0
     host.listens = True
-    assert api.get("/version") == {"by": "pvesh"}  # not asked again at once
+    assert api.get("/version") == {"by": "pvesh"}  # HTTPS is not retried at once
     later = time.monotonic() + 6
     monkeypatch.setattr("pytest_nestedpve.pve.deadline.time.monotonic", lambda: later)
     assert api.get("/version") == {"by": "https"}
     assert api.transport.startswith("HTTPS")
 
 
-def test_a_proxy_that_restarts_is_waited_for(host: HttpsHost, api: HostApi) -> None:
+def test_a_call_waits_for_a_restarting_proxy(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/status/start")
     host.listens = False
     api.shared.tokens.act_client(POOL, []).close()
 
-    def back() -> None:
+    def listen() -> None:
         host.listens = True
 
-    timer = threading.Timer(0.4, back)
+    timer = threading.Timer(0.4, listen)
     timer.start()
     assert api.post(f"{VM}/status/stop") == {"by": "https"}
     timer.join()
     assert host.pvesh() == []
 
 
-def test_a_proxy_that_stays_away_is_given_up(
+def test_pvesh_is_used_if_the_proxy_does_not_restart(
     host: HttpsHost, api: HostApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_nestedpve.pve.transports.PROXY_RESTART", 0.3)
@@ -425,17 +425,17 @@ def test_a_proxy_that_stays_away_is_given_up(
     assert api.get("/version") == {"by": "pvesh"}
 
 
-def test_a_request_that_nobody_took_goes_by_pvesh(host: HttpsHost, api: HostApi) -> None:
-    host.answers.append(said(595, "Connection refused", b"", only="/status/start"))
+def test_a_request_that_the_proxy_could_not_deliver_uses_pvesh(host: HttpsHost, api: HostApi) -> None:
+    host.answers.append(answer_with(595, "Connection refused", b"", only="/status/start"))
     assert api.post(f"{VM}/status/start") == {"by": "pvesh"}
 
 
-def test_a_call_for_a_node_that_is_off_fails_at_once_and_the_proxy_is_not_to_blame(
+def test_a_call_for_an_offline_node_fails_at_once_and_https_remains_in_use(
     host: HttpsHost, api: HostApi
 ) -> None:
     nodes = [{"node": "father", "status": "online"}, {"node": "father2", "status": "offline"}]
-    host.answers.append(said(595, "No route to host", b"", only="/nodes/father2/", times=9))
-    host.answers.append(said(200, "OK", {"data": nodes}, only="/api2/json/nodes", times=9))
+    host.answers.append(answer_with(595, "No route to host", b"", only="/nodes/father2/", times=9))
+    host.answers.append(answer_with(200, "OK", {"data": nodes}, only="/api2/json/nodes", times=9))
     begun = time.monotonic()
     with pytest.raises(NodeUnreachable, match="the node father2 is offline"):
         api.get("/nodes/father2/tasks")
@@ -445,7 +445,7 @@ def test_a_call_for_a_node_that_is_off_fails_at_once_and_the_proxy_is_not_to_bla
     assert api.get("/version") == {"by": "https"}
 
 
-def test_a_node_that_was_off_is_not_waited_for_again_and_asked_when_it_is_back(
+def test_calls_wait_once_for_an_offline_node_and_succeed_when_it_is_online(
     host: HttpsHost, api: HostApi
 ) -> None:
     waited: list[str] = []
@@ -457,21 +457,19 @@ def test_a_node_that_was_off_is_not_waited_for_again_and_asked_when_it_is_back(
         return False
 
     host.answers.append(slow)
-    off = said(595, "Connection timed out", b"", only="/nodes/father2/", times=99)
-    host.answers.append(off)
-    host.answers.append(said(200, "OK", {"data": [state]}, only="/api2/json/nodes", times=99))
+    offline = answer_with(595, "Connection timed out", b"", only="/nodes/father2/", times=99)
+    host.answers.append(offline)
+    host.answers.append(answer_with(200, "OK", {"data": [state]}, only="/api2/json/nodes", times=99))
     for _ in range(3):
         with pytest.raises(NodeUnreachable, match="the node father2 is offline"):
             api.get("/nodes/father2/tasks")
     assert len(waited) == 1
     state["status"] = "online"
-    host.answers.remove(off)
+    host.answers.remove(offline)
     assert api.get("/nodes/father2/tasks") == [state]
 
 
-def test_a_read_whose_answer_is_lost_is_asked_again_and_a_change_is_not(
-    host: HttpsHost, api: HostApi
-) -> None:
+def test_a_read_whose_answer_is_lost_is_retried_and_a_change_is_not(host: HttpsHost, api: HostApi) -> None:
     def cut(handler: Any) -> bool:
         if handler.path.endswith(("/version", "/start")) and not cuts.get(handler.path):
             cuts[handler.path] = True
@@ -485,11 +483,11 @@ def test_a_read_whose_answer_is_lost_is_asked_again_and_a_change_is_not(
     assert api.get("/version") == {"by": "https"}
     with pytest.raises(ReplyLost, match="ended before the answer"):
         api.post(f"{VM}/status/start")
-    assert [each.path for each in host.guest_calls()] == [f"{VM}/status/start"]
+    assert [request.path for request in host.guest_calls()] == [f"{VM}/status/start"]
     assert host.pvesh() == []
 
 
-def test_an_answer_that_never_ends_is_cut_off_at_the_limit(host: HttpsHost, api: HostApi) -> None:
+def test_an_endless_answer_is_interrupted_at_the_limit(host: HttpsHost, api: HostApi) -> None:
     api.get("/version")
 
     def drip(handler: Any) -> bool:
@@ -514,7 +512,7 @@ def test_an_answer_that_never_ends_is_cut_off_at_the_limit(host: HttpsHost, api:
 def test_no_token_is_in_an_error_or_in_the_log(host: HttpsHost, api: HostApi) -> None:
     log = Calls()
     api.logged(log)
-    host.answers.append(said(500, "boom", {"data": None, "message": "boom"}, only="/config"))
+    host.answers.append(answer_with(500, "boom", {"data": None, "message": "boom"}, only="/config"))
     with pytest.raises(ApiError) as caught:
         api.get(f"{VM}/config")
     api.post(f"{VM}/status/start")
@@ -522,12 +520,10 @@ def test_no_token_is_in_an_error_or_in_the_log(host: HttpsHost, api: HostApi) ->
     assert len(secrets) == 2
     shown = repr((log.calls, str(caught.value), api.shared.tokens.see_client(), host.commands))
     assert not any(secret in shown for secret in secrets)
-    assert all("cafe" not in text for text in (shown,))
+    assert "cafe" not in shown
 
 
-def test_calls_that_create_tokens_are_logged_with_their_time_and_not_counted_twice(
-    host: HttpsHost, tmp_path: Path
-) -> None:
+def test_calls_that_create_tokens_are_logged_with_their_own_time(host: HttpsHost, tmp_path: Path) -> None:
     def slow(handler: Any) -> bool:
         if "/token/" in handler.path:
             time.sleep(0.05)
@@ -538,25 +534,25 @@ def test_calls_that_create_tokens_are_logged_with_their_time_and_not_counted_twi
     api = HostApi(host, log.calls("father")).within(lambda: POOL)
     began = time.monotonic()
     api.post(f"{VM}/status/start")
-    took = (time.monotonic() - began) * 1000
+    duration = (time.monotonic() - began) * 1000
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    made, *calls = [(line["cmd"].split()[:2], line["ms"]) for line in lines if line["event"] == "call"]
-    assert made == (["pveum", "user"], 1.0)
-    listed, token, access, start = calls
-    assert [each[0][0] for each in calls] == ["get", "post", "put", "post"]
+    created, *calls = [(line["cmd"].split()[:2], line["ms"]) for line in lines if line["event"] == "call"]
+    assert created == (["pveum", "user"], 1.0)
+    _, token, _, start = calls
+    assert [name[0] for name, _ in calls] == ["get", "post", "put", "post"]
     assert token[1] >= 50 > start[1]
-    assert all(each[1] > 0 for each in calls)
-    assert sum(each[1] for each in (listed, token, access, start)) <= took
+    assert all(ms > 0 for _, ms in calls)
+    assert sum(ms for _, ms in calls) <= duration
 
 
 # -- the end -------------------------------------------------------------------------------------------
 
 
-def test_a_session_takes_its_tokens_and_their_rights_with_it(host: HttpsHost, api: HostApi) -> None:
+def test_a_session_deletes_its_tokens_and_their_grants(host: HttpsHost, api: HostApi) -> None:
     api.post(f"{VM}/config", scsi0="local:1")
-    acting = next(name for name in host.tokens if name.startswith(POOL))
-    host.rights = rights_of(acting)
+    name = next(name for name in host.tokens if name.startswith(POOL))
+    host.rights = rights_of(name)
     api.close()
     assert host.tokens == {}
     assert_rights_first(host)
@@ -566,40 +562,44 @@ def rights_of(token: str) -> list[dict[str, str]]:
     return [
         {"path": f"/pool/{POOL}", "ugid": f"root@pam!{token}", "roleid": "PVEVMAdmin"},
         {"path": f"/pool/{POOL}", "ugid": f"root@pam!{token}", "roleid": "PVEPoolAdmin"},
-        {"path": "/storage/local", "ugid": "root@pam!somebodys", "roleid": "PVEDatastoreUser"},
+        {"path": "/storage/local", "ugid": "root@pam!other", "roleid": "PVEDatastoreUser"},
     ]
 
 
 def assert_rights_first(host: HttpsHost) -> None:
-    ends = [each for each in host.asked if "delete" in each.params or each.method == "DELETE"]
-    assert next((each.method, each.path.rpartition("/")[2]) for each in ends) == ("PUT", "acl")
-    assert [each.params["roles"] for each in ends if each.method == "PUT"] == [["PVEPoolAdmin,PVEVMAdmin"]]
+    deletions = [
+        request for request in host.asked if "delete" in request.params or request.method == "DELETE"
+    ]
+    assert next((request.method, request.path.rpartition("/")[2]) for request in deletions) == ("PUT", "acl")
+    assert [request.params["roles"] for request in deletions if request.method == "PUT"] == [
+        ["PVEPoolAdmin,PVEVMAdmin"]
+    ]
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_tokens_go_as_root_when_https_does_not_work_any_more(
-    host: HttpsHost, api: HostApi, lost: bool
-) -> None:
+def test_tokens_are_deleted_as_root_when_https_fails(host: HttpsHost, api: HostApi, lost: bool) -> None:
     log = Calls()
     api.logged(log)
     api.post(f"{VM}/status/start")
-    host.tokens["terraform"] = "of somebody"
+    host.tokens["terraform"] = "other"
     host.rights = rights_of(next(name for name in host.tokens if name.startswith(POOL)))
     if lost:
-        host.answers.append(said(599, "Too many redirections", b"", only="/token/", times=9))
+        host.answers.append(answer_with(599, "Too many redirections", b"", only="/token/", times=9))
     else:
         host.listens = False
         api.shared.tokens.see_client().close()
     api.close()
     assert list(host.tokens) == ["terraform"]
     assert {call.cmd.split()[0] for call in log.calls if call.transport == "pvesh"} >= {"get", "delete"}
-    assert lost or [each.split()[:2] for each in host.pvesh() if "/acl" in each] == [
+    assert lost or [call.split()[:2] for call in host.pvesh() if "/acl" in call] == [
         ["get", "/access/acl"],
         ["set", "/access/acl"],
     ]
 
 
-def test_a_token_whose_making_was_never_answered_goes_too(host: HttpsHost, api: HostApi) -> None:
+def test_a_token_is_deleted_although_the_answer_to_its_creation_was_lost(
+    host: HttpsHost, api: HostApi
+) -> None:
     def lost(handler: Any) -> bool:
         if handler.command != "POST" or "/token/" not in handler.path:
             return False
@@ -615,8 +615,8 @@ def test_a_token_whose_making_was_never_answered_goes_too(host: HttpsHost, api: 
     assert host.tokens == {}
 
 
-def test_only_the_runs_own_tokens_and_rights_are_taken() -> None:
-    class Fake:
+def test_only_tokens_and_grants_of_the_run_are_found_and_deleted() -> None:
+    class TokenApi:
         def __init__(self) -> None:
             self.puts: list[dict[str, Any]] = []
 
@@ -634,7 +634,7 @@ def test_only_the_runs_own_tokens_and_rights_are_taken() -> None:
 
         post = delete = put
 
-    fake = Fake()
-    assert run_tokens(fake, "a1b2c3d4e5f6") == [f"{POOL}-00000001"]
-    remove_grants(fake, run_tokens(fake, "a1b2c3d4e5f6"))
-    assert [put["tokens"] for put in fake.puts] == [f"root@pam!{POOL}-00000001"]
+    api = TokenApi()
+    assert run_tokens(api, "a1b2c3d4e5f6") == [f"{POOL}-00000001"]
+    remove_grants(api, run_tokens(api, "a1b2c3d4e5f6"))
+    assert [put["tokens"] for put in api.puts] == [f"root@pam!{POOL}-00000001"]
