@@ -55,42 +55,42 @@ class Kept:
     shape: Mapping[str, str]
     fixtures: Sequence[str] = ()
 
-    def differs(self, settings: Settings, *, early: bool = False) -> list[str]:
-        """The changed settings, as texts for a message; `early`: before the fixtures have set theirs."""
-        now = shape(settings)
+    def list_changes(self, settings: Settings, *, early: bool = False) -> list[str]:
+        """Texts of the changed settings; `early`: before the fixtures have set their values."""
+        current = shape(settings)
         return [
-            f"{name}: {self.shape.get(name, 'unknown')}, now {now[name]}"
+            f"{name}: {self.shape.get(name, 'unknown')}, now {current[name]}"
             for name in SHAPE
-            if self.shape.get(name) != now[name] and not (early and name in self.fixtures)
+            if self.shape.get(name) != current[name] and not (early and name in self.fixtures)
         ]
 
 
-def _shaped(settings: Settings) -> dict[str, Any]:
+def _shape_fields(settings: Settings) -> dict[str, Any]:
     by_fixture = [name for name in SHAPE if settings.origin(name).startswith("the fixture ")]
     return {"shape": shape(settings), "fixtures": by_fixture}
 
 
-def joined(directory: RunDirectory, settings: Settings) -> None:
-    """Report the shape of this worker process, which alone knows the fixtures, to xdist's controller.
+def report_shape(directory: RunDirectory, settings: Settings) -> None:
+    """Report the shape of this worker process, which has the values of the fixtures, to xdist's controller.
 
     The controller stores it with the run. Raises PveError when the run was kept with another shape.
     """
     run_id = directory.path.name
-    kept = recorded(run_id)
-    if kept is not None and (differs := kept.differs(settings)):
+    kept = find_kept(run_id)
+    if kept is not None and (changes := kept.list_changes(settings)):
         raise PveError(
-            f"the kept run {run_id} was created with other settings ({'; '.join(differs)}), and workers that "
+            f"the kept run {run_id} was created with other settings ({'; '.join(changes)}), and workers that "
             "share one environment (nested_pve_scope = run) cannot create a second one; destroy it first: "
-            f"{rerun_commands.finishing(settings, run_id)}"
+            f"{rerun_commands.command_to_destroy(settings, run_id)}"
         )
-    directory.write(_SHAPE, json.dumps(_shaped(settings)))
+    directory.write(_SHAPE, json.dumps(_shape_fields(settings)))
 
 
 def _home() -> Path:
     return state_home() / "kept"
 
 
-def all_kept() -> list[Kept]:
+def list_kept() -> list[Kept]:
     """The records on this client, the newest first; records that expired a week ago are deleted."""
     records = []
     with contextlib.suppress(OSError):
@@ -111,8 +111,8 @@ def _read(path: Path) -> Kept | None:
         kept = Kept(**{name: data[name] for name in Kept.__dataclass_fields__ if name in data})
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    sound = kept.run == path.name and isinstance(kept.expires, int) and isinstance(kept.shape, dict)
-    return kept if sound else None
+    is_valid = kept.run == path.name and isinstance(kept.expires, int) and isinstance(kept.shape, dict)
+    return kept if is_valid else None
 
 
 def candidates(settings: Settings, rootdir: Path, *, early: bool) -> Iterator[tuple[Kept, str]]:
@@ -124,25 +124,25 @@ def candidates(settings: Settings, rootdir: Path, *, early: bool) -> Iterator[tu
         return  # a template needs an unused VM
     if settings.attach is not None:
         return  # an attached PVE is never kept, and the kept runs are of another one
-    for kept in all_kept():
+    for kept in list_kept():
         if kept.rootdir != str(rootdir) or kept.host != str(settings.host):
             continue
         if kept.client != client_hash() or kept.owner != owner():
             continue
         if kept.expires <= time.time():
             yield kept, "it has expired"
-        elif differs := kept.differs(settings, early=early):
-            yield kept, "it was created with other settings (" + "; ".join(differs) + ")"
+        elif changes := kept.list_changes(settings, early=early):
+            yield kept, "it was created with other settings (" + "; ".join(changes) + ")"
         else:
             yield kept, ""
 
 
-def recorded(run_id: str) -> Kept | None:
+def find_kept(run_id: str) -> Kept | None:
     """The record of a run; None if it does not exist."""
-    return next((kept for kept in all_kept() if kept.run == run_id), None)
+    return next((kept for kept in list_kept() if kept.run == run_id), None)
 
 
-def done_in(kept: Kept) -> frozenset[str]:
+def read_done_phases(kept: Kept) -> frozenset[str]:
     """The phases that a kept run has done and whose inputs have not changed since, by its record."""
     try:
         record = phase_record.parse((_home() / kept.run / phase_record.FILE).read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ class LockedRun:
     remarks: tuple[str, ...]
 
 
-def resumable(settings: Settings, rootdir: Path) -> Kept | None:
+def find_resumable(settings: Settings, rootdir: Path) -> Kept | None:
     """The kept run that a session would resume, by the records of this client; None: a new run."""
     return next((kept for kept, reason in candidates(settings, rootdir, early=True) if not reason), None)
 
@@ -198,9 +198,11 @@ def store(run: Run, settings: Settings, rootdir: Path, expires: int) -> None:
     for name in _FILES:
         _copy(run.dir / name, target / name)
     reported = run.dir / _SHAPE
-    shaped = json.loads(reported.read_text(encoding="utf-8")) if reported.exists() else _shaped(settings)
+    shape_fields = (
+        json.loads(reported.read_text(encoding="utf-8")) if reported.exists() else _shape_fields(settings)
+    )
     kept = Kept(
-        run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shaped
+        run.id, str(settings.host), str(rootdir), run.client, run.owner, run.created, expires, **shape_fields
     )
     local_file.write(target / _RECORD, json.dumps(asdict(kept), indent=1))
 

@@ -28,10 +28,10 @@ def prune(folder: Path, own: str) -> None:
     lock. Other directories may be needed to clean up.
     """
     with contextlib.suppress(Exception):
-        kept = {record.run for record in kept_runs.all_kept()}
+        kept = {record.run for record in kept_runs.list_kept()}
         ended = 0
         for path in _newest_first(folder):
-            if path.name in kept or path.name == own or not is_over(path):
+            if path.name in kept or path.name == own or not is_cleaned_up(path):
                 continue
             ended += 1
             if ended > NEWEST:
@@ -42,19 +42,19 @@ def prune(folder: Path, own: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def is_over(path: Path) -> bool:
+def is_cleaned_up(path: Path) -> bool:
     """Whether the run of this directory has no leftovers on its host, and no session works on the run."""
-    return not SessionLock.alive(path.name) and _torn_down(path / "audit.jsonl")
+    return not SessionLock.alive(path.name) and _is_torn_down(path / "audit.jsonl")
 
 
-def note_over(path: Path, host: str) -> None:
+def record_cleanup(path: Path, host: str) -> None:
     """Record in the run's own log, if it is on this machine, that the run has no leftovers on `host`."""
     log = path / "audit.jsonl"
     with contextlib.suppress(OSError):
         if log.exists():
             audit = AuditLog(log, path.name)
-            why = "another session has cleaned up after it"
-            audit.write("teardown", phase="destroy", status="clean", host=host, cause=why)
+            cause = "another session has cleaned up after it"
+            audit.write("teardown", phase="destroy", status="clean", host=host, cause=cause)
             audit.close()
 
 
@@ -67,7 +67,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return [path for _, path in sorted(dated, reverse=True)]
 
 
-def _torn_down(log: Path) -> bool:
+def _is_torn_down(log: Path) -> bool:
     for line in _last_lines(log):
         event = line.get("event")
         if event == "teardown" and line.get("vmid") is None and line.get("phase") in (None, "destroy"):

@@ -46,7 +46,7 @@ def parse(text: str) -> PhaseRecord:
     except ValueError as e:
         raise RecordError(f"expected the record of a run's phases, found no JSON: {e}") from e
     digests, begun = (data.get("digests"), data.get("begun")) if isinstance(data, dict) else (None, None)
-    if not isinstance(digests, dict) or not all(isinstance(each, str) for each in digests.values()):
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
         raise RecordError("expected the record of a run's phases to hold digests by phase")
     return PhaseRecord(dict(digests), begun if isinstance(begun, str) else None)
 

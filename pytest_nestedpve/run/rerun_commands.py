@@ -23,13 +23,13 @@ _CLEANUP_KEYS = frozenset(
 )
 
 
-def again(settings: Settings) -> str:
-    """pytest with the same host and the same options `-o nested_pve_…`."""
+def command_to_repeat(settings: Settings) -> str:
+    """The command that repeats the session, with the same host and options `-o nested_pve_…`."""
     return _pytest(settings, "--pve-host" if settings.attach is None else "--nested-attach", settings.typed)
 
 
-def finishing(settings: Settings, run_id: str | None) -> str:
-    """The command that finishes the teardown of a run; without an id, of all runs of the host."""
+def command_to_destroy(settings: Settings, run_id: str | None) -> str:
+    """The command that destroys the leftovers of a run; without an id, of all runs of the host."""
     # Also for an attached PVE: its leftovers are found with the PVE itself as host.
     typed = {name: value for name, value in settings.typed.items() if name in _CLEANUP_KEYS}
     words = [_pytest(settings, "--pve-host", typed), "--nested-destroy-only"]

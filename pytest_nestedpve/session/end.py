@@ -76,7 +76,7 @@ def _keep(run: OpenRun) -> None:
     from pytest_nestedpve.run import kept_runs
 
     env = run.environment
-    before = kept_runs.recorded(env.run.id)
+    before = kept_runs.find_kept(env.run.id)
     if env.resumed and not env.has_lease and before is not None:
         expires = before.expires  # this session never held its lease
     else:
@@ -188,8 +188,8 @@ def kept_lines(state: SessionState) -> list[str]:
         f"nested-pve: run {state.run_id} is kept until {until:%Y-%m-%d %H:%M}; then the next session on "
         "its host destroys it",
         f"  log in:  ssh -F {ssh_config} nested",
-        f"  resume:  {rerun_commands.again(state.settings)} --nested-keep",
-        f"  destroy: {rerun_commands.finishing(state.settings, state.run_id)}",
+        f"  resume:  {rerun_commands.command_to_repeat(state.settings)} --nested-keep",
+        f"  destroy: {rerun_commands.command_to_destroy(state.settings, state.run_id)}",
     ]
 
 

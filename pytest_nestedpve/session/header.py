@@ -40,9 +40,9 @@ def lines(state: SessionState) -> list[str]:
     runs = [f"nested-pve: no tests; runs {command}"] if command is not None else []
     if settings.make_template:
         runs = ["nested-pve: no tests; creates a template"]
-    from pytest_nestedpve.run.kept_runs import resumable
+    from pytest_nestedpve.run.kept_runs import find_resumable
 
-    if (kept := resumable(settings, state.config.rootpath)) is not None:
+    if (kept := find_resumable(settings, state.config.rootpath)) is not None:
         return [
             where,
             *runs,

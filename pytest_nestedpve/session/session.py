@@ -60,7 +60,7 @@ class NestedSession:
             self._run_directory,
             mask=self._mask,
             finishing_command=self.finishing_command,
-            again=lambda: rerun_commands.again(self.settings),
+            again=lambda: rerun_commands.command_to_repeat(self.settings),
         )
         self.config.pluginmanager.register(report, "nestedpve-report")
 
@@ -136,7 +136,7 @@ class NestedSession:
         """The command that finishes an incomplete teardown."""
         from pytest_nestedpve.run import rerun_commands
 
-        return rerun_commands.finishing(
+        return rerun_commands.command_to_destroy(
             self.settings, self.state.run_id if self.open_run is not None else None
         )
 

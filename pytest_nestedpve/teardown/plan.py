@@ -232,5 +232,5 @@ def _destroy_run(
             outcomes.setdefault(row, Outcome(row.vmid or 0, row.node, "left", f"{type(e).__name__}: {e}"))
     if all(outcome.result == "gone" for outcome in outcomes.values()):
         kept_runs.forget(run_id)
-        old_runs.note_over(settings.run_dir / run_id, host.name)
+        old_runs.record_cleanup(settings.run_dir / run_id, host.name)
     return outcomes

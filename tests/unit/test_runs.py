@@ -15,7 +15,7 @@ from pytest_nestedpve.run import kept_runs
 from pytest_nestedpve.run.audit_log import AuditLog
 from pytest_nestedpve.run.identity import state_home
 from pytest_nestedpve.run.lock import SessionLock
-from pytest_nestedpve.run.old_runs import NEWEST, note_over, prune
+from pytest_nestedpve.run.old_runs import NEWEST, prune, record_cleanup
 
 CLEAN: dict[str, Any] = {"event": "teardown", "phase": "destroy", "status": "clean"}
 
@@ -104,7 +104,7 @@ def store(run: str) -> None:
     target = state_home() / "kept" / run
     target.mkdir(parents=True)
     (target / "kept.json").write_text(json.dumps(dataclasses.asdict(kept)))
-    assert [record.run for record in kept_runs.all_kept()] == [run]
+    assert [record.run for record in kept_runs.list_kept()] == [run]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_run_that_another_session_cleaned_up_is_deleted(folder: Path) -> None:
     old = killed(folder)
     log = folder / old / "audit.jsonl"
     before = log.stat().st_mtime
-    note_over(folder / old, "father")
+    record_cleanup(folder / old, "father")
     os.utime(log, (before, before))
     prune(folder, own="f" * 12)
     assert old not in names_in(folder)
@@ -155,7 +155,7 @@ def test_errors_of_the_deletion_do_not_fail_the_session(
     monkeypatch.setattr(Path, "rename", refuse)
     prune(folder, own="f" * 12)
     assert names_in(folder) == set(runs)
-    monkeypatch.setattr(kept_runs, "all_kept", refuse)
+    monkeypatch.setattr(kept_runs, "list_kept", refuse)
     prune(folder, own="f" * 12)
 
 

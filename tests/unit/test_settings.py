@@ -250,12 +250,15 @@ def test_an_advised_command_has_the_options_of_the_session_and_no_secret(pyteste
     }
     args = [word for name, value in typed.items() for word in ("-o", f"nested_pve_{name}={value}")]
     settings = read_settings(pytester, "--pve-host", "father", "-o", "log_level=INFO", *args)
-    command = rerun_commands.again(settings)
+    command = rerun_commands.command_to_repeat(settings)
     assert "hunter2" not in command
     # A clean-up reads only some of the settings, none with a masked value.
     clean = "pytest --pve-host father -o nested_pve_vmid_range=200-210"
-    assert rerun_commands.finishing(settings, None) == f"{clean} --nested-destroy-only"
-    assert rerun_commands.finishing(settings, "ab12") == f"{clean} --nested-destroy-only --nested-run ab12"
+    assert rerun_commands.command_to_destroy(settings, None) == f"{clean} --nested-destroy-only"
+    assert (
+        rerun_commands.command_to_destroy(settings, "ab12")
+        == f"{clean} --nested-destroy-only --nested-run ab12"
+    )
     assert command.startswith("pytest --pve-host father -o nested_pve_vmid_range=200-210 -o ")
     for name in typed:
         assert f"nested_pve_{name}=" in command

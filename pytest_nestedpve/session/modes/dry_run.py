@@ -22,8 +22,8 @@ def rows(state: SessionState, chosen: list[pytest.Item]) -> list[dict[str, Any]]
     from pytest_nestedpve.report.usual_times import usual_times
     from pytest_nestedpve.session.pytest_compat import requested_phase
 
-    kept = kept_runs.resumable(state.settings, state.config.rootpath)
-    done = kept_runs.done_in(kept) if kept is not None else frozenset()
+    kept = kept_runs.find_resumable(state.settings, state.config.rootpath)
+    done = kept_runs.read_done_phases(kept) if kept is not None else frozenset()
     usual = usual_times(state.config.rootpath / state.settings.run_dir, state.settings.host or "")
     asked: dict[str, str] = {}
     for item in chosen:
@@ -77,7 +77,7 @@ def show(state: SessionState, chosen: list[pytest.Item]) -> None:
     if not found:
         reporter.write_line("no test that was chosen needs a nested PVE: nothing would be made")
         return
-    kept = kept_runs.resumable(state.settings, state.config.rootpath)
+    kept = kept_runs.find_resumable(state.settings, state.config.rootpath)
     going_on = f", going on with the kept run {kept.run}" if kept is not None else ""
     host = state.settings.host or "a host that is not named yet"
     reporter.write_line(f"on {host}{going_on}, in this order:")

@@ -38,7 +38,7 @@ class TemplateItem(pytest.Function):
         nested.state.remark(
             f"made the template {made.name} (VM {made.vmid}); sessions that clone it set",
             f"    nested_pve_template = {made.name}",
-            f"this removes it: {rerun_commands.finishing(nested.settings, made.template)}",
+            f"this removes it: {rerun_commands.command_to_destroy(nested.settings, made.template)}",
         )
 
     def reportinfo(self) -> tuple[Any, int | None, str]:

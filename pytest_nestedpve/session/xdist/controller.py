@@ -90,7 +90,7 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         )
         # One that no worker went on with is as it was left.
         untouched = keeps and not (path / persistence.ADOPTED).exists()
-        before = kept_runs.recorded(path.name) if untouched else None
+        before = kept_runs.find_kept(path.name) if untouched else None
         if before is None:
             environment.settings = nested.settings.with_profile(_profile(environment.outer))
         if keeps:

@@ -46,7 +46,7 @@ def joined(run: Run, shared: Mapping[str, Any], settings: Settings) -> Run:
 
     `shared`: `run` and `session`, from the controller.
     """
-    kept_runs.joined(run.directory, settings)
+    kept_runs.report_shape(run.directory, settings)
     return replace(run, session=str(shared["session"]))
 
 
