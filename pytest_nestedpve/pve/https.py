@@ -47,7 +47,7 @@ class Untrusted(NoHttps):
     """The certificate is not the one that root read over SSH."""
 
 
-class NotTaken(NoHttps):
+class NotDelivered(NoHttps):
     """This request did not reach the API: no connection, or the proxy could not pass it on."""
 
 
@@ -227,7 +227,7 @@ class HttpsClient:
         try:
             channel = self._open_channel("127.0.0.1", PORT)
         except PveError as error:
-            raise NotTaken(f"no connection to port {PORT} on the host: {error}") from error
+            raise NotDelivered(f"no connection to port {PORT} on the host: {error}") from error
         socket = _ChannelSocket(channel)
         try:
             return SSLTransport(cast(Any, socket), self._context, server_hostname=self._trust.name)
@@ -237,10 +237,10 @@ class HttpsClient:
             raise Untrusted(f"its certificate is not the one that root reads: {reason}") from error
         except _LimitPassed:
             socket.shut()
-            raise NotTaken(f"port {PORT} on the host accepts connections, but does not answer") from None
+            raise NotDelivered(f"port {PORT} on the host accepts connections, but does not answer") from None
         except (ssl.SSLError, OSError, EOFError) as error:
             socket.shut()
-            raise NotTaken(f"port {PORT} on the host does not speak TLS: {error}") from error
+            raise NotDelivered(f"port {PORT} on the host does not speak TLS: {error}") from error
 
 
 class _LimitPassed(Exception):
@@ -273,10 +273,10 @@ class _ChannelSocket:
 
     def _timed(self, do: Callable[[Any], Any], argument: Any) -> Any:
         deadline = _deadline.get()
-        left = 30.0 if deadline is None else deadline.remaining()
-        if left <= 0:
+        remaining = 30.0 if deadline is None else deadline.remaining()
+        if remaining <= 0:
             raise _LimitPassed
-        self._channel.settimeout(left)
+        self._channel.settimeout(remaining)
         try:
             return do(argument)
         except TimeoutError as error:
@@ -348,7 +348,7 @@ def _answer(status: int, reason: str, content: bytes, call: str) -> Any:
         raise Unauthorized(message, call=call, rc=status)
     if status == 595:
         # The proxy could not pass the request on: its daemon, or the other node, is down.
-        raise NotTaken(f"{call}: {message}")
+        raise NotDelivered(f"{call}: {message}")
     if status in (596, 597, 598, 599):
         # The proxy had passed it on, and lost the answer of its daemon or of the other node.
         if not call.startswith("get "):

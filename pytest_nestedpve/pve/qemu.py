@@ -188,11 +188,11 @@ def awaited(api: Api, call: Callable[[], Any], timeout: float, *, again: bool = 
 
     def attempt() -> TaskResult | None:
         nonlocal refused
-        left = max(1.0, deadline.nominal())
+        limit = max(1.0, deadline.nominal())
         try:
-            with call_limit(left):
+            with call_limit(limit):
                 upid = call()
-            return wait_task(api, upid, timeout=left)
+            return wait_task(api, upid, timeout=limit)
         except TaskFailed as error:
             reason = error.reason
             if again and isinstance(reason, LockTimeout) and not deadline.expired:

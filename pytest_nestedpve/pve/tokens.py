@@ -175,7 +175,7 @@ class Tokens:
         record_nested(self.log, Call("ssh", shown, answer.rc, round(answer.ms, 1)))
         if not answer.ok:
             self._created.discard(name)
-            raise NoHttps(f"no token can be created there: {' '.join(answer.stderr.split())[:200]}")
+            raise NoHttps(f"no token can be created on the host: {' '.join(answer.stderr.split())[:200]}")
         try:
             value = mapping(json.loads(answer.stdout.strip().rpartition("\n")[2])).get("value")
         except (ValueError, PveError) as error:
@@ -237,7 +237,7 @@ class Tokens:
     def _new_token(self, name: str, seconds: int, *, separate: bool) -> Any:
         now = self._ssh.run(["date", "+%s"], timeout=20).check().stdout.strip()
         if not now.isdigit():
-            raise NoHttps(f"expected epoch seconds from `date` there, found {now[:40]!r}")
+            raise NoHttps(f"expected epoch seconds from `date` on the host, found {now[:40]!r}")
         path = f"/access/users/{USER}/token/{name}"
         self._created.add(name)
         answer = mapping(self.send("POST", path, privsep=separate, expire=int(now) + seconds))

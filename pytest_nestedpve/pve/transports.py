@@ -16,7 +16,7 @@ from pytest_nestedpve.pve.calls import NO_LOG, ApiCall, CallLog
 from pytest_nestedpve.pve.deadline import Deadline
 from pytest_nestedpve.pve.errors import NodeUnreachable, PermissionDenied, PveError, SshError
 from pytest_nestedpve.pve.host import SshLike
-from pytest_nestedpve.pve.https import HttpsClient, NoHttps, NotTaken, ReplyLost, Unauthorized, Untrusted
+from pytest_nestedpve.pve.https import HttpsClient, NoHttps, NotDelivered, ReplyLost, Unauthorized, Untrusted
 from pytest_nestedpve.pve.identity import Grant, Identity, clone_grants, clone_source, grants, identity_of
 from pytest_nestedpve.pve.pvesh import PveshApi
 from pytest_nestedpve.pve.tokens import Tokens
@@ -137,10 +137,10 @@ class HostApi(Verbs):
                 try:
                     answer = self._by_https(call, verb, path, params, identity, pool)
                 except NoHttps as error:
-                    if isinstance(error, NotTaken) and pause == FIRST_PAUSE:
+                    if isinstance(error, NotDelivered) and pause == FIRST_PAUSE:
                         self._refuse_if_offline(call, verb, path, error)
                     # The call had no effect, so it can be retried.
-                    if not isinstance(error, NotTaken) or restart.remaining() <= pause:
+                    if not isinstance(error, NotDelivered) or restart.remaining() <= pause:
                         self.shared.https_failed(error)
                         break
                     threading.Event().wait(pause)
@@ -152,7 +152,7 @@ class HostApi(Verbs):
         return getattr(self.shared.pvesh, verb)(path, **params)
 
     def _refuse_if_offline(
-        self, call: ApiCall, method: str, path: str, error: NotTaken | None = None
+        self, call: ApiCall, method: str, path: str, error: NotDelivered | None = None
     ) -> None:
         """Raises NodeUnreachable when the call is for a node of the cluster that is offline.
 

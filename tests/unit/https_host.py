@@ -47,7 +47,7 @@ class HttpsHost(Answering):
     folder: Path
     answers: list[Callable[[Any], bool]] = field(default_factory=list)
     """Functions that may answer a request, with the handler as argument; True if they did."""
-    asked: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     tokens: dict[str, str] = field(default_factory=dict)
     read_pem: str = ""
@@ -55,7 +55,7 @@ class HttpsHost(Answering):
     listens: bool = True
     pveum_error: str = ""
     """The error of pveum; empty: it succeeds."""
-    made: int = 0
+    tokens_created: int = 0
     pools: set[str] = field(default_factory=set)
     rights: list[dict[str, str]] = field(default_factory=list)
     """The access control list."""
@@ -92,8 +92,8 @@ class HttpsHost(Answering):
         return CommandResult("…", 0, text.encode(), b"", 1.0, secret)
 
     def new_token(self, name: str) -> str:
-        self.made += 1
-        self.tokens[name] = f"{self.made:08d}-0000-4000-8000-00000000cafe"
+        self.tokens_created += 1
+        self.tokens[name] = f"{self.tokens_created:08d}-0000-4000-8000-00000000cafe"
         return self.tokens[name]
 
     def open_channel(self, host: str, port: int) -> Any:
@@ -120,7 +120,7 @@ class HttpsHost(Answering):
         return [text.split(" pvesh ")[1] for text in self.commands if " pvesh " in text]
 
     def guest_calls(self) -> list[Request]:
-        return [request for request in self.asked if "/qemu" in request.path]
+        return [request for request in self.requests if "/qemu" in request.path]
 
 
 def create_certificate(*, days: int = 30, names: Sequence[str] = NAMES) -> tuple[str, str]:
@@ -173,7 +173,7 @@ def serve_https_host(folder: Path) -> Iterator[HttpsHost]:
             name = header.partition("!")[2].partition("=")[0]
             assert url.path.startswith("/api2/json/")
             path = url.path.removeprefix("/api2/json")
-            host.asked.append(Request(self.command, path, params, name))
+            host.requests.append(Request(self.command, path, params, name))
             if header.partition("=")[2].partition("=")[2] != host.tokens.get(name, "none"):
                 return self.say(401, "Authentication failed!", b"")
             for answer in list(host.answers):

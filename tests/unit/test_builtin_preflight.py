@@ -467,8 +467,8 @@ def test_where_https_cannot_be_used_a_warning_says_why_and_no_token_is_made(
             served.set_certificate(create_certificate())
         seen = Seen(PveHost("father", served, HostApi(served)), Settings(), by_https=True)
         (found,) = transport(seen)
-        assert served.asked == []
-        assert served.made == 0
+        assert served.requests == []
+        assert served.tokens_created == 0
     assert found.level == ("warning" if first else "ok")
     assert words in found.found
     assert str(seen.choices.transport).startswith("pvesh" if first else "HTTPS")

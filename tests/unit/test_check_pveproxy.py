@@ -102,7 +102,7 @@ def test_any_other_certificate_is_refused(host: HttpsHost, pve: Path, own: bool)
     rc, said = ask(pve, host.address[1], token=token(host))
     assert rc == 1
     assert "certificate verify failed" in said
-    assert host.asked == []
+    assert host.requests == []
 
 
 @pytest.mark.parametrize("case", ["refused", "deaf", "no authority", "garbage"])

@@ -86,7 +86,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpsHost]:
 def host(served: HttpsHost) -> HttpsHost:
     served.answers.clear()
     served.commands.clear()
-    served.asked.clear()
+    served.requests.clear()
     return served
 
 
@@ -260,7 +260,7 @@ def test_an_answer_that_the_proxy_lost_is_asked_for_again_and_a_change_is_not_se
     assert api.get("/version") == {"by": "https"}
     with pytest.raises(ReplyLost, match=f"{status} Connection timed out"):
         api.free().post(f"{VM}/status/start")
-    assert [each.path.rpartition("/")[2] for each in host.asked if "/access" not in each.path] == [
+    assert [each.path.rpartition("/")[2] for each in host.requests if "/access" not in each.path] == [
         "version", "version", "start",
     ]  # fmt: skip
 
@@ -301,7 +301,7 @@ class Both:
 
     def answer(self, handler: Any) -> bool:
         """The memory host's answer, as the proxy gives it."""
-        asked = self.served.asked[-1]
+        asked = self.served.requests[-1]
         if "/token" in asked.path or asked.path == "/access/acl":
             return False
         self.asked.append(f"{asked.method} {asked.path}")
@@ -332,7 +332,7 @@ def instead(both: Both, verb: str, path: str, answer: Callable[[Any], bool]) -> 
     """Have the answer to calls whose path matches be another one."""
 
     def answers(handler: Any) -> bool:
-        asked = both.served.asked[-1]
+        asked = both.served.requests[-1]
         return asked.method == verb and re.fullmatch(path, asked.path) is not None and answer(handler)
 
     both.served.answers.insert(0, answers)
@@ -396,7 +396,7 @@ def test_a_create_whose_answer_the_proxy_lost_is_read_and_is_ours(
         if lost:
             return False
         lost.append(True)
-        asked = both.served.asked[-1]
+        asked = both.served.requests[-1]
         MemoryApi(memory)._call("POST", asked.path, {key: values[0] for key, values in asked.params.items()})
         handler.say(596, "Broken pipe", b"")
         return True

@@ -77,7 +77,7 @@ def ssh_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHost]:
     ssh_host.server.stop()
 
 
-def host_block(*lines: str, host: str = "h", more: str = "") -> str:
+def host_block(*lines: str, host: str = "h", blocks: str = "") -> str:
     """A Host block with `lines` and the options that a connection needs, without files of the user."""
     options = [
         "HostName 127.0.0.1",
@@ -93,7 +93,7 @@ def host_block(*lines: str, host: str = "h", more: str = "") -> str:
         options.append("UserKnownHostsFile {known}")
     if "IdentityAgent" not in text:
         options.append("IdentityAgent none")
-    return "\n    ".join((f"Host {host}", *lines, *options)) + f"\n{more}"
+    return "\n    ".join((f"Host {host}", *lines, *options)) + f"\n{blocks}"
 
 
 SUCCEED = {
@@ -123,22 +123,22 @@ SUCCEED = {
     "an Include with a pattern within a block": host_block("Include {dir}/more/h*"),
     "an Include that includes": host_block("Include {dir}/more/nested"),
     "a Match host": host_block(
-        "IdentityFile {dir}/stranger0", more="Match host 127.0.0.1\n    IdentityFile {good}\n"
+        "IdentityFile {dir}/stranger0", blocks="Match host 127.0.0.1\n    IdentityFile {good}\n"
     ),
     "a Match originalhost and user": host_block(
         "IdentityFile {dir}/stranger0",
-        more="Match originalhost h user {user}\n    IdentityFile {good}\n",
+        blocks="Match originalhost h user {user}\n    IdentityFile {good}\n",
     ),
     "a Match exec": host_block(
         "IdentityFile {dir}/stranger0",
-        more='Match exec "test %n = h -a %h = 127.0.0.1"\n    IdentityFile {good}\n',
+        blocks='Match exec "test %n = h -a %h = 127.0.0.1"\n    IdentityFile {good}\n',
     ),
-    "a Match all": host_block("IdentityFile {dir}/stranger0", more="Match all\n    IdentityFile {good}\n"),
+    "a Match all": host_block("IdentityFile {dir}/stranger0", blocks="Match all\n    IdentityFile {good}\n"),
     "a Match final": host_block(
-        "IdentityFile {dir}/stranger0", more="Match final\n    IdentityFile {good}\n"
+        "IdentityFile {dir}/stranger0", blocks="Match final\n    IdentityFile {good}\n"
     ),
     "a Match canonical": "CanonicalizeHostname always\n"
-    + host_block("IdentityFile {dir}/stranger0", more="Match canonical\n    IdentityFile {good}\n"),
+    + host_block("IdentityFile {dir}/stranger0", blocks="Match canonical\n    IdentityFile {good}\n"),
     "a negated pattern": host_block(host="h* !high"),
     "a hashed known_hosts": host_block("UserKnownHostsFile {dir}/hashed"),
     "several known_hosts": host_block("UserKnownHostsFile {dir}/none {dir}/as-the-alias {dir}/hashed"),
@@ -161,24 +161,24 @@ SUCCEED = {
         "HostKeyAlgorithms ssh-ed25519",
     ),
     "only IPv4, from an address": host_block("AddressFamily inet", "BindAddress 127.0.0.1"),
-    "a ProxyJump": host_block("ProxyJump j", more=host_block(host="j")),
+    "a ProxyJump": host_block("ProxyJump j", blocks=host_block(host="j")),
     "a ProxyJump with user and port": "Host h\n    ProxyJump {user}@localhost:{port}\n"
     "Host localhost\n    HostName localhost\n    HostKeyAlias the-alias\n    Port 1\n    User nobody\n"
     + host_block("UserKnownHostsFile {known} {dir}/as-the-alias", host="h localhost"),
     "a ProxyJump as an address with a scheme": host_block(
-        "ProxyJump ssh://{user}@j:{port}", more=host_block(host="j").replace("Port {port}", "Port 1")
+        "ProxyJump ssh://{user}@j:{port}", blocks=host_block(host="j").replace("Port {port}", "Port 1")
     ),
-    "a ProxyJump with tokens": host_block("ProxyJump j%r", more=host_block(host="j{user}")),
+    "a ProxyJump with tokens": host_block("ProxyJump j%r", blocks=host_block(host="j{user}")),
     "ProxyJump none before one for all": "Host h\n    ProxyJump none\n" + host_block("ProxyJump nowhere"),
-    "a jump over two hosts": host_block("ProxyJump j,k", more=host_block(host="j k")),
+    "a jump over two hosts": host_block("ProxyJump j,k", blocks=host_block(host="j k")),
     "a jump host that jumps": host_block(
-        "ProxyJump j", more=host_block("ProxyJump k", host="j") + host_block(host="k")
+        "ProxyJump j", blocks=host_block("ProxyJump k", host="j") + host_block(host="k")
     ),
     "a ProxyCommand with tokens": host_block(
         "ProxyCommand sh -c 'test %r-%n-%% = {user}-h-%% && exec python3 {dir}/relay.py %h %p'"
     ),
     "a ProxyCommand of ssh": host_block(
-        "ProxyCommand ssh -F {dir}/config -W [%h]:%p j", more=host_block(host="j")
+        "ProxyCommand ssh -F {dir}/config -W [%h]:%p j", blocks=host_block(host="j")
     ),
     "the first value of an option counts": "Host h\n    IdentityFile {good}\n    Port {port}\n"
     + host_block().replace("{port}", "1"),
@@ -253,7 +253,7 @@ FAIL = {
         r"HostKeyMismatch: the host key of none-such is unknown.*which adds it$",
     ),
     "a jump host whose key is not known": (
-        host_block("ProxyJump j", more=host_block("UserKnownHostsFile {dir}/none", host="j")),
+        host_block("ProxyJump j", blocks=host_block("UserKnownHostsFile {dir}/none", host="j")),
         r"HostKeyMismatch: the host key of .* is unknown.*`ssh -F .*config -o StrictHostKeyChecking=ask j`",
     ),
     "a ProxyCommand that fails": (

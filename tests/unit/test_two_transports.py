@@ -198,14 +198,14 @@ def test_parameters_arrive_unchanged(host: HttpsHost, api: HostApi) -> None:
     (request,) = host.guest_calls()
     assert request.params == {"command": ["sh", "-c", value], "flag": ["1"], "off": ["0"]}
     api.get("/nodes/father/tasks", vmid=99901, source="active")
-    assert host.asked[-1].params == {"vmid": ["99901"], "source": ["active"]}
+    assert host.requests[-1].params == {"vmid": ["99901"], "source": ["active"]}
 
 
 @pytest.mark.parametrize("path", ["version", "/a/../b", "/a\0"])
 def test_an_invalid_path_is_refused_before_a_request(host: HttpsHost, api: HostApi, path: str) -> None:
     with pytest.raises(BadParameter):
         api.get(path)
-    assert [request for request in host.asked if not request.path.startswith("/access")] == []
+    assert [request for request in host.requests if not request.path.startswith("/access")] == []
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_bridge_of_another_zone_is_granted_if_the_call_uses_it(host: HttpsHost
     words = "Permission check failed (/sdn/zones/lab/vnet7, SDN.Use)"
     host.answers.append(answer_with(403, words, {"data": None, "message": words + "\n"}, only="/config"))
     assert api.post(f"{VM}/config", net0="virtio,bridge=vnet7") == {"by": "https"}
-    granted = [request.params["path"][0] for request in host.asked if request.path == "/access/acl"]
+    granted = [request.params["path"][0] for request in host.requests if request.path == "/access/acl"]
     assert granted[-1] == "/sdn/zones/lab/vnet7"
     host.answers.append(answer_with(403, words, {"data": None, "message": words + "\n"}, only="/config"))
     with pytest.raises(PermissionDenied):
@@ -301,7 +301,7 @@ def test_a_token_that_cannot_be_replaced_is_used_until_it_expires_then_pvesh(
 
     host.answers.append(refuse)
     assert [api.get("/version") for _ in range(3)] == [{"by": "https"}] * 3
-    assert [request.method for request in host.asked].count(
+    assert [request.method for request in host.requests].count(
         "POST"
     ) == 1  # not with request call: PVE waits 10 s
     assert sum("pveum" in command for command in host.commands) == 1
@@ -335,7 +335,7 @@ def test_a_token_that_is_refused_twice_is_an_error(host: HttpsHost, api: HostApi
     host.answers.append(answer_with(401, "Authentication failed!", b"", only="/version", times=9))
     with pytest.raises(Unauthorized, match="401 Authentication failed!"):
         api.get("/version")
-    assert [request.path for request in host.asked].count("/version") == 2
+    assert [request.path for request in host.requests].count("/version") == 2
 
 
 def test_a_new_certificate_is_accepted_if_root_reads_the_same(host: HttpsHost, api: HostApi) -> None:
@@ -351,8 +351,8 @@ def test_a_new_certificate_is_accepted_if_root_reads_the_same(host: HttpsHost, a
 def test_no_token_is_sent_to_another_certificate_than_root_reads(host: HttpsHost, api: HostApi) -> None:
     host.set_certificate(create_certificate())
     assert api.get("/version") == {"by": "pvesh"}
-    assert host.asked == []
-    assert host.made == 0
+    assert host.requests == []
+    assert host.tokens_created == 0
     assert "not the one that root reads" in api.transport
 
 
@@ -372,8 +372,8 @@ def test_with_a_certificate_that_cannot_be_checked_pvesh_is_used(
     host.read_pem = pem[0]
     assert api.get("/version") == {"by": "pvesh"}
     assert reason in api.transport
-    assert host.asked == []
-    assert host.made == 0
+    assert host.requests == []
+    assert host.tokens_created == 0
 
 
 def test_a_wildcard_certificate_is_checked(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_pvesh_is_used_while_the_proxy_is_down(
     host.listens = False
     assert api.get("/version") == {"by": "pvesh"}
     assert "port 8006" in api.transport
-    assert host.made == 0
+    assert host.tokens_created == 0
     host.listens = True
     assert api.get("/version") == {"by": "pvesh"}  # HTTPS is not retried at once
     later = time.monotonic() + 6
@@ -568,7 +568,7 @@ def rights_of(token: str) -> list[dict[str, str]]:
 
 def assert_rights_first(host: HttpsHost) -> None:
     deletions = [
-        request for request in host.asked if "delete" in request.params or request.method == "DELETE"
+        request for request in host.requests if "delete" in request.params or request.method == "DELETE"
     ]
     assert next((request.method, request.path.rpartition("/")[2]) for request in deletions) == ("PUT", "acl")
     assert [request.params["roles"] for request in deletions if request.method == "PUT"] == [

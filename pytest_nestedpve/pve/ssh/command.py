@@ -78,21 +78,21 @@ class Exchange:
     """A command and its channel: `finish` sends the command and waits for its end.
 
     `stdin` is sent and closed; None leaves standard input open (`pipe_into`).
-    `shown` (the command) and `where` (the host) are for messages; with `secret` no message has the output.
+    `label` (the command) and `where` (the host) are for messages; with `secret` no message has the output.
     """
 
     def __init__(
         self,
         channel: paramiko.Channel,
         command: str,
-        shown: str,
+        label: str,
         stdin: bytes | BinaryIO | None,
         where: str,
         secret: bool = False,
     ) -> None:
         self._channel = channel
         self._command = command
-        self._shown = shown
+        self._label = label
         self._where = where
         self._stdin = stdin
         self._secret = secret
@@ -105,7 +105,7 @@ class Exchange:
             self._channel.exec_command(self._command)
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise SshError(
-                f"the connection to {self._where} was lost as `{self._shown}` was sent: {error}. "
+                f"the connection to {self._where} was lost as `{self._label}` was sent: {error}. "
                 "It is not known whether the command ran"
             ) from error
         if self._stdin is None:
@@ -156,7 +156,7 @@ class Exchange:
                 err.append(data)
                 size += len(data)
             if size > OUTPUT_LIMIT:
-                raise SshError(f"`{self._shown}` at {self._where} wrote more than {OUTPUT_LIMIT >> 20} MiB")
+                raise SshError(f"`{self._label}` at {self._where} wrote more than {OUTPUT_LIMIT >> 20} MiB")
             if received:
                 after_exit = None
                 if deadline.expired:
@@ -180,7 +180,7 @@ class Exchange:
                 raise self._timeout(deadline, out, err)
         if not channel.exit_status_ready() or (channel.exit_status == -1 and self._is_lost()):
             raise SshError(
-                f"the connection to {self._where} was lost while `{self._shown}` ran: "
+                f"the connection to {self._where} was lost while `{self._label}` ran: "
                 "the command may still run there"
             )
         return channel.exit_status, b"".join(out), b"".join(err)
@@ -193,7 +193,7 @@ class Exchange:
         tail = b"" if self._secret else b"".join(err)[-400:] or b"".join(out)[-400:]
         output = f". Last output: {tail.decode('utf-8', 'replace').strip()!r}" if tail else ""
         return CommandTimeout(
-            f"`{self._shown}` at {self._where} did not end within {deadline.limit:g} s; the channel was "
+            f"`{self._label}` at {self._where} did not end within {deadline.limit:g} s; the channel was "
             f"closed, the command may still run there{output}"
         )
 

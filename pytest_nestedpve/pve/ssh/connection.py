@@ -116,12 +116,12 @@ class SshConnection:
         An exit status other than 0 is no error: see `CommandResult.check`.
         """
         log = self._log if logged else NO_LOG
-        text, shown = _texts(command, secret)
+        text, label = _texts(command, secret)
         data = b"" if stdin is None else stdin
         began = time.monotonic()
         try:
             with self._channel(timeout) as (channel, link):
-                exchange = Exchange(channel, text, shown, data, self.target.text, secret)
+                exchange = Exchange(channel, text, label, data, self.target.text, secret)
                 try:
                     rc, out, err = exchange.finish(Deadline(timeout))
                 except CommandTimeout:
@@ -129,10 +129,10 @@ class SshConnection:
                     self._retire_if_silent(link)
                     raise
         except PveError:
-            log.record(Call("ssh", shown, -1, _ms(began)))
+            log.record(Call("ssh", label, -1, _ms(began)))
             raise
-        result = CommandResult(shown, rc, out, err, _ms(began), secret)
-        log.record(Call("ssh", shown, rc, result.ms))
+        result = CommandResult(label, rc, out, err, _ms(began), secret)
+        log.record(Call("ssh", label, rc, result.ms))
         return result
 
     # -- files ------------------------------------------------------------------------------------
@@ -163,15 +163,15 @@ class SshConnection:
         The data is not stored on this machine. Raises CommandFailed for the command that failed (both:
         for `command`), SshError, CommandTimeout after `timeout` seconds (nominal).
         """
-        text, shown = _texts(command, False)
-        other_text, other_shown = _texts(other_command, False)
+        text, label = _texts(command, False)
+        other_text, other_label = _texts(other_command, False)
         began = time.monotonic()
         with self._channel(timeout) as (source, _), other._channel(timeout) as (sink, _):
             deadline = Deadline(timeout)
-            reader = Exchange(source, text, shown, b"", self.target.text)
-            writer = Exchange(sink, other_text, other_shown, None, other.target.text)
+            reader = Exchange(source, text, label, b"", self.target.text)
+            writer = Exchange(sink, other_text, other_label, None, other.target.text)
             results = reader.pipe_into(writer, deadline)
-        for (rc, out, err), piped in zip(results, (shown, other_shown), strict=True):
+        for (rc, out, err), piped in zip(results, (label, other_label), strict=True):
             CommandResult(piped, rc, out, err, _ms(began)).check()
 
     # -- tunnels ----------------------------------------------------------------------------------

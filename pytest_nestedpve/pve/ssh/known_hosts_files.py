@@ -115,12 +115,12 @@ def fingerprint(blob: bytes) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
-def refuse_revoked(known: Sequence[KnownKey], blob: bytes, shown: str, name: str) -> None:
-    """Raises HostKeyMismatch when a @revoked entry of `known` has this key."""
+def refuse_revoked(known: Sequence[KnownKey], blob: bytes, actual: str, name: str) -> None:
+    """Raises HostKeyMismatch when a @revoked entry of `known` has the key; `actual`: it as text."""
     for key in known:
         if key.marker == "@revoked" and key.blob == blob:
             raise HostKeyMismatch(
-                f"the host key of {name} is revoked ({key.file}, line {key.line}): {shown}. Do not connect."
+                f"the host key of {name} is revoked ({key.file}, line {key.line}): {actual}. Do not connect."
             )
 
 
@@ -192,8 +192,8 @@ def check_key(
     `name` is the name of the host in known_hosts, `known` the entries for it, `files` the files that were
     read. No file is changed.
     """
-    shown = f"{type} {fingerprint(blob)}"
-    refuse_revoked(known, blob, shown, name)
+    actual = f"{type} {fingerprint(blob)}"
+    refuse_revoked(known, blob, actual, name)
     plain = [key for key in known if not key.marker]
     if any(key.blob == blob and key.type == type for key in plain):
         return
@@ -205,7 +205,7 @@ def check_key(
         key = same_type[0]
         raise HostKeyMismatch(
             f"the host key of {name} CHANGED: expected {key.type} {fingerprint(key.blob)} "
-            f"({key.file}, line {key.line}), found {shown}{remark}. This may be an attack, or the "
+            f"({key.file}, line {key.line}), found {actual}{remark}. This may be an attack, or the "
             "host was reinstalled: ask its administrator. If the new key is right, remove the old one "
             f"with `ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(key.file))}` and log in once by "
             f"hand with `{advice.login}`"
@@ -218,7 +218,7 @@ def check_key(
     elif advice.scan is not None:
         add += f"; or: `{advice.scan} >>{shlex.quote(str(files[0]))}`"
     raise HostKeyMismatch(
-        f"the host key of {name} is unknown: expected it in {where}, found {shown}{others}{remark}. Compare "
+        f"the host key of {name} is unknown: expected it in {where}, found {actual}{others}{remark}. Compare "
         f"it with `ssh-keygen -lf /etc/ssh/ssh_host_{short_type(type)}_key.pub` on the host's console. {add}"
     )
 

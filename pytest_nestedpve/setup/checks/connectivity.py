@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nestedpve.pve.answers import entries
 from pytest_nestedpve.pve.errors import PveError
-from pytest_nestedpve.pve.https import PORT, NotTaken
+from pytest_nestedpve.pve.https import PORT, NotDelivered
 from pytest_nestedpve.pve.tokens import greet, trust_of
 from pytest_nestedpve.setup.checks.finding import WARNING, Finding, fine
 
@@ -79,7 +79,8 @@ def transport(seen: Seen) -> Iterator[Finding]:
             "transport", f"the API on port {PORT} of the host, through SSH, with a certificate that holds",
             " ".join(str(e).split())[:200],
             "Without it root's pvesh does everything: slower, and PVE does not hold the run to its pool.",
-            fix=mends if isinstance(e, NotTaken) else ("pvecm updatecerts --force", *mends), level=WARNING,
+            fix=mends if isinstance(e, NotDelivered) else ("pvecm updatecerts --force", *mends),
+            level=WARNING,
         )  # fmt: skip
         return
     seen.choose(f"port {PORT} answers", transport="HTTPS through SSH, with tokens of the run")
