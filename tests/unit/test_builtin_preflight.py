@@ -386,7 +386,7 @@ def test_the_vms_of_workers_that_were_quicker_are_not_counted_twice(
     env = workers(environment, 3)
     running = {"type": "qemu", "status": "running", "node": "father", "maxmem": 8 * GIB}
     seen = Seen(env.outer, env.settings, workers=3, own=frozenset({"a" * 12, "b" * 12}))
-    seen._answers["guests"] = [
+    seen._answers.known["/cluster/resources"] = [
         {**running, "vmid": 99900, "pool": "team/npve-" + "a" * 12, "mem": 8 * GIB},
         {**running, "vmid": 99901, "pool": "npve-" + "b" * 12, "mem": 7 * GIB},
         {**running, "vmid": 99902, "pool": "npve-" + "c" * 12, "mem": GIB},

@@ -206,7 +206,7 @@ def _with_questions(checks: Iterable[Check]) -> Iterator[Check]:
 
 def only_reading(host: PveHost) -> PveHost:
     """The host by root's pvesh alone: HTTPS needs a token, and that is made on the host."""
-    from pytest_nestedpve.setup.checks.prefetch import Ahead
+    from pytest_nestedpve.setup.checks.context import ReadOnlyApi
 
     shared = getattr(host.api, "shared", None)
-    return host.with_api(Ahead(host.api if shared is None else shared.pvesh))
+    return host.with_api(ReadOnlyApi(host.api if shared is None else shared.pvesh))
