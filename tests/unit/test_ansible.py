@@ -1,4 +1,4 @@
-"""Playbooks run in a process that leaves nothing behind and shows no secret."""
+"""Playbooks run in a process without leftovers, and no secret is in a file, a message or a command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def playbook(directory: Path, tasks: str, name: str = "play.yml") -> Path:
 
 
 def processes_with(mark: str) -> list[str]:
-    found = []
+    lines = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -54,11 +54,11 @@ def processes_with(mark: str) -> list[str]:
             except OSError:
                 continue
             if mark in line:
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
-def wait_gone(mark: str) -> None:
+def wait_ended(mark: str) -> None:
     wait_until(
         lambda: not processes_with(mark) or None,
         deadline=Deadline(20),
@@ -75,7 +75,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the private directories go, and that none is left."""
+    """The parent of the private directories; the test fails if one is left over."""
     path = Path("/tmp") / f"nt{os.getpid()}"
     path.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
@@ -86,33 +86,33 @@ def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
-def test_recap_events_and_stats_come_back(run_dir: Path, tmp_path: Path) -> None:
+def test_the_result_has_recap_events_and_stats(run_dir: Path, tmp_path: Path) -> None:
     path = playbook(
         tmp_path,
         """
         - name: Change
           ansible.builtin.command: "true"
-        - name: Look
+        - name: Check
           ansible.builtin.command: "true"
           changed_when: false
         - name: Skip
           ansible.builtin.command: "true"
           when: false
-        - name: Tell
-          ansible.builtin.set_stats: {data: {found: "{{ given }}"}}
+        - name: Report
+          ansible.builtin.set_stats: {data: {numbers: "{{ numbers }}"}}
         """,
     )
     events: list[PlaybookEvent] = []
     result = run_playbook(
-        AnsibleArgs(run_dir), path, inventory=LOCAL, variables={"given": [True, 1]}, timeout=60,
+        AnsibleArgs(run_dir), path, inventory=LOCAL, variables={"numbers": [True, 1]}, timeout=60,
         on_event=events.append,
     )  # fmt: skip
     assert result.ok
     assert result.changed == 1
     assert str(result.recap["here"]).startswith("ok=3 changed=1 unreachable=0 failed=0 skipped=1")
-    assert result.stats == {"found": [True, 1]}
-    assert [(each.name, each.status) for each in result.tasks] == [
-        ("Change", "ok"), ("Look", "ok"), ("Skip", "skipped"), ("Tell", "ok"),
+    assert result.stats == {"numbers": [True, 1]}
+    assert [(task.name, task.status) for task in result.tasks] == [
+        ("Change", "ok"), ("Check", "ok"), ("Skip", "skipped"), ("Report", "ok"),
     ]  # fmt: skip
     assert PlaybookEvent("ok", "Change", "here", "", True) in events
     assert not result.failures
@@ -136,12 +136,12 @@ def test_a_failure_names_task_host_and_reason(run_dir: Path, tmp_path: Path) -> 
     assert result is not None
     assert len(result.failures) == 1
     assert not result.unreachable
-    again = run_playbook(AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=60, check=False)
-    assert again.rc == 2
-    assert again.artifacts != result.artifacts
+    unchecked = run_playbook(AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=60, check=False)
+    assert unchecked.rc == 2
+    assert unchecked.artifacts != result.artifacts
 
 
-def test_a_host_that_does_not_answer_is_told_from_a_failed_task(run_dir: Path, tmp_path: Path) -> None:
+def test_an_unreachable_host_is_distinguished_from_a_failed_task(run_dir: Path, tmp_path: Path) -> None:
     path = playbook(tmp_path, "- name: Ping\n  ansible.builtin.ping:\n")
     config = tmp_path / "ssh_config"
     config.write_text("Host nested\n  HostName 127.0.0.1\n  Port 9\n  ConnectTimeout 2\n", encoding="utf-8")
@@ -166,18 +166,18 @@ def test_a_secret_is_in_no_file_no_command_line_and_no_message(
           no_log: true
         - name: Print it by mistake
           ansible.builtin.debug: {var: secret}
-        - name: Wait to be looked at
+        - name: Wait for the inspection
           ansible.builtin.wait_for: {path: "{{ look }}", timeout: 30}
         - name: Fail with it
           ansible.builtin.command: {cmd: "sh -c 'cat; exit 3'", stdin: "{{ secret }}"}
           no_log: true
         """,
     )
-    seen: list[str] = []
+    leaks: list[str] = []
 
     def on_event(event: PlaybookEvent) -> None:
-        if event.kind == "task" and event.name == "Wait to be looked at":
-            seen.extend(processes_with(SECRET))
+        if event.kind == "task" and event.name == "Wait for the inspection":
+            leaks.extend(processes_with(SECRET))
             for entry in Path("/proc").iterdir():
                 if entry.name.isdigit() and int(entry.name) != os.getpid():
                     try:
@@ -186,8 +186,8 @@ def test_a_secret_is_in_no_file_no_command_line_and_no_message(
                     except OSError:
                         continue
                     if SECRET.encode() in environment and b"ansible" in command:
-                        seen.append(entry.name)
-            seen.extend(
+                        leaks.append(entry.name)
+            leaks.extend(
                 str(path) for path in private.rglob("*") if path.is_file() and path.stat().st_mode & 0o077
             )
             (tmp_path / "look").touch()
@@ -197,7 +197,7 @@ def test_a_secret_is_in_no_file_no_command_line_and_no_message(
             AnsibleArgs(run_dir, secrets=(SECRET,)), path, inventory=LOCAL,
             variables={"secret": SECRET, "look": str(tmp_path / "look")}, timeout=60, on_event=on_event,
         )  # fmt: skip
-    assert seen == []
+    assert leaks == []
     assert SECRET not in str(caught.value)
     assert "no_log" in str(caught.value)
     files = [path for path in run_dir.rglob("*") if path.is_file()]
@@ -227,10 +227,10 @@ def test_a_password_in_an_address_is_in_no_file_and_no_message(run_dir: Path, tm
     assert any("http://user:********@mirror.test/debian, and for one@mirror.test" in text for text in texts)
 
 
-def test_artifacts_are_for_their_owner_alone(run_dir: Path, tmp_path: Path) -> None:
+def test_artifacts_are_readable_by_their_owner_only(run_dir: Path, tmp_path: Path) -> None:
     path = playbook(tmp_path, "- name: Nothing\n  ansible.builtin.meta: noop\n")
     run_playbook(AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=60)
-    modes = {stat.S_IMODE(each.stat().st_mode) for each in (run_dir / "artifacts").rglob("*")}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (run_dir / "artifacts").rglob("*")}
     assert modes <= {0o700, 0o600}
     assert stat.S_IMODE((run_dir / "artifacts").stat().st_mode) == 0o700
 
@@ -241,7 +241,7 @@ SLEEPER = """
 """
 
 
-def test_at_its_limit_a_playbook_is_killed_with_all_it_started(run_dir: Path, tmp_path: Path) -> None:
+def test_at_its_limit_a_playbook_is_killed_with_all_its_processes(run_dir: Path, tmp_path: Path) -> None:
     path = playbook(tmp_path, SLEEPER.format(mark="98765.1"))
     with pytest.raises(PlaybookTimeout, match=r"within 4 s in the task 'Sleep'"):
         run_playbook(AnsibleArgs(run_dir), path, inventory=LOCAL, timeout=4)
@@ -278,33 +278,33 @@ def test_a_killed_caller_leaves_no_process(run_dir: Path, tmp_path: Path, privat
     finally:
         caller.send_signal(signal.SIGKILL)
         caller.wait()
-    wait_gone("sleep 98765.3")
+    wait_ended("sleep 98765.3")
     wait_until(lambda: not list(private.iterdir()) or None, deadline=Deadline(20), what="the clean-up")
 
 
-def test_two_playbooks_at_once_do_not_meet(tmp_path: Path) -> None:
-    path = playbook(tmp_path, "- name: Say\n  ansible.builtin.set_stats: {data: {who: '{{ who }}'}}\n")
-    found: dict[str, object] = {}
+def test_two_simultaneous_playbooks_do_not_affect_each_other(tmp_path: Path) -> None:
+    path = playbook(tmp_path, "- name: Report\n  ansible.builtin.set_stats: {data: {label: '{{ label }}'}}\n")
+    reported: dict[str, object] = {}
 
-    def one(name: str, directory: Path) -> None:
+    def play(name: str, directory: Path) -> None:
         result = run_playbook(
-            AnsibleArgs(directory), path, inventory=LOCAL, variables={"who": name}, timeout=60
+            AnsibleArgs(directory), path, inventory=LOCAL, variables={"label": name}, timeout=60
         )
-        found[name] = result.stats["who"]
+        reported[name] = result.stats["label"]
 
     threads = []
     for name in ("a", "b"):
         directory = tmp_path / name
         directory.mkdir()
-        threads.append(threading.Thread(target=one, args=(name, directory)))
+        threads.append(threading.Thread(target=play, args=(name, directory)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {"a": "a", "b": "b"}
+    assert reported == {"a": "a", "b": "b"}
 
 
-def test_the_users_ansible_settings_do_not_apply(
+def test_ansible_settings_of_the_user_do_not_apply(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "ansible.cfg"
@@ -324,7 +324,7 @@ def test_the_users_ansible_settings_do_not_apply(
     assert result.stats == {"checking": True}
 
 
-def test_a_playbook_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> None:
+def test_the_message_names_a_playbook_that_cannot_be_read(run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.yml"
     path.write_text("- hosts: [\n", encoding="utf-8")
     with pytest.raises(PlaybookFailed, match=r"bad\.yml"):
@@ -342,16 +342,16 @@ def test_a_projects_own_playbook_comes_before_the_packaged_one(tmp_path: Path) -
         playbook_path("nosuch.yml", settings)
 
 
-def test_a_group_of_strangers_is_refused() -> None:
-    with pytest.raises(ValueError, match="nobody"):
-        Inventory((InventoryHost("a"),), {"g": ("nobody",)}).to_data()
+def test_a_group_of_unknown_hosts_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        Inventory((InventoryHost("a"),), {"g": ("unknown",)}).to_data()
 
 
 def test_a_long_temporary_directory_leaves_room_for_the_names_of_ssh_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as TMPDIR would have it
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as with TMPDIR
     private = child.private_directory()
     private.rmdir()
     assert private.parent == Path("/tmp")

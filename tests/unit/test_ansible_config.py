@@ -1,4 +1,4 @@
-"""A project's ansible.cfg and its directories are honoured, but for what would undo the run's SSH."""
+"""A project's ansible.cfg and its directories apply, except options that would change the run's SSH."""
 
 from __future__ import annotations
 
@@ -53,31 +53,31 @@ def play(directory: Path, tasks: str, head: str = "") -> Path:
     return write(directory / "play.yml", top + "  tasks:\n" + textwrap.indent(textwrap.dedent(tasks), "    "))
 
 
-def told(directory: Path, playbook: Path, given: AnsibleConfig | None, **options: Any) -> Any:
-    """What the playbook gave to set_stats."""
+def stats(directory: Path, playbook: Path, config: AnsibleConfig | None, **options: Any) -> Any:
+    """The data that the playbook passed to set_stats."""
     run_dir = directory / "run"
     run_dir.mkdir(exist_ok=True)
     values = options.pop("variables", None)
-    args = AnsibleArgs(run_dir, config=given, **options)
+    args = AnsibleArgs(run_dir, config=config, **options)
     return run_playbook(args, playbook, inventory=LOCAL, variables=values, timeout=60).stats
 
 
 # -- which file ---------------------------------------------------------------------------------------------
 
 
-def test_the_rootdirs_file_is_found_and_the_one_that_is_named_comes_first(tmp_path: Path) -> None:
+def test_the_file_of_the_rootdir_is_used_and_the_one_of_ansible_config_comes_first(tmp_path: Path) -> None:
     assert find(tmp_path, {}) is None
     write(tmp_path / "ansible.cfg", "[defaults]\n")
     named = write(tmp_path / "etc" / "other.cfg", "[defaults]\n")
-    found = [find(tmp_path, {}), find(tmp_path, {"ANSIBLE_CONFIG": str(named)})]
-    assert [each and each.path.name for each in found] == ["ansible.cfg", "other.cfg"]
+    configs = [find(tmp_path, {}), find(tmp_path, {"ANSIBLE_CONFIG": str(named)})]
+    assert [config and config.path.name for config in configs] == ["ansible.cfg", "other.cfg"]
     write(tmp_path / "etc" / "ansible.cfg", "[defaults]\n")
     directory = find(tmp_path, {"ANSIBLE_CONFIG": str(tmp_path / "etc")})
     assert directory is not None
     assert directory.path == tmp_path / "etc" / "ansible.cfg"
 
 
-def test_a_file_that_is_named_and_not_there_or_no_file_of_settings_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_configured_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnusableConfig, match="ANSIBLE_CONFIG names"):
         find(tmp_path, {"ANSIBLE_CONFIG": str(tmp_path / "none.cfg")})
     write(tmp_path / "ansible.cfg", "forks = 5\n")
@@ -85,15 +85,15 @@ def test_a_file_that_is_named_and_not_there_or_no_file_of_settings_is_an_error(t
         find(tmp_path, {})
 
 
-def test_a_file_where_everybody_may_write_is_not_looked_at(tmp_path: Path) -> None:
+def test_a_file_in_a_world_writable_directory_is_ignored(tmp_path: Path) -> None:
     write(tmp_path / "ansible.cfg", "[defaults]\n")
     tmp_path.chmod(0o777)
     assert find(tmp_path, {}) is None
 
 
-def test_what_does_not_apply_is_named_with_its_reason_once(tmp_path: Path) -> None:
+def test_the_remark_has_each_option_that_does_not_apply_once_with_its_reason(tmp_path: Path) -> None:
     checking = "host_key_" + "checking"
-    found = config(
+    project = config(
         tmp_path,
         f"""
         [defaults]
@@ -105,19 +105,19 @@ def test_what_does_not_apply_is_named_with_its_reason_once(tmp_path: Path) -> No
         ssh_args = -o ControlMaster=no
         """,
     )
-    assert found.remark() == (
-        f"of {tmp_path}/ansible.cfg does not apply: {checking} (host keys are always checked); "
-        "ssh_args (the way to the nested PVE is the run's own); "
+    assert project.remark() == (
+        f"options of {tmp_path}/ansible.cfg that do not apply: {checking} (host keys are always checked); "
+        "ssh_args (the connection to the nested PVE is the run's own); "
         "private_key_file (only the run's key is offered)"
     )
     assert config(tmp_path, f"[defaults]\n{checking} = yes\nforks = 7\n").remark() is None
 
 
-# -- what of it applies -------------------------------------------------------------------------------------
+# -- options that apply --------------------------------------------------------------------------------------
 
 
-def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_honoured(tmp_path: Path) -> None:
-    given = config(
+def test_options_roles_collections_callbacks_and_the_vault_of_a_project_apply(tmp_path: Path) -> None:
+    project = config(
         tmp_path,
         """
         [defaults]
@@ -126,7 +126,7 @@ def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_hon
         roles_path = own/roles:~/nowhere
         collections_path = own/collections
         callback_plugins = own/callbacks
-        callbacks_enabled = tells
+        callbacks_enabled = reports
         vault_password_file = own/password
         [privilege_escalation]
         become_method = su
@@ -138,29 +138,29 @@ def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_hon
     vault = [sys.executable, "-m", "ansible.cli.vault", "encrypt", str(vaulted)]
     clean = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(tmp_path / "own/password")}
     assert os.spawnve(os.P_WAIT, vault[0], vault, clean) == 0
-    role = "- name: Tell of the role\n  ansible.builtin.set_stats: {data: {role: here}}\n"
+    role = "- name: Report the role\n  ansible.builtin.set_stats: {data: {role: here}}\n"
     write(tmp_path / "own/roles/mine/tasks/main.yml", role)
     in_collection = role.replace("role: here", "collected: here")
     write(tmp_path / "own/collections/ansible_collections/acme/pve/roles/two/tasks/main.yml", in_collection)
     write(
-        tmp_path / "own/callbacks/tells.py",
+        tmp_path / "own/callbacks/reports.py",
         f"""
         from ansible.plugins.callback import CallbackBase
 
         class CallbackModule(CallbackBase):
             CALLBACK_VERSION = 2.0
-            CALLBACK_NAME = "tells"
+            CALLBACK_NAME = "reports"
             CALLBACK_NEEDS_ENABLED = True
 
             def v2_playbook_on_stats(self, stats):
-                with open({str(tmp_path / "told")!r}, "w") as out:
-                    out.write("told")
+                with open({str(tmp_path / "report")!r}, "w") as out:
+                    out.write("called")
         """,
     )
     playbook = play(
         tmp_path,
         """
-        - name: Tell of settings
+        - name: Report options
           ansible.builtin.set_stats:
             data:
               settings: >-
@@ -171,18 +171,18 @@ def test_settings_roles_collections_callbacks_and_the_vault_of_a_project_are_hon
         """,
         "roles: [mine, acme.pve.two]\n",
     )
-    assert told(tmp_path, playbook, given) == {
+    assert stats(tmp_path, playbook, project) == {
         "settings": "7 33 su",
         "hidden": "treasure",
         "role": "here",
         "collected": "here",
     }
-    assert (tmp_path / "told").read_text() == "told"
+    assert (tmp_path / "report").read_text() == "called"
 
 
 def test_directories_of_the_settings_come_before_those_of_the_file(tmp_path: Path) -> None:
-    given = config(tmp_path, "[defaults]\nroles_path = theirs\ncollections_path = theirs\n")
-    text = "- name: Tell\n  ansible.builtin.set_stats: {data: {WHAT: WHERE}}\n"
+    project = config(tmp_path, "[defaults]\nroles_path = theirs\ncollections_path = theirs\n")
+    text = "- name: Report\n  ansible.builtin.set_stats: {data: {WHAT: WHERE}}\n"
     for place in ("theirs", "ours"):
         role = text.replace("WHAT", "role").replace("WHERE", place)
         write(tmp_path / place / "mine/tasks/main.yml", role)
@@ -195,18 +195,18 @@ def test_directories_of_the_settings_come_before_those_of_the_file(tmp_path: Pat
         "- name: A play\n  hosts: all\n  gather_facts: false\n  roles: [mine, acme.pve.two, only]\n",
     )
     ours = (tmp_path / "ours",)
-    found = told(tmp_path, playbook, given, roles_path=ours, collections_path=ours)
-    assert found == {"role": "ours", "collected": "ours", "only": "theirs"}
+    roles = stats(tmp_path, playbook, project, roles_path=ours, collections_path=ours)
+    assert roles == {"role": "ours", "collected": "ours", "only": "theirs"}
 
 
-# -- what of it does not ------------------------------------------------------------------------------------
+# -- options that do not ------------------------------------------------------------------------------------
 
-ASK = """
-- name: Ask what ssh would be given
+OPTIONS = """
+- name: Read the options of ssh
   vars: {kind: connection}
   ansible.builtin.set_stats:
     data:
-      given:
+      options:
         - "{{ lookup('ansible.builtin.config', 'host_key_checking', plugin_type=kind, plugin_name='ssh') }}"
         - "{{ lookup('ansible.builtin.config', 'ssh_args', plugin_type=kind, plugin_name='ssh') }}"
         - "{{ lookup('ansible.builtin.config', 'control_path_dir', plugin_type=kind, plugin_name='ssh') }}"
@@ -216,9 +216,9 @@ ASK = """
 """
 
 
-def test_no_file_reaches_the_runs_ssh(tmp_path: Path) -> None:
+def test_no_option_of_the_file_changes_the_runs_ssh(tmp_path: Path) -> None:
     checking, strict = "host_key_" + "checking", "StrictHostKey" + "Checking"
-    given = config(
+    project = config(
         tmp_path,
         f"""
         [defaults]
@@ -236,7 +236,9 @@ def test_no_file_reaches_the_runs_ssh(tmp_path: Path) -> None:
         control_path_dir = /theirs
         """,
     )
-    checked, arguments, control, key, transport, log = told(tmp_path, play(tmp_path, ASK), given)["given"]
+    checked, arguments, control, key, transport, log = stats(tmp_path, play(tmp_path, OPTIONS), project)[
+        "options"
+    ]
     assert checked is True
     assert f"{strict}=yes" in arguments
     assert f"{strict}=no" not in arguments
@@ -246,8 +248,8 @@ def test_no_file_reaches_the_runs_ssh(tmp_path: Path) -> None:
     assert not (tmp_path / "everything.log").exists()
 
 
-def test_neither_do_variables(tmp_path: Path) -> None:
-    """The ssh that is run is one that writes down how it was called."""
+def test_no_variable_changes_the_runs_ssh(tmp_path: Path) -> None:
+    """The test's ssh writes its arguments to a file."""
     strict = "StrictHostKey" + "Checking"
     ssh = write(tmp_path / "ssh", f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexit 255\n')
     ssh.chmod(0o755)
@@ -266,9 +268,9 @@ def test_neither_do_variables(tmp_path: Path) -> None:
     playbook = play(tmp_path, "- name: Ping\n  ansible.builtin.ping:\n")
     (tmp_path / "run").mkdir()
     inventory = nested_inventory("n1", address="192.0.2.1", groups=("proxmox",))
-    more = {"ansible_ssh_common_args": f"-o {strict}=no"}
+    extra = {"ansible_ssh_common_args": f"-o {strict}=no"}
     run_playbook(
-        AnsibleArgs(tmp_path / "run"), playbook, inventory=inventory, variables=more, timeout=60, check=False
+        AnsibleArgs(tmp_path / "run"), playbook, inventory=inventory, variables=extra, timeout=60, check=False
     )
     called = (tmp_path / "called").read_text()
     assert f"{strict}=yes" in called
@@ -291,15 +293,15 @@ def test_neither_do_variables(tmp_path: Path) -> None:
 def test_extra_variables_arrive_with_their_types(tmp_path: Path, text: str) -> None:
     names = ("count", "ratio", "ready", "nothing", "names", "map", "word", "version")
     kinds = "\n".join(f'      {name}: "{{{{ {name} | type_debug }}}}"' for name in names)
-    playbook = play(tmp_path, f"- name: Tell\n  ansible.builtin.set_stats:\n    data:\n{kinds}\n")
-    found = told(tmp_path, playbook, None, variables=variables(Text(text, tmp_path)))
-    assert {name: kind.removeprefix("_Ansible") for name, kind in found.items()} == {
+    playbook = play(tmp_path, f"- name: Report\n  ansible.builtin.set_stats:\n    data:\n{kinds}\n")
+    types = stats(tmp_path, playbook, None, variables=variables(Text(text, tmp_path)))
+    assert {name: kind.removeprefix("_Ansible") for name, kind in types.items()} == {
         "count": "int", "ratio": "float", "ready": "bool", "nothing": "NoneType", "names": "list",
         "map": "dict", "word": "str", "version": "str",
     }  # fmt: skip
 
 
-def test_a_node_is_in_the_groups_that_a_project_wants_with_its_variables() -> None:
+def test_a_node_is_in_the_configured_groups_with_its_variables() -> None:
     data = nested_inventory(
         "n1", address="192.0.2.1", groups=("proxmox", "ceph"), extra={"nested_pve_vmid": 7}
     )
@@ -311,24 +313,25 @@ def test_a_node_is_in_the_groups_that_a_project_wants_with_its_variables() -> No
     assert everything["children"] == {"proxmox": {"hosts": {"n1": {}}}, "ceph": {"hosts": {"n1": {}}}}
 
 
-def test_what_does_not_apply_is_told_once_in_a_session(
+def test_options_that_do_not_apply_are_remarked_once_in_a_session(
     tmp_path: Path, memory: Callable[..., Environment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ANSIBLE_CONFIG", raising=False)
     write(tmp_path / "ansible.cfg", "[ssh_connection]\nssh_args = -C\n")
     env = memory()
     for _ in range(2):
-        playbooks.tell_what_does_not_apply(env, {"ansible_ssh_extra_args": "-v", "other": 1})
+        playbooks.remark_overridden(env, {"ansible_ssh_extra_args": "-v", "other": 1})
     assert env.remarks == [
-        f"of {tmp_path}/ansible.cfg does not apply: ssh_args (the way to the nested PVE is the run's own)",
-        "of the variables do not apply: ansible_ssh_extra_args",
+        f"options of {tmp_path}/ansible.cfg that do not apply: "
+        "ssh_args (the connection to the nested PVE is the run's own)",
+        "variables that do not apply: ansible_ssh_extra_args",
     ]
 
 
-def test_the_page_names_the_variables_that_a_playbook_is_told(memory: Callable[..., Environment]) -> None:
+def test_the_page_lists_the_variables_of_a_playbook(memory: Callable[..., Environment]) -> None:
     env = memory(host="father")
     env.facts = {"provision": {"vmid": 7}, "leaf_wait_ip": {"ip": "192.0.2.2"}}
-    (host,) = nested_inventory("n1", address="192.0.2.1", extra=playbooks.variables_of(env)).hosts
+    (host,) = nested_inventory("n1", address="192.0.2.1", extra=playbooks.node_variables(env)).hosts
     page = Path(__file__).parents[2] / "docs" / "own-playbooks-and-phases.md"
     table = page.read_text().partition("with these variables:")[2].partition("\n\nExtra")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]

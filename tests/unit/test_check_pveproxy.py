@@ -1,4 +1,4 @@
-"""A node asks its own pveproxy: by its own authority, or by the certificate that an administrator gave it."""
+"""check_pveproxy.py trusts the node's own authority, or the certificate that an administrator installed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def host(tmp_path: Path) -> Iterator[HttpsHost]:
 
 @pytest.fixture
 def pve(tmp_path: Path) -> Path:
-    """What stands for /etc/pve."""
+    """A directory in place of /etc/pve."""
     (tmp_path / "pve" / "local").mkdir(parents=True)
     return tmp_path / "pve"
 
 
-def ask(pve: Path, port: int, path: str = "/api2/json/version", token: str = "") -> tuple[int, str]:
+def check(pve: Path, port: int, path: str = "/api2/json/version", token: str = "") -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.read_text(), path, str(pve), str(port)],
         input=token, capture_output=True, text=True, check=False,
@@ -50,7 +50,7 @@ def token(host: HttpsHost) -> str:
 
 
 def nodes_own(pve: Path) -> tuple[str, str]:
-    """A certificate of the node's authority, which has no key usage: as old ones were made."""
+    """A certificate of the node's authority, which has no key usage, as in old versions of PVE."""
     now = datetime.datetime.now(datetime.UTC)
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("PVE", "father")]
@@ -78,38 +78,38 @@ def nodes_own(pve: Path) -> tuple[str, str]:
     return signed(names[1], key.public_key(), ca=False), private.decode()
 
 
-def test_the_nodes_own_authority_vouches_for_the_proxy(host: HttpsHost, pve: Path) -> None:
+def test_a_certificate_of_the_nodes_own_authority_is_trusted(host: HttpsHost, pve: Path) -> None:
     host.set_certificate(nodes_own(pve))
-    assert ask(pve, host.address[1], token=token(host)) == (0, "")
+    assert check(pve, host.address[1], token=token(host)) == (0, "")
 
 
-def test_an_administrators_certificate_need_not_name_the_loopback(host: HttpsHost, pve: Path) -> None:
+def test_an_administrators_certificate_needs_no_loopback_address(host: HttpsHost, pve: Path) -> None:
     nodes_own(pve)
     pem = create_certificate(names=["pve.example.org"])
     host.set_certificate(pem)
-    # As it is kept: with those of its authorities behind it.
+    # As installed: the chain of its authorities follows.
     (pve / "local" / "pveproxy-ssl.pem").write_text(pem[0] + create_certificate()[0])
-    assert ask(pve, host.address[1], token=token(host)) == (0, "")
+    assert check(pve, host.address[1], token=token(host)) == (0, "")
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_any_other_certificate_is_refused(host: HttpsHost, pve: Path, own: bool) -> None:
     nodes_own(pve)
     if own:
-        # The one that is served is a link of the chain, and still another one.
+        # The served certificate is in the chain, but is not the node's.
         chain = create_certificate(names=["pve.example.org"])[0] + host.read_pem
         (pve / "local" / "pveproxy-ssl.pem").write_text(chain)
-    rc, said = ask(pve, host.address[1], token=token(host))
+    rc, error = check(pve, host.address[1], token=token(host))
     assert rc == 1
-    assert "certificate verify failed" in said
+    assert "certificate verify failed" in error
     assert host.requests == []
 
 
-@pytest.mark.parametrize("case", ["refused", "deaf", "no authority", "garbage"])
-def test_what_is_wrong_is_told_in_a_line(host: HttpsHost, pve: Path, case: str) -> None:
+@pytest.mark.parametrize("case", ["refused", "closed port", "no authority", "garbage"])
+def test_an_error_is_printed_as_one_line(host: HttpsHost, pve: Path, case: str) -> None:
     host.set_certificate(nodes_own(pve))
     port = host.address[1]
-    if case == "deaf":
+    if case == "closed port":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -117,14 +117,14 @@ def test_what_is_wrong_is_told_in_a_line(host: HttpsHost, pve: Path, case: str) 
         (pve / "pve-root-ca.pem").unlink()
     if case == "garbage":
         (pve / "local" / "pveproxy-ssl.pem").write_text("no certificate")
-    rc, said = ask(pve, port, token="root@pam!consumer=of-nobody")
+    rc, error = check(pve, port, token="root@pam!consumer=of-nobody")
     expected = {
-        "refused": "expected 200, found 401", "deaf": "ConnectionRefusedError",
+        "refused": "expected 200, found 401", "closed port": "ConnectionRefusedError",
         "no authority": "FileNotFoundError", "garbage": "Error",
     }  # fmt: skip
     assert rc == 1
-    assert expected[case] in said
-    assert len(said.splitlines()) == 1
+    assert expected[case] in error
+    assert len(error.splitlines()) == 1
 
 
 def test_every_file_of_the_playbooks_that_the_package_reads_exists() -> None:

@@ -1,4 +1,4 @@
-"""What a playbook depends on is found by reading: an edit of it changes the hash, any other edit does not."""
+"""An edit of a file that a playbook depends on changes its hash; no other edit does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILES = {
     "roles/other/tasks/main.yml": "[]\n",
     "other.yml": "- hosts: all\n  roles: [other]\n",
 }
-NOT_NEEDED = {"roles/other/tasks/main.yml", "other.yml"}
+UNUSED = {"roles/other/tasks/main.yml", "other.yml"}
 
 
 @pytest.fixture
@@ -47,30 +47,28 @@ def play(tmp_path: Path) -> Callable[[], str]:
     return lambda: digest_of(tmp_path / "site.yml")
 
 
-def test_what_is_imported_and_the_roles_of_roles_count(play: Callable[[], str], tmp_path: Path) -> None:
+def test_imports_and_roles_of_roles_are_dependencies(play: Callable[[], str], tmp_path: Path) -> None:
     play()
-    found = {str(path.relative_to(tmp_path)) for path in files_of(tmp_path / "site.yml")}
-    assert found == set(FILES) - NOT_NEEDED
+    names = {str(path.relative_to(tmp_path)) for path in files_of(tmp_path / "site.yml")}
+    assert names == set(FILES) - UNUSED
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - NOT_NEEDED))
-def test_an_edit_of_what_it_needs_changes_the_hash(
-    play: Callable[[], str], tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("name", sorted(set(FILES) - UNUSED))
+def test_an_edit_of_a_dependency_changes_the_hash(play: Callable[[], str], tmp_path: Path, name: str) -> None:
     before = play()
     path = tmp_path / name
     path.write_text(path.read_text() + "# edited\n")
     assert play() != before
 
 
-@pytest.mark.parametrize("name", sorted(NOT_NEEDED))
-def test_an_edit_of_another_file_does_not(play: Callable[[], str], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", sorted(UNUSED))
+def test_an_edit_of_another_file_keeps_the_hash(play: Callable[[], str], tmp_path: Path, name: str) -> None:
     before = play()
     (tmp_path / name).write_text("# edited\n")
     assert play() == before
 
 
-def test_a_role_whose_name_is_made_at_run_time_means_every_role(
+def test_a_role_name_with_a_variable_makes_every_role_a_dependency(
     play: Callable[[], str], tmp_path: Path
 ) -> None:
     play()
@@ -79,7 +77,7 @@ def test_a_role_whose_name_is_made_at_run_time_means_every_role(
     assert tmp_path / "roles" / "other" / "tasks" / "main.yml" in files_of(tmp_path / "site.yml")
 
 
-def test_a_file_that_is_no_yaml_counts_as_what_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_yaml_counts_by_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "site.yml"
     path.write_text("a: [\n")
     before = digest_of(path)
@@ -87,9 +85,9 @@ def test_a_file_that_is_no_yaml_counts_as_what_it_is(tmp_path: Path) -> None:
     assert digest_of(path) != before
 
 
-def test_roles_of_a_further_path_count(tmp_path: Path) -> None:
+def test_roles_of_the_roles_path_are_dependencies(tmp_path: Path) -> None:
     (tmp_path / "more" / "extra" / "tasks").mkdir(parents=True)
     (tmp_path / "more" / "extra" / "tasks" / "main.yml").write_text("[]\n")
     (tmp_path / "site.yml").write_text("- hosts: all\n  roles: [{role: ns.collection.extra}]\n")
-    found = files_of(tmp_path / "site.yml", [tmp_path / "more"])
-    assert tmp_path / "more" / "extra" / "tasks" / "main.yml" in found
+    paths = files_of(tmp_path / "site.yml", [tmp_path / "more"])
+    assert tmp_path / "more" / "extra" / "tasks" / "main.yml" in paths

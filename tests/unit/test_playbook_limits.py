@@ -1,4 +1,4 @@
-"""The playbooks' limits scale with the one factor, as all others do."""
+"""The time limits of playbooks are multiplied by the common factor, like all others."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ def doubled() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", sorted(LIMITS))
-def test_a_limit_of_a_role_is_times_the_factor(name: str) -> None:
+def test_a_limit_of_a_role_is_multiplied_by_the_factor(name: str) -> None:
     template = Jinja(autoescape=False).from_string(LIMITS[name])
     plain = int(template.render())
     assert plain > 0
     assert template.render(nested_pve_timeout_scale=2.0) == str(2 * plain)
-    assert int(template.render(nested_pve_timeout_scale=0.001)) >= 1, "0 would be none, or at once"
+    assert int(template.render(nested_pve_timeout_scale=0.001)) >= 1, "0 would be no limit, or none left"
 
 
 @pytest.mark.usefixtures("doubled")
-def test_a_playbook_is_told_the_factor_and_may_be_told_another(
+def test_a_playbook_gets_the_factor_as_a_variable_that_may_be_overridden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[dict[str, object]] = []
+    received: list[dict[str, object]] = []
 
-    def instead(_env: Environment, playbook: Path, **given: object) -> PlaybookResult:
-        told.append(dict(given["variables"]))  # type: ignore[call-overload]
+    def record(_env: Environment, playbook: Path, **options: object) -> PlaybookResult:
+        received.append(dict(options["variables"]))  # type: ignore[call-overload]
         return PlaybookResult(playbook.name, 0, {}, (), (), playbook)
 
-    monkeypatch.setattr(playbooks, "run_playbook", instead)
+    monkeypatch.setattr(playbooks, "run_playbook", record)
     with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
         env = make()
         env.facts = {"provision": {"vmid": 7, "name": "n1"}, "wait_ip": {"ip": "192.0.2.1"}}
         playbooks.run(env, Path("some.yml"), {"a": 1}, timeout=5)
         playbooks.run(env, Path("some.yml"), {"nested_pve_timeout_scale": 3}, timeout=5)
-    assert told == [{"nested_pve_timeout_scale": 2.0, "a": 1}, {"nested_pve_timeout_scale": 3}]
+    assert received == [{"nested_pve_timeout_scale": 2.0, "a": 1}, {"nested_pve_timeout_scale": 3}]

@@ -1,4 +1,4 @@
-"""What of a source is packed, and what never is."""
+"""Sources are packed with their own files: no ignored files, caches, secrets or foreign links."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def repo(tmp_path: Path) -> Path:
     return root
 
 
-def test_tracked_files_come_as_they_are_now(repo: Path, tmp_path: Path) -> None:
+def test_tracked_files_are_packed_with_their_current_contents(repo: Path, tmp_path: Path) -> None:
     write(repo, "tracked.txt", "edited\n")
     packed = pack(Source("site", str(repo)), tmp_path / "out")
     assert text_of(packed, "tracked.txt") == "edited\n"
 
 
-def test_untracked_files_come_along_and_ignored_ones_do_not(repo: Path, tmp_path: Path) -> None:
+def test_untracked_files_are_packed_and_ignored_ones_are_not(repo: Path, tmp_path: Path) -> None:
     write(repo, "new.txt")
     write(repo, "api.secret")
     write(repo, "built/output")
@@ -66,7 +66,7 @@ def test_untracked_files_come_along_and_ignored_ones_do_not(repo: Path, tmp_path
     assert packed.files == (".gitignore", "new.txt", "tracked.txt")
 
 
-def test_a_deleted_file_is_not_missed(repo: Path, tmp_path: Path) -> None:
+def test_a_deleted_tracked_file_is_left_out(repo: Path, tmp_path: Path) -> None:
     (repo / "tracked.txt").unlink()
     assert pack(Source("site", str(repo)), tmp_path / "out").files == (".gitignore",)
 
@@ -74,30 +74,30 @@ def test_a_deleted_file_is_not_missed(repo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [".git/config", ".nested-pve/runs/x", ".venv/bin/python", "a/__pycache__/b.pyc", ".tox/log"]
 )
-def test_git_state_and_caches_never_come_along(repo: Path, tmp_path: Path, name: str) -> None:
+def test_git_state_and_caches_are_never_packed(repo: Path, tmp_path: Path, name: str) -> None:
     write(repo, name)
     packed = pack(Source("site", str(repo)), tmp_path / "out")
     assert packed.files == (".gitignore", "tracked.txt")
 
 
-def test_a_tracked_cache_does_not_come_along_either(repo: Path, tmp_path: Path) -> None:
+def test_a_tracked_cache_is_not_packed(repo: Path, tmp_path: Path) -> None:
     write(repo, "__pycache__/x.pyc")
     git(repo, "add", "-f", ".")
     assert pack(Source("site", str(repo)), tmp_path / "out").files == (".gitignore", "tracked.txt")
 
 
-def test_a_directory_inside_a_repository_is_packed_from_itself(repo: Path, tmp_path: Path) -> None:
+def test_paths_of_a_directory_inside_a_repository_are_relative_to_it(repo: Path, tmp_path: Path) -> None:
     write(repo, "below/one.txt")
     packed = pack(Source("site", str(repo / "below")), tmp_path / "out")
     assert packed.files == ("one.txt",)
 
 
-def test_an_ignored_directory_named_on_purpose_is_packed_whole(repo: Path, tmp_path: Path) -> None:
+def test_an_ignored_directory_that_is_configured_is_packed_whole(repo: Path, tmp_path: Path) -> None:
     write(repo, "built/result.bin")
     assert pack(Source("site", str(repo / "built")), tmp_path / "out").files == ("result.bin",)
 
 
-def test_a_directory_without_git_is_packed_but_for_caches(tmp_path: Path) -> None:
+def test_a_directory_without_git_is_packed_except_caches(tmp_path: Path) -> None:
     root = tmp_path / "plain"
     for name in ("a.txt", "b/c.txt", ".venv/x", "b/node_modules/y", ".hidden"):
         write(root, name)
@@ -108,35 +108,35 @@ def test_a_broken_repository_is_refused_rather_than_packed_whole(tmp_path: Path)
     root = tmp_path / "broken"
     write(root, "api.secret")
     write(root, ".git", "gitdir: /nonexistent\n")
-    with pytest.raises(SourceError, match=r"does not take it for a working tree"):
+    with pytest.raises(SourceError, match=r"does not accept it as a working tree"):
         pack(Source("site", str(root)), tmp_path / "out")
 
 
-def test_what_is_left_out_is_in_no_archive_though_it_lies_in_the_source(repo: Path, tmp_path: Path) -> None:
+def test_excluded_files_inside_the_source_are_in_no_archive(repo: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     write(plain, "site.yml")
     for root, others in ((repo, (".gitignore", "tracked.txt")), (plain, ("site.yml",))):
         write(root, "in/real.yml", "hunter2\n")
         write(root, "token", "hunter2\n")
         (root / "secrets.yml").symlink_to("in/real.yml")
-        (tmp_path / "way").unlink(missing_ok=True)
-        (tmp_path / "way").symlink_to(root)
-        without = [root / "secrets.yml", tmp_path / "way/token"]
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(root)
+        without = [root / "secrets.yml", tmp_path / "link/token"]
         assert pack(Source("site", str(root)), tmp_path / "out", without=without).files == others
 
 
-def test_a_secret_inside_of_a_source_goes_by_itself_and_not_to_the_leaf(tmp_path: Path) -> None:
+def test_a_secret_inside_a_source_is_copied_separately_and_not_to_the_leaf(tmp_path: Path) -> None:
     secret = write(tmp_path, "plain/secrets.yml")
     write(tmp_path, "plain/site.yml")
     settings = Settings(sources=(Source("site", str(secret.parent)),), secrets=(secret,))
     packed = play_variables.pack_sources(settings, cast(Run, SimpleNamespace(dir=tmp_path / "run")))
-    assert [each.files for each in packed] == [("site.yml",)]
+    assert [source.files for source in packed] == [("site.yml",)]
     assert play_variables.leaf(settings, packed)["nested_pve_secret_files"] == []
-    (there,) = play_variables.source_variables(settings, packed)["nested_pve_secret_files"]
-    assert there == {"src": str(secret), "dest": "/opt/sources/site/secrets.yml"}
+    (secret_file,) = play_variables.source_variables(settings, packed)["nested_pve_secret_files"]
+    assert secret_file == {"src": str(secret), "dest": "/opt/sources/site/secrets.yml"}
 
 
-def test_modes_say_only_whether_a_file_is_a_program(repo: Path, tmp_path: Path) -> None:
+def test_modes_keep_only_whether_a_file_is_executable(repo: Path, tmp_path: Path) -> None:
     write(repo, "run.sh").chmod(0o700)
     write(repo, "data").chmod(0o666)
     packed = pack(Source("site", str(repo)), tmp_path / "out")
@@ -146,7 +146,7 @@ def test_modes_say_only_whether_a_file_is_a_program(repo: Path, tmp_path: Path) 
         assert {member.uname for member in tar} == {"root"}
 
 
-def test_a_link_inside_the_source_stays_a_link(repo: Path, tmp_path: Path) -> None:
+def test_a_link_inside_the_source_is_packed_as_a_link(repo: Path, tmp_path: Path) -> None:
     (repo / "link").symlink_to("tracked.txt")
     packed = pack(Source("site", str(repo)), tmp_path / "out")
     with tarfile.open(packed.archive) as tar:
@@ -160,12 +160,12 @@ def test_a_link_out_of_the_source_is_refused(repo: Path, tmp_path: Path, target:
         pack(Source("site", str(repo)), tmp_path / "out")
 
 
-def test_the_archive_is_for_its_owner_alone(repo: Path, tmp_path: Path) -> None:
+def test_the_archive_is_readable_by_its_owner_only(repo: Path, tmp_path: Path) -> None:
     packed = pack(Source("site", str(repo)), tmp_path / "out")
     assert stat.S_IMODE(packed.archive.stat().st_mode) == 0o600
 
 
-def test_the_digest_says_whether_the_files_are_the_same(repo: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_contents_and_modes_but_not_with_times(repo: Path, tmp_path: Path) -> None:
     source = Source("site", str(repo))
     first = pack(source, tmp_path / "out").digest
     os.utime(repo / "tracked.txt", (1, 1))
@@ -183,7 +183,7 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
         pack(Source("site", str(root)), tmp_path / "out")
 
 
-def test_a_git_url_gives_the_tree_of_its_ref(repo: Path, tmp_path: Path) -> None:
+def test_of_a_git_url_the_tree_of_its_ref_is_packed(repo: Path, tmp_path: Path) -> None:
     git(repo, "tag", "v1")
     write(repo, "tracked.txt", "second\n")
     git(repo, "commit", "-q", "-a", "-m", "second")
@@ -195,7 +195,7 @@ def test_a_git_url_gives_the_tree_of_its_ref(repo: Path, tmp_path: Path) -> None
         assert text_of(pack(Source("c", url, ref), tmp_path / "out"), "tracked.txt") == "first\n"
 
 
-def test_an_unknown_ref_is_named_and_a_password_is_not(tmp_path: Path, repo: Path) -> None:
+def test_the_message_has_the_unknown_ref_and_no_password(tmp_path: Path, repo: Path) -> None:
     with pytest.raises(SourceError, match="nosuch"):
         pack(Source("site", f"file://{repo}", "nosuch"), tmp_path / "out")
     with pytest.raises(SourceError) as caught:
@@ -203,7 +203,7 @@ def test_an_unknown_ref_is_named_and_a_password_is_not(tmp_path: Path, repo: Pat
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_users_git_environment_does_not_redirect_it(
+def test_git_variables_of_the_environment_have_no_effect(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))

@@ -1,9 +1,9 @@
 """The process that runs one playbook through ansible-runner; started by `ansible.run_playbook`, by path.
 
-A process of its own because umask, environment and signals are a whole process's: here they are tight
-without touching pytest's. It reads one JSON job from standard input, writes one JSON object a line (an
-event of ansible-runner, at the end `{"end": …}`) to standard output, and takes every process below it,
-SSH masters included, along when it ends, is told to end, or loses its parent.
+A separate process, because its umask, environment and signal handlers must not be those of pytest. It reads
+one JSON job from standard input and writes one JSON object per line (events of ansible-runner, at the end
+`{"end": …}`) to standard output. When it ends, gets SIGTERM or loses its parent, it kills every process below
+it, SSH masters included.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CANCELLED = 143
 MASK = "********"
-# ssh needs room below 108 bytes for the socket's name and its own temporary suffix.
+# The path of a socket, with ssh's temporary suffix, is limited to 108 bytes.
 LONGEST_PRIVATE_DIR = 50
 
 
 def parent_of(pid: str) -> int:
-    """The parent of `pid`, 0 if it is gone."""
+    """The parent of `pid`, 0 if it has ended."""
     try:
         text = Path("/proc", pid, "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
-    # The name in parentheses may hold anything, so count from its end.
+    # The program's name in parentheses may contain any character, so count from its end.
     return int(text.rpartition(")")[2].split()[1])
 
 
 def descendants(root: int) -> list[int]:
     """All processes below `root`."""
     parents = {int(name): parent_of(name) for name in os.listdir("/proc") if name.isdigit()}
-    found: list[int] = []
-    front = [root]
-    while front:
-        front = [pid for pid, parent in parents.items() if parent in front]
-        found += front
-    return found
+    below: list[int] = []
+    level = [root]
+    while level:
+        level = [pid for pid, parent in parents.items() if parent in level]
+        below += level
+    return below
 
 
 def kill_descendants() -> None:
-    """End every process below this one; orphans come here because this process is their subreaper."""
+    """Kill every process below this one, and orphans: this process is their subreaper."""
     for _ in range(250):
         below = descendants(os.getpid())
         for pid in below:
@@ -72,14 +72,14 @@ def kill_descendants() -> None:
 
 
 def mask_artifacts(directory: Path, secrets: list[str], password_in_address: str) -> None:
-    """Replace secrets in every file below `directory`, and close files and directories to others.
+    """Replace secrets in every file below `directory`; files become 0600 and directories 0700.
 
-    `password_in_address` is a pattern: addresses come with settings, variables and what commands say.
+    `password_in_address`: a pattern for URLs of settings, variables and output of commands.
     """
     in_address = re.compile(password_in_address.encode())
-    # As JSON holds them too: a line break in a key is \n there.
-    texts = {form for secret in secrets if secret for form in (secret, json.dumps(secret)[1:-1])}
-    needles = sorted((text.encode() for text in texts), key=len, reverse=True)
+    # Also as JSON, where a line break of a key is written \n.
+    forms = {form for secret in secrets if secret for form in (secret, json.dumps(secret)[1:-1])}
+    needles = sorted((form.encode() for form in forms), key=len, reverse=True)
     for path in [directory, *directory.rglob("*")]:
         if path.is_symlink():
             continue
@@ -97,7 +97,7 @@ def mask_artifacts(directory: Path, secrets: list[str], password_in_address: str
 
 
 def private_directory() -> Path:
-    """A new directory of ours alone with a path short enough for SSH's control sockets."""
+    """A new directory, mode 0700, with a path short enough for SSH's control sockets."""
     for base in (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp"):
         if len(base) < LONGEST_PRIVATE_DIR - 20 and os.access(base, os.W_OK | os.X_OK):
             return Path(tempfile.mkdtemp(prefix="npve-", dir=base))
@@ -105,8 +105,8 @@ def private_directory() -> Path:
 
 
 def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
-    """Ansible's settings for this run; of a file, only a project's own applies, and not in what is ours."""
-    # An empty file, because /dev/null is refused.
+    """Ansible's environment variables; they override the project's ansible.cfg, and no other file is read."""
+    # An empty file, because Ansible refuses /dev/null.
     (private / "ansible.cfg").touch()
     (private / "cp").mkdir()
     defaults = {
@@ -118,7 +118,7 @@ def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
         "PYTHON_INTERPRETER": "auto_silent",
         "TIMEOUT": "15",
     }
-    settings = {name: value for name, value in defaults.items() if name not in job["theirs"]} | {
+    settings = {name: value for name, value in defaults.items() if name not in job["replaced"]} | {
         "CONFIG": job["config"] or str(private / "ansible.cfg"),
         "HOME": str(private / "home"),
         "LOCAL_TEMP": str(private / "tmp"),
@@ -135,7 +135,7 @@ def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
         "CALLBACK_PLUGINS": os.pathsep.join(job["callbacks"]),
     }
     if job["config"]:
-        # Else these are so by default.
+        # Without a project's file these are the defaults.
         settings |= {
             "LOG_PATH": str(private / "log"),
             "TRANSPORT": "ssh",
@@ -150,15 +150,15 @@ def environment(job: dict[str, Any], private: Path) -> dict[str, str]:
 
 
 def ssh_args(job: dict[str, Any]) -> str:
-    """The first arguments of every ssh; of an option that is given twice, ssh takes the first."""
+    """The first arguments of every ssh, which uses the first value of a repeated option."""
     arguments = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"]
     arguments += ["-o", "ControlMaster=auto", "-o", "ControlPersist=60s"]
     arguments += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]
     return shlex.join(["-F", job["ssh_config"], *arguments] if job["ssh_config"] else arguments)
 
 
-def tell(out: int, message: dict[str, Any]) -> None:
-    """Write one line to the parent; a parent that is gone does not keep us from clearing up."""
+def send(out: int, message: dict[str, Any]) -> None:
+    """Write one line to the parent. Without a parent nothing is written, and the clean-up follows."""
     data = json.dumps(message, default=str).encode() + b"\n"
     with contextlib.suppress(BrokenPipeError):
         while data:
@@ -174,7 +174,7 @@ def run(job: dict[str, Any], private: Path, out: int) -> int:
     os.environ.update(environment(job, private))
 
     def on_event(event: dict[str, Any]) -> bool:
-        tell(out, {"event": event.get("event"), "data": event.get("event_data")})
+        send(out, {"event": event.get("event"), "data": event.get("event_data")})
         return True
 
     runner = ansible_runner.run(
@@ -186,13 +186,13 @@ def run(job: dict[str, Any], private: Path, out: int) -> int:
         inventory=str(private / "inventory.json"),
         cmdline=shlex.join(["-e", f"@{private / 'vars.json'}", *job["arguments"]]),
         event_handler=on_event,
-        cancel_callback=lambda: False,  # without one, ansible-runner takes our SIGTERM handler away
+        cancel_callback=lambda: False,  # without it ansible-runner replaces the SIGTERM handler
         quiet=True,
         suppress_env_files=True,
         fact_cache_type="memory",
         settings={"pexpect_timeout": 1, "idle_timeout": None, "job_timeout": None},
     )
-    tell(out, {"end": {"status": runner.status, "rc": runner.rc}})
+    send(out, {"end": {"status": runner.status, "rc": runner.rc}})
     return int(runner.rc)
 
 
@@ -204,10 +204,10 @@ def main() -> NoReturn:
     job = json.loads(sys.stdin.buffer.read())
     out = os.dup(1)
     os.set_inheritable(out, False)
-    os.dup2(2, 1)  # whatever a library prints is no event
+    os.dup2(2, 1)  # output of libraries must not be read as events
     if os.getppid() != job["parent"]:
         os._exit(CANCELLED)  # the parent died before the death signal was asked for
-    # Blocked until the clean-up knows the directory: a signal in between would leave it.
+    # Blocked until the handler can delete the directory: a signal in between would leave it over.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     private = private_directory()
 
@@ -226,9 +226,9 @@ def main() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         rc = run(job, private, out)
-    except BaseException as e:  # reported to the parent, which raises it with the playbook's name
-        # repr only: a traceback may show the job's variables
-        tell(out, {"error": f"{type(e).__name__}: {e}"})
+    except BaseException as e:  # the parent raises it with the playbook's name
+        # No traceback: it may show the job's variables.
+        send(out, {"error": f"{type(e).__name__}: {e}"})
         rc = 1
     finish(rc)
 

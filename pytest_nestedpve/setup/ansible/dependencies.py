@@ -1,6 +1,6 @@
-"""Which files a playbook depends on: what it imports, its roles and theirs; and a hash of their contents.
+"""The files that a playbook depends on (imports, roles, roles of roles), and a hash of their contents.
 
-Found by reading, not by running Ansible. Where a name is made at run time, every role at hand counts.
+The files are read, without Ansible. If the name of a role contains a variable, every role counts.
 """
 
 from __future__ import annotations
@@ -13,74 +13,75 @@ from typing import Any
 
 _FILES = ("import_playbook", "import_tasks", "include_tasks", "include_vars", "vars_files")
 _ROLES = ("import_role", "include_role")
-_BESIDE = ("group_vars", "host_vars", "filter_plugins", "library", "module_utils", "templates", "files")
-_LEFT_OUT = frozenset({"__pycache__", ".git", "molecule", ".ansible"})
+_ADJACENT = ("group_vars", "host_vars", "filter_plugins", "library", "module_utils", "templates", "files")
+_IGNORED = frozenset({"__pycache__", ".git", "molecule", ".ansible"})
 
 
 def digest_of(playbook: Path, roles_path: Iterable[Path] = ()) -> str:
     """A hash over names and contents of all files that `playbook` depends on. Raises OSError."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(files_of(playbook, roles_path)):
-        found.update(str(path.name).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()
+        digest.update(str(path.name).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def files_of(playbook: Path, roles_path: Iterable[Path] = ()) -> set[Path]:
-    """The playbook, what it imports, and every file of the roles that it and they use. Raises OSError."""
+    """The playbook, its imports, and every file of the roles that they use. Raises OSError."""
     return _Search([playbook.parent / "roles", playbook.parent, *roles_path]).run(playbook)
 
 
 class _Search:
-    def __init__(self, places: list[Path]) -> None:
-        self._places = places
-        self._found: set[Path] = set()
+    def __init__(self, role_parents: list[Path]) -> None:
+        self._role_parents = role_parents
+        self._files: set[Path] = set()
         self._roles: set[str] = set()
 
     def run(self, playbook: Path) -> set[Path]:
-        self._file(playbook, playbook.parent)
-        for name in _BESIDE:
-            self._found.update(_tree(playbook.parent / name))
-        return self._found
+        self._add_file(playbook, playbook.parent)
+        for name in _ADJACENT:
+            self._files.update(_tree(playbook.parent / name))
+        return self._files
 
-    def _file(self, path: Path, base: Path) -> None:
+    def _add_file(self, path: Path, base: Path) -> None:
         path = Path(os.path.normpath(path))
-        if path in self._found or not path.is_file():
+        if path in self._files or not path.is_file():
             return
-        self._found.add(path)
+        self._files.add(path)
         if path.suffix in (".yml", ".yaml"):
-            self._look(_load(path), base)
+            self._follow(_load(path), base)
 
-    def _look(self, data: Any, base: Path) -> None:
+    def _follow(self, data: Any, base: Path) -> None:
         for key, value in _pairs(data):
             short = key.rpartition(".")[2]
             if short in _FILES:
                 for name in _texts(value, "file"):
-                    self._file(base / name, base)
+                    self._add_file(base / name, base)
             elif short in _ROLES or key in ("roles", "dependencies"):
                 for name in _texts(value, "name", "role"):
-                    self._role(name)
+                    self._add_role(name)
 
-    def _role(self, name: str) -> None:
+    def _add_role(self, name: str) -> None:
         name = name.rpartition(".")[2]
         if name in self._roles:
             return
         self._roles.add(name)
         if "{" in name:
-            for place in self._places:
-                for path in sorted(place.iterdir()) if place.is_dir() else ():
+            for parent in self._role_parents:
+                for path in sorted(parent.iterdir()) if parent.is_dir() else ():
                     if (path / "tasks").is_dir():
-                        self._role(path.name)
+                        self._add_role(path.name)
             return
-        role = next((place / name for place in self._places if (place / name / "tasks").is_dir()), None)
+        paths = (parent / name for parent in self._role_parents)
+        role = next((path for path in paths if (path / "tasks").is_dir()), None)
         for path in _tree(role) if role is not None else ():
-            self._found.add(path)
+            self._files.add(path)
             if path.suffix in (".yml", ".yaml"):
-                self._look(_load(path), path.parent)
+                self._follow(_load(path), path.parent)
 
 
 def _tree(root: Path) -> Iterator[Path]:
     for directory, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if name not in _LEFT_OUT)
+        below[:] = sorted(name for name in below if name not in _IGNORED)
         yield from (Path(directory, name) for name in files if not name.endswith(".pyc"))
 
 
@@ -90,8 +91,8 @@ def _pairs(data: Any) -> Iterator[tuple[str, Any]]:
             yield str(key), value
             yield from _pairs(value)
     elif isinstance(data, list):
-        for each in data:
-            yield from _pairs(each)
+        for item in data:
+            yield from _pairs(item)
 
 
 def _texts(value: Any, *keys: str) -> Iterator[str]:
@@ -100,12 +101,12 @@ def _texts(value: Any, *keys: str) -> Iterator[str]:
     elif isinstance(value, dict):
         yield from (value[key] for key in keys if isinstance(value.get(key), str))
     elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each, *keys)
+        for item in value:
+            yield from _texts(item, *keys)
 
 
 def _load(path: Path) -> Any:
-    """The data of a YAML file, whatever tags are in it; nothing for one that cannot be read as such."""
+    """The data of a YAML file, with unknown tags allowed; None for a file that is not YAML."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 

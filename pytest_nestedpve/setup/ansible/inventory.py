@@ -1,4 +1,4 @@
-"""What Ansible is told about hosts: names, variables, groups, as data."""
+"""Inventories for Ansible as data: hosts, variables, groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class InventoryHost:
-    """One host; `variables` as Ansible takes them (ansible_host, pve_hostname, nested_pve_…)."""
+    """One host with its Ansible variables (ansible_host, pve_hostname, nested_pve_…)."""
 
     name: str
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -27,10 +27,10 @@ class Inventory:
 
         Raises ValueError for a group member that is no host.
         """
-        known = {host.name for host in self.hosts}
+        names = {host.name for host in self.hosts}
         for group, members in self.groups.items():
-            if foreign := sorted(set(members) - known):
-                raise ValueError(f"group {group}: expected members among {sorted(known)}, found {foreign}")
+            if unknown := sorted(set(members) - names):
+                raise ValueError(f"group {group}: expected members among {sorted(names)}, found {unknown}")
         return {
             "all": {
                 "hosts": {host.name: dict(host.variables) for host in self.hosts},
@@ -49,10 +49,10 @@ def nested_inventory(
     alias: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Inventory:
-    """The inventory of one nested node, `name` being its node name as well.
+    """The inventory of one nested node; `name` is its node name as well.
 
-    `alias` (default `name`) is what SSH is given: the name in the run's ssh_config, so that jump host,
-    key and pinned host keys apply; the address itself is the variable `nested_pve_ip`.
+    `alias` (default `name`): the host for SSH, an entry of the run's ssh_config with jump host, key and
+    pinned host keys. The address is the variable `nested_pve_ip`.
     """
     variables: dict[str, Any] = {
         "ansible_host": alias or name,

@@ -1,6 +1,6 @@
-"""What each playbook is told: settings and facts of the phases, as Ansible variables.
+"""The Ansible variables of each playbook, from settings and facts of the phases.
 
-Each function returns plain data; `extra_vars` of the settings come last and so win.
+The configured `extra_vars` override them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _REPOSITORY = ("pve_repository_url", "pve_repository_key_url", "pve_repository_k
 
 
 def pve_install(settings: Settings, facts: ByPhase) -> dict[str, Any]:
-    """For pve-install.yml: the node's name, its address, and where packages come from."""
+    """For pve-install.yml: the node's name, its address, and the package repositories."""
     variables = _common(facts)
     for key in _REPOSITORY:
         if value := getattr(settings, key):
@@ -35,7 +35,7 @@ def pve_install(settings: Settings, facts: ByPhase) -> dict[str, Any]:
 
 
 def network(settings: Settings, facts: ByPhase) -> dict[str, Any]:
-    """For nested-pve-network.yml: which card (by net0's MAC), and the addressing that `ipconfig` names."""
+    """For nested-pve-network.yml: the MAC of net0 and the configured `ipconfig`."""
     variables = _common(facts) | {"nested_pve_bridge": "vmbr0"}
     if settings.pve_repository_url:
         variables["pve_repository_url"] = settings.pve_repository_url
@@ -69,9 +69,9 @@ def ssh(settings: Settings, facts: ByPhase, run: Run) -> dict[str, Any]:
 
 
 def pack_sources(settings: Settings, run: Run) -> tuple[Packed, ...]:
-    """Every configured source as a tar below the run's directory. Raises SourceError, CommandTimeout.
+    """Pack every configured source below the run's directory. Raises SourceError, CommandTimeout.
 
-    Secrets go by themselves, with their own mode and not to the leaf: no source has them.
+    Secrets are in no archive: they are copied separately, with their own mode, and not to the leaf.
     """
     return tuple(
         sources.pack(source, run.dir / "sources", without=settings.secrets) for source in settings.sources
@@ -83,7 +83,7 @@ def repos(
 ) -> dict[str, Any]:
     """For nested-pve-repos.yml. `outer_keys`: public keys of the outer host's root, as lines.
 
-    Raises YamlPathError for a token_path that is none.
+    Raises YamlPathError for an invalid token_path.
     """
     variables = source_variables(settings, packed) | _common(facts)
     variables["nested_pve_outer_public_keys"] = list(outer_keys)
@@ -102,8 +102,8 @@ def source_variables(settings: Settings, packed: Iterable[Packed]) -> dict[str, 
     return {
         "nested_pve_sources_dest": settings.sources_dest,
         "nested_pve_source_archives": [
-            {"name": each.name, "archive": str(each.archive.absolute()), "digest": each.digest}
-            for each in packed
+            {"name": source.name, "archive": str(source.archive.absolute()), "digest": source.digest}
+            for source in packed
         ],
         "nested_pve_secret_files": [
             {"src": str(path), "dest": secret_destination(path, settings)} for path in settings.secrets
@@ -112,7 +112,7 @@ def source_variables(settings: Settings, packed: Iterable[Packed]) -> dict[str, 
 
 
 def leaf(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
-    """For nested-pve-leaf.yml: the sources alone; secrets stay on the nested node."""
+    """For nested-pve-leaf.yml: the sources without secrets."""
     variables = source_variables(settings, packed)
     variables["nested_pve_secret_files"] = []
     return variables | dict(settings.extra_vars)
@@ -120,13 +120,13 @@ def leaf(settings: Settings, packed: Iterable[Packed]) -> dict[str, Any]:
 
 def _common(facts: ByPhase) -> dict[str, Any]:
     variables: dict[str, Any] = {"pve_hostname": _node(facts)}
-    network, first = NetworkFacts.known(facts), AddressFacts.known(facts)
-    if address := (network and network.ip) or (first and first.ip):
+    network, boot = NetworkFacts.known(facts), AddressFacts.known(facts)
+    if address := (network and network.ip) or (boot and boot.ip):
         variables["nested_pve_ip"] = address
     return {name: value for name, value in variables.items() if value}
 
 
 def _node(facts: ByPhase) -> str:
-    # cloud-init makes the VM's name the node's host name
+    # cloud-init sets the host name to the VM's name
     vm = ProvisionFacts.known(facts)
     return vm.name if vm is not None else ""

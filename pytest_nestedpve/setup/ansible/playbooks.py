@@ -1,4 +1,4 @@
-"""Running a playbook against the nested PVE: its inventory, its variables, what is told of it."""
+"""Run a playbook on the nested PVE, with progress, notes and an entry in the audit log."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def run(
     check: bool = True,
     inventory: Inventory | None = None,
 ) -> PlaybookResult:
-    """Run it within `timeout` seconds (nominal), by default against the nested PVE; told to the audit log.
+    """Run `playbook` within `timeout` seconds (nominal), by default on the nested PVE; log it for the audit.
 
     Raises PlaybookFailed, PlaybookTimeout.
     """
     name = ProvisionFacts.of(env.facts).name
     env.write_ssh_config()
-    tell_what_does_not_apply(env, variables)
+    remark_overridden(env, variables)
     deadline = Deadline(timeout)
     result: PlaybookResult | None = None
     try:
@@ -48,9 +48,9 @@ def run(
             playbook,
             inventory=inventory
             or nested_inventory(
-                name, address=env.ip, groups=env.settings.inventory_groups, extra=variables_of(env)
+                name, address=env.ip, groups=env.settings.inventory_groups, extra=node_variables(env)
             ),
-            # not with the variables that a phase's inputs are: another factor changes nothing on the node
+            # Not one of a phase's inputs: another factor changes nothing on the node.
             variables={"nested_pve_timeout_scale": scale(), **variables},
             timeout=timeout,
             on_event=_progress(env),
@@ -72,38 +72,38 @@ def run(
         )
 
 
-def variables_of(env: Environment) -> dict[str, Any]:
-    """What else a playbook may want to know of the node it runs on."""
+def node_variables(env: Environment) -> dict[str, Any]:
+    """Variables about the run and the node, for playbooks of a project."""
     vm, leaf_address = ProvisionFacts.known(env.facts), LeafAddressFacts.known(env.facts)
-    found = {
+    variables = {
         "nested_pve_run": env.run.id,
         "nested_pve_vmid": vm.vmid if vm is not None else None,
         "nested_pve_host": env.settings.host,
         "nested_pve_leaf_ip": leaf_address.ip if leaf_address is not None else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
-def tell_what_does_not_apply(env: Environment, variables: Mapping[str, Any]) -> None:
-    """Once, of the project's ansible.cfg and of variables that would undo the run's SSH."""
+def remark_overridden(env: Environment, variables: Mapping[str, Any]) -> None:
+    """Remark, once, the options of ansible.cfg and the variables that do not apply to the run's SSH."""
     config = project_config(env.rootdir)
-    said = config.remark() if config is not None else None
+    options = config.remark() if config is not None else None
     guarded = sorted(name for name in (*GUARDS, "ansible_ssh_args") if name in variables)
-    also = f"of the variables do not apply: {', '.join(guarded)}" if guarded else None
-    for line in filter(None, (said, also)):
+    names = f"variables that do not apply: {', '.join(guarded)}" if guarded else None
+    for line in filter(None, (options, names)):
         if line not in env.remarks:
             env.remark(line)
 
 
 def summary(result: PlaybookResult) -> str:
-    """A few words for the report, which has the recap besides."""
+    """One line for the report; the recap is reported separately."""
     changed = result.changed
     return f"{changed or 'no'} task{'' if changed == 1 else 's'} of {result.playbook} changed something"
 
 
 def _progress(env: Environment) -> Callable[[PlaybookEvent], None]:
-    def tell(event: PlaybookEvent) -> None:
+    def show(event: PlaybookEvent) -> None:
         if event.kind == "task":
             env.progress(f"{event.role} : {event.name}" if event.role else event.name)
 
-    return tell
+    return show

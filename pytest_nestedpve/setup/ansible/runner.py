@@ -1,8 +1,8 @@
-"""Playbooks, run through ansible-runner in a process of their own that leaves nothing behind.
+"""Run playbooks through ansible-runner in a separate process, without leftovers.
 
-Nothing secret gets into a command line, an environment or a file of the run directory: variables travel
-through a pipe into a 0600 file in a private directory that goes with the process; the artifacts are 0700
-and masked at the end.
+No secret is in a command line, an environment or a file of the run directory: variables are sent through a
+pipe into a 0600 file of a private directory, which the process deletes; the artifacts are 0700 and masked
+at the end.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
 ]  # fmt: skip
 
 _CHILD = Path(__file__).with_name("child.py")
-# All else of the environment stays here: the artifacts hold what the process was given.
-_KEPT = (
+# No other variables are passed on: the artifacts contain the environment of the process.
+_PASSED_ON = (
     "HOME",
     "USER",
     "LOGNAME",
@@ -63,10 +63,10 @@ _TEXT_LIMIT = 2000
 
 @dataclass(frozen=True)
 class AnsibleArgs:
-    """Where a playbook runs from.
+    """Directories, configuration and secrets for a playbook.
 
-    `run_dir` gets `artifacts/`; `ssh_config` is handed to ssh as -F (None: ssh's own defaults);
-    `secrets` are replaced in the artifacts when the playbook has ended; `config` is a project's ansible.cfg.
+    `run_dir`: parent of `artifacts/`; `ssh_config`: for `ssh -F` (None: ssh's defaults); `secrets`: replaced
+    in the artifacts after the playbook has ended; `config`: a project's ansible.cfg.
     """
 
     run_dir: Path
@@ -80,7 +80,7 @@ class AnsibleArgs:
 
 @dataclass(frozen=True)
 class PlaybookEvent:
-    """Something to show while a playbook runs. kind: play, task, ok, failed, unreachable, skipped."""
+    """An event of a running playbook. `kind`: play, task, ok, failed, unreachable, skipped."""
 
     kind: str
     name: str
@@ -91,7 +91,7 @@ class PlaybookEvent:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """One task on one host as it ended; `seconds` as Ansible measured it."""
+    """The result of one task on one host; `seconds`: measured by Ansible."""
 
     host: str
     name: str
@@ -124,7 +124,7 @@ class HostRecap:
 class PlaybookResult:
     """How a playbook ended.
 
-    `failures`: one text per failed task, without what `no_log` hides; `stats`: what it gave to set_stats.
+    `failures`: one text per failed task, without output that `no_log` hides; `stats`: data of set_stats.
     """
 
     playbook: str
@@ -142,7 +142,7 @@ class PlaybookResult:
 
     @property
     def unreachable(self) -> bool:
-        """A host did not answer; so its address may be another one by now."""
+        """Whether a host did not answer (its address may have changed)."""
         return any(task.status == "unreachable" for task in self.tasks)
 
     @property
@@ -151,7 +151,7 @@ class PlaybookResult:
 
 
 class PlaybookFailed(PveError):
-    """A playbook ended with another status than 0; `result` says how."""
+    """A playbook could not run, or ended with a status other than 0 (then with `result`)."""
 
     def __init__(self, text: str, result: PlaybookResult | None = None) -> None:
         super().__init__(text)
@@ -174,9 +174,9 @@ def run_playbook(
 ) -> PlaybookResult:
     """Run `playbook` within `timeout` seconds (nominal) and return how it ended.
 
-    `env_or_args`: AnsibleArgs, or an Environment (then run directory, its ssh_config, roles and
-    collections come from it). `variables` may be anything JSON can say; they outrank the inventory's.
-    However this function is left, by an exception too, no process of the playbook is left.
+    `env_or_args`: AnsibleArgs, or an Environment with run directory, ssh_config, roles and collections.
+    `variables`: data that JSON can represent; they override the inventory's. When this function returns or
+    raises, every process of the playbook has ended.
 
     Raises PlaybookTimeout; PlaybookFailed when Ansible cannot run, or, unless `check` is false, when the
     playbook fails.
@@ -194,23 +194,23 @@ def run_playbook(
         "inventory": inventory.to_data(),
         "variables": dict(variables or {}),
         "ssh_config": str(args.ssh_config.absolute()) if args.ssh_config else "",
-        "roles_path": _places(args.roles_path, args.config.roles if args.config else ()),
-        "collections_path": _places(args.collections_path, args.config.collections if args.config else ())
+        "roles_path": _absolute(args.roles_path, args.config.roles if args.config else ()),
+        "collections_path": _absolute(args.collections_path, args.config.collections if args.config else ())
         + _user_collections(),
         "guards": GUARDS,
         "key": str(key.absolute()) if (key := args.run_dir / "key").exists() else "",
-        **_config(args.config),
+        **_config_data(args.config),
         "artifacts": str(artifacts),
         "ident": ident,
         "secrets": [secret for secret in args.secrets if secret],
         "password_in_address": PASSWORD_IN_ADDRESS.pattern,
         "arguments": list(args.arguments),
     }
-    with tempfile.TemporaryFile() as noise:
-        process = _start(job, noise)
+    with tempfile.TemporaryFile() as stderr:
+        process = _start(job, stderr)
         try:
             for line in _lines(process, deadline):
-                collector.take(json.loads(line))
+                collector.add(json.loads(line))
             rc = process.wait(timeout=max(1.0, deadline.remaining()))
         except (CommandTimeout, subprocess.TimeoutExpired) as e:
             _end(process)
@@ -222,29 +222,35 @@ def run_playbook(
             ) from e
         finally:
             _end(process)
-        noise.seek(0)
-        said = noise.read()[-_TEXT_LIMIT:].decode(errors="replace").strip()
+        stderr.seek(0)
+        output = stderr.read()[-_TEXT_LIMIT:].decode(errors="replace").strip()
     if collector.error is not None:
-        raise PlaybookFailed(f"playbook {playbook.name} could not be run: {collector.error}\n{said}".rstrip())
+        raise PlaybookFailed(
+            f"playbook {playbook.name} could not be run: {collector.error}\n{output}".rstrip()
+        )
     result = collector.result(playbook, rc, artifacts / ident)
     if check and rc != 0:
-        raise PlaybookFailed(_failure_text(result, said), result)
+        raise PlaybookFailed(_failure_text(result, output), result)
     return result
 
 
 def playbook_path(name: str, settings: Settings | None = None) -> Path:
-    """Where the playbook `name` (with its ending) is: the project's playbook_dir, then the packaged ones.
+    """The path of the playbook `name` (with suffix), in the project's playbook_dir or in the package.
 
-    Raises PlaybookFailed naming the places looked at.
+    Raises PlaybookFailed with the searched directories.
     """
-    own = getattr(settings, "playbook_dir", None)
-    here = Path(__file__).parents[2]
-    places = [*([Path(own)] if own else []), here / "playbooks", here.parent / "playbooks"]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    looked = ", ".join(str(place) for place in places)
-    raise PlaybookFailed(f"expected the playbook {name} in one of {looked}; found it in none")
+    configured = getattr(settings, "playbook_dir", None)
+    package = Path(__file__).parents[2]
+    directories = [
+        *([Path(configured)] if configured else []),
+        package / "playbooks",
+        package.parent / "playbooks",
+    ]
+    for directory in directories:
+        if (directory / name).is_file():
+            return directory / name
+    searched = ", ".join(str(directory) for directory in directories)
+    raise PlaybookFailed(f"expected the playbook {name} in one of {searched}; found it in none")
 
 
 def _args_of(env: Any) -> AnsibleArgs:
@@ -261,24 +267,24 @@ def _args_of(env: Any) -> AnsibleArgs:
 
 
 def project_config(rootdir: Path) -> AnsibleConfig | None:
-    """The ansible.cfg of a project, if it has one. Raises PlaybookFailed for one that cannot be used."""
+    """The ansible.cfg of a project, or None. Raises PlaybookFailed for one that cannot be used."""
     try:
         return ansible_cfg.find(rootdir)
     except ansible_cfg.UnusableConfig as e:
         raise PlaybookFailed(str(e)) from e
 
 
-def _places(*lists: tuple[Path, ...]) -> list[str]:
-    return list(dict.fromkeys(str(path.absolute()) for each in lists for path in each))
+def _absolute(*lists: tuple[Path, ...]) -> list[str]:
+    return list(dict.fromkeys(str(path.absolute()) for paths in lists for path in paths))
 
 
-def _config(config: AnsibleConfig | None) -> dict[str, Any]:
-    """What the process is told of a project's ansible.cfg."""
+def _config_data(config: AnsibleConfig | None) -> dict[str, Any]:
+    """A project's ansible.cfg as part of the job."""
     if config is None:
-        return {"config": "", "theirs": [], "callbacks": []}
+        return {"config": "", "replaced": [], "callbacks": []}
     return {
         "config": str(config.path),
-        "theirs": list(config.theirs),
+        "replaced": list(config.replaced),
         "callbacks": [str(path) for path in config.callbacks],
     }
 
@@ -295,19 +301,19 @@ def _artifacts_root(run_dir: Path) -> Path:
 
 
 def _next_ident(artifacts: Path, stem: str) -> str:
-    taken = [int(match[1]) for path in artifacts.iterdir() if (match := re.match(r"(\d+)-", path.name))]
-    return f"{max(taken, default=0) + 1:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}"
+    numbers = [int(match[1]) for path in artifacts.iterdir() if (match := re.match(r"(\d+)-", path.name))]
+    return f"{max(numbers, default=0) + 1:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}"
 
 
-def _start(job: Mapping[str, Any], noise: IO[bytes]) -> subprocess.Popen[bytes]:
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+def _start(job: Mapping[str, Any], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     environment |= {"PATH": os.pathsep.join(path), "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
     environment.setdefault("LC_ALL", "C.UTF-8")  # Ansible refuses to start without a UTF-8 locale
-    # A session of its own: Ctrl-C at the terminal is ours to answer, and the group can be killed.
+    # A separate process session: Ctrl-C reaches pytest alone, and the process group can be killed.
     process = subprocess.Popen(
         [sys.executable, "-E", "-P", str(_CHILD)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
         env=environment, cwd="/", start_new_session=True,
     )  # fmt: skip
     assert process.stdin is not None
@@ -315,7 +321,7 @@ def _start(job: Mapping[str, Any], noise: IO[bytes]) -> subprocess.Popen[bytes]:
         process.stdin.write(json.dumps(job, default=str).encode())
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it ended at once; what it said is read below
+        pass  # it ended at once; the caller reads its standard error
     except BaseException:
         _end(process)
         raise
@@ -323,14 +329,14 @@ def _start(job: Mapping[str, Any], noise: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: Deadline) -> Iterator[bytes]:
-    """Whole lines of the child's output; raises CommandTimeout at the deadline."""
+    """Complete lines of the child's output. Raises CommandTimeout at the deadline."""
     assert process.stdout is not None
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
             if not selector.select(deadline.remaining()):
-                raise CommandTimeout(f"no end of the playbook within {deadline.limit:g} s")
+                raise CommandTimeout(f"the playbook did not end within {deadline.limit:g} s")
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 return
@@ -339,7 +345,7 @@ def _lines(process: subprocess.Popen[bytes], deadline: Deadline) -> Iterator[byt
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM lets the child clear up what is below it; SIGKILL for its group if it does not."""
+    """End the child with SIGTERM, by which it kills its descendants, or its process group with SIGKILL."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -352,7 +358,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Collector:
-    """Turns ansible-runner's events into the listener's events and the result."""
+    """Converts ansible-runner's events to PlaybookEvents and the result."""
 
     def __init__(self, on_event: Callable[[PlaybookEvent], None] | None) -> None:
         self.on_event = on_event
@@ -363,35 +369,35 @@ class _Collector:
         self.recap: dict[str, HostRecap] = {}
         self.stats: dict[str, Any] = {}
 
-    def take(self, message: Mapping[str, Any]) -> None:
+    def add(self, message: Mapping[str, Any]) -> None:
         if "error" in message:
             self.error = str(message["error"])
         kind, data = message.get("event"), message.get("data") or {}
         task, role, host = str(data.get("task", "")), str(data.get("role", "")), str(data.get("host", ""))
         if kind == "playbook_on_play_start":
-            self._tell(PlaybookEvent("play", str(data.get("name") or data.get("play", ""))))
+            self._emit(PlaybookEvent("play", str(data.get("name") or data.get("play", ""))))
         elif kind in ("playbook_on_task_start", "playbook_on_handler_task_start"):
             self.current = task
-            self._tell(PlaybookEvent("task", task, role=role))
+            self._emit(PlaybookEvent("task", task, role=role))
         elif kind in _TASK_ENDS:
-            self._task_end(_TASK_ENDS[kind], data, host, task, role)
+            self._add_task(_TASK_ENDS[kind], data, host, task, role)
         elif kind == "playbook_on_stats":
-            self._stats(data)
+            self._add_stats(data)
 
-    def _task_end(self, status: str, data: Mapping[str, Any], host: str, task: str, role: str) -> None:
-        found = data.get("res")
-        answer: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    def _add_task(self, status: str, data: Mapping[str, Any], host: str, task: str, role: str) -> None:
+        raw = data.get("res")
+        answer: Mapping[str, Any] = raw if isinstance(raw, dict) else {}
         changed = bool(answer.get("changed"))
         seconds = float(data.get("duration") or 0.0)
         if status == "failed" and str(data.get("task_action", "")).rpartition(".")[2] in _WAITS:
-            status = "unreachable"  # Ansible counts it as failed, but what it says is that nobody answers
+            status = "unreachable"  # Ansible reports `failed`, but the host does not answer
         ignored = status == "failed" and bool(data.get("ignore_errors"))
         self.tasks.append(TaskRecord(host, task, role, "ignored" if ignored else status, changed, seconds))
         if status in ("failed", "unreachable") and not ignored:
             self.failures.append(f"{role + ' : ' if role else ''}{task} on {host}: {_reason(answer)}")
-        self._tell(PlaybookEvent(status, task, host, role, changed))
+        self._emit(PlaybookEvent(status, task, host, role, changed))
 
-    def _stats(self, data: Mapping[str, Any]) -> None:
+    def _add_stats(self, data: Mapping[str, Any]) -> None:
         columns = {"ok": "ok", "changed": "changed", "dark": "unreachable", "failures": "failed",
                    "skipped": "skipped", "rescued": "rescued", "ignored": "ignored"}  # fmt: skip
         hosts = {host for column in columns for host in data.get(column) or ()}
@@ -401,7 +407,7 @@ class _Collector:
         custom = data.get("artifact_data")
         self.stats = dict(custom) if isinstance(custom, dict) else {}
 
-    def _tell(self, event: PlaybookEvent) -> None:
+    def _emit(self, event: PlaybookEvent) -> None:
         if self.on_event is not None:
             self.on_event(event)
 
@@ -418,16 +424,16 @@ def _reason(answer: Mapping[str, Any]) -> str:
     parts = [
         str(answer[key]).strip() for key in ("msg", "stderr", "module_stderr", "stdout") if answer.get(key)
     ]
-    for each in answer.get("results") or ():
-        if isinstance(each, dict) and each.get("failed"):
-            parts.append(_reason(each))
-    seen = list(dict.fromkeys(part for part in parts if part))
-    text = PASSWORD_IN_ADDRESS.sub(rf"\g<1>{MASK}\g<2>", "\n".join(seen))
-    return text[:_TEXT_LIMIT] or "no reason given"
+    for item in answer.get("results") or ():
+        if isinstance(item, dict) and item.get("failed"):
+            parts.append(_reason(item))
+    unique = list(dict.fromkeys(part for part in parts if part))
+    text = PASSWORD_IN_ADDRESS.sub(rf"\g<1>{MASK}\g<2>", "\n".join(unique))
+    return text[:_TEXT_LIMIT] or "no reason reported"
 
 
-def _failure_text(result: PlaybookResult, said: str) -> str:
-    causes = "".join(f"\n  {text}" for text in result.failures) or (f"\n  {said}" if said else "")
+def _failure_text(result: PlaybookResult, output: str) -> str:
+    causes = "".join(f"\n  {text}" for text in result.failures) or (f"\n  {output}" if output else "")
     if not causes:
         causes = f"\n  {_tail(result.artifacts / 'stdout')}"
     return (
@@ -440,4 +446,4 @@ def _tail(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()[-_TEXT_LIMIT:]
     except OSError:
-        return "it said nothing"
+        return "no output"

@@ -1,8 +1,8 @@
-"""Sources packed on the client: one tar per source, with what belongs to it and nothing else.
+"""Pack each source on the client into one tar file.
 
-A directory in a git working tree gives its tracked files as they are now and the untracked ones that git
-does not ignore. A directory that is no working tree gives every file except what is named in `CACHES`.
-A git URL gives the tree of its ref. Never `.git`, state or caches. The files of submodules count as theirs.
+Of a git working tree: the tracked files with their current contents, and untracked files that git does not
+ignore. Of another directory: all files. Of a git URL: the tree of its ref. `CACHES` (`.git`, state, caches)
+are always left out; files of submodules are included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_nestedpve.pve import local_file
 from pytest_nestedpve.pve.deadline import scaled
 from pytest_nestedpve.pve.errors import CommandTimeout, PveError
 
-# Version control, state and caches: left out everywhere, tracked or not.
+# Version control, state and caches: always left out, even if tracked.
 CACHES = frozenset({
     ".git", ".hg", ".svn", ".nested-pve", ".venv", "venv", "__pycache__", ".pytest_cache", ".mypy_cache",
     ".ruff_cache", ".hypothesis", ".tox", ".nox", ".cache", "node_modules", ".terraform", ".direnv",
@@ -32,7 +32,7 @@ LARGEST_FILE = 512 * 1024 * 1024
 
 
 class SourceError(PveError):
-    """A source cannot be packed; the text says what was expected, found, and what to do."""
+    """A source cannot be packed; the message has what was expected and found, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Packed:
     digest: str
     files: tuple[str, ...]
     size: int  # bytes, unpacked
-    origin: str  # for people: the path, or the URL without password, and the commit
+    origin: str  # for messages: the path, or the URL without password, and the commit
 
 
 def pack(source: Source, target: Path, *, without: Iterable[Path] = (), timeout: float = 300.0) -> Packed:
-    """Write the tar of `source` into the directory `target`, mode 0600, but for the files in `without`.
+    """Write the tar of `source`, except the files `without`, into the directory `target`, mode 0600.
 
-    Modes: 0755 for what the owner may execute, else 0644; symbolic links stay links (one that leaves the
-    source is refused). `timeout` in seconds bounds each git command. Raises SourceError, CommandTimeout.
+    Modes in it: 0755 for files that the owner may execute, else 0644. Symbolic links are preserved; one that
+    points out of the source is an error. `timeout` (seconds) limits each git command. Raises SourceError,
+    CommandTimeout.
     """
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     if source.is_git:
@@ -65,38 +66,38 @@ def pack(source: Source, target: Path, *, without: Iterable[Path] = (), timeout:
     if not root.is_dir():
         raise SourceError(f"source {source.name}: expected a directory at {root}, found none")
     files = _listed(root, timeout) if in_work_tree(root, timeout) else _walked(root)
-    # A link is known by its own place and by the file that it leads to: both would give the content away.
-    left_out = {found for path in without for found in (path.parent.resolve() / path.name, path.resolve())}
+    # The link itself and its target: each of them would disclose the content.
+    excluded = {entry for path in without for entry in (path.parent.resolve() / path.name, path.resolve())}
     real = root.resolve()
     return _write(
-        source.name, root, [each for each in files if real / each not in left_out], target, str(root)
+        source.name, root, [name for name in files if real / name not in excluded], target, str(root)
     )
 
 
 def in_work_tree(root: Path, timeout: float = 30.0) -> bool:
-    """Whether `root` is inside a git working tree, and is not itself ignored by it."""
+    """Whether `root` is inside a git working tree that does not ignore it. Raises SourceError."""
     try:
         done = _run(["git", "-C", str(root), "rev-parse", "--is-inside-work-tree"], timeout)
     except FileNotFoundError:
         return False
     if done.returncode != 0 or done.stdout.strip() != b"true":
         if (root / ".git").exists():
-            # Git refuses other people's repositories: packing all files instead would ship ignored secrets.
+            # Git refuses repositories of other owners: packing all files would include ignored secrets.
             raise SourceError(
-                f"{root} has a .git, but git does not take it for a working tree: "
+                f"{root} has a .git, but git does not accept it as a working tree: "
                 f"{done.stderr.decode(errors='replace').strip()}"
             )
         return False
-    # A directory that the repository around it ignores (a build result, say) was named on purpose.
+    # A configured directory that its repository ignores (such as a build result) is packed whole.
     return _run(["git", "-C", str(root), "check-ignore", "-q", "."], timeout).returncode != 0
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     for name in ("GIT_SSH_COMMAND", "GIT_SSH", "GIT_ASKPASS"):
         if name in os.environ:
-            kept[name] = os.environ[name]
-    return kept | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8"}
+            variables[name] = os.environ[name]
+    return variables | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8"}
 
 
 def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[bytes]:
@@ -111,7 +112,7 @@ def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[byte
             check=False,
         )
     except subprocess.TimeoutExpired as e:
-        # `from None`: the original carries the command line with a URL that may hold a password
+        # `from None`: the original has the command line, whose URL may contain a password.
         raise CommandTimeout(f"git did not end within {e.timeout:g} s") from None
 
 
@@ -119,14 +120,14 @@ def _git(source: Source, root: Path, *arguments: str, timeout: float) -> bytes:
     try:
         done = _run(["git", "-C", str(root), *arguments], timeout)
     except FileNotFoundError as e:
-        raise SourceError(f"source {source.name}: git is needed for a git URL; install it") from e
+        raise SourceError(f"source {source.name}: a git URL needs git: apt-get install git") from e
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").replace(
+        message = done.stderr.decode(errors="replace").replace(
             source.location, without_password(source.location)
         )
         raise SourceError(
             f"source {source.name}: git {arguments[0]} of {without_password(source.location)}"
-            f"{' at ' + source.ref if source.ref else ''} failed: {said.strip()[-1000:]}"
+            f"{' at ' + source.ref if source.ref else ''} failed: {message.strip()[-1000:]}"
         )
     return done.stdout
 
@@ -136,48 +137,48 @@ def _clone(source: Source, scratch: Path, timeout: float) -> tuple[Path, str]:
     root = scratch / "tree"
     root.mkdir()
     _git(source, root, "init", "-q", timeout=timeout)
-    wanted = source.ref or "HEAD"
+    ref = source.ref or "HEAD"
     try:
-        _git(source, root, "fetch", "-q", "--depth=1", "--", source.location, wanted, timeout=timeout)
-        found = "FETCH_HEAD"
+        _git(source, root, "fetch", "-q", "--depth=1", "--", source.location, ref, timeout=timeout)
+        commit = "FETCH_HEAD"
     except SourceError:
-        # A short commit id cannot be fetched by name; the whole history has it.
+        # A short commit id cannot be fetched by name: the whole history is fetched.
         _git(source, root, "fetch", "-q", "--tags", "--", source.location, "+refs/heads/*:refs/remotes/o/*",
              timeout=timeout)  # fmt: skip
-        found = wanted
-    _git(source, root, "-c", "advice.detachedHead=false", "checkout", "-q", found, timeout=timeout)
+        commit = ref
+    _git(source, root, "-c", "advice.detachedHead=false", "checkout", "-q", commit, timeout=timeout)
     return root, _git(source, root, "rev-parse", "HEAD", timeout=timeout).decode().strip()
 
 
 def _listed(root: Path, timeout: float) -> list[str]:
-    """Tracked and untracked-not-ignored files below `root`, and those of submodules that are checked out."""
+    """Tracked files, untracked files that are not ignored, and files of submodules that are checked out."""
     answer = _ls_files(root, ["--cached", "--others", "--exclude-standard"], timeout)
-    # --recurse-submodules goes with tracked files only; it brings the submodules' own tracked files.
+    # --recurse-submodules lists tracked files only, those of the submodules included.
     answer += _ls_files(root, ["--cached", "--recurse-submodules"], timeout)
     names = {os.fsdecode(name) for name in answer.split(b"\0") if name}
-    # Deleted but still in the index: not there, so not part. A submodule itself is a directory.
+    # Deleted files may still be in the index. A submodule itself is a directory.
     return [name for name in names if (path := root / name).is_symlink() or path.is_file()]
 
 
 def _ls_files(root: Path, options: list[str], timeout: float) -> bytes:
     done = _run(["git", "-C", str(root), "ls-files", "-z", *options], timeout)
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()[-1000:]
-        raise SourceError(f"git ls-files in {root} failed: {said}")
+        message = done.stderr.decode(errors="replace").strip()[-1000:]
+        raise SourceError(f"git ls-files in {root} failed: {message}")
     return done.stdout
 
 
 def _walked(root: Path) -> list[str]:
-    found: list[str] = []
+    names: list[str] = []
     for directory, below, files in os.walk(root):
         below[:] = sorted(name for name in below if name not in CACHES)
         links = [name for name in below if (Path(directory) / name).is_symlink()]
-        found += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *links]]
-    return found
+        names += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *links]]
+    return names
 
 
 def _write(name: str, root: Path, files: Iterable[str], target: Path, origin: str) -> Packed:
-    chosen = sorted(each for each in set(files) if not CACHES.intersection(PurePosixPath(each).parts))
+    paths = sorted(path for path in set(files) if not CACHES.intersection(PurePosixPath(path).parts))
     archive = target / f"{name}.tar.gz"
     digest, size = hashlib.sha256(), 0
     added: list[str] = []
@@ -185,46 +186,46 @@ def _write(name: str, root: Path, files: Iterable[str], target: Path, origin: st
         local_file.replacement(archive) as out,
         tarfile.open(fileobj=out, mode="w:gz", compresslevel=3) as tar,
     ):
-        for each in chosen:
-            entry = _entry(name, root, each)
+        for path in paths:
+            entry = _entry(name, root, path)
             if entry is None:
                 continue
             info, data = entry
             tar.addfile(info, io.BytesIO(data) if info.isreg() else None)
-            fields = (each, oct(info.mode), info.linkname, hashlib.sha256(data).hexdigest())
+            fields = (path, oct(info.mode), info.linkname, hashlib.sha256(data).hexdigest())
             digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
             size += len(data)
-            added.append(each)
+            added.append(path)
     if not added:
         raise SourceError(f"source {name}: expected files at {origin}, found none that belong to it")
     return Packed(name, archive, digest.hexdigest(), tuple(added), size, origin)
 
 
 def _entry(name: str, root: Path, relative: str) -> tuple[tarfile.TarInfo, bytes] | None:
-    """The tar header and content of one file; None for what is no file (socket, pipe, device)."""
+    """The tar header and content of one file; None for a socket, pipe or device."""
     path = root / relative
     try:
-        found = path.lstat()
+        status = path.lstat()
         info = tarfile.TarInfo(relative)
-        info.mtime, info.uname, info.gname = int(found.st_mtime), "root", "root"
-        if stat.S_ISLNK(found.st_mode):
+        info.mtime, info.uname, info.gname = int(status.st_mtime), "root", "root"
+        if stat.S_ISLNK(status.st_mode):
             info.type, info.linkname, info.mode = tarfile.SYMTYPE, os.readlink(path), 0o777
             inside = os.path.normpath(os.path.join(os.path.dirname(relative), info.linkname))
             if os.path.isabs(info.linkname) or inside == ".." or inside.startswith("../"):
                 raise SourceError(
                     f"source {name}: expected links inside the source, found {relative} -> {info.linkname}; "
-                    "make it relative, or leave it out through .gitignore"
+                    "make it relative, or exclude it by .gitignore"
                 )
             return info, b""
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             return None
-        if found.st_size > LARGEST_FILE:
+        if status.st_size > LARGEST_FILE:
             raise SourceError(
                 f"source {name}: expected files up to {LARGEST_FILE >> 20} MiB, found {relative} with "
-                f"{found.st_size >> 20} MiB; let git ignore it"
+                f"{status.st_size >> 20} MiB; exclude it by .gitignore"
             )
         data = path.read_bytes()
     except OSError as e:
         raise SourceError(f"source {name}: cannot read {path}: {e.strerror}") from e
-    info.size, info.mode = len(data), 0o755 if found.st_mode & stat.S_IXUSR else 0o644
+    info.size, info.mode = len(data), 0o755 if status.st_mode & stat.S_IXUSR else 0o644
     return info, data
