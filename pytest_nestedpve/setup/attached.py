@@ -26,9 +26,9 @@ from pytest_nestedpve.pve.errors import PveError, SshError
 from pytest_nestedpve.setup import address, attached_undo, host_phases, image_file, leaf_image, ssh_chain, vm
 from pytest_nestedpve.setup.ansible import play_variables
 from pytest_nestedpve.setup.attached_needs import STEPS, STORAGE, awaited_results
-from pytest_nestedpve.setup.checks.context import Seen
+from pytest_nestedpve.setup.checks.context import Context
 from pytest_nestedpve.setup.checks.finding import MISSING, WARNING, Finding, fine
-from pytest_nestedpve.setup.checks.run_checks import CHECKS, Check, look, unreachable
+from pytest_nestedpve.setup.checks.run_checks import CHECKS, Check, run_checks, unreachable
 from pytest_nestedpve.setup.preflight import PreflightError
 
 if TYPE_CHECKING:
@@ -60,13 +60,17 @@ def preflight(env: Environment, selected: frozenset[str] | None = None) -> dict[
     )
     excluded = _NOT_CHECKED | ({"image"} if given.leaf_image else set())
     checks = [each for each in CHECKS if each.name not in excluded]
-    seen = Seen(host, shape, workers=env.workers)
-    found = look(seen, begin=env.progress, checks=[*checks, Check("virtualisation", _kvm, ("login", "PVE"))])
+    seen = Context(host, shape, workers=env.workers)
+    found = run_checks(
+        seen, begin=env.progress, checks=[*checks, Check("virtualisation", _kvm, ("login", "PVE"))]
+    )
     env.settings = replace(seen.settings, disk=given.disk)
     awaited = awaited_results(seen, selected, found.of(MISSING))
     if missing := [each for each in found.of(MISSING) if each.what not in awaited]:
         could = awaited_results(seen, STEPS, missing) if env.selected is selected else {}
-        raise PreflightError(host.name, [_with_step(each, could) for each in missing]) from found.lost
+        raise PreflightError(
+            host.name, [_with_step(each, could) for each in missing]
+        ) from found.connection_error
     for finding in found.of(WARNING):
         env.remark(f"preflight: {finding}")
     facts = seen.choices.facts()
@@ -95,7 +99,7 @@ def _check_again(env: Environment) -> None:
         env.facts[PreflightFacts.phase] = preflight(env, frozenset())
 
 
-def _kvm(seen: Seen) -> Iterator[Finding]:
+def _kvm(seen: Context) -> Iterator[Finding]:
     """Check the PVE's own virtualisation, for the VM inside."""
     if seen.settings.leaf_options.get("kvm") == "0":
         yield fine("virtualisation", "not needed: kvm=0 (nested_pve_leaf_options)")

@@ -13,7 +13,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.setup.checks.storage import contents, usable
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
     from pytest_nestedpve.setup.checks.finding import Finding
 
 STEPS = frozenset({"ensure_pve", "setup_network", "setup_repos"})
@@ -23,7 +23,7 @@ STORAGE = "local"
 _CONTENT = {"storage": "images", "snippets": "snippets", "image": "import"}
 
 
-def awaited_results(seen: Seen, selected: frozenset[str], missing: Iterable[Finding]) -> dict[str, str]:
+def awaited_results(seen: Context, selected: frozenset[str], missing: Iterable[Finding]) -> dict[str, str]:
     """The findings that a selected phase will fix: that phase by the name of the check."""
     names = {finding.what for finding in missing}
     awaited: dict[str, str] = {}
@@ -46,7 +46,7 @@ def _elsewhere(image: str | None) -> bool:
     return image is not None and not re.match(r"https?://|/|" + STORAGE + ":import/", image)
 
 
-def _storage(seen: Seen) -> dict[str, object] | None:
+def _storage(seen: Context) -> dict[str, object] | None:
     try:
         storages = seen.storages
     except PveError:

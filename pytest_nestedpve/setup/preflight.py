@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nestedpve.pve.errors import PveError, SshError
-from pytest_nestedpve.setup.checks.context import Seen
+from pytest_nestedpve.setup.checks.context import Context
 from pytest_nestedpve.setup.checks.finding import MISSING, WARNING, Finding
-from pytest_nestedpve.setup.checks.run_checks import look, unreachable
+from pytest_nestedpve.setup.checks.run_checks import run_checks, unreachable
 from pytest_nestedpve.setup.checks.storage import contents, disk_format, usable
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def preflight(env: Environment, *, image: bool = True) -> dict[str, Any]:
     except SshError as e:
         name = env.settings.host or "the outer host"
         raise PreflightError(name, [unreachable(name, e)]) from e
-    seen = Seen(host, env.settings, boots=image, workers=env.workers, own=_begun(env.run.dir))
-    found = look(seen, begin=env.progress)
+    seen = Context(host, env.settings, boots=image, workers=env.workers, begun=_begun(env.run.dir))
+    found = run_checks(seen, begin=env.progress)
     env.settings = seen.settings
     if missing := found.of(MISSING):
-        raise PreflightError(host.name, missing) from found.lost
+        raise PreflightError(host.name, missing) from found.connection_error
     for finding in found.of(WARNING):
         env.remark(f"preflight: {finding}")
     facts = seen.choices.facts()

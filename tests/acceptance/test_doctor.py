@@ -45,7 +45,7 @@ def test_a_host_as_it_should_be_is_status_0_and_says_what_would_be_used_and_why(
     chosen = {row["what"]: (row["value"], row["why"]) for row in found if row["row"] == "choice"}
     assert chosen["node"][0] == "father"
     assert chosen["disk"] == ("local (qcow2), 64 GiB", "the only one with content images")
-    assert chosen["bridge"] == ("vmbr0", "the usual one")
+    assert chosen["bridge"] == ("vmbr0", "the default bridge")
     assert "debian-13-genericcloud-amd64" in chosen["made from"][0]
     assert "100 of 100 free" in chosen["id"][1]
     assert set(chosen) >= {"guest agent by", "address", "size", "API"}

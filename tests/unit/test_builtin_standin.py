@@ -1,4 +1,4 @@
-"""The phases against the lab's own stand-ins, by their real commands: what the one sends, the other takes."""
+"""Phases against the stand-ins of the lab, by the same commands as on a real host."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEc0000000000000000000000000000000000
 
 
 class LocalSsh:
-    """Runs the node's commands in this process, and a few others as their files say."""
+    """Runs the node's commands in this process, and answers a few others from its files."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        # The stand-ins are processes; in this one their state belongs to one thread.
+        # Stand-ins are separate processes in the lab; here one thread owns their state.
         self.thread = ThreadPoolExecutor(1)
 
-    def door(self, *words: str, stdin: str = "") -> Answer:
+    def run_command(self, *words: str, stdin: str = "") -> Answer:
         return self.thread.submit(lambda: self.node.run(*words, stdin=stdin)).result()
 
     def run(self, command: Any, *, stdin: bytes | None = None, **_: Any) -> CommandResult:
@@ -53,7 +53,7 @@ class LocalSsh:
         while words[0] == "env" or "=" in words[0]:
             words.pop(0)
         if words[0] in COMMANDS:
-            answer = self.door(*words, stdin=(stdin or b"").decode())
+            answer = self.run_command(*words, stdin=(stdin or b"").decode())
             return CommandResult(text, answer.rc, answer.stdout.encode(), answer.stderr.encode(), 1.0)
         out, rc = "", 0
         match words:
@@ -66,10 +66,10 @@ class LocalSsh:
             case ["test", "-e", "/dev/kvm"] | ["if", *_]:
                 pass
             case ["find", path, *rest]:
-                found = subprocess.run(
+                done = subprocess.run(
                     ["find", str(self.node.file(path)), *rest], capture_output=True, text=True, check=False
                 )
-                out, rc = found.stdout, found.returncode
+                out, rc = done.stdout, done.returncode
             case ["cat", "--", path] if self.node.file(path).is_file():
                 out = self.node.file(path).read_text()
             case ["mkdir", "-p", path]:
@@ -98,7 +98,7 @@ def env(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     node.file("/var/lib/vz/import/debian-13-genericcloud-amd64.raw").write_bytes(IMAGE)
     ssh = LocalSsh(node)
-    assert ssh.door("pvesm", "set", "local", "--content", "images,import,snippets,iso").rc == 0
+    assert ssh.run_command("pvesm", "set", "local", "--content", "images,import,snippets,iso").rc == 0
     interfaces = node.file("/etc/network/interfaces")
     interfaces.parent.mkdir(exist_ok=True)
     interfaces.write_text("auto vmbr0\niface vmbr0 inet static\n\taddress 10.0.0.1/24\n\tbridge-ports none\n")
@@ -125,10 +125,10 @@ def do(env: Environment, *names: str) -> None:
             env.facts[phase.name] = dict(phase.do(env) or {})
 
 
-def test_a_vm_is_made_started_proved_and_torn_down(env: Environment, node: Node) -> None:
+def test_a_vm_is_created_started_proved_and_destroyed(env: Environment, node: Node) -> None:
     do(env, "preflight", "provision", "start_vm")
     (snippet,) = node.file("/var/lib/vz/snippets").iterdir()
-    assert snippet.stat().st_mode & 0o777 == 0o600, "an address in it may hold a password"
+    assert snippet.stat().st_mode & 0o777 == 0o600, "a URL in it may contain a password"
     facts = env.facts["provision"]
     assert prove(env.outer.api, env.settings, ProvisionFacts.read(facts).vm, env.run).ok
     assert vm.probe_provision(env, vm.NESTED) is not None
@@ -143,7 +143,7 @@ def test_a_vm_is_made_started_proved_and_torn_down(env: Environment, node: Node)
     assert api.get("/nodes/father/storage/local/content", content="snippets") == []
 
 
-def test_a_pool_that_somebody_uses_too_and_a_look_alike_stay(env: Environment) -> None:
+def test_a_foreign_vm_in_the_pool_and_a_look_alike_remain(env: Environment) -> None:
     do(env, "preflight", "provision")
     facts, api = env.facts["provision"], env.outer.api
     first, second = [vmid for vmid in (99_900, 99_901, 99_902) if vmid != facts["vmid"]][:2]
@@ -162,28 +162,28 @@ def test_a_pool_that_somebody_uses_too_and_a_look_alike_stay(env: Environment) -
     assert [line for line in report.left if f"still contains {first}" in line]
 
 
-def test_the_first_boots_end_and_its_warnings_come_through_the_agent(env: Environment, node: Node) -> None:
+def test_the_result_of_the_first_boot_is_read_through_the_agent(env: Environment, node: Node) -> None:
     do(env, "preflight", "provision", "start_vm")
-    made = ProvisionFacts.read(env.facts["provision"]).vm
-    asked: list[dict[str, Any]] = []
+    created = ProvisionFacts.read(env.facts["provision"]).vm
+    commands: list[dict[str, Any]] = []
 
     def agent(execute: str, arguments: dict[str, Any]) -> Any:
         if execute == "guest-exec":
-            asked.append(arguments)
+            commands.append(arguments)
             return {"pid": 77}
         if execute == "guest-exec-status":
-            said = base64.b64encode(b"status: done\nrecoverable_errors:\nWARNING:\n\t- a deprecated key\n")
-            return {"exited": True, "exitcode": 2, "out-data": said.decode()}
+            output = base64.b64encode(b"status: done\nrecoverable_errors:\nWARNING:\n\t- a deprecated key\n")
+            return {"exited": True, "exitcode": 2, "out-data": output.decode()}
         return {}
 
-    node.machines.agents[made.vmid] = agent
-    state, words = address.wait_cloud_init(env.outer, made, Deadline(30))
-    assert (state, words) == ("done with warnings", "a deprecated key")
-    assert asked[0]["path"] == "/bin/sh"
-    assert asked[0]["arg"][0] == "-c"
+    node.machines.agents[created.vmid] = agent
+    state, warnings = address.wait_cloud_init(env.outer, created, Deadline(30))
+    assert (state, warnings) == ("done with warnings", "a deprecated key")
+    assert commands[0]["path"] == "/bin/sh"
+    assert commands[0]["arg"][0] == "-c"
 
 
-def test_what_a_change_of_a_configuration_says_is_no_answer() -> None:
+def test_output_of_a_configuration_change_is_not_its_answer() -> None:
     # Recordings config-022 and config-024 of PVE 9.2.
     assert read_answer("update VM 161: -memory 96\n") is None
     upid = "UPID:father:000011CE:0008B6F1:6B04D45B:qmconfig:161:root@pam:"

@@ -1,4 +1,4 @@
-"""Outer hosts that are members of a cluster: a VM is found where it is, and nothing else is taken for it."""
+"""Outer hosts in a cluster: a VM is located on its current node, and no other VM is mistaken for it."""
 
 from __future__ import annotations
 
@@ -61,17 +61,23 @@ def env(environment: Make) -> Environment:
     return env
 
 
-def ours(env: Environment, node: str = "father", *, running: bool = True) -> int:
-    there = env.outer.at(node)
-    made = create_marked(there, env.run, env.settings)
-    qemu.configure(there.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
-    snippet = vendor_data.write_snippet(there, "local", env.run.id, "#cloud-config\n")
-    qemu.configure(there.api, made.node, made.vmid, cicustom=f"vendor={snippet}")
+def create_ours(env: Environment, node: str = "father", *, running: bool = True) -> int:
+    host = env.outer.at(node)
+    created = create_marked(host, env.run, env.settings)
+    qemu.configure(host.api, created.node, created.vmid, scsi0="local:8,format=qcow2")
+    snippet = vendor_data.write_snippet(host, "local", env.run.id, "#cloud-config\n")
+    qemu.configure(host.api, created.node, created.vmid, cicustom=f"vendor={snippet}")
     if running:
-        qemu.start(there.api, made.node, made.vmid)
-    facts = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid, "mac": "x"}
+        qemu.start(host.api, created.node, created.vmid)
+    facts = {
+        "vmid": created.vmid,
+        "node": created.node,
+        "name": created.name,
+        "uuid": created.uuid,
+        "mac": "x",
+    }
     env.facts["provision"] = facts
-    return made.vmid
+    return created.vmid
 
 
 def move(host: MemoryHost, vmid: int, node: str) -> None:
@@ -79,22 +85,22 @@ def move(host: MemoryHost, vmid: int, node: str) -> None:
         model.migrate(vmid, node)
 
 
-def nothing_left(host: MemoryHost) -> None:
+def check_no_leftovers(host: MemoryHost) -> None:
     with host.open() as model:
         assert model.state["vms"] == {}
         assert model.state["pools"] == {}
         for node in ("father", *model.state["others"]):
             volumes = model.site(node)["volumes"]
-            assert not [each for each in volumes if "/vm-" in each], (node, volumes)
-            assert not [each for each in model.site(node)["files"] if "npve-" in each], node
+            assert not [name for name in volumes if "/vm-" in name], (node, volumes)
+            assert not [path for path in model.site(node)["files"] if "npve-" in path], node
 
 
 # -- the cluster's own answers -------------------------------------------------------------------------
 
 
 def test_the_recorded_two_nodes_are_read() -> None:
-    # cluster-018 of the recordings of PVE 9.2, asked on nodeb.
-    found = read_cluster(
+    # cluster-018 of the recordings of PVE 9.2, sent to nodeb.
+    cluster = read_cluster(
         [
             {"id": "cluster", "name": "lab", "nodes": 2, "quorate": 1, "type": "cluster", "version": 2},
             {"id": "node/nodeb", "ip": "10.77.9.12", "level": "", "local": 1, "name": "nodeb", "nodeid": 2,
@@ -103,13 +109,13 @@ def test_the_recorded_two_nodes_are_read() -> None:
              "online": 1, "type": "node"},
         ]
     )  # fmt: skip
-    assert (found.name, found.several, found.local.name) == ("lab", True, "nodeb")
-    assert found.member("nodea") == Member("nodea", True, False, "10.77.9.11")
+    assert (cluster.name, cluster.several, cluster.local.name) == ("lab", True, "nodeb")
+    assert cluster.member("nodea") == Member("nodea", True, False, "10.77.9.11")
 
 
-def test_a_host_that_stands_alone_is_no_cluster() -> None:
-    found = read_cluster([{"type": "node", "name": "father", "local": 1, "online": 1, "nodeid": 0}])
-    assert (found.name, found.several) == (None, False)
+def test_a_single_host_is_no_cluster() -> None:
+    cluster = read_cluster([{"type": "node", "name": "father", "local": 1, "online": 1, "nodeid": 0}])
+    assert (cluster.name, cluster.several) == (None, False)
 
 
 @pytest.mark.parametrize("odd", [None, [], [3], [{"type": "node", "name": "../x", "local": 1}], {}], ids=str)
@@ -118,7 +124,7 @@ def test_an_answer_without_a_local_node_is_an_error(odd: object) -> None:
         read_cluster(odd)
 
 
-def test_the_nodes_own_ssh_checks_host_keys_and_takes_what_it_is_given_as_one_word(env: Environment) -> None:
+def test_ssh_between_nodes_checks_host_keys_and_quotes_the_command(env: Environment) -> None:
     class Recorder:
         def run(self, command: Any, **_: Any) -> Any:
             self.command = command
@@ -133,53 +139,53 @@ def test_the_nodes_own_ssh_checks_host_keys_and_takes_what_it_is_given_as_one_wo
     assert recorder.command[-2:] == ["root@10.77.7.12", "rm -- 'a b; reboot'"]
 
 
-def test_a_node_that_takes_no_login_is_named_with_what_mends_that(env: Environment, host: MemoryHost) -> None:
+def test_a_node_that_refuses_the_login_is_reported_with_the_fix(env: Environment, host: MemoryHost) -> None:
     with host.open() as model:
         model.state["others"]["father2"]["ssh"] = False
     with pytest.raises(NodeUnreachable, match=r"father2 \(10.77.7.12\).*pvecm updatecerts"):
         env.outer.at("father2").run(["true"])
 
 
-def test_a_node_that_is_none_is_refused(env: Environment) -> None:
+def test_an_unknown_node_is_an_error(env: Environment) -> None:
     with pytest.raises(NodeUnreachable, match=r"it has: father2, father\Z"):
         env.outer.at("father3")
 
 
-# -- found again ---------------------------------------------------------------------------------------
+# -- migrated VMs --------------------------------------------------------------------------------------
 
 
-def test_a_vm_that_was_moved_is_proved_where_it_is(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env)
-    made = ProvisionFacts.read(env.facts["provision"]).vm
+def test_a_migrated_vm_is_proved_on_its_new_node(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
+    created = ProvisionFacts.read(env.facts["provision"]).vm
     move(host, vmid, "father2")
-    proof = prove(env.outer.api, env.settings, made, env.run)
+    proof = prove(env.outer.api, env.settings, created, env.run)
     assert (proof.ok, proof.node, proof.gone) == (True, "father2", False)
 
 
-def test_a_vm_that_moves_between_pool_and_configuration_is_proved(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env)
-    made = ProvisionFacts.read(env.facts["provision"]).vm
+def test_a_vm_that_migrates_while_it_is_read_is_proved(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
+    created = ProvisionFacts.read(env.facts["provision"]).vm
     host.fault("GET", f"/nodes/father/qemu/{vmid}/status/current", do="migrate", text=f"{vmid}:father2")
-    assert prove(env.outer.api, env.settings, made, env.run).ok
+    assert prove(env.outer.api, env.settings, created, env.run).ok
 
 
-def test_only_a_vm_that_is_on_no_node_is_gone(env: Environment) -> None:
-    vmid = ours(env, running=False)
-    made = ProvisionFacts.read(env.facts["provision"]).vm
+def test_only_a_vm_on_no_node_is_gone(env: Environment) -> None:
+    vmid = create_ours(env, running=False)
+    created = ProvisionFacts.read(env.facts["provision"]).vm
     qemu.destroy(env.outer.api, "father", vmid)
-    assert prove(env.outer.api, env.settings, made, env.run).gone
+    assert prove(env.outer.api, env.settings, created, env.run).gone
 
 
 @pytest.mark.parametrize("to", ["father", "father2"])
-def test_a_migration_between_provision_and_teardown_leaves_nothing(
+def test_a_migration_between_provision_and_teardown_causes_no_leftovers(
     env: Environment, host: MemoryHost, to: str
 ) -> None:
-    vmid = ours(env, "father" if to == "father2" else "father2")
+    vmid = create_ours(env, "father" if to == "father2" else "father2")
     move(host, vmid, to)
     report = teardown(env)
     assert report.left == ()
     assert report.destroyed == (f"VM {vmid}",)
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
 @pytest.mark.parametrize(
@@ -196,27 +202,25 @@ def test_a_migration_between_provision_and_teardown_leaves_nothing(
     ],
 )
 @pytest.mark.parametrize("running", [True, False])
-def test_a_vm_that_is_moved_in_the_middle_of_its_destruction_goes(
+def test_a_vm_that_migrates_during_its_destruction_is_destroyed(
     env: Environment, host: MemoryHost, method: str, path: str, running: bool
 ) -> None:
-    vmid = ours(env, running=running)
+    vmid = create_ours(env, running=running)
     host.fault(method, path.format(vmid), do="migrate", text=f"{vmid}:father2")
     assert teardown(env).left == ()
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-def test_a_vm_that_goes_back_and_forth_is_followed(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env)
+def test_a_vm_that_migrates_back_and_forth_is_destroyed(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
     host.fault("POST", f"/nodes/father/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father2")
     host.fault("POST", f"/nodes/father2/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father")
     assert teardown(env).left == ()
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-def test_a_migration_that_still_works_is_waited_for_and_its_lock_not_lifted(
-    env: Environment, host: MemoryHost
-) -> None:
-    vmid = ours(env, running=False)
+def test_a_running_migration_is_awaited_and_its_lock_not_removed(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env, running=False)
     with host.open() as model:
         model.migrate(vmid, "father2")
         model.state["vms"][str(vmid)]["config"]["lock"] = "migrate"
@@ -225,31 +229,31 @@ def test_a_migration_that_still_works_is_waited_for_and_its_lock_not_lifted(
         model.state["commands"].clear()
     assert teardown(env).left == ()
     with host.open() as model:
-        ended = next(each["end"] for each in model.state["tasks"] if each["upid"] == upid)
-        destroyed = [each["start"] for each in model.state["tasks"] if each["type"] == "qmdestroy"]
+        ended = next(task["end"] for task in model.state["tasks"] if task["upid"] == upid)
+        destroyed = [task["start"] for task in model.state["tasks"] if task["type"] == "qmdestroy"]
         assert ended is not None
         assert min(destroyed) >= ended
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-def test_phases_ask_the_node_that_the_vm_is_on_now(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env, running=False)
+def test_phases_use_the_current_node_of_the_vm(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env, running=False)
     env.facts["provision"]["storage"] = "local"
     move(host, vmid, "father2")
-    with host.open() as model:  # its snippet is on a storage of the node that it came from
+    with host.open() as model:  # its snippet is on a storage of its former node
         model.state["vms"][str(vmid)]["config"].pop("cicustom")
     assert "started" in vm.start(env, vm.NESTED)["did"]
     assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
-    assert any("moved from father to father2" in each for each in env.remarks)
+    assert any("moved from father to father2" in remark for remark in env.remarks)
     assert vm.NESTED.host(env).name == "father2"
 
 
 @pytest.mark.parametrize("how", ["started", "rolled back"])
-def test_a_snippet_that_stayed_behind_is_written_where_the_vm_is_started(
+def test_a_snippet_is_written_again_on_the_node_of_a_migrated_vm(
     env: Environment, host: MemoryHost, how: str
 ) -> None:
-    vmid = ours(env, running=False)
+    vmid = create_ours(env, running=False)
     snippet = qemu.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
     env.facts["provision"]["snippet"] = snippet
     assert snapshots.take(env, "npve_provision", "")
@@ -265,13 +269,13 @@ def test_a_snippet_that_stayed_behind_is_written_where_the_vm_is_started(
     with host.open() as model:
         assert [name for name in model.site("father2")["files"] if env.run.id in name]
     assert teardown(env).left == ()
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-def test_another_vm_that_has_the_id_on_another_node_is_not_taken_for_ours(
+def test_a_foreign_vm_with_the_same_id_on_another_node_is_not_touched(
     env: Environment, host: MemoryHost
 ) -> None:
-    vmid = ours(env, running=False)
+    vmid = create_ours(env, running=False)
     qemu.destroy(env.outer.api, "father", vmid)
     env.outer.api.post("/nodes/father2/qemu", vmid=vmid, name="somebodys", scsi0="local:4")
     before = host.configuration(vmid)
@@ -283,11 +287,11 @@ def test_another_vm_that_has_the_id_on_another_node_is_not_taken_for_ours(
     assert host.configuration(vmid) == before
 
 
-# -- nothing else --------------------------------------------------------------------------------------
+# -- foreign objects -----------------------------------------------------------------------------------
 
 
-def test_a_look_alike_on_the_other_node_stays(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env)
+def test_a_look_alike_on_the_other_node_remains(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
     name = env.facts["provision"]["name"]
     other = 99998 if vmid != 99998 else 99997
     forged = Marker(env.run.id, vmid, new_uuid()).to_text()
@@ -301,16 +305,14 @@ def test_a_look_alike_on_the_other_node_stays(env: Environment, host: MemoryHost
         assert f"local:{other}/vm-{other}-disk-0.raw" in model.site("father2")["volumes"]
 
 
-def test_an_id_that_is_taken_on_the_other_node_is_not_drawn(environment: Make) -> None:
+def test_an_id_in_use_on_the_other_node_is_not_selected(environment: Make) -> None:
     env = environment(vmid_ranges=((99901, 99902),))
     create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
     env.outer.api.post("/nodes/father2/qemu", vmid=99901, name="theirs")
     assert create_marked(env.outer, env.run, env.settings).vmid == 99902
 
 
-def test_an_id_that_is_taken_on_the_other_node_meanwhile_is_left_for_the_next(
-    environment: Make, host: MemoryHost
-) -> None:
+def test_after_a_conflict_on_the_other_node_the_next_id_is_used(environment: Make, host: MemoryHost) -> None:
     env = environment(vmid_ranges=((99901, 99902),))
     create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
     # Recorded: cluster-029.
@@ -318,15 +320,15 @@ def test_an_id_that_is_taken_on_the_other_node_meanwhile_is_left_for_the_next(
         "POST", "/nodes/father/qemu",
         text="unable to create VM 99901 - VM 99901 already exists on node 'father2'",
     )  # fmt: skip
-    made = create_marked(env.outer, env.run, env.settings)
-    assert made.node == "father"
-    assert prove(env.outer.api, env.settings, made, env.run).ok
+    created = create_marked(env.outer, env.run, env.settings)
+    assert created.node == "father"
+    assert prove(env.outer.api, env.settings, created, env.run).ok
 
 
-def test_a_volume_that_was_on_the_other_node_before_stays_and_is_told(
+def test_a_foreign_volume_on_the_other_node_remains_and_is_reported(
     env: Environment, host: MemoryHost
 ) -> None:
-    vmid = ours(env)
+    vmid = create_ours(env)
     orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
     with host.open() as model:
         model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
@@ -338,38 +340,36 @@ def test_a_volume_that_was_on_the_other_node_before_stays_and_is_told(
         assert orphan in model.site("father2")["volumes"]
 
 
-def test_a_volume_that_came_with_the_vm_and_that_nothing_names_goes(
-    env: Environment, host: MemoryHost
-) -> None:
-    vmid = ours(env, "father2")
+def test_an_unreferenced_volume_of_the_vm_is_deleted(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env, "father2")
     orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
     with host.open() as model:
         model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
     assert teardown(env).left == ()
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-# -- a node that is off --------------------------------------------------------------------------------
+# -- offline nodes ------------------------------------------------------------------------------------
 
 
-def test_a_vm_on_a_node_that_is_off_is_left_and_named_at_once(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env, "father2")
+def test_a_vm_on_an_offline_node_is_reported_at_once_as_left_over(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env, "father2")
     with host.open() as model:
         model.state["others"]["father2"]["online"] = False
     spent = deadline.Deadline(20)
     report = teardown(env)
-    assert not spent.expired, "a node that is off is not waited for"
+    assert not spent.expired, "an offline node is not awaited"
     assert report.destroyed == ()
     assert any(f"VM {vmid} on father2: its node father2 is offline" in line for line in report.left)
     assert any(pool_name(env.settings, env.run) in line for line in report.left)
     with host.open() as model:
         model.state["others"]["father2"]["online"] = True
     assert teardown(env).left == ()
-    nothing_left(host)
+    check_no_leftovers(host)
 
 
-def test_the_plan_names_a_vm_on_a_node_that_is_off_and_goes_on(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env, "father2")
+def test_the_plan_has_a_vm_on_an_offline_node(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env, "father2")
     with host.open() as model:
         model.state["offset"] = 30 * 86400.0
         model.state["others"]["father2"]["online"] = False
@@ -378,17 +378,17 @@ def test_the_plan_names_a_vm_on_a_node_that_is_off_and_goes_on(env: Environment,
     assert "father2 cannot be reached" in rows[0].reason
 
 
-def test_another_nodes_fault_holds_nothing_up(env: Environment, host: MemoryHost) -> None:
-    ours(env)
+def test_an_offline_node_does_not_prevent_teardown_on_another(env: Environment, host: MemoryHost) -> None:
+    create_ours(env)
     with host.open() as model:
         model.state["others"]["father2"]["online"] = False
     assert teardown(env).left == ()
 
 
-def test_snippets_that_cannot_be_removed_on_the_other_node_are_told(
+def test_snippets_that_cannot_be_removed_on_the_other_node_are_reported(
     env: Environment, host: MemoryHost
 ) -> None:
-    vmid = ours(env, "father2")
+    vmid = create_ours(env, "father2")
     with host.open() as model:
         model.state["others"]["father2"]["ssh"] = False
     report = teardown(env)
@@ -396,27 +396,23 @@ def test_snippets_that_cannot_be_removed_on_the_other_node_are_told(
     assert any("snippet local:snippets/npve-" in line and "father2" in line for line in report.left)
 
 
-def test_discovery_finds_a_vm_that_was_moved_while_it_was_looked_for(
-    env: Environment, host: MemoryHost
-) -> None:
-    vmid = ours(env)
+def test_discovery_finds_a_vm_that_migrates_meanwhile(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
     with host.open() as model:  # known by its marker only
         model.state["pools"][pool_name(env.settings, env.run)]["vms"] = []
     host.fault("GET", f"/nodes/father/qemu/{vmid}/config", do="migrate", text=f"{vmid}:father2")
-    assert [(each.vmid, each.node) for each in discover(env.outer, env.settings, env.run.id)] == [
-        (vmid, "father2")
-    ]
+    assert [(vm.vmid, vm.node) for vm in discover(env.outer, env.settings, env.run.id)] == [(vmid, "father2")]
 
 
-def test_the_place_of_a_vm_is_asked_of_the_cluster(env: Environment, host: MemoryHost) -> None:
-    vmid = ours(env)
+def test_the_node_of_a_vm_is_read_from_the_cluster(env: Environment, host: MemoryHost) -> None:
+    vmid = create_ours(env)
     assert node_of(env.outer.api, vmid) == "father"
     move(host, vmid, "father2")
     assert node_of(env.outer.api, vmid) == "father2"
     assert node_of(env.outer.api, 12345) is None
 
 
-# -- which node ----------------------------------------------------------------------------------------
+# -- node choice ---------------------------------------------------------------------------------------
 
 
 def choose(env: Environment) -> tuple[str, str]:
@@ -424,68 +420,72 @@ def choose(env: Environment) -> tuple[str, str]:
     return str(facts["node"]), str(facts["did"])
 
 
-def test_the_node_with_the_most_free_memory_is_taken_and_the_reason_is_told(
+def test_the_node_with_the_most_free_memory_is_selected_with_its_reason(
     environment: Make, host: MemoryHost
 ) -> None:
     with host.open() as model:
         model.join("father3", mem=4 << 30)
     node, did = choose(environment())
     assert node == "father3"
-    assert "most free memory of those that can have it (60.0 GiB of memory free)" in did
+    assert "most free memory of the suitable nodes (60.0 GiB of memory free)" in did
     assert "father: less, 48.0 GiB" in did
     assert "father2: less, 48.0 GiB" in did
 
 
-def test_of_equals_the_one_that_is_connected_to_is_taken(environment: Make) -> None:
+def test_among_equal_nodes_the_connected_one_is_selected(environment: Make) -> None:
     assert choose(environment())[0] == "father"
 
 
 @pytest.mark.parametrize(
-    ("lacking", "settings", "why"),
+    ("attributes", "settings", "why"),
     [
-        ({"bridges": {"vmbr1": "10.88.0.1/24"}}, {"bridge": "vmbr0"}, "bridge: no such one; there: vmbr1"),
-        ({"storages": {}}, {}, "storage: none such"),
+        (
+            {"bridges": {"vmbr1": "10.88.0.1/24"}},
+            {"bridge": "vmbr0"},
+            "bridge: no such bridge; existing: vmbr1",
+        ),
+        ({"storages": {}}, {}, "storage: no such storage"),
         ({"volumes": {}}, {}, "image: none"),
         ({"online": False}, {}, "it is offline"),
         ({"ssh": False}, {}, "no login from node to node"),
         ({"files": {NESTED: "N\n", "/dev/kvm": ""}}, {}, "nested virtualisation: N"),
     ],
-    ids=lambda each: next(iter(each), "") if isinstance(each, dict) else "",
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
-def test_a_node_that_lacks_something_is_passed_over_and_told_why(
-    environment: Make, host: MemoryHost, lacking: dict[str, Any], settings: dict[str, Any], why: str
+def test_an_unsuitable_node_is_rejected_with_its_reason(
+    environment: Make, host: MemoryHost, attributes: dict[str, Any], settings: dict[str, Any], why: str
 ) -> None:
     with host.open() as model:
-        model.join("father2", **{"mem": 0, **lacking})
+        model.join("father2", **{"mem": 0, **attributes})
     node, did = choose(environment(**settings))
     assert node == "father"
     assert why in did
 
 
-def test_a_setting_narrows_the_choice_to_the_node_that_has_it(environment: Make, host: MemoryHost) -> None:
+def test_a_configured_storage_limits_the_choice_to_its_node(environment: Make, host: MemoryHost) -> None:
     with host.open() as model:
         model.site("father2")["storages"]["tank"] = {"type": "zfspool", "content": "images", "avail": 1 << 40}
         model.site("father2")["mem"] = 60 << 30
     node, did = choose(environment(storage="tank"))
     assert node == "father2"
-    assert "father: storage: no such one" in did
+    assert "father: storage: no such storage" in did
 
 
-def test_if_no_node_can_each_says_why(environment: Make) -> None:
+def test_if_no_node_is_suitable_the_reason_of_each_is_reported(environment: Make) -> None:
     with pytest.raises(PreflightError) as caught:
         preflight(environment(bridge="vmbr7"))
-    assert "father: bridge: no such one" in str(caught.value)
-    assert "father2: bridge: no such one" in str(caught.value)
+    assert "father: bridge: no such bridge" in str(caught.value)
+    assert "father2: bridge: no such bridge" in str(caught.value)
 
 
-def test_a_network_that_the_connected_node_has_no_address_in_is_warned_of(
+def test_a_network_without_an_address_of_the_connected_node_is_a_warning(
     environment: Make, host: MemoryHost
 ) -> None:
     with host.open() as model:
         model.join("father2", mem=0, bridges={"vmbr0": "10.99.0.1/24"})
     env = environment()
     assert choose(env)[0] == "father2"
-    assert any("through whose SSH server every login goes" in each for each in env.remarks)
+    assert any("through whose SSH server every login goes" in remark for remark in env.remarks)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -505,25 +505,23 @@ def test_a_template_on_shared_storage_may_be_cloned_to_another_node(
     api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0=disk)
     api.post("/nodes/father/qemu/500/template")
     with host.open() as model:
-        model.state["offset"] += 30  # until everybody has heard of it
+        model.state["offset"] += 30  # later than the cluster's broadcast
     env.facts["preflight"] = preflight(env)
     assert env.facts["preflight"]["node"] == ("father2" if shared else "father")
     shape = vm.Shape("nas", "vmbr0", 2, 2048, 8, ("ssh-ed25519 AAAA",), template=500)
-    made = vm.provision(env, vm.NESTED, shape)
-    assert made["node"] == env.facts["preflight"]["node"]
+    created = vm.provision(env, vm.NESTED, shape)
+    assert created["node"] == env.facts["preflight"]["node"]
     assert teardown(env).left == ()
 
 
-def test_the_vm_is_made_on_the_chosen_node_with_its_snippet_there(
-    environment: Make, host: MemoryHost
-) -> None:
+def test_the_vm_and_its_snippet_are_created_on_the_selected_node(environment: Make, host: MemoryHost) -> None:
     with host.open() as model:
         model.site("father2")["mem"] = 0
     env = environment()
-    env.facts["preflight"] = found = preflight(env)
+    env.facts["preflight"] = resources = preflight(env)
     shape = vm.Shape(
-        found["storage"], found["bridge"], 2, 2048, 8, ("ssh-ed25519 AAAA",),
-        image=found["image"], format=found["format"], snippets=found["snippets"],
+        resources["storage"], resources["bridge"], 2, 2048, 8, ("ssh-ed25519 AAAA",),
+        image=resources["image"], format=resources["format"], snippets=resources["snippets"],
     )  # fmt: skip
     facts = vm.provision(env, vm.NESTED, shape)
     assert facts["node"] == "father2"
@@ -537,14 +535,14 @@ def test_the_vm_is_made_on_the_chosen_node_with_its_snippet_there(
     assert teardown(env).left == ()
     with host.open() as model:
         assert snippet not in model.site("father2")["files"]
-        assert not [each for each in model.site("father2")["volumes"] if "/vm-" in each]
+        assert not [name for name in model.site("father2")["volumes"] if "/vm-" in name]
 
 
-# -- the nodes' own ssh, with a shell behind it --------------------------------------------------------
+# -- ssh between nodes, with a shell -------------------------------------------------------------------
 
 
 class Shell:
-    """A login whose commands this machine's shell runs; `ssh` there is a program that runs its last word."""
+    """A login whose commands run in a local shell; its `ssh` is a program that runs its last argument."""
 
     def __init__(self, folder: Path) -> None:
         self._program = folder / "ssh"
@@ -552,7 +550,7 @@ class Shell:
         self.forward("exec")
 
     def forward(self, prefix: str) -> None:
-        """Have `ssh` run its last word behind `prefix`, shell text."""
+        """Let `ssh` run its last argument after the shell text `prefix`."""
         self._program.write_text(f'#!/bin/sh\nfor last; do :; done\n{prefix} sh -c "$last"\n')
         self._program.chmod(0o755)
 
@@ -573,50 +571,50 @@ def shell(tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def there(shell: Shell) -> NodeSsh:
+def other(shell: Shell) -> NodeSsh:
     return NodeSsh(shell, Member("father2", True, False, "10.77.7.12"))
 
 
-def test_a_command_for_another_node_keeps_its_words_its_input_and_its_exit_status(there: NodeSsh) -> None:
-    shown = there.run(["printf", "%s|", "a b", "$HOME", "it's", '"'])
-    assert shown.stdout == "a b|$HOME|it's|\"|"
-    assert there.run("cat; exit 7", stdin=b"\x00given").stdout_bytes == b"\x00given"
-    assert there.run("exit 7").rc == 7
-    assert there.run("exit 255").rc == 255
+def test_a_command_for_another_node_keeps_arguments_input_and_exit_status(other: NodeSsh) -> None:
+    printed = other.run(["printf", "%s|", "a b", "$HOME", "it's", '"'])
+    assert printed.stdout == "a b|$HOME|it's|\"|"
+    assert other.run("cat; exit 7", stdin=b"\x00given").stdout_bytes == b"\x00given"
+    assert other.run("exit 7").rc == 7
+    assert other.run("exit 255").rc == 255
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_file_is_on_the_other_node_whole_and_nothing_else(
-    there: NodeSsh, tmp_path: Path, from_file: bool
+def test_a_file_is_written_whole_on_the_other_node_without_leftovers(
+    other: NodeSsh, tmp_path: Path, from_file: bool
 ) -> None:
     content = b"\x00\xff" * 100_000
     source, folder = tmp_path / "image.raw", tmp_path / "a folder's"
     source.write_bytes(content)
     folder.mkdir()
     before = set(Path("/var/tmp").glob(".nestedpve-*"))
-    there.put(source if from_file else content, f"{folder}/image.raw", mode=0o644)
-    assert [each.name for each in folder.iterdir()] == ["image.raw"]
+    other.put(source if from_file else content, f"{folder}/image.raw", mode=0o644)
+    assert [path.name for path in folder.iterdir()] == ["image.raw"]
     assert (folder / "image.raw").read_bytes() == content
     assert (folder / "image.raw").stat().st_mode & 0o777 == 0o644
-    assert there.get(f"{folder}/image.raw") == content
+    assert other.get(f"{folder}/image.raw") == content
     assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(
-    there: NodeSsh, tmp_path: Path, from_file: bool
+def test_a_file_that_cannot_be_written_is_an_error_without_leftovers(
+    other: NodeSsh, tmp_path: Path, from_file: bool
 ) -> None:
     source = tmp_path / "image.raw"
     source.write_bytes(b"x")
     before = set(Path("/var/tmp").glob(".nestedpve-*"))
     with pytest.raises(PveError, match="no such folder"):
-        there.put(source if from_file else b"x", f"{tmp_path}/no such folder/image.raw")
+        other.put(source if from_file else b"x", f"{tmp_path}/no such folder/image.raw")
     assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_file_cut_off_between_the_nodes_leaves_the_whole_one_before_it(
-    shell: Shell, there: NodeSsh, tmp_path: Path, from_file: bool
+def test_an_interrupted_transfer_between_nodes_keeps_the_old_file(
+    shell: Shell, other: NodeSsh, tmp_path: Path, from_file: bool
 ) -> None:
     source, folder = tmp_path / "image.raw", tmp_path / "images"
     source.write_bytes(b"new" * 1000)
@@ -624,13 +622,13 @@ def test_a_file_cut_off_between_the_nodes_leaves_the_whole_one_before_it(
     (folder / "image.raw").write_text("old")
     shell.forward("head -c 1500 |")
     with pytest.raises(PveError, match=r"image\.raw is unchanged: .*expected 3000 bytes, received 1500"):
-        there.put(source if from_file else source.read_bytes(), f"{folder}/image.raw")
+        other.put(source if from_file else source.read_bytes(), f"{folder}/image.raw")
     assert (folder / "image.raw").read_text() == "old"
     assert [path.name for path in folder.iterdir()] == ["image.raw"]
 
 
-def test_a_file_for_the_other_node_is_in_no_other_place_when_the_connection_is_lost(
-    shell: Shell, there: NodeSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lost_connection_leaves_no_copy_on_the_connected_node(
+    shell: Shell, other: NodeSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connected node's ssh runs, and no further command after it."""
     source = tmp_path / "image.raw"
@@ -644,13 +642,13 @@ def test_a_file_for_the_other_node_is_in_no_other_place_when_the_connection_is_l
 
     monkeypatch.setattr(shell, "run", run)
     with pytest.raises(SshError, match="lost"):
-        there.put(source, f"{tmp_path}/copy.raw")
+        other.put(source, f"{tmp_path}/copy.raw")
     assert [command[0] for command in commands] == ["ssh"]
     assert set(Path("/var/tmp").glob(".nestedpve-*")) == before
 
 
-def test_a_file_larger_than_the_limit_is_an_error_and_never_cut(there: NodeSsh, tmp_path: Path) -> None:
+def test_a_file_larger_than_the_limit_is_an_error_and_not_truncated(other: NodeSsh, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1000))
     with pytest.raises(SshError, match="large on father2: expected at most 999 bytes"):
-        there.get(f"{tmp_path}/large", limit=999)
-    assert there.get(f"{tmp_path}/large", limit=1000) == bytes(1000)
+        other.get(f"{tmp_path}/large", limit=999)
+    assert other.get(f"{tmp_path}/large", limit=1000) == bytes(1000)

@@ -1,4 +1,4 @@
-"""Storages are judged by what they answer, not by what they are called; a VM's own answer comes first."""
+"""Features of a storage are read from the host's answers, never from its name; a VM's answer comes first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytest_nestedpve.setup.clone import clone_marked
 from pytest_nestedpve.setup.preflight import PreflightError, preflight
 
 DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
-KINDS = {each["name"]: each for each in DATA["kinds"]}
+KINDS = {kind["name"]: kind for kind in DATA["kinds"]}
 GIB = 1024**3
 
 
@@ -39,8 +39,8 @@ def with_storage(host: MemoryHost, kind: dict[str, Any], **changed: Any) -> str:
     return name
 
 
-@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
-def test_a_storages_answers_decide_on_format_snapshots_and_room(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda kind: kind["name"])
+def test_format_snapshots_and_space_are_read_from_the_answers(kind: dict[str, Any]) -> None:
     assert storage.disk_format(kind["entry"]) == kind["format"]
     assert storage.has_snapshots(kind["entry"]) is kind["snapshots"]
     assert storage.takes_room_at_once(kind["entry"], kind["config"]) is kind["at_once"]
@@ -48,16 +48,16 @@ def test_a_storages_answers_decide_on_format_snapshots_and_room(kind: dict[str, 
     assert storage.usable(kind["entry"])
 
 
-@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
-def test_a_name_decides_nothing(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda kind: kind["name"])
+def test_the_name_of_a_storage_has_no_effect(kind: dict[str, Any]) -> None:
     for name in ("local-zfs", "local-lvm", "qcow2", "nfs"):
         named = {**kind["entry"], "storage": name}
         assert storage.disk_format(named) == kind["format"]
         assert storage.has_snapshots(named) is kind["snapshots"]
 
 
-@pytest.mark.parametrize("kind", DATA["pve8"], ids=lambda each: each["name"])
-def test_the_older_form_of_the_answer_is_read_too(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", DATA["pve8"], ids=lambda kind: kind["name"])
+def test_the_older_form_of_the_answer_is_read(kind: dict[str, Any]) -> None:
     assert storage.disk_format(kind["entry"]) == kind["format"]
 
 
@@ -74,7 +74,7 @@ def test_the_older_form_of_the_answer_is_read_too(kind: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_an_odd_answer_is_taken_for_raw_volumes(odd: dict[str, Any]) -> None:
+def test_an_invalid_answer_means_raw_volumes(odd: dict[str, Any]) -> None:
     assert storage.disk_format({"type": "lvmthin", **odd}) is None
 
 
@@ -88,8 +88,8 @@ def test_a_storage_is_used_only_if_it_is_enabled_and_active(
     assert storage.usable({"enabled": enabled, "active": active}) is able
 
 
-@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda each: each["name"])
-def test_preflight_asks_for_the_room_that_a_disk_will_take(
+@pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda kind: kind["name"])
+def test_preflight_requires_the_space_that_a_disk_allocates(
     environment: Make, host: MemoryHost, kind: dict[str, Any]
 ) -> None:
     name = with_storage(host, kind, avail=60 * GIB, storage="chosen")
@@ -98,12 +98,12 @@ def test_preflight_asks_for_the_room_that_a_disk_will_take(
         facts = preflight(env)
         assert (facts["storage"], facts["format"]) == (name, kind["format"])
         return
-    with pytest.raises(PreflightError, match=r"64 GiB free on .*takes its room at once"):
+    with pytest.raises(PreflightError, match=r"64 GiB free on .*takes its space at once"):
         preflight(env)
 
 
 def template(env: Environment, host: MemoryHost, *, linked: bool | None) -> int:
-    """A template with one disk; whether it has linked clones is what its storage answers, None: nothing."""
+    """A template with one disk; `linked`: whether its storage reports linked clones, None for no answer."""
     api = env.outer.api
     create_pool(api, env.run, env.settings, 1_800_000_000)
     api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0="local:8,format=qcow2")
@@ -116,13 +116,17 @@ def template(env: Environment, host: MemoryHost, *, linked: bool | None) -> int:
 
 def clones(host: MemoryHost) -> list[str]:
     with host.open() as model:
-        return [str(each) for each in model.state["commands"] if each.startswith("POST") and "/clone" in each]
+        return [
+            call for call in map(str, model.state["commands"]) if call.startswith("POST") and "/clone" in call
+        ]
 
 
-def test_a_template_is_linked_where_its_storage_can(environment: Make, host: MemoryHost) -> None:
+def test_a_template_is_cloned_linked_if_its_storage_can(environment: Make, host: MemoryHost) -> None:
     env = environment()
-    made = clone_marked(env.outer, env.run, env.settings, template(env, host, linked=True), storage="local")
-    assert "base-500" in host.configuration(made.vmid)
+    created = clone_marked(
+        env.outer, env.run, env.settings, template(env, host, linked=True), storage="local"
+    )
+    assert "base-500" in host.configuration(created.vmid)
     assert clones(host) == ["POST /nodes/father/qemu/500/clone description name newid pool"]
 
 
@@ -130,9 +134,9 @@ def test_a_template_whose_storage_has_no_linked_clones_is_copied_at_once(
     environment: Make, host: MemoryHost
 ) -> None:
     env = environment()
-    asked = template(env, host, linked=False)
-    made = clone_marked(env.outer, env.run, env.settings, asked, storage="local", format="qcow2")
-    assert "base-500" not in host.configuration(made.vmid)
+    vmid = template(env, host, linked=False)
+    created = clone_marked(env.outer, env.run, env.settings, vmid, storage="local", format="qcow2")
+    assert "base-500" not in host.configuration(created.vmid)
     assert clones(host) == [
         "POST /nodes/father/qemu/500/clone description format full name newid pool storage"
     ]
@@ -140,25 +144,30 @@ def test_a_template_whose_storage_has_no_linked_clones_is_copied_at_once(
 
 def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: MemoryHost) -> None:
     env = environment()
-    asked = template(env, host, linked=None)
+    vmid = template(env, host, linked=None)
     # Recorded: snapshot-033.
     host.fault(
         "POST", "/nodes/father/qemu/500/clone",
         text="Linked clone feature is not supported for 'vg:base-500-disk-0' (scsi0)",
     )  # fmt: skip
-    made = clone_marked(env.outer, env.run, env.settings, asked, storage="local")
-    assert "base-500" not in host.configuration(made.vmid)
+    created = clone_marked(env.outer, env.run, env.settings, vmid, storage="local")
+    assert "base-500" not in host.configuration(created.vmid)
 
 
 def nested(env: Environment) -> int:
     create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
-    made = create_marked(env.outer, env.run, env.settings)
-    qemu.configure(env.outer.api, made.node, made.vmid, scsi0="local:8,format=qcow2")
-    env.facts["provision"] = {"vmid": made.vmid, "node": made.node, "name": made.name, "uuid": made.uuid}
-    return made.vmid
+    created = create_marked(env.outer, env.run, env.settings)
+    qemu.configure(env.outer.api, created.node, created.vmid, scsi0="local:8,format=qcow2")
+    env.facts["provision"] = {
+        "vmid": created.vmid,
+        "node": created.node,
+        "name": created.name,
+        "uuid": created.uuid,
+    }
+    return created.vmid
 
 
-def test_no_snapshot_is_tried_where_the_vm_has_none(environment: Make, host: MemoryHost) -> None:
+def test_no_snapshot_is_tried_if_the_vm_has_none(environment: Make, host: MemoryHost) -> None:
     env = environment()
     vmid = nested(env)
     with host.open() as model:
@@ -166,10 +175,10 @@ def test_no_snapshot_is_tried_where_the_vm_has_none(environment: Make, host: Mem
         model.state["commands"].clear()
     assert snapshots.take(env, "npve_wait_ip", "after wait_ip") is False
     with host.open() as model:
-        assert not [each for each in model.state["commands"] if each.startswith("POST")]
+        assert not [call for call in model.state["commands"] if call.startswith("POST")]
 
 
-def test_going_back_further_than_the_newest_snapshot_gives_up_the_younger_ones_of_ours(
+def test_a_rollback_to_an_older_snapshot_deletes_the_runs_younger_ones(
     environment: Make, host: MemoryHost
 ) -> None:
     env = environment()
@@ -184,7 +193,7 @@ def test_going_back_further_than_the_newest_snapshot_gives_up_the_younger_ones_o
     assert snapshots.taken(env) == ["npve_first"]
 
 
-def test_a_younger_snapshot_of_somebody_elses_stays_and_stands_in_the_way(
+def test_a_younger_foreign_snapshot_remains_and_prevents_the_rollback(
     environment: Make, host: MemoryHost
 ) -> None:
     env = environment()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.session.modes.doctor_view import View
     from pytest_nestedpve.session.session import NestedSession
     from pytest_nestedpve.setup.checks.choices import Choices
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
     from pytest_nestedpve.setup.checks.run_checks import Check
 
 FINE, LACKING, UNREACHABLE = 0, 1, 4
@@ -97,8 +97,8 @@ class Examination:
         self.view.finding(finding)
 
     def _look(self) -> None:
-        from pytest_nestedpve.setup.checks.context import Seen
-        from pytest_nestedpve.setup.checks.run_checks import CHECKS, FOR_PEOPLE, look, unreachable
+        from pytest_nestedpve.setup.checks.context import Context
+        from pytest_nestedpve.setup.checks.run_checks import CHECKS, DOCTOR_CHECKS, run_checks, unreachable
         from pytest_nestedpve.setup.checks.this_machine import programs
 
         for finding in programs(self.settings):
@@ -113,20 +113,20 @@ class Examination:
         except PveError as e:
             self._told(Finding("SSH", "a login as root", str(e)))
         if self.host is None:
-            for check in (*CHECKS[1:], *FOR_PEOPLE):
+            for check in (*CHECKS[1:], *DOCTOR_CHECKS):
                 self.findings.append(Finding(check.name, "", "not looked at: no login", level=UNKNOWN))
             return
         self.reached = True
-        seen = Seen(
+        seen = Context(
             only_reading(self.host),
             self.settings,
             workers=1 if self.settings.scope == "run" else self.nested.config.stash.get(_WORKERS, 1),
             by_https=hasattr(self.host.api, "shared"),
         )
-        checks = _with_questions((*CHECKS, *FOR_PEOPLE))
-        found = look(seen, begin=self.view.begin, told=self._told, checks=checks)
+        checks = _with_questions((*CHECKS, *DOCTOR_CHECKS))
+        found = run_checks(seen, begin=self.view.begin, report=self._told, checks=checks)
         self.settings, self.choices = seen.settings, seen.choices
-        self.reached = found.lost is None
+        self.reached = found.connection_error is None
 
     def _is_sleeping_lab(self) -> bool:
         """A lab is never started for this: it would be made, not looked at."""
@@ -144,7 +144,7 @@ class Examination:
             self.reached = True
         else:
             install = ("nestedpve-lab install",)
-            self._told(Finding("lab", "a machine that a lab can run on", reason, fix=install, here=True))
+            self._told(Finding("lab", "a machine that a lab can run on", reason, fix=install, local_fix=True))
             self.reached = True
         return True
 
@@ -152,7 +152,7 @@ class Examination:
 
     def _commands(self, finding: Finding) -> list[str]:
         """The finding's commands as they are typed on this machine."""
-        return [line if finding.here else self._over_ssh(line) for line in finding.fix]
+        return [line if finding.local_fix else self._over_ssh(line) for line in finding.fix]
 
     def _over_ssh(self, line: str) -> str:
         target: Any = getattr(self.host.ssh, "target", None) if self.host is not None else None
@@ -174,7 +174,7 @@ class Examination:
                 "row": "check",
                 "what": each.what,
                 "level": each.level,
-                "found": each.found,
+                "found": each.actual,
                 "expected": each.expected,
                 "advice": each.advice,
                 "commands": self._commands(each),
@@ -192,7 +192,7 @@ def _with_questions(checks: Iterable[Check]) -> Iterator[Check]:
     """The checks; once the node is known, most of their questions are asked at once."""
     from pytest_nestedpve.setup.checks.run_checks import Check as One
 
-    def ask(seen: Seen) -> tuple[Finding, ...]:
+    def ask(seen: Context) -> tuple[Finding, ...]:
         prepare = getattr(seen.host.api, "prepare", None)
         if prepare is not None:
             prepare(seen.host.node)

@@ -107,7 +107,7 @@ class View:
 
     def finding(self, finding: Finding) -> None:
         """One line, more where it is narrow."""
-        text = f"expected {finding.expected}; found: {finding.found}" if finding.expected else finding.found
+        text = f"expected {finding.expected}; found: {finding.actual}" if finding.expected else finding.actual
         self._row(finding.level, finding.what, text, **_LOOKS[finding.level])
 
     def note(self, text: str) -> None:

@@ -1,1 +1,1 @@
-"""What has to be true of an outer host, as checks: preflight fails by them, the doctor prints them."""
+"""Checks of the requirements of an outer host, for the phase preflight and for --nested-doctor."""

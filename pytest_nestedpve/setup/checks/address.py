@@ -1,4 +1,4 @@
-"""The address that the nested VM is to have."""
+"""Check of the configured address of the nested VM."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pytest_nestedpve.config.parsers import static_address
 from pytest_nestedpve.setup.checks.finding import Finding, fine
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 
-def address(seen: Seen) -> Iterator[Finding]:
-    """A static one is one VM's: not that of each of several workers, nor one that the host has itself."""
-    wanted = static_address(seen.settings.ipconfig)
-    if wanted is None:
+def address(context: Context) -> Iterator[Finding]:
+    """Check that a static address is for one VM only, and not the host's."""
+    static = static_address(context.settings.ipconfig)
+    if static is None:
         return
-    origin = seen.settings.origin("ipconfig")
-    if seen.workers > 1:
+    origin = context.settings.origin("ipconfig")
+    if context.workers > 1:
         yield Finding(
-            "address", f"addresses by DHCP for {seen.workers} workers, each with a VM of its own",
-            f"one for all of them, {wanted} ({origin})",
-            "Take ip=dhcp, leave out -n, or share one nested PVE (nested_pve_scope = run).",
+            "address", f"an address by DHCP for the VM of each of {context.workers} workers",
+            f"one static address for all of them, {static} ({origin})",
+            "Set nested_pve_ipconfig = ip=dhcp, leave out -n, or set nested_pve_scope = run.",
         )  # fmt: skip
         return
-    there = seen.host.run(["ip", "-4", "-o", "addr", "show", "to", str(wanted.ip)], timeout=20)
-    if there.ok and str(wanted.ip) in there.stdout:
+    answer = context.host.run(["ip", "-4", "-o", "addr", "show", "to", str(static.ip)], timeout=20)
+    if answer.ok and str(static.ip) in answer.stdout:
         yield Finding(
-            "address", f"{wanted.ip} ({origin}) to be free", f"{seen.host.name} has it itself",
-            "Set nested_pve_ipconfig to an address that nobody has.",
+            "address", f"{static.ip} ({origin}) to be unused", f"it is an address of {context.host.name}",
+            "Set nested_pve_ipconfig to an unused address.",
         )  # fmt: skip
         return
-    yield fine("address", f"{wanted} ({origin})")
+    yield fine("address", f"{static} ({origin})")

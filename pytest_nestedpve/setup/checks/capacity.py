@@ -1,4 +1,4 @@
-"""What guests take of a host: memory, ids, and the pool above theirs."""
+"""Checks of cores, memory, free VM ids and the parent pool."""
 
 from __future__ import annotations
 
@@ -14,92 +14,96 @@ from pytest_nestedpve.setup.checks.finding import WARNING, Finding, fine
 
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 GIB = 1024**3
 MIB = 1024**2
-# Of larger ranges it is enough to know that something is free.
+# Free ids of larger ranges are not counted: one is enough.
 _COUNTED = 20_000
 
 
-def cores(seen: Seen) -> Iterator[Finding]:
-    """PVE starts no VM with more cores than its node has."""
-    there = whole(mapping(seen.status.get("cpuinfo", {})).get("cpus"))
-    wanted = seen.settings.cores
-    if there is None:
+def cores(context: Context) -> Iterator[Finding]:
+    """Check that the node has the configured cores: PVE starts no VM with more."""
+    existing = whole(mapping(context.status.get("cpuinfo", {})).get("cpus"))
+    cores = context.settings.cores
+    if existing is None:
         return
-    if wanted <= there:
-        yield fine("cores", f"{there} on {seen.host.node}; {wanted} for a nested PVE")
+    if cores <= existing:
+        yield fine("cores", f"{existing} on {context.host.node}; {cores} for a nested PVE")
         return
     yield Finding(
-        "cores", f"at least {wanted} ({seen.settings.origin('cores')}) on {seen.host.node}", str(there),
-        "Give the nested PVE fewer.", fix=(seen.pytest("-o", f"nested_pve_cores={there}"),), here=True,
+        "cores", f"at least {cores} ({context.settings.origin('cores')}) on {context.host.node}",
+        str(existing), "Set nested_pve_cores to fewer.",
+        fix=(context.pytest("-o", f"nested_pve_cores={existing}"),), local_fix=True,
     )  # fmt: skip
 
 
-def memory(seen: Seen) -> Iterator[Finding]:
-    """Whether all nested PVEs that there will be fit into the node, beside what runs there now.
+def memory(context: Context) -> Iterator[Finding]:
+    """Check that the nested PVEs of all workers fit into the memory of the node.
 
-    More than the node has at all cannot be; more than is available now is a warning: caches give way
-    (ZFS says that they are used), and QEMU takes memory only as its guest touches it.
+    More than the node's total is an error. More than is available is a warning: caches shrink (ZFS reports
+    them as used), and QEMU allocates memory only when its guest uses it.
     """
-    settings, node = seen.settings, seen.host.node
-    found = mapping(seen.status.get("memory"))
-    total = whole(found.get("total"))
-    available = whole(found.get("available", found.get("free")))
+    settings, node = context.settings, context.host.node
+    answer = mapping(context.status.get("memory"))
+    total = whole(answer.get("total"))
+    available = whole(answer.get("available", answer.get("free")))
     if total is None or available is None:
-        yield Finding("memory", f"{_gib(settings.memory * MIB)}", f"{node} does not say", level=WARNING)
+        yield Finding(
+            "memory", _gib(settings.memory * MIB), f"{node} does not report its memory", level=WARNING
+        )
         return
-    each = settings.memory * MIB
-    begun = [guest for guest in seen.guests if _is_own(guest, seen.own) and guest.get("node") == node]
-    more = max(0, seen.workers - len(begun))
-    # Of those that run already the rest of what they were given.
-    coming = more * each + sum(_still_to_come(guest) for guest in begun)
-    whole_need = max(seen.workers * each, coming)
-    one = f"{_gib(each)} for a nested PVE"
-    what = one if seen.workers == 1 else f"{_gib(whole_need)} for {seen.workers} workers, {one} each"
-    if begun:
-        what += f"; {len(begun)} run{'s' * (len(begun) == 1)} already, {_gib(coming)} still to come"
-    if whole_need <= total and coming <= available:
-        yield fine("memory", f"{_gib(available)} of {_gib(total)} available on {node}; {what}")
+    per_vm = settings.memory * MIB
+    running = [
+        guest for guest in context.guests if _runs_for(guest, context.begun) and guest.get("node") == node
+    ]
+    # Running VMs of this session still need the part of their memory that they do not use yet.
+    remaining = max(0, context.workers - len(running)) * per_vm + sum(_unused_memory(vm) for vm in running)
+    needed = max(context.workers * per_vm, remaining)
+    expected = f"{_gib(per_vm)} for a nested PVE"
+    if context.workers > 1:
+        expected = f"{_gib(needed)} for {context.workers} workers, {expected} each"
+    if running:
+        expected += f"; {len(running)} already running, {_gib(remaining)} still needed"
+    if needed <= total and remaining <= available:
+        yield fine("memory", f"{_gib(available)} of {_gib(total)} available on {node}; {expected}")
         return
-    fits = min(total // each, available // each)
+    fitting = min(total, available) // per_vm
     yield Finding(
         "memory",
-        what,
+        expected,
         f"{_gib(available)} available of {_gib(total)} on {node}",
-        _less(seen.workers, fits, settings),
-        fix=(_smaller(seen, fits, min(total, available)),),
-        here=True,
-        **({} if whole_need > total else {"level": WARNING}),
+        _advice(context.workers, fitting, settings),
+        fix=(_fitting_command(context, fitting, min(total, available)),),
+        local_fix=True,
+        **({} if needed > total else {"level": WARNING}),
     )
 
 
-def _less(workers: int, fits: int, settings: Settings) -> str:
+def _advice(workers: int, fitting: int, settings: Settings) -> str:
     if workers == 1:
-        return "Stop other guests there, or give the nested PVE less (nested_pve_memory)."
-    least = f"{fits} fit{'s' * (fits == 1)} as things are" if fits else "None fits as things are"
-    where = settings.origin("memory")
+        return "Stop other guests of the node, or set nested_pve_memory to less."
+    count = f"{fitting} fit{'s' * (fitting == 1)}" if fitting else "None fits"
     return (
-        f"{least}: start fewer workers, share one nested PVE (nested_pve_scope = run), or give each less "
-        f"(nested_pve_memory; {where})."
+        f"{count} now: start fewer workers, share one nested PVE (nested_pve_scope = run), or set "
+        f"nested_pve_memory to less ({settings.origin('memory')})."
     )
 
 
-def _smaller(seen: Seen, fits: int, room: int) -> str:
-    if seen.workers > 1 and fits > 1:
-        return seen.pytest("-n", str(fits))
-    if seen.workers > 1 and fits == 1:
-        return seen.pytest("-n", str(seen.workers), "-o", "nested_pve_scope=run")
-    return seen.pytest("-o", f"nested_pve_memory={max(2048, room // MIB // 1024 * 1024)}")
+def _fitting_command(context: Context, fitting: int, available: int) -> str:
+    if context.workers > 1 and fitting > 1:
+        return context.pytest("-n", str(fitting))
+    if context.workers > 1 and fitting == 1:
+        return context.pytest("-n", str(context.workers), "-o", "nested_pve_scope=run")
+    return context.pytest("-o", f"nested_pve_memory={max(2048, available // MIB // 1024 * 1024)}")
 
 
-def _is_own(guest: dict[str, Any], runs: frozenset[str]) -> bool:
+def _runs_for(guest: dict[str, Any], runs: frozenset[str]) -> bool:
     pool = (text(guest.get("pool")) or "").rpartition("/")[2]
     return guest.get("status") == "running" and pool.removeprefix("npve-") in runs
 
 
-def _still_to_come(guest: dict[str, Any]) -> int:
+def _unused_memory(guest: dict[str, Any]) -> int:
     return max(0, (whole(guest.get("maxmem")) or 0) - (whole(guest.get("mem")) or 0))
 
 
@@ -107,35 +111,36 @@ def _gib(size: float) -> str:
     return f"{round(size / GIB, 1):g} GiB"
 
 
-def ids(seen: Seen) -> Iterator[Finding]:
-    """A free id in the range for each nested PVE."""
-    settings = seen.settings
+def ids(context: Context) -> Iterator[Finding]:
+    """Check that the configured range has a free id."""
+    settings = context.settings
     size = sum(high - low + 1 for low, high in settings.vmid_ranges)
     ranges = "any" if settings.any_id else ", ".join(f"{low}-{high}" for low, high in settings.vmid_ranges)
     where = f"{ranges} ({settings.origin('vmid_range')})"
-    count = sum(1 for _ in islice(free_ids(seen.host, settings), _COUNTED if size <= _COUNTED else 1))
+    count = sum(1 for _ in islice(free_ids(context.host, settings), _COUNTED if size <= _COUNTED else 1))
     if count:
-        shown = f"{count} of {size} free" if size <= _COUNTED else "ids are free"
-        seen.choose(f"drawn at random in {where}; {shown}", vmid="a free one")
-        yield fine("VM id", f"{shown} in {where}")
+        free = f"{count} of {size} free" if size <= _COUNTED else "ids are free"
+        context.choose(f"selected at random in {where}; {free}", vmid="a free one")
+        yield fine("VM id", f"{free} in {where}")
         return
     yield Finding(
         "VM id", f"a free id in {where}",
-        "all of them are taken: by guests, by volumes on a storage, or in a pool",
-        "See what earlier runs left, or set another nested_pve_vmid_range.",
-        fix=(seen.pytest("--nested-destroy-only", "--nested-dry-run"),), here=True,
+        "all of them are in use: by guests, by volumes on a storage, or in a pool",
+        "List leftovers of earlier runs, or set another nested_pve_vmid_range.",
+        fix=(context.pytest("--nested-destroy-only", "--nested-dry-run"),), local_fix=True,
     )  # fmt: skip
 
 
-def pool_parent(seen: Seen) -> Iterator[Finding]:
-    """The pool that each run makes its own in."""
-    settings, parent = seen.settings, seen.settings.pool_parent
+def pool_parent(context: Context) -> Iterator[Finding]:
+    """Check that the configured parent of the runs' pools exists."""
+    settings, parent = context.settings, context.settings.pool_parent
     if parent is None:
         return
-    if read_pool(seen.host.api, parent) is not None:
+    if read_pool(context.host.api, parent) is not None:
         yield fine("pool", f"{parent} ({settings.origin('pool_parent')})")
         return
     yield Finding(
         "pool", f"the pool {parent!r} ({settings.origin('pool_parent')})", "no such pool",
-        "Make it, or leave nested_pve_pool_parent out.", fix=(shlex.join(["pveum", "pool", "add", parent]),),
+        "Create it, or leave nested_pve_pool_parent out.",
+        fix=(shlex.join(["pveum", "pool", "add", parent]),),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run would use of a host, and why that."""
+"""The resources of a host that a run uses, with the reason of each choice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choices:
-    """What the checks chose; None where there is nothing to choose from, or nothing is needed.
+    """The choices of the checks; None without a candidate, or where nothing is needed.
 
-    `why` has the reason of each choice, by field.
+    `why`: the reason of each choice, by field.
     """
 
     version: str | None = None
@@ -28,7 +28,7 @@ class Choices:
     why: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """What the phase preflight records."""
+        """The facts of the phase preflight."""
         names = (
             "version", "node", "clock_offset", "storage", "format", "snippets", "image", "template", "bridge",
         )  # fmt: skip

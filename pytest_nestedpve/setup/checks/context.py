@@ -45,11 +45,11 @@ def _attempt(send: Callable[[], Any]) -> Any:
         return e
 
 
-class Seen:
+class Context:
     """What checks share: `settings` include the host's profile once it has been read.
 
     `boots`: the run creates the VM from an image or a template. `workers`: the number of nested PVEs at the
-    same time; `own`: the ids of their runs that have begun. `by_https`: runs try HTTPS at this host.
+    same time; `begun`: the ids of their runs that have begun. `by_https`: runs try HTTPS at this host.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Seen:
         *,
         boots: bool = True,
         workers: int = 1,
-        own: frozenset[str] = frozenset(),
+        begun: frozenset[str] = frozenset(),
         by_https: bool = False,
     ) -> None:
         self.host = host
         self.settings = settings
         self.boots = boots
         self.workers = workers
-        self.own = own
+        self.begun = begun
         self.by_https = by_https
         self.choices = Choices()
         self._answers = _Answers()
@@ -76,10 +76,10 @@ class Seen:
         reasons = {**self.choices.why, **dict.fromkeys(chosen, why)} if why else self.choices.why
         self.choices = replace(self.choices, **chosen, why=reasons)
 
-    def elsewhere(self, node: str) -> Seen:
+    def elsewhere(self, node: str) -> Context:
         """A context for another node of the cluster, with its own choices. Raises PveError."""
-        return Seen(
-            self.host.at(node), self.settings, boots=self.boots, workers=self.workers, own=self.own,
+        return Context(
+            self.host.at(node), self.settings, boots=self.boots, workers=self.workers, begun=self.begun,
             by_https=self.by_https,
         )  # fmt: skip
 

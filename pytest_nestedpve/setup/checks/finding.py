@@ -1,4 +1,4 @@
-"""What a check found: fine, worth a warning, missing, or not to be seen; and the commands that mend it."""
+"""The results of checks (ok, warning, missing, unknown) and the commands that fix them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check; `what`: its subject.
 
-    `fix` are lines for a root shell on the host or, with `here`, for a shell on this machine.
+    `fix`: command lines for a root shell on the host or, if `local_fix`, for a shell on this machine.
     """
 
     what: str
     expected: str
-    found: str
+    actual: str
     advice: str = ""
     fix: tuple[str, ...] = ()
-    here: bool = False
+    local_fix: bool = False
     level: str = MISSING
 
     def __str__(self) -> str:
-        end = "" if self.found.endswith((".", "?", "!")) else "."
-        text = f"{self.what}: expected {self.expected}; found {self.found}{end} {self.advice}".rstrip()
+        end = "" if self.actual.endswith((".", "?", "!")) else "."
+        text = f"{self.what}: expected {self.expected}; found {self.actual}{end} {self.advice}".rstrip()
         if self.fix:
-            text += f" Run {'here' if self.here else 'there'}: `{' && '.join(self.fix)}`."
+            machine = "this machine" if self.local_fix else "the host"
+            text += f" Run on {machine}: `{' && '.join(self.fix)}`."
         return text
 
 
-def fine(what: str, found: str) -> Finding:
-    """Nothing is to be done."""
-    return Finding(what, "", found, level=OK)
+def fine(what: str, actual: str) -> Finding:
+    """The finding of a check that passed."""
+    return Finding(what, "", actual, level=OK)

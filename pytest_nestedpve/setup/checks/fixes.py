@@ -1,4 +1,4 @@
-"""Commands that mend what several checks find lacking: one command for one thing."""
+"""Commands that fix findings of several checks."""
 
 from __future__ import annotations
 
@@ -9,51 +9,53 @@ from typing import TYPE_CHECKING, Any
 from pytest_nestedpve.pve.answers import flag
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 # Snippets and images to import are files.
-_OF_FILES = frozenset({"dir", "nfs", "cifs", "cephfs", "btrfs"})
-_SHOWN = 3
+_FILE_TYPES = frozenset({"dir", "nfs", "cifs", "cephfs", "btrfs"})
+_AT_MOST = 3
 
 
-def content(seen: Seen, kind: str, name: str | None = None) -> str:
-    """The command that gives a storage one more content type.
+def content(context: Context, kind: str, name: str | None = None) -> str:
+    """The command that adds the content type `kind` to a storage (`name`, or the one for files).
 
-    It sets the whole list, so all that is lacking anywhere goes into each such command for a storage of
-    files: run one after the other, none takes back what the one before gave.
+    The command sets the whole list, so for a file storage it adds all missing types: the commands of several
+    findings do not undo each other.
     """
-    storages, target = seen.storages, name or home(seen)
+    storages, target = context.storages, name or file_storage(context)
     usable = _usable(storages)
-    there = next((each for each in storages if each.get("storage") == target), None)
-    if there is None:
-        made = ",".join(sorted({kind, *_lacking(seen, usable)}))
-        return shlex.join(["pvesm", "add", "dir", target, "--path", "/var/lib/vz", "--content", made])
-    wanted = set(str(there.get("content") or "").split(",")) - {"", "none"} | {kind}
-    if there.get("type") in _OF_FILES:
-        wanted |= _lacking(seen, usable)
-    return shlex.join(["pvesm", "set", str(there["storage"]), "--content", ",".join(sorted(wanted))])
+    storage = next((entry for entry in storages if entry.get("storage") == target), None)
+    if storage is None:
+        types = ",".join(sorted({kind, *_missing(context, usable)}))
+        return shlex.join(["pvesm", "add", "dir", target, "--path", "/var/lib/vz", "--content", types])
+    kinds = set(str(storage.get("content") or "").split(",")) - {"", "none"} | {kind}
+    if storage.get("type") in _FILE_TYPES:
+        kinds |= _missing(context, usable)
+    return shlex.join(["pvesm", "set", target, "--content", ",".join(sorted(kinds))])
 
 
-def home(seen: Seen) -> str:
-    """The storage where what a run needs as files is best kept: `local`, or the first of files."""
-    names = [str(each.get("storage")) for each in _usable(seen.storages) if each.get("type") in _OF_FILES]
+def file_storage(context: Context) -> str:
+    """The storage for snippets and images: `local`, or the first file storage."""
+    names = [
+        str(entry.get("storage")) for entry in _usable(context.storages) if entry.get("type") in _FILE_TYPES
+    ]
     return "local" if "local" in names or not names else names[0]
 
 
 def _usable(storages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [each for each in storages if flag(each.get("active", 1)) and flag(each.get("enabled", 1))]
+    return [entry for entry in storages if flag(entry.get("active", 1)) and flag(entry.get("enabled", 1))]
 
 
-def _lacking(seen: Seen, usable: Iterable[dict[str, Any]]) -> set[str]:
-    """What no storage offers, of what a run needs."""
-    offered = {kind for each in usable for kind in str(each.get("content") or "").split(",")}
-    wanted = {"images"}
-    if seen.boots and not seen.settings.template:
-        wanted |= {"snippets", "import"}
-    return wanted - offered
+def _missing(context: Context, usable: Iterable[dict[str, Any]]) -> set[str]:
+    """The content types that a run needs and no storage has."""
+    offered = {kind for storage in usable for kind in str(storage.get("content") or "").split(",")}
+    needed = {"images"}
+    if context.boots and not context.settings.template:
+        needed |= {"snippets", "import"}
+    return needed - offered
 
 
-def instead(seen: Seen, key: str, values: Iterable[object]) -> tuple[str, ...]:
-    """Command lines of pytest that name something else, one for each of the first few that there are."""
-    shown = [str(value) for value in values][:_SHOWN]
-    return tuple(seen.pytest("-o", f"nested_pve_{key}={value}") for value in shown)
+def alternatives(context: Context, key: str, values: Iterable[object]) -> tuple[str, ...]:
+    """Command lines of pytest that set the option `key` to the first few of `values`."""
+    first = [str(value) for value in values][:_AT_MOST]
+    return tuple(context.pytest("-o", f"nested_pve_{key}={value}") for value in first)

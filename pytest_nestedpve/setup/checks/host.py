@@ -1,4 +1,4 @@
-"""The host itself: login, PVE, clock, profile, nested virtualisation, node."""
+"""Checks of the host itself: login, PVE, clock, profile, nested virtualisation."""
 
 from __future__ import annotations
 
@@ -13,121 +13,121 @@ from pytest_nestedpve.pve.errors import NoPve, PveError, SshError
 from pytest_nestedpve.setup.checks.finding import Finding, fine
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 LEAST_VERSION = (8, 2)  # the first with content type `import`
-CLOCK_LIMIT = 300  # seconds; beyond it certificates made on the host are not valid yet here
-WITHOUT_KVM = "or do without (slow): `nested_pve_vm_options = kvm=0`."
+CLOCK_LIMIT = 300  # seconds; beyond it a new certificate of the host may not be valid yet on this machine
+WITHOUT_KVM = "or disable KVM (slow): `nested_pve_vm_options = kvm=0`."
 
 
-def login(seen: Seen) -> Iterator[Finding]:
-    """PVE's commands need root."""
-    who = seen.host.run(["id", "-u"], timeout=20)
-    if who.stdout.strip() == "0":
-        yield fine("login", f"root on {seen.host.name}")
+def login(context: Context) -> Iterator[Finding]:
+    """Check that the login is root's: PVE's commands need it."""
+    answer = context.host.run(["id", "-u"], timeout=20)
+    if answer.stdout.strip() == "0":
+        yield fine("login", f"root on {context.host.name}")
         return
-    found = f"uid {who.stdout.strip()[:20]}" if who.ok else who.stderr.strip()[:200]
+    user = f"uid {answer.stdout.strip()[:20]}" if answer.ok else answer.stderr.strip()[:200]
     yield Finding(
-        "user", "root on the host (uid 0)", found,
+        "user", "root on the host (uid 0)", user,
         "Log in as root: `--pve-host root@HOST`, or User root in ~/.ssh/config; PVE's commands need it.",
-        fix=_as_root(seen), here=True,
+        fix=_as_root(context), local_fix=True,
     )  # fmt: skip
 
 
-def _as_root(seen: Seen) -> tuple[str, ...]:
-    host = (seen.settings.host or "").rpartition("@")[2]
+def _as_root(context: Context) -> tuple[str, ...]:
+    host = (context.settings.host or "").rpartition("@")[2]
     return (shlex.join(["pytest", "--pve-host", f"root@{host}", "--nested-doctor"]),) if host else ()
 
 
-def version(seen: Seen) -> Iterator[Finding]:
-    """A Proxmox VE that is new enough."""
+def version(context: Context) -> Iterator[Finding]:
+    """Check that the host is a PVE of a supported version."""
     try:
-        answer = mapping(seen.host.api.get("/version"))
+        answer = mapping(context.host.api.get("/version"))
     except NoPve as e:
         yield Finding(
-            "PVE", f"a Proxmox VE host at {seen.host.name}",
-            f"no pvesh there ({e.text.splitlines()[0][:120]})", "Name a Proxmox VE host.",
+            "PVE", f"a Proxmox VE host at {context.host.name}",
+            f"no pvesh on it ({e.text.splitlines()[0][:120]})", "Set --pve-host to a Proxmox VE host.",
         )  # fmt: skip
         return
     except SshError:
         raise
     except PveError as e:
         yield Finding(
-            "PVE", "`pvesh get /version` to answer", str(e), "Mend the host's PVE services first.",
+            "PVE", "`pvesh get /version` to answer", str(e), "Repair the host's PVE services first.",
             fix=("systemctl restart pve-cluster pvedaemon",),
         )  # fmt: skip
         return
-    found = str(answer.get("version", ""))
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    seen.choose(version=found)
+    release = str(answer.get("version", ""))
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    context.choose(version=release)
     if numbers and (int(numbers[1]), int(numbers[2])) >= LEAST_VERSION:
-        yield fine("PVE", found)
+        yield fine("PVE", release)
         return
     yield Finding(
-        "version", f"PVE {'.'.join(map(str, LEAST_VERSION))} or newer", found or "no version",
+        "version", f"PVE {'.'.join(map(str, LEAST_VERSION))} or newer", release or "no version",
         "Upgrade the host.", fix=("apt update && apt full-upgrade",),
     )  # fmt: skip
 
 
-def clock(seen: Seen) -> Iterator[Finding]:
-    """Leases and certificates are by the clock."""
+def clock(context: Context) -> Iterator[Finding]:
+    """Check that the host's clock is near this machine's: leases and certificates need it."""
     from pytest_nestedpve.ownership.pool import host_clock
 
-    offset = round(host_clock(seen.host) - time.time())
-    seen.choose(clock_offset=offset)
-    apart = f"{abs(offset)} s {'ahead' if offset > 0 else 'behind'}"
+    offset = round(host_clock(context.host) - time.time())
+    context.choose(clock_offset=offset)
+    difference = f"{abs(offset)} s {'ahead' if offset > 0 else 'behind'}"
     if abs(offset) <= CLOCK_LIMIT:
-        yield fine("clock", apart if abs(offset) > 2 else "as here")
+        yield fine("clock", difference if abs(offset) > 2 else "same as this machine's")
         return
     yield Finding(
-        "clock", f"at most {CLOCK_LIMIT} s between the host's clock and this machine's", apart,
+        "clock", f"at most {CLOCK_LIMIT} s between the host's clock and this machine's", difference,
         "Set the clocks: leases and certificates need them.",
         fix=("timedatectl set-ntp true", "timedatectl status"),
     )  # fmt: skip
 
 
-def profile(seen: Seen) -> Iterator[Finding]:
-    """What the host's administrator has set for everybody."""
+def profile(context: Context) -> Iterator[Finding]:
+    """Read the administrator's profile of the host into the settings."""
     from pytest_nestedpve.config.hosts import PROFILE, host_profile
     from pytest_nestedpve.config.settings import SettingsError
     from pytest_nestedpve.pve.errors import ProfileError
 
-    where = f"{PROFILE} on {seen.host.name}"
+    where = f"{PROFILE} on {context.host.name}"
     try:
-        found = host_profile(seen.host)
-        seen.settings = seen.settings.with_profile(found, where=where)
+        options = host_profile(context.host)
+        context.settings = context.settings.with_profile(options, where=where)
     except (ProfileError, SettingsError) as e:
         yield Finding(
-            "profile", f"{where} to be readable and right", str(e), "Mend or remove that file.",
+            "profile", f"{where} to be readable and valid", str(e), "Fix or remove that file.",
             fix=(f"editor {PROFILE}",),
         )  # fmt: skip
         return
-    yield fine("profile", f"{PROFILE} sets {', '.join(sorted(found))}" if found else f"no {PROFILE}")
+    yield fine("profile", f"{PROFILE} sets {', '.join(sorted(options))}" if options else f"no {PROFILE}")
 
 
-def virtualisation(seen: Seen) -> Iterator[Finding]:
-    """The nested PVE runs VMs of its own."""
-    what, host = "nested virtualisation", seen.host
-    if seen.settings.vm_options.get("kvm") == "0":
-        yield fine(what, f"not needed: kvm=0 ({seen.settings.origin('vm_options')})")
+def virtualisation(context: Context) -> Iterator[Finding]:
+    """Check that the host supports nested virtualisation."""
+    what, host = "nested virtualisation", context.host
+    if context.settings.vm_options.get("kvm") == "0":
+        yield fine(what, f"not needed: kvm=0 ({context.settings.origin('vm_options')})")
         return
     module = "kvm_intel"
-    read = host.run(["cat", "/sys/module/kvm_intel/parameters/nested"], timeout=20)
-    if not read.ok:
+    parameter = host.run(["cat", "/sys/module/kvm_intel/parameters/nested"], timeout=20)
+    if not parameter.ok:
         module = "kvm_amd"
-        read = host.run(["cat", "/sys/module/kvm_amd/parameters/nested"], timeout=20)
-    state = read.stdout.strip()
-    if not read.ok:
+        parameter = host.run(["cat", "/sys/module/kvm_amd/parameters/nested"], timeout=20)
+    state = parameter.stdout.strip()
+    if not parameter.ok:
         yield Finding(
             what, "kvm_intel or kvm_amd loaded", "neither",
-            "Switch virtualisation on in the firmware (of the VM's host, where this host is a VM itself: CPU "
-            f"type host); {WITHOUT_KVM}", fix=("modprobe kvm_intel || modprobe kvm_amd",),
+            "Enable virtualisation in the firmware (if the host is itself a VM: CPU type host in its "
+            f"configuration); {WITHOUT_KVM}", fix=("modprobe kvm_intel || modprobe kvm_amd",),
         )  # fmt: skip
     elif state not in ("Y", "1"):
         conf = f"options {module} nested=1"
         yield Finding(
             what, f"{module}'s parameter nested to be Y or 1", state[:20],
-            f"Switch it on; the module can be loaded anew only while no VM runs, else reboot; {WITHOUT_KVM}",
+            f"Enable it; the module can be reloaded only while no VM runs, else reboot; {WITHOUT_KVM}",
             fix=(
                 f'echo "{conf}" > /etc/modprobe.d/kvm-nested.conf',
                 f"modprobe -r {module} && modprobe {module}",
@@ -135,7 +135,7 @@ def virtualisation(seen: Seen) -> Iterator[Finding]:
         )  # fmt: skip
     elif not host.run(["test", "-e", "/dev/kvm"], timeout=20).ok:
         yield Finding(
-            what, "/dev/kvm", "none", f"Switch it on in the firmware; {WITHOUT_KVM}",
+            what, "/dev/kvm", "none", f"Enable virtualisation in the firmware; {WITHOUT_KVM}",
             fix=(f"modprobe {module}",),
         )  # fmt: skip
     else:

@@ -1,7 +1,7 @@
-"""Which node of a cluster the nested VM goes to: of those that can have it the one with most free memory.
+"""Choice of the cluster node for the nested VM: the suitable one with the most free memory.
 
-A node can if the same checks that are made of the chosen one find nothing missing there. Of equals the one
-that the connection ends on is taken, then the first by name: the same answers give the same choice.
+A node is suitable if the checks that the selected node must pass find nothing missing on it. Among equals the
+node of the login comes first, then the order of names: the same answers give the same choice.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pytest_nestedpve.setup.checks import network as network_checks
 from pytest_nestedpve.setup.checks.finding import MISSING, WARNING, Finding, fine
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 GIB = 1024**3
-# What decides whether a node can; cheap ones first. `basics.virtualisation` logs in to it.
-_TRIALS = (
+# Checks that a suitable node passes; cheap ones first. `host.virtualisation` logs in to the node.
+_REQUIRED = (
     capacity.cores, storage.storage, network_checks.bridge, host.virtualisation, storage.snippets,
     images.template, images.image, storage.space,
 )  # fmt: skip
@@ -30,14 +30,14 @@ _TRIALS = (
 
 @dataclass(frozen=True)
 class Placement:
-    """The node, why it was taken, and of each other one why not, in the order that they were looked at."""
+    """The selected node with the reason; `rejected`: the others with theirs, in the order of the checks."""
 
     node: str
     reason: str
-    passed: tuple[tuple[str, str], ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return "; ".join([self.reason, *(f"{node}: {why}" for node, why in self.passed)])
+        return "; ".join([self.reason, *(f"{node}: {why}" for node, why in self.rejected)])
 
 
 @dataclass(frozen=True)
@@ -47,84 +47,84 @@ class _Node:
     free: int | None  # bytes
 
     @property
-    def room(self) -> str:
-        return "its memory is not known" if self.free is None else f"{self.free / GIB:.1f} GiB of memory free"
+    def memory(self) -> str:
+        return "free memory unknown" if self.free is None else f"{self.free / GIB:.1f} GiB of memory free"
 
 
-def node(seen: Seen) -> Iterator[Finding]:
-    """Which node the VM goes to; the checks that follow are about that one."""
-    entry = seen.host
+def node(context: Context) -> Iterator[Finding]:
+    """Choose the node for the VM; later checks are about that node."""
+    entry = context.host
     if not entry.cluster.several:
-        seen.choose(f"the node that {seen.settings.host or entry.name} ends on", node=entry.node)
+        context.choose(f"the node of {context.settings.host or entry.name}", node=entry.node)
         yield fine("node", entry.node)
         return
-    found = place(seen)
-    if found.node != entry.node:
-        seen.go_to(found.node)
-    seen.choose(str(found), node=found.node)
-    if not found.reason:
+    placement = choose_node(context)
+    if placement.node != entry.node:
+        context.go_to(placement.node)
+    context.choose(str(placement), node=placement.node)
+    if not placement.reason:
         yield Finding(
-            "node", f"a node of the cluster {entry.cluster.name} that can have the nested PVE",
-            "; ".join(f"{name}: {why}" for name, why in found.passed),
-            f"What is missing on {entry.node} follows.",
+            "node", f"a node of the cluster {entry.cluster.name} that is suitable for the nested PVE",
+            "; ".join(f"{name}: {why}" for name, why in placement.rejected),
+            f"The findings for {entry.node} follow.",
         )  # fmt: skip
         return
-    yield fine("node", f"{found.node} of the cluster {entry.cluster.name}: {found}")
-    if found.node != entry.node and not _same_network(seen):
+    yield fine("node", f"{placement.node} of the cluster {entry.cluster.name}: {placement}")
+    if placement.node != entry.node and not _same_network(context):
         yield Finding(
             "way to the nested PVE",
             f"{entry.node}, through whose SSH server every login goes, to reach the network of "
-            f"{seen.settings.bridge or 'the bridge'} on {found.node}",
-            f"no address of {entry.node} in a network of {found.node}'s bridges",
-            f"It works if there is a route; else log in at {found.node} (--pve-host), or give {entry.node} "
-            "an address there.", level=WARNING,
+            f"{context.settings.bridge or 'the bridge'} on {placement.node}",
+            f"no address of {entry.node} in a network of {placement.node}'s bridges",
+            f"This works with a route between them; else log in at {placement.node} (--pve-host), or add an "
+            f"address in that network to {entry.node}.", level=WARNING,
         )  # fmt: skip
 
 
-def place(seen: Seen) -> Placement:
-    """Look at the nodes in their order until one can; `reason` is empty if none can. Raises PveError."""
-    entry = seen.host.node
-    nodes = _nodes(seen, entry)
-    passed: list[tuple[str, str]] = []
-    for number, each in enumerate(nodes):
-        if not each.online:
-            passed.append((each.name, "it is offline"))
+def choose_node(context: Context) -> Placement:
+    """Check the nodes in order until one is suitable; `reason` is empty if none is. Raises PveError."""
+    entry = context.host.node
+    nodes = _nodes(context, entry)
+    rejected: list[tuple[str, str]] = []
+    for number, node in enumerate(nodes):
+        if not node.online:
+            rejected.append((node.name, "it is offline"))
             continue
-        lacks = _lacks(seen, each.name)
-        if lacks:
-            passed.append((each.name, lacks))
+        missing = _first_missing(context, node.name)
+        if missing:
+            rejected.append((node.name, missing))
             continue
-        passed += [
-            (other.name, f"less, {other.room}" if other.online else "it is offline")
+        rejected += [
+            (other.name, f"less, {other.memory}" if other.online else "it is offline")
             for other in nodes[number + 1 :]
         ]
         return Placement(
-            each.name, f"the most free memory of those that can have it ({each.room})", tuple(passed)
+            node.name, f"most free memory of the suitable nodes ({node.memory})", tuple(rejected)
         )
-    return Placement(entry, "", tuple(passed))
+    return Placement(entry, "", tuple(rejected))
 
 
-def _nodes(seen: Seen, entry: str) -> list[_Node]:
-    found = []
-    for each in entries(seen.host.api.get("/nodes"), call="get /nodes"):
-        name = str(each.get("node"))
-        if seen.host.cluster.member(name) is None:
+def _nodes(context: Context, login: str) -> list[_Node]:
+    nodes = []
+    for entry in entries(context.host.api.get("/nodes"), call="get /nodes"):
+        name = str(entry.get("node"))
+        if context.host.cluster.member(name) is None:
             continue
-        total, used = whole(each.get("maxmem")), whole(each.get("mem"))
+        total, used = whole(entry.get("maxmem")), whole(entry.get("mem"))
         free = None if total is None or used is None else max(0, total - used)
-        found.append(_Node(name, each.get("status") == "online", free))
-    return sorted(found, key=lambda each: (not each.online, -(each.free or 0), each.name != entry, each.name))
+        nodes.append(_Node(name, entry.get("status") == "online", free))
+    return sorted(nodes, key=lambda node: (not node.online, -(node.free or 0), node.name != login, node.name))
 
 
-def _lacks(seen: Seen, name: str) -> str:
-    """The first thing that a node lacks; empty if it has all."""
+def _first_missing(context: Context, name: str) -> str:
+    """The first finding that makes a node unsuitable; empty if there is none."""
     try:
-        trial = seen.elsewhere(name)
+        trial = context.elsewhere(name)
         trial.host.run(["true"], timeout=30)
-        for check in _TRIALS:
+        for check in _REQUIRED:
             for finding in check(trial):
                 if finding.level == MISSING:
-                    return f"{finding.what}: {finding.found}"
+                    return f"{finding.what}: {finding.actual}"
     except SshError:
         raise
     except PveError as e:
@@ -132,21 +132,21 @@ def _lacks(seen: Seen, name: str) -> str:
     return ""
 
 
-def _same_network(seen: Seen) -> bool:
-    """Whether the node that logins go through has an address in a network of the other one's bridges."""
-    there = seen.host
-    networks = [network for _, network in _addresses(there.api, there.node)]
+def _same_network(context: Context) -> bool:
+    """Whether the node of the login has an address in a network of the selected node's bridges."""
+    host = context.host
+    networks = [network for _, network in _addresses(host.api, host.node)]
     return any(
-        address in network for address, _ in _addresses(there.api, there.entry.node) for network in networks
+        address in network for address, _ in _addresses(host.api, host.entry.node) for network in networks
     )
 
 
 def _addresses(api: Any, name: str) -> list[tuple[Any, Any]]:
-    found = []
-    for each in entries(api.get(f"/nodes/{name}/network"), call=f"get /nodes/{name}/network"):
+    addresses = []
+    for entry in entries(api.get(f"/nodes/{name}/network"), call=f"get /nodes/{name}/network"):
         try:
-            interface = ipaddress.ip_interface(str(each.get("cidr")))
+            interface = ipaddress.ip_interface(str(entry.get("cidr")))
         except ValueError:
             continue
-        found.append((interface.ip, interface.network))
-    return found
+        addresses.append((interface.ip, interface.network))
+    return addresses

@@ -1,4 +1,4 @@
-"""The checks, in order, each on its own: one that fails does not keep the others from being made."""
+"""All checks in order; a check that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pytest_nestedpve.setup.checks import (
 from pytest_nestedpve.setup.checks.finding import MISSING, UNKNOWN, Finding
 
 if TYPE_CHECKING:
-    from pytest_nestedpve.setup.checks.context import Seen
+    from pytest_nestedpve.setup.checks.context import Context
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check; `needs` names those without which there is nothing to look at."""
+    """One check; `needs`: the checks that must pass before it can run."""
 
     name: str
-    do: Callable[[Seen], Iterable[Finding]]
+    do: Callable[[Context], Iterable[Finding]]
     needs: tuple[str, ...] = ()
 
 
@@ -58,73 +58,73 @@ CHECKS: tuple[Check, ...] = (
     Check("VM id", capacity.ids, _NODE),
     Check("pool", capacity.pool_parent, _PVE),
 )
-# A run finds these out, or mends them, as it goes.
-FOR_PEOPLE: tuple[Check, ...] = (
+# For the doctor alone: a run tries HTTPS and deletes leftovers in any case.
+DOCTOR_CHECKS: tuple[Check, ...] = (
     Check("transport", connectivity.transport, _PVE),
     Check("runs", connectivity.leftovers, _PVE),
 )
 
 
 @dataclass(frozen=True)
-class Found:
-    """All findings, and the error that ended the connection, if one did."""
+class CheckResults:
+    """All findings, and the error that ended the connection, if any."""
 
     findings: tuple[Finding, ...]
-    lost: SshError | None = None
+    connection_error: SshError | None = None
 
     def of(self, level: str) -> tuple[Finding, ...]:
         """The findings of one level."""
-        return tuple(each for each in self.findings if each.level == level)
+        return tuple(finding for finding in self.findings if finding.level == level)
 
 
-def look(
-    seen: Seen,
+def run_checks(
+    context: Context,
     *,
     begin: Callable[[str], None] = lambda _name: None,
-    told: Callable[[Finding], None] = lambda _finding: None,
+    report: Callable[[Finding], None] = lambda _finding: None,
     checks: Iterable[Check] = CHECKS,
-) -> Found:
-    """Make the checks; `begin` hears of each before it is made, `told` of each finding at once."""
+) -> CheckResults:
+    """Run the checks; `begin` is called with a check's name before it, `report` with a finding at once."""
     findings: list[Finding] = []
     failed: set[str] = set()
-    known: set[int] = set()  # errors that stand among the findings already
-    lost: SshError | None = None
+    reported: set[int] = set()  # ids of errors that are findings already
+    connection_error: SshError | None = None
 
-    def take(finding: Finding) -> None:
+    def add(finding: Finding) -> None:
         findings.append(finding)
-        told(finding)
+        report(finding)
 
     for check in checks:
-        lacking = next((need for need in check.needs if need in failed), None)
-        if lost is not None or lacking is not None:
+        prerequisite = next((name for name in check.needs if name in failed), None)
+        if connection_error is not None or prerequisite is not None:
             failed.add(check.name)
-            why = "the connection is lost" if lost is not None else f"{lacking} comes first"
-            take(Finding(check.name, "", f"not looked at: {why}", level=UNKNOWN))
+            why = "the connection was lost" if connection_error else f"it needs the check {prerequisite}"
+            add(Finding(check.name, "", f"not checked: {why}", level=UNKNOWN))
             continue
         begin(check.name)
         before = len(findings)
         try:
-            for finding in check.do(seen):
-                take(finding)
+            for finding in check.do(context):
+                add(finding)
         except SshError as e:
-            lost = e
-            take(unreachable(seen.settings.host or seen.host.name, e))
+            connection_error = e
+            add(unreachable(context.settings.host or context.host.name, e))
         except PveError as e:
-            if id(e) in known:
-                take(Finding(check.name, "", "not looked at: the answer for it failed", level=UNKNOWN))
+            if id(e) in reported:
+                add(Finding(check.name, "", "not checked: the request for it failed", level=UNKNOWN))
             else:
-                known.add(id(e))
-                words = e.text if isinstance(e, ApiError) else str(e)
-                said = " / ".join(words.split("\n")[:3])
-                take(Finding(check.name, "an answer", said, "Mend that on the host first."))
-        if any(each.level in (MISSING, UNKNOWN) for each in findings[before:]):
+                reported.add(id(e))
+                text = e.text if isinstance(e, ApiError) else str(e)
+                message = " / ".join(text.split("\n")[:3])
+                add(Finding(check.name, "an answer", message, "Fix that on the host first."))
+        if any(finding.level in (MISSING, UNKNOWN) for finding in findings[before:]):
             failed.add(check.name)
-    return Found(tuple(findings), lost)
+    return CheckResults(tuple(findings), connection_error)
 
 
 def unreachable(name: str, error: SshError) -> Finding:
-    """A host that cannot be logged in to."""
-    said = "by hand" in str(error) or str(error).endswith("?")  # what to do
+    """The finding of a failed login."""
+    has_advice = "by hand" in str(error) or str(error).endswith("?")
     by_hand = (shlex.join(["ssh", name, "true"]),) if " " not in name else ()
-    advice = "" if said else "See what a login by hand says."
-    return Finding("SSH", f"a login as root at {name}", str(error), advice, by_hand, here=True)
+    advice = "" if has_advice else "Log in by hand to see the cause."
+    return Finding("SSH", f"a login as root at {name}", str(error), advice, by_hand, local_fix=True)
