@@ -63,7 +63,8 @@ class StandinApi(Verbs):
             raise classify(e.for_cli(), e.rc, call) from e
         except NoReply as e:
             raise CommandTimeout(f"{call}: {e}") from e
-        return json.loads(json.dumps(answer.upid if isinstance(answer, tasks.Started) else answer))
+        answer = json.loads(json.dumps(answer.upid if isinstance(answer, tasks.Started) else answer))
+        return self._host.changed_answer(verb, path, answer)
 
     def _node_of(self, path: str) -> str:
         """The node that answers. A call for another one is handed on (recorded: nodedown-022, facts 7)."""

@@ -69,6 +69,7 @@ class StandinHost:
         self.path = path
         self.name = node
         self._before: list[tuple[str, re.Pattern[str], Callable[[], None]]] = []
+        self._changes: list[tuple[str, re.Pattern[str], Callable[[Any], Any]]] = []
         with holding(path / ".lock"):
             if not (path / "cluster").exists():
                 self._make_node(node)
@@ -166,6 +167,17 @@ class StandinHost:
     def before(self, method: str, path: str, action: Callable[[], None]) -> None:
         """Do something when the next call arrives whose path fits the regular expression; in this process."""
         self._before.append((method, re.compile(path), action))
+
+    def change_answers(self, method: str, path: str, change: Callable[[Any], Any]) -> None:
+        """Put `change(answer)` in place of each answer of calls that fit; for this object alone."""
+        self._changes.append((method, re.compile(path), change))
+
+    def changed_answer(self, verb: str, path: str, answer: Any) -> Any:
+        """The answer of a call, with the changes of `change_answers`."""
+        for method, pattern, change in self._changes:
+            if method == verb and pattern.fullmatch(path):
+                answer = change(answer)
+        return answer
 
     def slow(self, **seconds: float) -> None:
         """Have tasks of these types take so long, until `clear_faults`; `all` is for every type."""

@@ -185,3 +185,8 @@ def test_an_action_comes_before_the_next_call_that_fits(host: StandinHost) -> No
     host.before("GET", f"{QEMU}/100/config", lambda: host.edit_vm(100, description="meanwhile"))
     assert host.connect().api.get(f"{QEMU}/100/config")["description"] == "meanwhile"
     assert host.calls()[-1] == f"GET {QEMU}/100/config"
+
+
+def test_an_answer_can_be_another_one(host: StandinHost) -> None:
+    host.change_answers("GET", "/version", lambda answer: {**answer, "version": None})
+    assert host.connect().api.get("/version")["version"] is None
