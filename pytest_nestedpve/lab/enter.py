@@ -30,9 +30,8 @@ def namespace_command(inits: Mapping[str, int], node: str, command: Sequence[str
         host = FATHER
     if host not in inits:
         raise LabError(
-            f"{host} is off, or the lab has one node only; "
-            f"`nestedpve-lab power NAME {host} on` switches it on, "
-            "`nestedpve-lab start NAME --nodes 2` has it"
+            f"{host} is off, or the lab has one node only: `nestedpve-lab power NAME {host} on` switches "
+            "it on, `nestedpve-lab start NAME --nodes 2` starts a lab with two nodes"
         )
     prefix = _nsenter(inits[host])
     if not node:
