@@ -1,1 +1,1 @@
-"""What the project promises about cost, measured: `python -m benchmarks [NAME…] [--json FILE]`."""
+"""Measurements of the costs that the project promises: `python -m benchmarks [NAME…] [--json FILE]`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME…] [--json FILE]`: measure, print, write rows. Status 1 if a limit is broken."""
+"""`python -m benchmarks [NAME…] [--json FILE]`: measure and print rows. Status 1 if a limit is exceeded."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when all rows pass, else 1; argparse's 2 for usage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; default: all"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(BENCHMARKS))
     if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark {', '.join(unknown)}; expected some of {', '.join(BENCHMARKS)}")
     rows: list[Row] = []
-    broken = False
+    failed = False
     for name in options.names or BENCHMARKS:
         try:
-            found = BENCHMARKS[name]()
+            measured = BENCHMARKS[name]()
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            broken = True
+            failed = True
             continue
-        show(found)
-        rows += found
+        show(measured)
+        rows += measured
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
-    return 0 if not broken and all(row.passed for row in rows) else 1
+    return 0 if not failed and all(row.passed for row in rows) else 1
 
 
 if __name__ == "__main__":

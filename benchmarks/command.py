@@ -1,4 +1,4 @@
-"""A command over an open connection: ours, and OpenSSH over a ControlMaster, to one sshd on loopback."""
+"""Time of a command over an open connection: ours, and OpenSSH's ControlMaster, to one sshd on loopback."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ LIMIT_MS = 10.0
 LIMIT_RATIO = 0.5
 
 
-def _times(*contenders: Callable[[], object]) -> list[tuple[float, ...]]:
-    """Milliseconds of each contender, round by round in turn: a busy machine is busy for all of them."""
-    found: list[list[float]] = [[] for _ in contenders]
+def _measure_all(*contenders: Callable[[], object]) -> list[tuple[float, ...]]:
+    """Milliseconds of each contender, in turn within each round, so that load on the machine affects all."""
+    durations: list[list[float]] = [[] for _ in contenders]
     for number in range(ROUNDS + 1):
-        for times, contender in zip(found, contenders, strict=True):
+        for times, contender in zip(durations, contenders, strict=True):
             started = time.perf_counter()
             contender()
             if number:  # the first round opens the connections
                 times.append(round(1000 * (time.perf_counter() - started), 2))
-    return [tuple(times) for times in found]
+    return [tuple(times) for times in durations]
 
 
 def measure() -> list[Row]:
     """Two rows: the limit in milliseconds, and the ratio."""
-    from sshd import Sshd  # the tests' own server
+    from sshd import Sshd  # the sshd of the unit tests
 
     from pytest_nestedpve.pve.ssh.connection import SshConnection
 
@@ -49,7 +49,7 @@ def measure() -> list[Row]:
             )
             openssh = ["ssh", "-F", str(config), "bench"]
             with SshConnection(server.target()) as connection:
-                ours, baseline = _times(
+                ours, baseline = _measure_all(
                     lambda: connection.run("true"),
                     lambda: subprocess.run([*openssh, "true"], check=True, capture_output=True),
                 )

@@ -1,4 +1,4 @@
-"""Labs of the benchmarks' own, as slow as a real host, and runs in them without a session of pytest."""
+"""Labs for benchmarks, with the delays of a real host, and runs on them without a pytest session."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from pytest_nestedpve.run.identity import Run
 
 PREFIX = "bench"
-SLOW = 1.3
+REAL_DELAY = 1.3
 """Seconds that a start of `pvesh` or `qm` takes on a real host, Proxmox VE 9.2 over SSH."""
 
 
 @contextlib.contextmanager
 def lab(name: str) -> Iterator[str]:
-    """The name of a lab that was started for this and is stopped afterwards. Raises RuntimeError."""
+    """Start a lab, yield its name, stop it. Raises RuntimeError."""
     from pytest_nestedpve.lab import lifecycle
     from pytest_nestedpve.lab.names import LabError
 
-    full = f"{PREFIX}-{name}"
+    lab_name = f"{PREFIX}-{name}"
     try:
-        lifecycle.start(full, hand=True, report=lambda _text: None)
+        lifecycle.start(lab_name, hand=True, report=lambda _text: None)
     except LabError as e:
         raise RuntimeError(str(e)) from e
     try:
-        yield full
+        yield lab_name
     finally:
-        lifecycle.stop(full)
+        lifecycle.stop(lab_name)
 
 
-def pace(name: str, **seconds: float) -> None:
-    """Make the lab that slow; what is not named is fast."""
+def set_delays(name: str, **seconds: float) -> None:
+    """Set the lab's delays by key; delays without a value are 0."""
     from pytest_nestedpve.lab import speed
 
     speed.change(name, dict.fromkeys(speed.KEYS, 0.0) | seconds)
 
 
-def ask(name: str, *words: str, node: str = "father") -> str:
-    """What a command on a node of the lab says; raises RuntimeError when it fails."""
+def run_on(name: str, *words: str, node: str = "father") -> str:
+    """Run a command on a node of the lab and return its output; raises RuntimeError when it fails."""
     from pytest_nestedpve.lab import lifecycle, programs
     from pytest_nestedpve.lab.enter import namespace_command
 
@@ -59,8 +59,8 @@ def ask(name: str, *words: str, node: str = "father") -> str:
     return done.stdout
 
 
-def by_ssh(name: str, *words: str) -> None:
-    """A command on father over a new SSH connection, as a shell script does it."""
+def run_by_ssh(name: str, *words: str) -> None:
+    """Run a command on father over a new SSH connection, as a shell script does."""
     from pytest_nestedpve.lab import lifecycle
 
     lab = lifecycle.get(name)
@@ -69,7 +69,7 @@ def by_ssh(name: str, *words: str) -> None:
 
 @contextlib.contextmanager
 def session(name: str) -> Iterator[tuple[PveHost, Settings, Run]]:
-    """A run on the lab with its pool, its connection open as a session's is in the middle of its work."""
+    """A run on the lab with its pool and an open connection, as in the middle of a pytest session."""
     from pytest_nestedpve.config.hosts import connect, resolve
     from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.ownership.pool import create_pool, host_clock, pool_name
@@ -86,26 +86,31 @@ def session(name: str) -> Iterator[tuple[PveHost, Settings, Run]]:
             host.close()
 
 
-def with_guests(host: PveHost, settings: Settings, run: Run, count: int, *, running: bool) -> list[Candidate]:
-    """Guests of the run without an operating system, as `discover` finds them. Raises PveError."""
+def create_guests(
+    host: PveHost, settings: Settings, run: Run, count: int, *, running: bool
+) -> list[Candidate]:
+    """Create `count` guests of the run without an operating system; return them as `discover` does.
+
+    Raises PveError, RuntimeError.
+    """
     from pytest_nestedpve.ownership.create import create_marked
     from pytest_nestedpve.ownership.discover import discover
     from pytest_nestedpve.pve import qemu
     from pytest_nestedpve.pve.parallel import in_parallel
 
-    def make(_number: int) -> int:
-        made = create_marked(host, run, settings, memory=64)
+    def create(_number: int) -> int:
+        vm = create_marked(host, run, settings, memory=64)
         if running:
-            qemu.start(host.api, made.node, made.vmid)
-        return made.vmid
+            qemu.start(host.api, vm.node, vm.vmid)
+        return vm.vmid
 
-    in_parallel(make, range(count), 4)
-    found = discover(host, settings, run.id)
-    if len(found) != count:
-        raise RuntimeError(f"expected {count} guests of the run, found {len(found)}")
-    return found
+    in_parallel(create, range(count), 4)
+    candidates = discover(host, settings, run.id)
+    if len(candidates) != count:
+        raise RuntimeError(f"expected {count} guests of the run, found {len(candidates)}")
+    return candidates
 
 
-def seconds(begin: float) -> float:
+def seconds_since(begin: float) -> float:
     """Seconds since `begin` (time.perf_counter), for a row."""
     return round(time.perf_counter() - begin, 3)

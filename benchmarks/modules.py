@@ -1,4 +1,4 @@
-"""What the installed, unused plugin costs: modules imported by a session over those of bare pytest."""
+"""Modules that a session imports beyond those of bare pytest, with the plugin installed but unused."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def pytest_unconfigure(config):
 """
 
 
-def modules(*plugins: str) -> set[str]:
+def imported_modules(*plugins: str) -> set[str]:
     """Names of the modules that `pytest --collect-only` of one empty test has imported at its end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "module_counter.py").write_text(_COUNTER)
         (folder / "test_nothing.py").write_text("def test_nothing(): pass\n")
-        listed = folder / "modules.txt"
+        output = folder / "modules.txt"
         env = {
             **os.environ,
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "MODULES_FILE": str(listed),
+            "MODULES_FILE": str(output),
             "PYTHONPATH": name,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -43,12 +43,12 @@ def modules(*plugins: str) -> set[str]:
             check=True,
             capture_output=True,
         )
-        return set(listed.read_text().split())
+        return set(output.read_text().split())
 
 
 def measure() -> list[Row]:
     """One row."""
-    bare, ours = modules(), modules("pytest_nestedpve.plugin")
+    bare, ours = imported_modules(), imported_modules("pytest_nestedpve.plugin")
     return [
         Row(
             "modules_at_load",

@@ -1,4 +1,4 @@
-"""A kept environment on the lab: what it saves against the cold run that made it, in a project of its own."""
+"""Sessions that resume a kept environment on the lab, against the cold session that created it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure() -> list[Row]:
         (project / "test_clean.py").write_text(CLEAN)
         source = project / "source"
         source.mkdir()
-        (source / "README").write_text("something to bring\n")
+        (source / "README").write_text("a source\n")
         (project / "pytest.ini").write_text(
             "[pytest]\nnested_pve_playbook_dir = playbooks\nnested_pve_sources = mine=source\n"
         )
@@ -46,16 +46,16 @@ def measure() -> list[Row]:
         keep = ("--nested-keep", "test_steps.py")
         try:
             cold = _session(project, *keep)
-            again = tuple(_session(project, *keep) for _ in range(3))
-            edited = tuple(_edited(project, number, *keep) for number in range(3))
-            step = tuple(_edited(project, 3 + n, *keep, "-k", "setup_repos") for n in range(3))
+            unchanged = tuple(_session(project, *keep) for _ in range(3))
+            edited = tuple(_session_after_edit(project, number, *keep) for number in range(3))
+            step = tuple(_session_after_edit(project, 3 + n, *keep, "-k", "setup_repos") for n in range(3))
             proved = tuple(_session(project, *keep, "-k", "setup_repos") for _ in range(3))
             _session(project, "--nested-keep", "test_clean.py", "--junitxml=clean.xml")
-            clean = _set_ups(project / "clean.xml")
+            clean = _read_durations(project / "clean.xml")
         finally:
             _session(project, "--nested-destroy-only")
     return [
-        Row("reuse.nothing_changed", "s", again, (cold,), UNCHANGED, "ratio", "against the cold run"),
+        Row("reuse.nothing_changed", "s", unchanged, (cold,), UNCHANGED, "ratio", "against the cold run"),
         Row(
             "reuse.repos_playbook_edited", "s", edited, (cold,), ONE_PLAYBOOK, "ratio", "against the cold run"
         ),
@@ -73,7 +73,7 @@ def measure() -> list[Row]:
     ]
 
 
-def _edited(project: Path, number: int, *arguments: str) -> float:
+def _session_after_edit(project: Path, number: int, *arguments: str) -> float:
     playbook = project / "playbooks" / "nested-pve-repos.yml"
     playbook.write_text(playbook.read_text() + f"# edit {number}\n")
     return _session(project, *arguments)
@@ -105,7 +105,7 @@ def _session(project: Path, *arguments: str) -> float:
     return round(time.monotonic() - began, 2)
 
 
-def _set_ups(junit: Path) -> dict[str, float]:
-    """Seconds by test; nearly all of it is the fixture."""
+def _read_durations(junit: Path) -> dict[str, float]:
+    """Seconds by test, nearly all of them the fixture's."""
     cases = ElementTree.parse(junit).iter("testcase")
     return {case.attrib["name"]: float(case.attrib["time"]) for case in cases}

@@ -1,4 +1,4 @@
-"""The cold round trip on the lab, phase by phase, from its audit log, with what bounds each phase."""
+"""The cold round trip on the lab: duration of each phase by the audit log, split by the kind of work."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def measure() -> list[Row]:
 
 def rows(report: RunReport) -> list[Row]:
     """The rows of a run."""
-    found = [
-        Row(f"round_trip.{step.name}", "s", (round(step.seconds or 0.0, 2),), note=bound(step))
+    phases = [
+        Row(f"round_trip.{step.name}", "s", (round(step.seconds or 0.0, 2),), note=describe_time(step))
         for step in (*report.steps, *report.teardown_steps)
     ]
     whole = Row("round_trip", "s", (round(report.seconds, 2),), note="first line of the log to the last")
-    return [*found, whole]
+    return [*phases, whole]
 
 
-def bound(step: Step) -> str:
-    """Where the time of a phase went: Ansible, commands, and the rest, which is waiting."""
+def describe_time(step: Step) -> str:
+    """The seconds of a phase by the kind of work: Ansible, calls and commands, the rest."""
     whole = step.seconds or 0.0
-    playbooks = sum(each.seconds or 0.0 for each in step.playbooks)
+    playbooks = sum(playbook.seconds or 0.0 for playbook in step.playbooks)
     parts = {
         f"Ansible, {len(step.playbooks)} playbook(s)": playbooks,
         f"{step.calls} calls and commands": step.call_seconds,
     }
-    shown = [f"{seconds:.1f} s {what}" for what, seconds in parts.items() if seconds >= 0.05]
+    texts = [f"{seconds:.1f} s {what}" for what, seconds in parts.items() if seconds >= 0.05]
     rest = whole - playbooks - step.call_seconds
     if rest >= 0.05:
-        shown.append(f"{rest:.1f} s between them: waiting for the guest, or work on this machine")
-    return ", ".join(shown) or "nothing to speak of"
+        texts.append(f"{rest:.1f} s between them: waiting for the guest, or work on this machine")
+    return ", ".join(texts) or "less than 0.05 s"

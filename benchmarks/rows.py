@@ -1,4 +1,4 @@
-"""One measured row, and what it takes to pass."""
+"""One measured row and its limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def machine() -> str:
-    """Where it was measured: cores, processor architecture, kernel, Python."""
+    """The machine of the measurement: cores, processor architecture, kernel, Python."""
     python = f"Python {platform.python_version()}"
     return f"{os.cpu_count()} cores, {platform.machine()}, {platform.release()}, {python}"
 
@@ -19,7 +19,7 @@ def machine() -> str:
 @dataclass(frozen=True)
 class Row:
     """`limit` bounds the median of ours (`limit_on="ours"`), its distance from the baseline's ("difference")
-    or their ratio ("ratio"); None: measured only. `note` says what was measured, or what bounds it.
+    or their ratio ("ratio"); None: no limit. `note` describes the measurement.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def measured(self) -> float | None:
-        """What the limit is compared with."""
+        """The value that the limit is compared with; None without measurements."""
         if not self.ours:
             return None
         if self.limit_on == "ratio":
@@ -49,12 +49,12 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Within the limit; without measurements nothing passes."""
+        """Whether the value is within the limit. False without measurements."""
         measured = self.measured
         return measured is not None and (self.limit is None or measured <= self.limit)
 
     def as_json(self) -> dict[str, Any]:
-        """The row as written to a file."""
+        """The row as a JSON object."""
         fields = asdict(self)
         return {
             **fields,
@@ -66,13 +66,13 @@ class Row:
         }
 
     def line(self) -> str:
-        """The row for people."""
-        found = "not measured" if not self.ours else f"{statistics.median(self.ours):.3g} {self.unit}"
+        """The row as a line of text."""
+        median = "not measured" if not self.ours else f"{statistics.median(self.ours):.3g} {self.unit}"
         against = f" (baseline {statistics.median(self.baseline):.3g})" if self.baseline else ""
         limit = "" if self.limit is None else f", {self.limit_on} at most {self.limit:g}"
         verdict = "" if self.limit is None else "ok      " if self.passed else "TOO MUCH"
         note = f"  [{self.note}]" if self.note else ""
-        return f"{verdict:8} {self.name:34} {found}{against}{limit}{note}"
+        return f"{verdict:8} {self.name:34} {median}{against}{limit}{note}"
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -1,7 +1,7 @@
-"""The three set-up phases that are playbooks: through the harness, and by `ansible-playbook` at the prompt.
+"""The three set-up phases that are playbooks: by the harness, and by `ansible-playbook` on a command line.
 
-Both begin at the same snapshot of one nested PVE, with the same ansible.cfg, inventory and variables; by hand
-they are three commands one after another, as a shell script has them.
+Both begin at the same snapshot of one nested PVE, with the same ansible.cfg, inventory and variables. The
+baseline is three commands one after another, as in a shell script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ retry_files_enabled = False
 pipelining = True
 retries = 3
 """
-# What the harness gives to Ansible, for who does the same by hand.
+# Records the harness's arguments of each playbook, for the baseline.
 CONFTEST = """
 import functools, json, os
 from pathlib import Path
@@ -41,14 +41,14 @@ from pytest_nestedpve.setup.ansible import playbooks
 run = playbooks.run_playbook
 
 @functools.wraps(run)
-def told(env, playbook, *, inventory, variables, **more):
-    file = Path(__file__).parent / f"given-{playbook.stem}.json"
-    given = {"playbook": str(playbook), "inventory": inventory.to_data(), "variables": dict(variables)}
-    given["ssh_config"] = str(Path(env.run.dir).absolute() / "ssh_config")
-    file.write_text(json.dumps(given, default=str))
-    return run(env, playbook, inventory=inventory, variables=variables, **more)
+def record(env, playbook, *, inventory, variables, **options):
+    file = Path(__file__).parent / f"arguments-{playbook.stem}.json"
+    arguments = {"playbook": str(playbook), "inventory": inventory.to_data(), "variables": dict(variables)}
+    arguments["ssh_config"] = str(Path(env.run.dir).absolute() / "ssh_config")
+    file.write_text(json.dumps(arguments, default=str))
+    return run(env, playbook, inventory=inventory, variables=variables, **options)
 
-playbooks.run_playbook = told
+playbooks.run_playbook = record
 """
 
 
@@ -61,14 +61,14 @@ def measure() -> list[Row]:
         _session(project, name, "-k", "ensure_pve")
         try:
             for _ in range(ROUNDS):
-                labs.pace(name, cli_delay_s=labs.SLOW)
-                ours.append(_by_harness(project, name))
-                _back(name)
-                labs.pace(name, cli_delay_s=labs.SLOW)
-                baseline.append(_by_hand(project))
-                _back(name)
+                labs.set_delays(name, cli_delay_s=labs.REAL_DELAY)
+                ours.append(_measure_harness(project, name))
+                _roll_back(name)
+                labs.set_delays(name, cli_delay_s=labs.REAL_DELAY)
+                baseline.append(_measure_commands(project))
+                _roll_back(name)
         finally:
-            labs.pace(name)
+            labs.set_delays(name)
             subprocess.run(
                 _pytest(name, "--nested-destroy-only"), cwd=project, capture_output=True, check=False
             )
@@ -81,7 +81,7 @@ def _write(project: Path) -> None:
     (project / "conftest.py").write_text(CONFTEST)
     (project / "ansible.cfg").write_text(ANSIBLE_CFG)
     (project / "source").mkdir()
-    (project / "source" / "README").write_text("something to bring\n")
+    (project / "source" / "README").write_text("a source\n")
     (project / "pytest.ini").write_text(
         "[pytest]\nnested_pve_playbook_dir = playbooks\nnested_pve_sources = mine=source\n"
     )
@@ -101,12 +101,12 @@ def _session(project: Path, name: str, *arguments: str) -> None:
         check=False,
     )
     if done.returncode:
-        said = (done.stdout + done.stderr)[-3000:]
-        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{said}")
+        output = (done.stdout + done.stderr)[-3000:]
+        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{output}")
 
 
-def _by_harness(project: Path, name: str) -> float:
-    """Seconds of the three phases, by the audit log."""
+def _measure_harness(project: Path, name: str) -> float:
+    """Seconds of the three phases in a session, by its audit log."""
     log = next((project / ".nested-pve" / "runs").glob("*/audit.jsonl"))
     before = len(log.read_text().splitlines())
     _session(project, name, "-k", " or ".join(PHASES))
@@ -117,49 +117,49 @@ def _by_harness(project: Path, name: str) -> float:
     return round(sum(float(ends[phase]["ms"]) for phase in PHASES) / 1000, 2)
 
 
-def _by_hand(project: Path) -> float:
-    """Seconds of the three commands."""
-    taken = 0.0
+def _measure_commands(project: Path) -> float:
+    """Seconds of the three `ansible-playbook` commands."""
+    seconds = 0.0
     for stem in ("nested-pve-network", "nested-pve-ssh", "nested-pve-repos"):
-        given = json.loads((project / f"given-{stem}.json").read_text())
-        (project / "inventory.json").write_text(json.dumps(given["inventory"]))
+        arguments = json.loads((project / f"arguments-{stem}.json").read_text())
+        (project / "inventory.json").write_text(json.dumps(arguments["inventory"]))
         variables = project / "variables.json"
-        variables.write_text(json.dumps(given["variables"]))
+        variables.write_text(json.dumps(arguments["variables"]))
         command = [
             str(Path(sys.executable).parent / "ansible-playbook"),
             *("-i", str(project / "inventory.json"), "-e", f"@{variables}"),
-            *("--ssh-common-args", f"-F {given['ssh_config']}", given["playbook"]),
+            *("--ssh-common-args", f"-F {arguments['ssh_config']}", arguments["playbook"]),
         ]
         environment = {**os.environ, "ANSIBLE_CONFIG": str(project / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
         began = time.perf_counter()
         done = subprocess.run(
             command, cwd=project, env=environment, text=True, capture_output=True, check=False
         )
-        taken += time.perf_counter() - began
+        seconds += time.perf_counter() - began
         if done.returncode:
-            said = (done.stdout + done.stderr)[-3000:]
-            raise RuntimeError(f"{stem} by hand ended with {done.returncode}:\n{said}")
-    return round(taken, 2)
+            output = (done.stdout + done.stderr)[-3000:]
+            raise RuntimeError(f"ansible-playbook {stem} ended with {done.returncode}:\n{output}")
+    return round(seconds, 2)
 
 
-def _back(name: str) -> None:
-    """The nested PVE as it was after ensure_pve, up and well; no part of what is measured."""
-    labs.pace(name)
-    vmid = labs.ask(name, "sh", "-c", "qm list | sed -n '2s/^ *\\([0-9]*\\) .*/\\1/p'").strip()
-    named = labs.ask(name, "qm", "listsnapshot", vmid).split()
+def _roll_back(name: str) -> None:
+    """Roll the nested PVE back to its state after ensure_pve and wait until it is up. Not measured."""
+    labs.set_delays(name)
+    vmid = labs.run_on(name, "sh", "-c", "qm list | sed -n '2s/^ *\\([0-9]*\\) .*/\\1/p'").strip()
+    snapshots = labs.run_on(name, "qm", "listsnapshot", vmid).split()
     for phase in reversed(PHASES):
-        if f"npve_{phase}" in named:
-            labs.ask(name, "qm", "delsnapshot", vmid, f"npve_{phase}")
-    labs.ask(name, "qm", "stop", vmid)
-    labs.ask(name, "qm", "rollback", vmid, START)
-    labs.ask(name, "qm", "start", vmid)
+        if f"npve_{phase}" in snapshots:
+            labs.run_on(name, "qm", "delsnapshot", vmid, f"npve_{phase}")
+    labs.run_on(name, "qm", "stop", vmid)
+    labs.run_on(name, "qm", "rollback", vmid, START)
+    labs.run_on(name, "qm", "start", vmid)
 
-    def well() -> bool:
+    def is_up() -> bool:
         try:
-            labs.ask(name, "qm", "agent", vmid, "ping")
-            labs.ask(name, "systemctl", "is-active", "ssh", "pveproxy", node="nested")
+            labs.run_on(name, "qm", "agent", vmid, "ping")
+            labs.run_on(name, "systemctl", "is-active", "ssh", "pveproxy", node="nested")
         except RuntimeError:
             return False
         return True
 
-    wait_until(well, deadline=Deadline(120), what="the nested PVE to be up again")
+    wait_until(is_up, deadline=Deadline(120), what="the nested PVE to be up again")

@@ -1,4 +1,4 @@
-"""Destroying a run's guests: ours, each proved before each blow, and a shell's way, one after another."""
+"""Time to destroy a run's guests: by the harness, with proofs and in parallel, and by shell commands."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ STOP, DESTROY = 2.0, 3.0
 
 
 def measure_eight() -> list[Row]:
-    """Eight running guests, the session open; the ratio to `qm stop` and `qm destroy` over SSH."""
+    """Eight running guests over an open connection; the ratio to `qm stop` and `qm destroy` over SSH."""
     ours, baseline = [], []
     with labs.lab("teardown") as name, labs.session(name) as (host, settings, run):
         for _ in range(EIGHT_ROUNDS):
-            labs.pace(name)
-            labs.with_guests(host, settings, run, 8, running=True)
-            labs.pace(name, cli_delay_s=labs.SLOW)
-            ours.append(_destroyed(host, settings, run))
-            labs.pace(name)
-            candidates = labs.with_guests(host, settings, run, 8, running=True)
-            labs.pace(name, cli_delay_s=labs.SLOW)
+            labs.set_delays(name)
+            labs.create_guests(host, settings, run, 8, running=True)
+            labs.set_delays(name, cli_delay_s=labs.REAL_DELAY)
+            ours.append(_measure_destroy(host, settings, run))
+            labs.set_delays(name)
+            candidates = labs.create_guests(host, settings, run, 8, running=True)
+            labs.set_delays(name, cli_delay_s=labs.REAL_DELAY)
             began = time.perf_counter()
-            for each in candidates:
-                labs.by_ssh(name, "qm", "stop", str(each.vmid))
-                labs.by_ssh(name, "qm", "destroy", str(each.vmid))
-            baseline.append(labs.seconds(began))
+            for candidate in candidates:
+                labs.run_by_ssh(name, "qm", "stop", str(candidate.vmid))
+                labs.run_by_ssh(name, "qm", "destroy", str(candidate.vmid))
+            baseline.append(labs.seconds_since(began))
     note = "discovery and proofs included, against qm stop and qm destroy over a new SSH connection each"
     return [Row("teardown8", "s", tuple(ours), tuple(baseline), EIGHT_LIMIT, "ratio", note)]
 
 
 def measure_fifty() -> list[Row]:
-    """Fifty running guests whose stop and destroy take their time; the bound of the width is the baseline."""
+    """Fifty running guests with delays of stop and destroy; the baseline is computed from the width."""
     bound = FIFTY / WIDTH * (STOP + DESTROY)
     with labs.lab("teardown") as name, labs.session(name) as (host, settings, run):
-        labs.with_guests(host, settings, run, FIFTY, running=True)
-        labs.pace(name, cli_delay_s=labs.SLOW, stop_s=STOP, destroy_s=DESTROY)
-        ours = _destroyed(host, settings, run)
+        labs.create_guests(host, settings, run, FIFTY, running=True)
+        labs.set_delays(name, cli_delay_s=labs.REAL_DELAY, stop_s=STOP, destroy_s=DESTROY)
+        ours = _measure_destroy(host, settings, run)
     note = f"stop {STOP:g} s, destroy {DESTROY:g} s; baseline: {FIFTY} / {WIDTH} at a time x 5 s"
     return [Row("teardown50", "s", (ours,), (bound,), FIFTY_LIMIT, "ratio", note)]
 
 
-def _destroyed(host: PveHost, settings: Settings, run: Run) -> float:
+def _measure_destroy(host: PveHost, settings: Settings, run: Run) -> float:
     began = time.perf_counter()
     prover = RunProver(host.api, settings, run.id)
     outcomes = destroy(host, prover, discover(host, settings, run.id), force_stop=True)
-    taken = labs.seconds(began)
-    left = [each for each in outcomes if each.result != "gone"]
-    if left or discover(host, settings, run.id):
-        raise RuntimeError(f"not all guests are gone: {left}")
-    return taken
+    seconds = labs.seconds_since(began)
+    remaining = [outcome for outcome in outcomes if outcome.result != "gone"]
+    if remaining or discover(host, settings, run.id):
+        raise RuntimeError(f"not all guests are destroyed: {remaining}")
+    return seconds

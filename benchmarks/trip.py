@@ -1,4 +1,4 @@
-"""A cold round trip on a lab as slow as a real host: its calls, and how late ends were noticed."""
+"""A cold round trip on a lab with a real host's delays: its API calls, and how late ends were noticed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from benchmarks.trip_plugin import COMMANDS, TASKS
 ROOT = Path(__file__).parent.parent
 SHARE, CALL_MS, STARTS, LATE = 0.9, 10.0, 6.0, 0.5
 Line = dict[str, Any]
-REBOOT = "Wait until it is up again"
-"""The task of pve-install.yml in which the node comes up again."""
+REBOOT = "Wait for the node to answer"
+"""The task of pve-install.yml that waits for the rebooted node."""
 AWAITED = {
     *(f"{phase}.tasks" for phase in ("provision", "start_vm", "leaf_provision", "leaf_start", "destroy")),
     *(f"{phase}.{what}" for phase in ("wait_ip", "leaf_wait_ip") for what in ("agent", "cloud_init")),
     *(f"ensure_pve.{what}" for what in ("reboot", "agent")),
 }
-"""Rows without which a measurement says nothing: one that is not there is no row that passed."""
+"""The rows of all waits; a missing row is an error, not a row that passed."""
 
 
 @dataclass(frozen=True)
 class Trip:
-    """The lines of the audit log; moments of guests by phase; ends of tasks by UPID; starts of commands on
-    father and the nested PVE. All times are epoch seconds of one clock, the machine's."""
+    """The lines of the audit log; moments on guests by phase; ends of tasks by UPID; commands started on
+    father and the nested PVE; events of Ansible. All times are epoch seconds of one clock, the machine's."""
 
     lines: tuple[Line, ...]
     moments: dict[str, dict[str, float]]
@@ -45,10 +45,10 @@ class Trip:
 
 
 @functools.cache
-def trip() -> Trip:
-    """The measured round trip. Raises RuntimeError when it is not green."""
+def run_trip() -> Trip:
+    """Run the round trip once and collect its data. Raises RuntimeError when it fails."""
     with labs.lab("trip") as name, tempfile.TemporaryDirectory(prefix="bench-runs-") as folder:
-        labs.pace(name, cli_delay_s=labs.SLOW)
+        labs.set_delays(name, cli_delay_s=labs.REAL_DELAY)
         out = Path(folder)
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.trip_plugin"]
         done = subprocess.run(
@@ -60,16 +60,16 @@ def trip() -> Trip:
             env={**os.environ, "BENCH_LAB": name, "BENCH_OUT": folder},
         )
         if done.returncode:
-            said = (done.stdout + done.stderr)[-3000:]
-            raise RuntimeError(f"the round trip ended with status {done.returncode}:\n{said}")
+            output = (done.stdout + done.stderr)[-3000:]
+            raise RuntimeError(f"the round trip ended with status {done.returncode}:\n{output}")
         log = next(out.glob("runs/*/audit.jsonl"))
         lines = tuple(json.loads(line) for line in log.read_text().splitlines() if line.strip())
         first, last = lines[0]["ts"], lines[-1]["ts"]
-        ends = labs.ask(name, "sh", "-c", TASKS) + (out / "tasks-nested").read_text()
+        ends = labs.run_on(name, "sh", "-c", TASKS) + (out / "tasks-nested").read_text()
         commands = [
             f"{node}: {words}"
             for node, text in (
-                ("father", labs.ask(name, "sh", "-c", COMMANDS)),
+                ("father", labs.run_on(name, "sh", "-c", COMMANDS)),
                 ("nested", (out / "commands-nested").read_text()),
             )
             for moment, words in _pairs(text)
@@ -89,49 +89,49 @@ def trip() -> Trip:
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
-        one, space, other = line.partition(" ")
+        first, space, rest = line.partition(" ")
         if space:
-            yield one, other
+            yield first, rest
 
 
 def _events(artifacts: Path) -> Iterator[tuple[str, Line]]:
-    """Ansible's events, with the playbook's artifacts' name."""
+    """Ansible's events, each with the name of its playbook's artifact directory."""
     for path in artifacts.glob("*/job_events/*.json"):
         yield path.parents[1].name, json.loads(path.read_text())
 
 
-# -- by what the calls went ---------------------------------------------------------------------------------
+# -- transports of the calls --------------------------------------------------------------------------------
 
 
 def measure_calls() -> list[Row]:
-    """Share of HTTPS, milliseconds a call, starts of pvesh and qm."""
-    return calls_rows(trip())
+    """Share of HTTPS, milliseconds per call, starts of pvesh and qm."""
+    return calls_rows(run_trip())
 
 
-def calls_rows(found: Trip) -> list[Row]:
+def calls_rows(trip: Trip) -> list[Row]:
     """The rows of a round trip."""
-    over_https, by_command = api_calls(found.lines)
-    heavy = [words for words in found.commands if re.match(r"\w+: (?:pvesh|qm)\b", words)]
-    light = Counter(words for words in found.commands if words not in heavy)
+    over_https, by_command = api_calls(trip.lines)
+    heavy = [words for words in trip.commands if re.match(r"\w+: (?:pvesh|qm)\b", words)]
+    light = Counter(words for words in trip.commands if words not in heavy)
     total = len(over_https) + len(by_command)
-    others = 1 - len(over_https) / total
+    share = 1 - len(over_https) / total
     timed = tuple(float(line["ms"]) for line in over_https if line.get("ms"))
-    told = "; ".join(f"{count} x {words}" for words, count in sorted(Counter(heavy).items())) or "none"
-    also = "; ".join(f"{count} x {words}" for words, count in sorted(light.items())) or "none"
-    ways = Counter(str(line["cmd"]).split()[0] for line in by_command)
+    starts = "; ".join(f"{count} x {words}" for words, count in sorted(Counter(heavy).items())) or "none"
+    others = "; ".join(f"{count} x {words}" for words, count in sorted(light.items())) or "none"
+    programs = Counter(str(line["cmd"]).split()[0] for line in by_command)
     return [
         Row(
-            "api_calls.not_over_https", "of all", (round(others, 4),), (), round(1 - SHARE, 4),
-            note=f"{len(over_https)} of {total} over HTTPS; the others: {dict(ways) or 'none'}",
+            "api_calls.not_over_https", "of all", (round(share, 4),), (), round(1 - SHARE, 4),
+            note=f"{len(over_https)} of {total} over HTTPS; the others: {dict(programs) or 'none'}",
         ),
         Row("api_calls.ms", "ms", timed, (), CALL_MS, note="over HTTPS, work on the host included"),
-        Row("api_calls.starts", "starts", (float(len(heavy)),), (), STARTS, note=f"pvesh and qm: {told}"),
-        Row("api_calls.other_starts", "starts", (float(sum(light.values())),), (), note=f"beside: {also}"),
+        Row("api_calls.starts", "starts", (float(len(heavy)),), (), STARTS, note=f"pvesh and qm: {starts}"),
+        Row("api_calls.other_starts", "starts", (float(sum(light.values())),), (), note=f"others: {others}"),
     ]  # fmt: skip
 
 
 def api_calls(lines: tuple[Line, ...]) -> tuple[list[Line], list[Line]]:
-    """The harness's calls of the API: those over HTTPS, and those by a command of PVE's."""
+    """The harness's API calls: those over HTTPS, and those by a command of PVE."""
     calls = [line for line in lines if line["event"] == "call"]
     over_https = [line for line in calls if str(line.get("transport", "")).startswith("https")]
     by_command = [
@@ -147,41 +147,43 @@ def api_calls(lines: tuple[Line, ...]) -> tuple[list[Line], list[Line]]:
 
 
 def measure_noticed() -> list[Row]:
-    """For each wait of a phase: the time from what was waited for to its being noticed."""
-    rows = noticed_rows(trip())
-    missing = absent(rows)
+    """For each wait of a phase: the time from the awaited event until the harness noticed it."""
+    rows = noticed_rows(run_trip())
+    missing = missing_waits(rows)
     if missing:
-        raise RuntimeError(f"not to be found in what the round trip left: {', '.join(missing)}")
+        raise RuntimeError(f"the logs of the round trip lack the data of these waits: {', '.join(missing)}")
     return rows
 
 
-def absent(rows: list[Row]) -> list[str]:
-    """The waits that were not measured."""
+def missing_waits(rows: list[Row]) -> list[str]:
+    """Waits that were not measured."""
     return sorted(AWAITED - {row.name.removeprefix("noticed.") for row in rows})
 
 
-def noticed_rows(found: Trip) -> list[Row]:
+def noticed_rows(trip: Trip) -> list[Row]:
     """The rows of a round trip."""
-    rows = [_row(f"{phase}.tasks", late) for phase, late in sorted(_tasks_late(found).items())]
+    rows = [_row(f"{phase}.tasks", late) for phase, late in sorted(_tasks_late(trip).items())]
     for phase in ("wait_ip", "leaf_wait_ip"):
-        moments = found.moments[phase]
-        pings = _calls(found.lines, phase, r"post .*/agent/ping")
+        moments = trip.moments[phase]
+        pings = _calls(trip.lines, phase, r"post .*/agent/ping")
         noticed = [line["ts"] for line in pings if line.get("rc") == 0]
         if "qemu-guest-agent" in moments and noticed:
             rows.append(_row(f"{phase}.agent", [noticed[0] - moments["qemu-guest-agent"]]))
-        asked = _calls(found.lines, phase, r"get .*/agent/exec-status")
-        if "cloud-init" in moments and asked:
-            rows.append(_row(f"{phase}.cloud_init", [max(0.0, asked[-1]["ts"] - moments["cloud-init"])]))
-    rows += _reboot(found)
+        polls = _calls(trip.lines, phase, r"get .*/agent/exec-status")
+        if "cloud-init" in moments and polls:
+            rows.append(_row(f"{phase}.cloud_init", [max(0.0, polls[-1]["ts"] - moments["cloud-init"])]))
+    rows += _reboot_rows(trip)
     return rows
 
 
-def _row(name: str, late: list[float], also: str = "") -> Row:
-    """The latest decides; the note has them all."""
+def _row(name: str, late: list[float], remark: str = "") -> Row:
+    """The row's value is the largest of `late`; its note lists them."""
     ordered = sorted(late, reverse=True)
-    note = f"the latest of {len(late)}: " + ", ".join(f"{each:.2f}" for each in ordered[:12])
-    note += f"; {also}" if also else ""
-    return Row(f"noticed.{name}", "s", tuple(round(each, 3) for each in ordered[:1]), (), LATE, note=note)
+    note = f"the latest of {len(late)}: " + ", ".join(f"{seconds:.2f}" for seconds in ordered[:12])
+    note += f"; {remark}" if remark else ""
+    return Row(
+        f"noticed.{name}", "s", tuple(round(seconds, 3) for seconds in ordered[:1]), (), LATE, note=note
+    )
 
 
 def _calls(lines: tuple[Line, ...], phase: str, pattern: str) -> list[Line]:
@@ -192,40 +194,40 @@ def _calls(lines: tuple[Line, ...], phase: str, pattern: str) -> list[Line]:
     ]
 
 
-def _tasks_late(found: Trip) -> dict[str, list[float]]:
-    """By phase, for each task that was awaited: from the last line of its log to the answer that told its
+def _tasks_late(trip: Trip) -> dict[str, list[float]]:
+    """By phase, for each awaited task: seconds from the last line of its log to the answer that reported its
     end."""
     seen: dict[str, tuple[str, float]] = {}
-    for line in found.lines:
+    for line in trip.lines:
         match = re.match(r"get /nodes/[^/]+/tasks/(UPID:\S+?)/status", str(line.get("cmd", "")))
         if match:
             seen[match[1]] = (str(line.get("phase")), float(line["ts"]))
     late: dict[str, list[float]] = {}
     for upid, (phase, noticed) in seen.items():
-        if upid in found.tasks:
-            late.setdefault(phase, []).append(max(0.0, noticed - found.tasks[upid]))
+        if upid in trip.tasks:
+            late.setdefault(phase, []).append(max(0.0, noticed - trip.tasks[upid]))
     return late
 
 
-def _reboot(found: Trip) -> list[Row]:
-    """From sshd's start after the reboot to the login that it let in; from the agent's to its answer."""
+def _reboot_rows(trip: Trip) -> list[Row]:
+    """Seconds from sshd's start after the reboot to the first login; from the agent's start to its answer."""
     from datetime import datetime
 
-    moments = found.moments.get("ensure_pve", {})
+    moments = trip.moments.get("ensure_pve", {})
     rows = []
     ends = [
         datetime.fromisoformat(data["end"] + ("" if "+" in data["end"] else "+00:00")).timestamp()
-        for _, event in found.artifacts
+        for _, event in trip.artifacts
         if event.get("event") == "runner_on_ok"
         and (data := event.get("event_data", {})).get("task") == REBOOT
     ]
     if ends and {"ssh", "login"} <= moments.keys():
-        went_on = f"the playbook went on {ends[0] - moments['ssh']:.2f} s after sshd's start"
-        rows.append(_row("ensure_pve.reboot", [moments["login"] - moments["ssh"]], went_on))
-    asked = _calls(found.lines, "ensure_pve", r"post .*/agent/ping")
-    answered = [line["ts"] for line in asked if not line["rc"]]
+        remark = f"the playbook went on {ends[0] - moments['ssh']:.2f} s after sshd's start"
+        rows.append(_row("ensure_pve.reboot", [moments["login"] - moments["ssh"]], remark))
+    pings = _calls(trip.lines, "ensure_pve", r"post .*/agent/ping")
+    answered = [line["ts"] for line in pings if not line["rc"]]
     if answered and "qemu-guest-agent" in moments:
-        # Asked for only after the playbook: what was ready before that was not waited for.
-        ready = max(moments["qemu-guest-agent"], asked[0]["ts"])
+        # The agent is polled after the playbook only: an agent that was ready before was not awaited.
+        ready = max(moments["qemu-guest-agent"], pings[0]["ts"])
         rows.append(_row("ensure_pve.agent", [max(0.0, answered[0] - ready)]))
     return rows

@@ -1,6 +1,6 @@
-"""What a measured round trip has to say beyond its audit log, asked of the lab and not of the harness.
+"""A pytest plugin that saves data of a round trip beyond its audit log, read from the lab's nodes.
 
-Loaded by `-p benchmarks.trip_plugin`; BENCH_LAB names the lab, BENCH_OUT a directory for the answers.
+Loaded by `-p benchmarks.trip_plugin`; BENCH_LAB names the lab, BENCH_OUT a directory for the files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import labs
 
-# Moments on the guest in epoch seconds: `name moment`, one a line.
+# Prints moments on the guest, one per line: the name and epoch seconds.
 MOMENTS = r"""
 [ -e /run/cloud-init/result.json ] && echo "cloud-init $(stat -c %.6Y /run/cloud-init/result.json)"
 journalctl -q -b -u ssh -o short-unix --no-pager 2>/dev/null |
@@ -31,27 +31,27 @@ AFTER = {"wait_ip": "nested", "ensure_pve": "nested", "leaf_wait_ip": "leaf"}
 
 
 def _save(name: str, node: str, script: str) -> None:
-    text = labs.ask(os.environ["BENCH_LAB"], "sh", "-c", script, node=node)
+    text = labs.run_on(os.environ["BENCH_LAB"], "sh", "-c", script, node=node)
     (Path(os.environ["BENCH_OUT"]) / name).write_text(text)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_nestedpve_phase_finished(phase: Any) -> None:
-    """Between the phases, so that it is no phase's time."""
+    """Save moments of the guest between two phases, so that it counts for neither."""
     if phase.name in AFTER:
         _save(f"moments-{phase.name}", AFTER[phase.name], MOMENTS)
 
 
 def pytest_configure() -> None:
-    """Before the nested PVE goes, when all is done in it: its tasks and the starts of its commands."""
+    """Save tasks and started commands of the nested PVE before it is destroyed."""
     from pytest_nestedpve.teardown import teardown
 
     destroy_run = teardown.destroy_run
 
     @functools.wraps(destroy_run)
-    def asked(*args: Any, **kwargs: Any) -> Any:
+    def save_and_destroy(*args: Any, **kwargs: Any) -> Any:
         _save("tasks-nested", "nested", TASKS)
         _save("commands-nested", "nested", COMMANDS)
         return destroy_run(*args, **kwargs)
 
-    teardown.destroy_run = asked
+    teardown.destroy_run = save_and_destroy

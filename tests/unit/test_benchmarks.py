@@ -1,4 +1,4 @@
-"""What a benchmark's row says, and when it passes."""
+"""The contents of a benchmark's row, and when it passes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as main  # noqa: E402
-from benchmarks.round_trip import bound, rows  # noqa: E402
+from benchmarks.round_trip import describe_time, rows  # noqa: E402
 from benchmarks.rows import Row  # noqa: E402
-from benchmarks.trip import REBOOT, Trip, absent, api_calls, calls_rows, noticed_rows  # noqa: E402
+from benchmarks.trip import REBOOT, Trip, api_calls, calls_rows, missing_waits, noticed_rows  # noqa: E402
 from pytest_nestedpve.report.audit_model import build  # noqa: E402
 
 
@@ -53,7 +53,7 @@ def test_rows_are_written_and_a_broken_limit_is_status_1(
     assert (row["ratio_median"], row["passed"]) == (0.5, False)
 
 
-def test_a_round_trip_says_phase_by_phase_what_bounds_it() -> None:
+def test_each_phase_of_a_round_trip_is_split_by_the_kind_of_work() -> None:
     log = [
         {"ts": 0, "event": "phase_start", "phase": "setup_ssh"},
         {"ts": 1, "event": "call", "phase": "setup_ssh", "ms": 500},
@@ -62,7 +62,9 @@ def test_a_round_trip_says_phase_by_phase_what_bounds_it() -> None:
     ]
     report = build(log)
     assert [row.name for row in rows(report)] == ["round_trip.setup_ssh", "round_trip"]
-    assert "7.0 s Ansible, 1 playbook(s), 0.5 s 1 calls and commands, 1.5 s between" in bound(report.steps[0])
+    assert "7.0 s Ansible, 1 playbook(s), 0.5 s 1 calls and commands, 1.5 s between" in describe_time(
+        report.steps[0]
+    )
 
 
 UPID = "UPID:father:00000276:0034E7DA:6B05D800:qmstart:99921:root@pam!npve:"
@@ -72,7 +74,7 @@ def call(ts: float, phase: str, transport: str, cmd: str, **more: object) -> dic
     return {"ts": ts, "event": "call", "phase": phase, "transport": transport, "cmd": cmd, "rc": 0, **more}
 
 
-def test_calls_are_counted_by_what_carried_them_and_other_commands_are_none() -> None:
+def test_calls_are_counted_by_transport_and_other_commands_are_not_calls() -> None:
     lines = (
         call(1, "provision", "https:see", "get /version", ms=2.0),
         call(1, "provision", "https:act", "post /nodes/father/qemu", ms=8.0),
@@ -89,15 +91,15 @@ def test_calls_are_counted_by_what_carried_them_and_other_commands_are_none() ->
         "nested: qm list",
         "nested: pvesm set",
     )
-    others, taken, heavy, light = calls_rows(Trip(lines, {}, {}, started, ()))
+    others, durations, heavy, light = calls_rows(Trip(lines, {}, {}, started, ()))
     assert (others.ours, others.passed) == ((0.5,), False)
-    assert taken.ours == (2.0, 8.0)
+    assert durations.ours == (2.0, 8.0)
     assert heavy.ours == (2.0,)
     assert "1 x nested: pvesh get /version" in heavy.note
     assert light.ours == (2.0,)
 
 
-def test_what_was_noticed_late_is_told_by_the_first_answer_that_told_it() -> None:
+def test_an_end_is_noticed_with_the_first_answer_that_reports_it() -> None:
     status = f"get /nodes/father/tasks/{UPID}/status"
     lines = (
         call(10.0, "start_vm", "https:see", status),
@@ -115,10 +117,10 @@ def test_what_was_noticed_late_is_told_by_the_first_answer_that_told_it() -> Non
     }
 
 
-def test_a_wait_that_was_not_measured_is_told() -> None:
-    found = Trip((), {"wait_ip": {}, "leaf_wait_ip": {}}, {}, (), ())
-    assert "ensure_pve.reboot" in absent(noticed_rows(found))
-    assert len(absent(noticed_rows(found))) == 11
+def test_a_wait_that_was_not_measured_is_reported() -> None:
+    trip = Trip((), {"wait_ip": {}, "leaf_wait_ip": {}}, {}, (), ())
+    assert "ensure_pve.reboot" in missing_waits(noticed_rows(trip))
+    assert len(missing_waits(noticed_rows(trip))) == 11
     ended = {"task": REBOOT, "end": "2026-11-24T10:00:01.5"}
     event = ("pve-install", {"event": "runner_on_ok", "event_data": ended})
     moment = datetime(2026, 11, 24, 10, 0, 1, tzinfo=UTC).timestamp()
