@@ -1,4 +1,4 @@
-"""What this repository's own test runs need beyond the plugin itself."""
+"""Configuration of this repository's own test runs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ EXAMPLE_SECRET = Path(__file__).parent / "examples" / "secrets.yaml"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the secret that `nested_pve_secrets` in pytest.ini names: git ignores it, so a clone has none."""
+    """Create the secret file of `nested_pve_secrets` in pytest.ini: git ignores it, so a clone has none."""
     del config
     if EXAMPLE_SECRET.exists():
         return
     EXAMPLE_SECRET.parent.mkdir(exist_ok=True)
     draft = EXAMPLE_SECRET.with_name(f".{EXAMPLE_SECRET.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write("# Made by conftest.py; stands for a file that a project keeps out of git.\n")
+        out.write("# Created by conftest.py, as an example of a file that a project keeps out of git.\n")
         out.write(f"example: {secrets.token_hex(16)}\n")
     draft.replace(EXAMPLE_SECRET)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadscope`: most of what brings up labs runs in one process, the rest test by test.
+    """With `--dist loadscope`: most tests that start labs run in one worker process, other tests one by one.
 
-    More labs side by side on two cores would only wait for each other, and for limits. Two files are in the
-    other process: they are a quarter of all that labs take, and the rest of the tests are done before the
-    labs'.
+    More labs at once on two cores would only slow each other down, and exceed time limits. Two files of lab
+    tests, a quarter of their time, run in the other process, which finishes its other tests first.
     """
     if config.getoption("dist") != "loadscope":
         return None

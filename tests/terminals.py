@@ -1,4 +1,4 @@
-"""Programs on a terminal of their own, with somebody who types."""
+"""Programs on a pseudo-terminal, with typed input."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ from pathlib import Path
 def on_terminal(
     command: Sequence[str], *, cwd: Path, env: Mapping[str, str], answers: Mapping[str, bytes] | None = None
 ) -> tuple[int, str]:
-    """Run a program on a terminal; its status, and all that it wrote there.
+    """Run a program on a terminal; return its exit status and its output.
 
-    `answers`: what is typed, in this order, once the text before it has appeared.
+    `answers`: prompts, and the input that is typed once the prompt has appeared, in this order.
     """
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
 
-    def begin() -> None:
-        os.login_tty(theirs)  # so that Ctrl-C typed there is a signal to it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell has it ignored
+    def attach_terminal() -> None:
+        os.login_tty(terminal)  # so that a typed Ctrl-C sends a signal to the program
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell ignores SIGINT
 
-    waiting = list((answers or {}).items())
+    pending = list((answers or {}).items())
     data = b""
-    with subprocess.Popen(command, cwd=cwd, env=env, preexec_fn=begin, pass_fds=[theirs]) as process:
-        os.close(theirs)
+    with subprocess.Popen(
+        command, cwd=cwd, env=env, preexec_fn=attach_terminal, pass_fds=[terminal]
+    ) as process:
+        os.close(terminal)
         try:
-            while select.select([ours], [], [], 60)[0]:
+            while select.select([controller], [], [], 60)[0]:
                 try:
-                    chunk = os.read(ours, 4096)
+                    chunk = os.read(controller, 4096)
                 except OSError:
-                    break  # nobody has the terminal open any more
+                    break  # no process has the terminal open
                 data += chunk
-                if waiting and waiting[0][0].encode() in data:
-                    _until_it_reads(process.pid)
-                    os.write(ours, waiting.pop(0)[1])
+                if pending and pending[0][0].encode() in data:
+                    _await_read(process.pid)
+                    os.write(controller, pending.pop(0)[1])
             status = process.wait(30)
         finally:
             process.kill()
-            os.close(ours)
+            os.close(controller)
     return status, data.decode()
 
 
-def _until_it_reads(pid: int) -> None:
-    """What asks first shows its question and then reads: a Ctrl-C between the two would wait for an Enter, as
-    the read is not begun that it would end. Nobody types as fast as that."""
+def _await_read(pid: int) -> None:
+    """Wait until the process sleeps in its read: a Ctrl-C between prompt and read, faster than a person
+    types, would not end the read."""
     state = Path(f"/proc/{pid}/stat")
     for _ in range(500):
         if state.read_text().rpartition(")")[2].split()[0] == "S":

@@ -1,4 +1,4 @@
-"""Build the project's wheel and install it, without a network, for tests of what a user gets."""
+"""Building the project's wheel and installing it, without a network, for tests of an installation."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def _run(*command: str | Path, cwd: Path = ROOT) -> None:
 
 
 def build_wheel(folder: Path) -> Path:
-    """The wheel of the project, built into `folder` by the build backend that is installed beside it."""
+    """Build the project's wheel into `folder` by the installed build backend; return its path."""
     _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
     (wheel,) = folder.glob("pytest_nestedpve-*.whl")
     return wheel
 
 
 def install_wheel(wheel: Path, folder: Path) -> Path:
-    """Its `python` in a new environment, which lends what the wheel depends on from the present one.
+    """Install the wheel into a new environment and return that environment's `python`.
 
-    The project itself does not come along: of the present site-packages only what lies in it is seen, not
-    what its .pth files point to.
+    The wheel's dependencies are those of the present environment: its site-packages directory is on the path,
+    but its .pth files are not read, so that the project itself is not imported from the repository.
     """
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     _run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
     site = site_packages(folder)
-    # "zz": after all that is in the environment itself.
-    (site / "zz-lent.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    # "zz": sorted after everything in the new environment.
+    (site / "zz-shared.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
     return python
 
 
 def site_packages(folder: Path) -> Path:
-    """Where an environment keeps its packages."""
+    """The site-packages directory of an environment."""
     return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))

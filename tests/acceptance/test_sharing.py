@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from acceptance.conftest import Project, make_project
 from acceptance.test_keeping import CONFTEST, pool_comment
-from lab.on_lab import mentioning
+from lab.on_lab import processes_mentioning
 from standin_phases import PHASES
 
 from pytest_nestedpve.pve.deadline import Deadline, wait_until
@@ -178,7 +178,9 @@ def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: 
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=90)
     print(output)
-    wait_until(lambda: not mentioning(str(project.path)), deadline=Deadline(60), what="the workers to end")
+    wait_until(
+        lambda: not processes_mentioning(str(project.path)), deadline=Deadline(60), what="the workers to end"
+    )
     assert project.left() == []
 
 

@@ -1,4 +1,4 @@
-"""What the tests against whole labs share: helpers are imported as `lab.on_lab`."""
+"""Fixtures of the tests against whole labs; functions are imported from `lab.on_lab`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Here, and not in the files that use them: so each is made once for all of these.
+# Imported here, not in the test files, so that each fixture is set up once for all of them.
 from lab.playbook_fixtures import bridged, changed, fresh, installed, playbook_lab
 from lab.setup_fixtures import finished, keyed, served
 
@@ -23,7 +23,7 @@ __all__ = ["bridged", "changed", "finished", "fresh", "installed", "keyed", "pla
 
 @pytest.fixture(scope="module")
 def hand_lab() -> Iterator[HandLab]:
-    """A lab of this file's own, started and stopped by hand as a person does it."""
+    """One lab per test file, started and stopped by the command as a person does."""
     from lab.on_lab import start_by_hand, stop_by_hand
 
     lab = start_by_hand()

@@ -1,4 +1,4 @@
-"""Whole pytest sessions on a lab started by hand, and the lab itself asked about them, not the harness."""
+"""Whole pytest sessions on a lab started by hand, and their leftovers as the lab itself lists them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from pytest_nestedpve.pve.errors import PveError
 
 def pytest_nestedpve_phases(phases, config):
     dropped = os.environ.get("WITHOUT", "").split()
-    phases[:] = [wrapped(phase) for phase in phases if phase.name not in dropped]
+    phases[:] = [wrap(phase) for phase in phases if phase.name not in dropped]
     if "setup_repos" in dropped and "setup_network" not in dropped:
-        # What the phase does that those after it need.
+        # The part of setup_repos that later phases need.
         at = [phase.name for phase in phases].index("setup_network") + 1
         phases.insert(at, Phase("allow_content", "allow content", allow_content))
 
     if os.environ.get("FURTHER"):
         at = [phase.name for phase in phases].index("provision") + 1
-        phases.insert(at, Phase("further", "make more", lambda environment: environment.check_lease()))
+        phases.insert(at, Phase("further", "check the lease", lambda environment: environment.check_lease()))
 
 def allow_content(environment):
     environment.inner.api.put("/storage/local", content="images,import,iso,snippets")
 
-def wrapped(phase):
+def wrap(phase):
     def do(environment):
         facts = phase.do(environment)
         if os.environ.get("FAIL") == phase.name:
-            raise PveError(phase.name + " went wrong on purpose")
+            raise PveError(phase.name + " failed on purpose")
         return facts
     return dataclasses.replace(phase, do=do) if os.environ.get("FAIL") == phase.name else phase
 
@@ -68,12 +68,12 @@ def gate(nested_pve_run):
 
 @pytest.fixture
 def breaks_before(nested_pve):
-    raise RuntimeError("a fixture went wrong before the test")
+    raise RuntimeError("a fixture failed before the test")
 
 @pytest.fixture
 def breaks_after(nested_pve):
     yield
-    raise RuntimeError("a fixture went wrong after the test")
+    raise RuntimeError("a fixture failed after the test")
 """
 
 STEPS = "from pytest_nestedpve import steps\n"
@@ -110,13 +110,13 @@ def test_hangs(nested_pve, hang):
 
 @dataclass(frozen=True)
 class HandLab:
-    """A lab that stays until it is stopped."""
+    """A lab that runs until it is stopped."""
 
     name: str
     nodes: tuple[str, ...] = ("father",)
 
-    def ask(self, command: str, *, check: bool = True, node: str = "father") -> str:
-        """What root's shell on father, or on another node, says to `command`, by `nestedpve-lab exec`."""
+    def run(self, command: str, *, check: bool = True, node: str = "father") -> str:
+        """Run `command` in root's shell on a node by `nestedpve-lab exec` and return its output."""
         done = subprocess.run(
             [*CLI, "exec", self.name, "--node", node, "--", "sh", "-c", command],
             capture_output=True,
@@ -128,45 +128,45 @@ class HandLab:
 
     def configurations(self) -> dict[str, str]:
         """The configuration files of all VMs, in base64."""
-        told = self.ask(
+        output = self.run(
             "cd /etc/pve/nodes && for f in */qemu-server/*.conf; do "
             "echo ${f##*/} $(base64 -w0 $f 2>/dev/null); done"
         )
-        parts = [line.split() for line in told.splitlines()]
-        return {each[0]: each[1] for each in parts if len(each) == 2}
+        fields = [line.split() for line in output.splitlines()]
+        return {words[0]: words[1] for words in fields if len(words) == 2}
 
     def comment(self, run: str) -> str:
         """The comment of a run's pool: its lease."""
-        pools = json.loads(self.ask("pvesh get /pools --output-format json"))
+        pools = json.loads(self.run("pvesh get /pools --output-format json"))
         (comment,) = [pool["comment"] for pool in pools if pool["poolid"] == f"npve-{run}"]
         return str(comment)
 
     def lease(self, run: str) -> str:
-        """The same without its end, which a renewal moves."""
+        """The lease without its expiry, which a renewal changes."""
         return str({**json.loads(self.comment(run)), "expires": None})
 
-    def left(self, low: int, high: int, runs: list[str]) -> list[str]:
-        """What the lab has of ids from `low` to `high`, and of runs: by its nodes' own commands."""
-        return [line for node in self.nodes for line in self._left(node, low, high, runs)]
+    def leftovers(self, low: int, high: int, runs: list[str]) -> list[str]:
+        """Output lines of the nodes' own commands with an id from `low` to `high` or one of `runs`."""
+        return [line for node in self.nodes for line in self._node_leftovers(node, low, high, runs)]
 
-    def _left(self, node: str, low: int, high: int, runs: list[str]) -> list[str]:
-        told = self.ask(
+    def _node_leftovers(self, node: str, low: int, high: int, runs: list[str]) -> list[str]:
+        output = self.run(
             "set -e; echo qm; qm list; echo pools; pvesh get /pools --output-format json;"
             "echo images; ls -A /var/lib/vz/images; echo files; ls -A /var/lib/vz/snippets;"
             "echo configurations; ls -A /etc/pve/qemu-server; echo resources;"
             "pvesh get /cluster/resources --type vm --output-format json",
             node=node,
         )
-        found = []
-        for line in told.splitlines():
+        lines = []
+        for line in output.splitlines():
             ids = [int(word) for word in re.findall(r"\b\d{3,9}\b", line)]
             if any(low <= vmid <= high for vmid in ids) or any(run in line for run in runs):
-                found.append(line)
-        return found
+                lines.append(line)
+        return lines
 
 
 def start_by_hand(*nodes: str) -> HandLab:
-    """A lab with father, or with these outer nodes."""
+    """Start a lab with these outer nodes; default: father alone."""
     lab = HandLab(f"hand-{os.getpid()}-{next(_numbers)}", nodes or ("father",))
     subprocess.run([*CLI, "start", lab.name, "--nodes", str(len(lab.nodes))], check=True, capture_output=True)
     return lab
@@ -178,9 +178,9 @@ def stop_by_hand(lab: HandLab) -> None:
 
 @dataclass
 class Project:
-    """A directory with a test project whose sessions take ids from `low` to `high` of a lab.
+    """A directory with a test project whose sessions use ids from `low` to `high` of a lab.
 
-    `watched`: processes below a session, and their private directories, seen when it was about to be ended.
+    `watched`, `directories`: descendants of a session and their directories, recorded by `watch`.
     """
 
     path: Path
@@ -191,7 +191,7 @@ class Project:
     watched: dict[int, str] = field(default_factory=dict)
     directories: set[Path] = field(default_factory=set)
 
-    def write(self) -> None:
+    def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "tmp").mkdir(exist_ok=True)
         os.mkfifo(self.path / "gate")
@@ -201,22 +201,22 @@ class Project:
         (self.path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
 
     def start(self, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """A session in the background; its output goes to a file."""
+        """Start a session in the background; its output is written to a file."""
         return self.start_with(["--pve-host", f"lab:{self.lab.name}"], *args, env=env)
 
     def start_with(
         self, host: list[str], *args: str, env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """The same, with the host named by these options."""
+        """Start a session whose host is given by the options `host`."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
         if "NESTED_PVE_CACHE" in os.environ:
             clean["NESTED_PVE_CACHE"] = os.environ["NESTED_PVE_CACHE"]
         plugins = ["-p", "pytest_nestedpve.plugin", "-p", "pytest_dependency", "-p", "no:cacheprovider"]
         host = [*host, "-o", f"nested_pve_vmid_range={self.low}-{self.high}"]
-        shape = ["-o", "nested_pve_memory=1024", "-o", "nested_pve_disk=8"]
+        size = ["-o", "nested_pve_memory=1024", "-o", "nested_pve_disk=8"]
         with (self.path / "output").open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "pytest", *plugins, *host, *shape, "-rsfE", *args],
+                [sys.executable, "-m", "pytest", *plugins, *host, *size, "-rsfE", *args],
                 cwd=self.path,
                 env={
                     **clean,
@@ -228,16 +228,16 @@ class Project:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # A group of its own, as in a terminal; a background shell would have it ignore signals.
+                # A process group as in a terminal, and no signals ignored as in a background shell.
                 start_new_session=True,
-                preexec_fn=_default_signals,
+                preexec_fn=_reset_signals,
             )
 
     def open_gate(self) -> None:
-        """Have the test that waits go on."""
+        """Let the waiting test continue."""
         (self.path / "gate").write_text("")
 
-    def end(self, process: subprocess.Popen[bytes], limit: float = 300.0) -> int:
+    def wait_for_exit(self, process: subprocess.Popen[bytes], limit: float = 300.0) -> int:
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired as e:
@@ -246,7 +246,7 @@ class Project:
             raise AssertionError(f"the session did not end within {limit} s: {self.output()}") from e
 
     def run(self, *args: str, env: dict[str, str] | None = None) -> int:
-        return self.end(self.start(*args, env=env))
+        return self.wait_for_exit(self.start(*args, env=env))
 
     def output(self) -> str:
         return (self.path / "output").read_text(errors="replace")
@@ -258,7 +258,7 @@ class Project:
         return self.path / ".nested-pve" / "runs"
 
     def audit(self) -> list[Line]:
-        """The lines of all audit logs here, in the order of their runs' ids."""
+        """The lines of the project's audit logs, in the order of their runs' ids."""
         lines = []
         for run in self.runs():
             for text in (self._runs() / run / "audit.jsonl").read_text(errors="replace").splitlines():
@@ -266,110 +266,113 @@ class Project:
                     lines.append(json.loads(text))
         return lines
 
-    def wait_for(
-        self, process: subprocess.Popen[bytes], wanted: Callable[[Line], bool], limit: float = 300.0
+    def wait_for_line(
+        self, process: subprocess.Popen[bytes], matches: Callable[[Line], bool], limit: float = 300.0
     ) -> Line:
-        """The first line of an audit log that is `wanted`, as soon as it is there."""
-        return self._wait(process, lambda: next((line for line in self.audit() if wanted(line)), None), limit)
+        """Wait for a line of an audit log that `matches`, and return the first."""
+        return self._wait(process, lambda: next((x for x in self.audit() if matches(x)), None), limit)
 
-    def wait_until(self, process: subprocess.Popen[bytes], what: Callable[[Line], bool] | str) -> None:
-        """Until such a line of an audit log is there, or Ansible is at work on the playbook of that name."""
-        if isinstance(what, str):
-            self.wait_for_task(process, what)
+    def wait_for_trigger(
+        self, process: subprocess.Popen[bytes], trigger: Callable[[Line], bool] | str
+    ) -> None:
+        """Wait for a matching line of an audit log, or until Ansible runs the playbook of that name."""
+        if isinstance(trigger, str):
+            self.wait_for_task(process, trigger)
         else:
-            self.wait_for(process, what)
+            self.wait_for_line(process, trigger)
 
     def wait_for_task(self, process: subprocess.Popen[bytes], playbook: str, limit: float = 300.0) -> str:
-        """Until Ansible is at work on a task of `playbook`."""
+        """Wait until Ansible runs a task of `playbook`; return its output so far."""
 
-        def at_work() -> str | None:
+        def read_output() -> str | None:
             for path in self._runs().glob(f"*/artifacts/*-{playbook}/stdout"):
                 if "TASK [" in (text := path.read_text(errors="replace")):
                     return text
             return None
 
-        return self._wait(process, at_work, limit)
+        return self._wait(process, read_output, limit)
 
     def wait_for_output(self, process: subprocess.Popen[bytes], text: str, limit: float = 60.0) -> None:
-        """Until the session has said so."""
+        """Wait until the session's output contains `text`."""
         self._wait(process, lambda: text if text in self.output() else None, limit)
 
     def _wait(self, process: subprocess.Popen[bytes], check: Callable[[], _T | None], limit: float) -> _T:
         pause = threading.Event()
         for _ in range(int(limit / 0.01)):
-            if (found := check()) is not None:
-                return found
+            if (result := check()) is not None:
+                return result
             if process.poll() is not None:
-                raise AssertionError(f"the session ended before what was waited for: {self.output()}")
+                raise AssertionError(f"the session ended before the awaited event: {self.output()}")
             pause.wait(0.01)
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"not within {limit} s: {self.output()}")
+        raise AssertionError(f"the awaited event did not occur within {limit} s: {self.output()}")
 
     def configurations(self) -> dict[str, str]:
-        """The configuration files of the VMs with our ids, byte by byte."""
+        """The configuration files of the VMs with the project's ids, in base64."""
         return {
             name: text
             for name, text in self.lab.configurations().items()
             if self.low <= int(name.partition(".")[0]) <= self.high
         }
 
-    # -- what is left ---------------------------------------------------------------------------
+    # -- leftovers ------------------------------------------------------------------------------
 
     def watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Remember the processes below the session, and the private directories they work in."""
-        for pid in below(process.pid):
-            said = command_of(pid)
-            if said:
-                self.watched[pid] = said
-            self.directories |= {Path(each) for each in re.findall(r"(/[^ =\0]*/npve-[a-z0-9_]{8})/", said)}
+        """Record the descendants of the session, and the private directories in their command lines."""
+        for pid in descendants(process.pid):
+            command = command_line(pid)
+            if command:
+                self.watched[pid] = command
+            self.directories |= {Path(p) for p in re.findall(r"(/[^ =\0]*/npve-[a-z0-9_]{8})/", command)}
 
-    def left_here(self) -> list[str]:
-        """What is left of the sessions on this machine: processes and temporary files."""
-        found = [f"process {pid}: {said}" for pid, said in self.watched.items() if command_of(pid) == said]
-        found += [f"process {pid}: {command_of(pid)}" for pid in mentioning(str(self.path))]
-        found += [f"directory {each}" for each in self.directories if each.exists()]
-        found += [f"file {each}" for each in (self.path / "tmp").iterdir()]
-        return found
+    def local_leftovers(self) -> list[str]:
+        """Leftovers of the sessions on this machine: processes and temporary files."""
+        return [
+            *(f"process {pid}: {text}" for pid, text in self.watched.items() if command_line(pid) == text),
+            *(f"process {pid}: {command_line(pid)}" for pid in processes_mentioning(str(self.path))),
+            *(f"directory {path}" for path in self.directories if path.exists()),
+            *(f"file {path}" for path in (self.path / "tmp").iterdir()),
+        ]
 
-    def left(self) -> list[str]:
-        """What is left on the lab and on this machine."""
-        return self.lab.left(self.low, self.high, self.runs()) + self.left_here()
+    def leftovers(self) -> list[str]:
+        """Leftovers on the lab and on this machine."""
+        return self.lab.leftovers(self.low, self.high, self.runs()) + self.local_leftovers()
 
 
-def below(pid: int) -> list[int]:
-    """All processes below `pid`, those that left its session too."""
+def descendants(pid: int) -> list[int]:
+    """PIDs of all descendants of `pid`, in other process groups too."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-    found: list[int] = []
-    front = [pid]
-    while front:
-        front = [child for child, parent in parents.items() if parent in front]
-        found += front
-    return found
+    pids: list[int] = []
+    generation = [pid]
+    while generation:
+        generation = [child for child, parent in parents.items() if parent in generation]
+        pids += generation
+    return pids
 
 
-def command_of(pid: int) -> str:
-    """The command line of a process; empty when it is gone or dead."""
+def command_line(pid: int) -> str:
+    """The command line of a process; empty if it has exited."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
     return ""
 
 
-def mentioning(text: str) -> list[int]:
-    """Living processes other than this one whose command or environment has `text`."""
-    found = []
+def processes_mentioning(text: str) -> list[int]:
+    """PIDs of other processes whose command or environment contains `text`."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         if int(path.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             data = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
             if re.search(re.escape(text.encode()) + rb"(?![0-9A-Za-z-])", data):
-                found.append(int(path.name))
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
-def _default_signals() -> None:
+def _reset_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,9 +1,8 @@
-"""Nodes of a lab on which the playbooks were played by plain `ansible-playbook`, and what was seen there.
+"""Nodes of a lab on which plain `ansible-playbook` ran the playbooks, and their state before and after.
 
-What happens to a node costs minutes, what is to be seen afterwards is dozens of promises: so fixtures play
-and look, tests judge what they saw, and the order of the tests does not matter. One node goes the whole way
-(Debian, Proxmox VE, bridge; from there on in `setup_fixtures`), a clone of it the way with a static address.
-All are made once for all files of tests.
+Running the playbooks takes minutes and many tests check their results: so session fixtures run them and
+record the node's state, and tests check the records, in any order. One node becomes Proxmox VE with a bridge
+(further steps are in `setup_fixtures`); a clone of it gets a static address.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ network:
   bridges:
     vmbr0:
       interfaces: [eth0]
-      addresses: [{own}/24]
+      addresses: [{address}/24]
       routes: [{{to: default, via: {net}.1}}]
       nameservers: {{addresses: [{net}.1]}}
 """
@@ -50,11 +49,11 @@ def playbook_lab() -> Iterator[LabInfo]:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Debian as the image has it, and after playbooks that had to refuse."""
+    """Debian as in the image, and after playbooks that have to fail."""
 
     node: Node
     hosts: str
-    unwanted: str
+    to_remove: str
     managers: str
     before: str
     no_card: Played
@@ -65,14 +64,14 @@ class Fresh:
 
 @pytest.fixture(scope="session")
 def fresh(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    # Short: the control socket's path has to fit.
+    # A short name, as the path of the control socket is limited.
     node = Node(playbook_lab, 9911, "playbooks", tmp_path_factory.mktemp("n"))
     node.create()
     node.start()
     return Fresh(
         node,
         hosts=node.sh("getent hosts $(hostname); cat /etc/hosts"),
-        unwanted=node.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' linux-image-amd64 os-prober"),
+        to_remove=node.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' linux-image-amd64 os-prober"),
         managers=node.sh("ls /etc/netplan; systemctl is-active systemd-networkd systemd-resolved"),
         before=node.sh(LOOK),
         no_card=node.play("nested-pve-network.yml", nested_pve_nic="eth7"),
@@ -88,7 +87,7 @@ def fresh(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Fr
 
 @dataclass(frozen=True)
 class Installed:
-    """After pve-install.yml, twice; a snapshot of that name is there."""
+    """After two runs of pve-install.yml, with a snapshot named installed."""
 
     node: Node
     first: Played
@@ -104,11 +103,11 @@ class Installed:
 @pytest.fixture(scope="session")
 def installed(fresh: Fresh) -> Installed:
     node = fresh.node
-    first = node.done("pve-install.yml")
-    seen = Installed(
+    first = node.play_successfully("pve-install.yml")
+    result = Installed(
         node,
         first,
-        second=node.done("pve-install.yml"),
+        second=node.play_successfully("pve-install.yml"),
         version=node.sh("pveversion"),
         services=node.sh("systemctl is-active pve-cluster pvedaemon pveproxy"),
         packages=node.sh("dpkg-query -W -f '${Package} ${db:Status-Status}\\n'"),
@@ -117,7 +116,7 @@ def installed(fresh: Fresh) -> Installed:
         hosts=node.sh("getent ahostsv4 $(hostname)"),
     )
     node.snapshot("installed")
-    return seen
+    return result
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Bridged:
     """After nested-pve-network.yml by DHCP, after a reboot, and after a second run."""
 
     node: Node
-    old: str
+    old_ip: str
     address: str
     cards: str
     client: str
@@ -143,9 +142,9 @@ class Bridged:
 @pytest.fixture(scope="session")
 def bridged(installed: Installed) -> Bridged:
     node = installed.node
-    old = node.ip
-    node.done("nested-pve-network.yml", pve_repository_url=node.variables["pve_repository_url"])
-    seen = {
+    old_ip = node.ip
+    node.play_successfully("nested-pve-network.yml", pve_repository_url=node.variables["pve_repository_url"])
+    state = {
         "address": node.sh("ip -4 -br address show dev vmbr0"),
         "cards": node.sh("ip -br link show master vmbr0; ip -4 -br address show dev eth0"),
         "client": node.sh(
@@ -154,34 +153,34 @@ def bridged(installed: Installed) -> Bridged:
         "names": node.sh("getent ahostsv4 download.proxmox.com"),
         "resolver": node.sh("test -L /etc/resolv.conf && echo a link; cat /etc/resolv.conf"),
         "managers": node.sh(
-            "for each in systemd-networkd.service systemd-networkd.socket systemd-resolved NetworkManager; do"
-            " echo $each $(systemctl is-active $each) $(systemctl is-enabled $each 2>/dev/null); done;"
+            "for unit in systemd-networkd.service systemd-networkd.socket systemd-resolved NetworkManager; do"
+            " echo $unit $(systemctl is-active $unit) $(systemctl is-enabled $unit 2>/dev/null); done;"
             " ls /etc/netplan"
         ),
     }
-    run_network = node.true("test -d /run/network")
+    run_network = node.succeeds("test -d /run/network")
     node.sh("echo 192.0.2.7 of-an-earlier-boot >> /etc/hosts")
     node.reboot()
     return Bridged(
         node,
-        old,
-        **seen,
+        old_ip,
+        **state,
         run_network=run_network,
         after_reboot=node.sh("ip -4 -br address show dev vmbr0; ip -4 route show default"),
         services=node.sh("systemctl is-active pve-cluster pveproxy networking; ls -d /run/network"),
         names_after=node.sh("getent ahostsv4 download.proxmox.com"),
         hosts_after=node.sh("getent ahostsv4 $(hostname); cat /etc/hosts"),
-        second=node.done("nested-pve-network.yml"),
+        second=node.play_successfully("nested-pve-network.yml"),
     )
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A clone of the installed node: a bridge that netplan made, then another address, a static one."""
+    """A clone of the installed node: with a bridge by netplan, then with another, static address."""
 
     node: Node
-    own: str
-    wanted: str
+    old_ip: str
+    new_ip: str
     lock: str
     kept: Played
     kept_network: str
@@ -200,45 +199,45 @@ class Changed:
 def changed(installed: Installed) -> Changed:
     node = installed.node.clone(9912, "elsewhere", "installed")
     node.start()
-    own, net = node.ip, node.ip.rpartition(".")[0]
+    address, net = node.ip, node.ip.rpartition(".")[0]
     node.sh(
         "rm /etc/netplan/*; umask 077; cat > /etc/netplan/10-own.yaml;"
         " echo 'network: {config: disabled}' > /etc/cloud/cloud.cfg.d/10-own.cfg; netplan generate",
-        data=NETPLAN.format(own=own, net=net),
+        data=NETPLAN.format(address=address, net=net),
     )
     node.sh(
         "systemd-run --on-active=0.2 --timer-property=AccuracySec=50ms systemctl restart systemd-networkd"
     )
-    node.await_answer("ip -4 -br address show dev vmbr0 | grep -q . && getent hosts download.proxmox.com")
-    kept = node.done("nested-pve-network.yml")
+    node.await_success("ip -4 -br address show dev vmbr0 | grep -q . && getent hosts download.proxmox.com")
+    kept = node.play_successfully("nested-pve-network.yml")
     kept_network = node.sh("ls /etc/netplan /etc/network; systemctl is-active systemd-networkd; " + ADDRESSES)
     lock = node.sh(
         "export IFUPDOWN2_NO_IFRELOAD=1; apt-get -qy install ifupdown2 isc-dhcp-client >/dev/null 2>&1;"
         " test -e /run/network || echo missing; ifreload -a 2>&1; echo rc $?"
     )
-    # None that father's DHCP server gives away: it may be the other node's.
-    wanted = f"{net}.251"
-    # The gateway in use stays.
+    # Outside the range of father's DHCP server, which the other node may use.
+    new_ip = f"{net}.251"
+    # Without nested_pve_gateway the present gateway is kept.
     static = {
         "nested_pve_network_mode": "static",
-        "nested_pve_address": f"{wanted}/24",
+        "nested_pve_address": f"{new_ip}/24",
         "pve_repository_url": node.variables["pve_repository_url"],
     }
     cut = node.play("nested-pve-network.yml", **static, nested_pve_network_reconnect_timeout=2)
-    node.arrive()
-    second = node.done("nested-pve-network.yml", **static)
-    seen = {
+    node.await_login()
+    second = node.play_successfully("nested-pve-network.yml", **static)
+    state = {
         "network": node.sh(ADDRESSES),
         "hosts": node.sh("getent ahostsv4 $(hostname)"),
         "certificate": node.sh("openssl x509 -in /etc/pve/local/pve-ssl.pem -noout -ext subjectAltName"),
     }
-    third = node.done("nested-pve-network.yml", **static)
+    third = node.play_successfully("nested-pve-network.yml", **static)
     node.reboot()
     after_reboot = node.sh(
         "systemctl is-active pve-cluster; getent hosts download.proxmox.com; getent ahostsv4 $(hostname);"
         + ADDRESSES
     )
-    # Too long for a link's name, which nobody notices before the old network is gone.
+    # Too long for a link's name: fails only after the old network was stopped.
     refused = node.play(
         "nested-pve-network.yml",
         nested_pve_bridge="vmbr-much-too-long",
@@ -246,6 +245,6 @@ def changed(installed: Installed) -> Changed:
     )
     put_back = node.sh(ADDRESSES)
     return Changed(
-        node, own, wanted, lock, kept, kept_network, cut, second, **seen, third=third,
+        node, address, new_ip, lock, kept, kept_network, cut, second, **state, third=third,
         after_reboot=after_reboot, refused=refused, put_back=put_back,
     )  # fmt: skip

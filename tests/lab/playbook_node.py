@@ -1,4 +1,4 @@
-"""A VM of a lab for who uses the playbooks alone: made by `qm`, played on by `ansible-playbook`."""
+"""A VM of a lab for the playbooks without the plugin: created by `qm`, set up by `ansible-playbook`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECAP = re.compile(r"^\S+ +: ok=(\d+) +changed=(\d+) +unreachable=(\d+) +failed=
 
 
 class NodeError(Exception):
-    """A command ended otherwise than expected; the text has all that it said."""
+    """A command failed; the message has its whole output."""
 
 
 def run(
@@ -32,7 +32,7 @@ def run(
     return subprocess.run(command, input=data, capture_output=True, text=True, check=False, timeout=limit)
 
 
-def said(done: subprocess.CompletedProcess[str], what: str) -> str:
+def checked_output(done: subprocess.CompletedProcess[str], what: str) -> str:
     if done.returncode != 0:
         raise NodeError(f"{what} ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -40,7 +40,7 @@ def said(done: subprocess.CompletedProcess[str], what: str) -> str:
 
 @dataclass(frozen=True)
 class Played:
-    """How a playbook ended: Ansible's exit status, all it printed, and its recap."""
+    """The result of a playbook: Ansible's exit status, output and recap."""
 
     rc: int
     output: str
@@ -59,20 +59,20 @@ class Played:
             raise NodeError(f"expected one host in the recap, found {len(rows)}:\n{self.output}")
         return tuple(int(count) for count in rows[0])
 
-    def told_changes(self) -> list[str]:
+    def changed_tasks(self) -> list[str]:
         """The names of the tasks that changed something."""
-        found, task = [], ""
+        names, task = [], ""
         for line in self.output.splitlines():
             if line.startswith("TASK ["):
                 task = line[6:].partition("]")[0]
-            elif line.startswith("changed:") and task not in found:
-                found.append(task)
-        return found
+            elif line.startswith("changed:") and task not in names:
+                names.append(task)
+        return names
 
 
 @dataclass
 class Node:
-    """A VM on father. `ip` is the last address that the guest agent told."""
+    """A VM on father. `ip` is the last address that the guest agent reported."""
 
     lab: LabInfo
     vmid: int
@@ -81,14 +81,16 @@ class Node:
     ip: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
 
-    # -- father's side
+    # -- on father
 
     def father(self, command: str, *, data: str | None = None) -> str:
-        """What father's root shell says to `command`."""
-        return said(run(["ssh", "-F", self.lab.ssh_config, self.lab.host, command], data=data), command)
+        """Run `command` in root's shell on father and return its output."""
+        return checked_output(
+            run(["ssh", "-F", self.lab.ssh_config, self.lab.host, command], data=data), command
+        )
 
     def create(self) -> None:
-        """From the lab's Debian image, with the vendor-data that brings the agent; not started."""
+        """Create the VM from the lab's Debian image, with the agent in its vendor-data; not started."""
         profile = dict(
             line.split(" = ", 1)
             for line in self.father("cat /etc/nested-pve.ini").splitlines()
@@ -96,7 +98,9 @@ class Node:
         )
         self.variables = {key: value for key, value in profile.items() if key.startswith("pve_repository_")}
         self.variables["nested_pve_mirror"] = profile["mirror"]
-        said(run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)]), "ssh-keygen")
+        checked_output(
+            run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)]), "ssh-keygen"
+        )
         snippet = f"playbooks-{self.vmid}.yaml"
         self.father(
             f"mkdir -p /var/lib/vz/snippets && cat > /var/lib/vz/snippets/{snippet}",
@@ -112,42 +116,42 @@ class Node:
 
     def start(self) -> None:
         self.father(f"qm start {self.vmid}")
-        self.arrive()
+        self.await_login()
 
     def clone(self, vmid: int, name: str, snapshot: str) -> Node:
-        """A full copy of a snapshot under another name, not started."""
+        """Create a full clone of a snapshot under another name, not started."""
         self.father(f"qm clone {self.vmid} {vmid} --name {name} --full 1 --snapname {snapshot}")
         return Node(self.lab, vmid, name, self.dir, variables=self.variables)
 
     def snapshot(self, name: str) -> None:
         self.father(f"qm snapshot {self.vmid} {name}")
 
-    def arrive(self, seconds: float = 180.0) -> None:
-        """Wait until the agent tells an IPv4 address, pin the host key that it tells, wait for cloud-init."""
+    def await_login(self, seconds: float = 180.0) -> None:
+        """Wait for an IPv4 address from the agent, pin the host key from the agent, wait for cloud-init."""
 
         # The agent starts more than once at a first boot: by its package, by its unit.
-        asked = (
+        command = (
             f"qm guest cmd {self.vmid} network-get-interfaces &&"
             f" pvesh get /nodes/$(hostname)/qemu/{self.vmid}/agent/file-read"
             " --file /etc/ssh/ssh_host_ed25519_key.pub --output-format json"
         )
 
-        def told() -> tuple[str, str] | None:
-            done = run(["ssh", "-F", self.lab.ssh_config, self.lab.host, asked])
+        def read_agent() -> tuple[str, str] | None:
+            done = run(["ssh", "-F", self.lab.ssh_config, self.lab.host, command])
             if done.returncode != 0:
                 return None
             links, end = json.JSONDecoder().raw_decode(done.stdout)
-            found = [
-                each["ip-address"]
+            ips = [
+                address["ip-address"]
                 for link in links
                 if link["name"] != "lo"
-                for each in link.get("ip-addresses", [])
-                if each["ip-address-type"] == "ipv4"
+                for address in link.get("ip-addresses", [])
+                if address["ip-address-type"] == "ipv4"
             ]
-            return (found[0], json.loads(done.stdout[end:])["content"]) if found else None
+            return (ips[0], json.loads(done.stdout[end:])["content"]) if ips else None
 
         self.ip, text = wait_until(
-            told, deadline=Deadline(seconds), what=f"an address of {self.name}", interval=(0.2, 0.5)
+            read_agent, deadline=Deadline(seconds), what=f"an address of {self.name}", interval=(0.2, 0.5)
         )
         kind, key = text.split()[:2]
         self.known_hosts.write_text(f"{self.name} {kind} {key}\n")
@@ -162,52 +166,52 @@ class Node:
         )
         self.sh("cloud-init status --wait >/dev/null || [ $? -eq 2 ]")
 
-    # -- the node's side
+    # -- on the node
 
     def sh(self, command: str, *, data: str | None = None) -> str:
-        """What the node's root shell says to `command`, without the line's end."""
-        return said(self.ask(command, data=data), f"{self.name}: {command}").rstrip("\n")
+        """Run `command` in root's shell on the node and return its output without the final newline."""
+        return checked_output(self.ssh(command, data=data), f"{self.name}: {command}").rstrip("\n")
 
-    def ask(self, command: str, *, data: str | None = None) -> subprocess.CompletedProcess[str]:
+    def ssh(self, command: str, *, data: str | None = None) -> subprocess.CompletedProcess[str]:
         return run(["ssh", "-F", str(self.ssh_config), self.name, command], data=data)
 
-    def true(self, command: str) -> bool:
-        """Whether the node's root shell takes `command` for true."""
-        return self.ask(command).returncode == 0
+    def succeeds(self, command: str) -> bool:
+        """Whether `command` in root's shell on the node exits with 0."""
+        return self.ssh(command).returncode == 0
 
     def login(self, key: Path) -> str:
-        """What ssh says of a login of its own with `key`, however it ends."""
+        """The messages of `ssh -v` for a separate login with `key`, successful or not."""
         options = ["-v", "-i", str(key), "-o", "ControlPath=none", "-o", "BatchMode=yes"]
         return run(["ssh", "-F", str(self.ssh_config), *options, self.name, "true"]).stderr
 
-    def await_answer(self, command: str, seconds: float = 90.0) -> None:
-        """Until `command` is true on the node, which may be out of reach meanwhile."""
+    def await_success(self, command: str, seconds: float = 90.0) -> None:
+        """Wait until `command` succeeds on the node, which may be unreachable meanwhile."""
         wait_until(
-            lambda: self.true(f"timeout 5 sh -c {shlex.quote(command)}"),
+            lambda: self.succeeds(f"timeout 5 sh -c {shlex.quote(command)}"),
             deadline=Deadline(seconds), what=command, interval=(0.2, 0.5),
         )  # fmt: skip
 
     def reboot(self) -> None:
-        """As its administrator does it; back when it is another boot."""
+        """Reboot the node by systemctl and wait until the new boot is complete."""
         before = self.sh("cat /proc/sys/kernel/random/boot_id")
-        self.ask("systemctl reboot")
+        self.ssh("systemctl reboot")
         run(["ssh", "-F", str(self.ssh_config), "-O", "exit", self.name])
         read = f"qm guest exec {self.vmid} -- cat /proc/sys/kernel/random/boot_id"
 
-        def another() -> bool:
+        def is_another_boot() -> bool:
             done = run(["ssh", "-F", self.lab.ssh_config, self.lab.host, read])
             return done.returncode == 0 and before not in done.stdout
 
-        wait_until(another, deadline=Deadline(180), what=f"{self.name} to boot", interval=(0.2, 0.5))
-        self.arrive()
-        self.ask("systemctl is-system-running --wait")
+        wait_until(is_another_boot, deadline=Deadline(180), what=f"{self.name} to boot", interval=(0.2, 0.5))
+        self.await_login()
+        self.ssh("systemctl is-system-running --wait")
 
     # -- Ansible
 
     def play(self, playbook: str, *arguments: str, limit: float = 600.0, **variables: Any) -> Played:
-        """Plain `ansible-playbook` on the node. Whether it failed is for the caller to see."""
-        given = self.dir / f"variables-{self.vmid}.json"
-        given.write_text(json.dumps(self.variables | variables))
+        """Run a playbook on the node by plain `ansible-playbook`; it may fail."""
+        file = self.dir / f"variables-{self.vmid}.json"
+        file.write_text(json.dumps(self.variables | variables))
         inventory = self.dir / f"inventory-{self.vmid}.yml"
         host = {"ansible_user": "root", "ansible_pipelining": True, "pve_hostname": self.name}
         host["ansible_ssh_common_args"] = f"-F {shlex.quote(str(self.ssh_config))}"
@@ -217,12 +221,12 @@ class Node:
             "ANSIBLE_NOCOLOR": "1",
             "LC_ALL": "C.UTF-8",
             "ANSIBLE_HOME": str(self.dir / "ansible"),
-            # Elsewhere connections are shared by name: with a node of that name in another lab.
+            # The default directory would share connections with a node of the same name in another lab.
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self.dir / "cp"),
         }
         try:
             done = subprocess.run(
-                [program, "-i", inventory, "-e", f"@{given}", *arguments, PLAYBOOKS / playbook],
+                [program, "-i", inventory, "-e", f"@{file}", *arguments, PLAYBOOKS / playbook],
                 env={**os.environ, **environment},
                 cwd=self.dir,
                 stdin=subprocess.DEVNULL,
@@ -233,18 +237,18 @@ class Node:
                 timeout=limit,
             )
         except subprocess.TimeoutExpired as e:
-            so_far = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout
-            raise NodeError(f"{playbook} on {self.name} did not end within {limit:g} s\n{so_far}") from e
+            output = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout
+            raise NodeError(f"{playbook} on {self.name} did not end within {limit:g} s\n{output}") from e
         return Played(done.returncode, done.stdout)
 
-    def done(self, playbook: str, *arguments: str, **variables: Any) -> Played:
-        """`play` that has to succeed."""
+    def play_successfully(self, playbook: str, *arguments: str, **variables: Any) -> Played:
+        """Run a playbook by `play`; NodeError if it fails."""
         played = self.play(playbook, *arguments, **variables)
         if played.rc != 0:
             raise NodeError(f"{playbook} on {self.name} ended with {played.rc}\n{played.output}")
         return played
 
-    # -- places
+    # -- paths
 
     @property
     def key(self) -> Path:

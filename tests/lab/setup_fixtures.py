@@ -1,4 +1,4 @@
-"""The node of `playbook_fixtures` with keys and a consumer's set-up, and what was seen after each run."""
+"""The node of `playbook_fixtures` with keys and a consumer's set-up, and its state after each run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab.playbook_fixtures import Bridged
-from lab.playbook_node import Node, Played, run, said
+from lab.playbook_node import Node, Played, checked_output, run
 
 from pytest_nestedpve.config.parsers import Source
 from pytest_nestedpve.setup.ansible import sources
@@ -18,7 +18,7 @@ from pytest_nestedpve.setup.ansible import sources
 KEYS = "/root/.ssh/authorized_keys"
 SITE = "/opt/sources/site"
 STORE = "/root/.config/nested-pve/api-token"
-# Private to the user, indented and quoted as nobody's library would do it by itself.
+# A user's file, indented and quoted as no YAML library writes it.
 SECRETS = """\
 # Of the site; git never saw it.
 database:
@@ -32,42 +32,44 @@ zones: [b, a]
 BY_HAND = "# credentials, kept elsewhere\nother: 0x1F\n"
 
 
-def shown(played: Played, *secrets: str) -> list[str]:
-    """Which of `secrets` a playbook's output has, as they are or as modules hand them over."""
+def find_secrets(played: Played, *secrets: str) -> list[str]:
+    """Those of `secrets` that a playbook's output contains, in plain text or in the base64 of its modules."""
     return [
-        each
-        for each in secrets
-        if each in played.output or base64.b64encode(each.encode()).decode().rstrip("=")[:-1] in played.output
+        text
+        for text in secrets
+        if text in played.output or base64.b64encode(text.encode()).decode().rstrip("=")[:-1] in played.output
     ]
 
 
-def make_key(path: Path) -> str:
-    """A key pair at `path`; the public half."""
-    said(run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)]), "ssh-keygen")
+def create_key(path: Path) -> str:
+    """Create a key pair at `path`; return the public key."""
+    checked_output(
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)]), "ssh-keygen"
+    )
     return path.with_suffix(".pub").read_text().strip()
 
 
-def private(path: Path) -> str:
-    """A line of a private key that no other has: the first ones are format and public half."""
+def private_line(path: Path) -> str:
+    """A line that only this private key has: the first lines are the format and the public key."""
     return path.read_text().splitlines()[4]
 
 
 @dataclass(frozen=True)
 class Keyed:
-    """After nested-pve-ssh.yml, twice."""
+    """After two runs of nested-pve-ssh.yml."""
 
     node: Node
     variables: dict[str, Any]
     pair: Path
     first: Played
     second: Played
-    shown: list[str]
+    leaked: list[str]
     link_before: str
     link: str
     keys_before: str
     keys: str
-    own_before: str
-    own: str
+    root_key_before: str
+    root_key: str
     placed: str
     config: str
     offered_to_leaf: str
@@ -82,40 +84,42 @@ class Keyed:
 @pytest.fixture(scope="session")
 def keyed(bridged: Bridged) -> Keyed:
     node = bridged.node
-    pair, someone = node.dir / "run-key", make_key(node.dir / "someone")
-    public = make_key(pair)
+    pair, someone = node.dir / "run-key", create_key(node.dir / "someone")
+    public = create_key(pair)
     variables = {
         "nested_pve_authorized_keys": [public, someone],
         "nested_pve_run_key": pair.read_text(),
         "nested_pve_run_public_key": public,
         "nested_pve_leaf_pattern": "playbooks-leaf-*",
     }
-    own = "sha256sum /root/.ssh/id_rsa /root/.ssh/id_rsa.pub"
-    # As people leave it: the last line without its end.
+    checksums = "sha256sum /root/.ssh/id_rsa /root/.ssh/id_rsa.pub"
+    # As people edit the file: the last line without a newline.
     node.sh(f"printf '# a line by hand' >> {KEYS}; echo 'Ciphers aes256-ctr' > /root/.ssh/config")
     before = {
         "link_before": node.sh(f"readlink {KEYS} || echo no link"),
         "keys_before": node.sh(f"cat {KEYS}"),
-        "own_before": node.sh(own),
+        "root_key_before": node.sh(checksums),
     }
-    first = node.done("nested-pve-ssh.yml", "-vvv", "--diff", **variables)
-    second = node.done("nested-pve-ssh.yml", **variables)
+    first = node.play_successfully("nested-pve-ssh.yml", "-vvv", "--diff", **variables)
+    second = node.play_successfully("nested-pve-ssh.yml", **variables)
     node.sh('echo "leaf $(cut -d" " -f1,2 /etc/ssh/ssh_host_ed25519_key.pub)" > /root/leaf-hosts')
-    seen = {
+    state = {
         "link": node.sh(f"readlink {KEYS} || echo no link"),
         "keys": node.sh(f"cat {KEYS}"),
-        "own": node.sh(own),
+        "root_key": node.sh(checksums),
         "placed": node.sh("cd /root/.ssh; stat -c '%a %U %n' id_nestedpve; sha256sum < id_nestedpve || true"),
         "config": node.sh("cat /root/.ssh/config"),
         "offered_to_leaf": node.sh("ssh -G playbooks-leaf-1 | grep ^identityfile"),
         "offered_elsewhere": node.sh("ssh -G elsewhere | grep ^identityfile"),
-        # The node itself stands for a leaf that lets the run's key in.
+        # The node itself is the leaf that accepts the run's key.
         "to_leaf": node.sh(
             "ssh -v -o BatchMode=yes -o HostName=127.0.0.1 -o HostKeyAlias=leaf"
             " -o UserKnownHostsFile=/root/leaf-hosts playbooks-leaf-1 true 2>&1 || true"
         ),
         "login": node.login(pair),
-        "users_key": node.sh("grep -rlF -f - /root /etc /opt /home /tmp || true", data=private(node.key)),
+        "users_key": node.sh(
+            "grep -rlF -f - /root /etc /opt /home /tmp || true", data=private_line(node.key)
+        ),
     }
     node.sh("systemctl stop pve-cluster")
     try:
@@ -125,15 +129,15 @@ def keyed(bridged: Bridged) -> Keyed:
         }
     finally:
         node.sh("systemctl start pve-cluster pveproxy")
-    told = shown(first, private(pair))
+    leaked = find_secrets(first, private_line(pair))
     return Keyed(
-        node, variables, pair, first, second, told, **before, **seen, **down
+        node, variables, pair, first, second, leaked, **before, **state, **down
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class State:
-    """What nested-pve-repos.yml made, as the node tells it."""
+    """The results of nested-pve-repos.yml, read from the node."""
 
     content: frozenset[str]
     token: str
@@ -149,7 +153,7 @@ class State:
     keys: str
 
 
-# /storage/local is for who may administer it: a token without its user's rights gets a 403.
+# /storage/local is for administrators: a token without its user's rights gets a 403.
 LOOK = {
     "content": "pvesh get /storage/local --output-format json",
     "token": f"cat {STORE}",
@@ -163,21 +167,23 @@ LOOK = {
     "files": f"cd {SITE} && find . ! -type d -printf '%m %P %l\\n' | sort -k2",
     "modes": f"cd {SITE}/../.nested-pve; stat -c '%a %U %n' {STORE} {SITE}/secrets.yaml secrets secrets/*",
     "secret": f"cat {SITE}/secrets.yaml",
-    "credentials": "cd; readlink credentials.yaml; stat -c '%a %U' there.yaml; cat there.yaml",
+    "credentials": "cd; readlink credentials.yaml; stat -c '%a %U' target.yaml; cat target.yaml",
     "bootstrapped": "cat /root/bootstrapped",
     "keys": f"cat {KEYS}",
 }
 
 
-def look(node: Node) -> State:
-    # In one go, because each login costs; what is not there is an empty text.
-    between = "-- next --"
-    answer = node.sh("".join(f"({command}) 2>/dev/null; echo; echo {between}\n" for command in LOOK.values()))
-    texts = [text.strip("\n") for text in answer.split(between)[: len(LOOK)]]
-    seen: dict[str, Any] = dict(zip(LOOK, texts, strict=True))
-    seen["content"] = frozenset(json.loads(seen["content"])["content"].split(","))
-    seen["tokens"] = {each["tokenid"] for each in json.loads(seen["tokens"])}
-    return State(**seen)
+def read_state(node: Node) -> State:
+    # By one login, as each login takes time; the text of a missing file is empty.
+    separator = "-- next --"
+    answer = node.sh(
+        "".join(f"({command}) 2>/dev/null; echo; echo {separator}\n" for command in LOOK.values())
+    )
+    texts = [text.strip("\n") for text in answer.split(separator)[: len(LOOK)]]
+    state: dict[str, Any] = dict(zip(LOOK, texts, strict=True))
+    state["content"] = frozenset(json.loads(state["content"])["content"].split(","))
+    state["tokens"] = {token["tokenid"] for token in json.loads(state["tokens"])}
+    return State(**state)
 
 
 class Site:
@@ -188,17 +194,17 @@ class Site:
         for name, text in {
             ".gitignore": "secrets.yaml\nbuild/\n",
             "README": "of the site\n",
-            "old/deep/stale.yaml": "goes\n",
+            "old/deep/stale.yaml": "to be deleted\n",
             "bin/run": "#!/bin/sh\n",
-            "build/result": "made from the rest\n",
+            "build/result": "built\n",
             "secrets.yaml": SECRETS,
         }.items():
             self.write(name, text)
         (root / "bin/run").chmod(0o755)
         (root / "link").symlink_to("bin/run")
         for command in (["init", "-q"], ["add", "."]):
-            said(run(["git", "-C", str(root), *command]), "git")
-        self.write("untracked", "belongs to it\n")
+            checked_output(run(["git", "-C", str(root), *command]), "git")
+        self.write("untracked", "of the site\n")
 
     def write(self, name: str, text: str) -> None:
         path = self.root / name
@@ -206,14 +212,14 @@ class Site:
         path.write_text(text)
 
     def archive(self, target: Path) -> list[dict[str, str]]:
-        """It as it is now, for `nested_pve_source_archives`."""
+        """Pack the project as it is now, for `nested_pve_source_archives`."""
         packed = sources.pack(Source("site", str(self.root)), target)
         return [{"name": packed.name, "archive": str(packed.archive), "digest": packed.digest}]
 
 
 @dataclass(frozen=True)
 class Served:
-    """After runs of nested-pve-repos.yml, each with what was seen before and after it."""
+    """After four runs of nested-pve-repos.yml, with the states before and after them."""
 
     node: Node
     variables: dict[str, Any]
@@ -223,21 +229,21 @@ class Served:
     after_first: State
     second: Played
     after_second: State
-    # The token is gone, the source another, the bootstrap command fails.
+    # The token is deleted, the source changed, the bootstrap command fails.
     third: Played
     between: State
     after_third: State
-    # The secret is another, the token has another name and goes through a link, the bootstrap command works.
+    # The secret is changed, the token has another name and a linked file, the bootstrap command succeeds.
     fourth: Played
     after_fourth: State
-    shown: list[str]
+    leaked: list[str]
 
 
 @pytest.fixture(scope="session")
 def served(keyed: Keyed, tmp_path_factory: pytest.TempPathFactory) -> Served:
     node = keyed.node
     site, packed = Site(tmp_path_factory.mktemp("site")), tmp_path_factory.mktemp("packed")
-    outer_key = make_key(node.dir / "root-of-father")
+    outer_key = create_key(node.dir / "root-of-father")
     variables: dict[str, Any] = {
         "nested_pve_outer_public_keys": [outer_key],
         "nested_pve_source_archives": site.archive(packed),
@@ -250,48 +256,50 @@ def served(keyed: Keyed, tmp_path_factory: pytest.TempPathFactory) -> Served:
         "nested_pve_token_keys": ["api_tokens", node.name],
     }
     playbook = "nested-pve-repos.yml"
-    # One type that we would not ask for, and without some that we do.
+    # One content type that the playbook does not add, and without some that it adds.
     node.sh("pvesm set local --content backup,rootdir; touch /root/allowed")
     node.sh(
-        "cd /root; cat > there.yaml; chown daemon there.yaml; chmod 640 there.yaml;"
-        " ln -s there.yaml credentials.yaml",
+        "cd /root; cat > target.yaml; chown daemon target.yaml; chmod 640 target.yaml;"
+        " ln -s target.yaml credentials.yaml",
         data=BY_HAND,
     )
-    before = look(node)
-    first = node.done(playbook, "-vvv", "--diff", **variables)
-    after_first = look(node)
-    second = node.done(playbook, **variables)
-    after_second = look(node)
+    before = read_state(node)
+    first = node.play_successfully(playbook, "-vvv", "--diff", **variables)
+    after_first = read_state(node)
+    second = node.play_successfully(playbook, **variables)
+    after_second = read_state(node)
 
     node.sh("pveum user token remove root@pam nested-pve; rm /root/allowed")
     node.sh(f"mkdir {SITE}/made; touch {SITE}/made/here; echo changed by hand >> {SITE}/README")
-    between = look(node)
+    between = read_state(node)
     node.sh(f"chmod 644 {SITE}/secrets.yaml")
     (site.root / "old/deep/stale.yaml").unlink()
-    site.write("new/fresh.yaml", "comes\n")
+    site.write("new/fresh.yaml", "to be added\n")
     variables["nested_pve_source_archives"] = site.archive(packed)
     third = node.play(playbook, "-v", **variables)
-    after_third = look(node)
+    after_third = read_state(node)
 
     node.sh("touch /root/allowed")
     site.write("secrets.yaml", SECRETS.replace("correct-horse-41", "battery-staple-17"))
     variables |= {"nested_pve_token_name": "another", "nested_pve_token_file": "/root/credentials.yaml"}
-    fourth = node.done(playbook, "-v", **variables)
-    after_fourth = look(node)
+    fourth = node.play_successfully(playbook, "-v", **variables)
+    after_fourth = read_state(node)
 
-    kept = [text for each in (after_first, after_third, after_fourth) for text in (each.token, each.secret)]
-    values = [each.partition("=")[2] for each in kept if each.startswith("root@pam!")]
-    values += [*kept, "correct-horse-41", "battery-staple-17"]
-    told = [one for played in (first, second, third, fourth) for one in shown(played, *values)]
+    texts = [
+        text for state in (after_first, after_third, after_fourth) for text in (state.token, state.secret)
+    ]
+    values = [text.partition("=")[2] for text in texts if text.startswith("root@pam!")]
+    values += [*texts, "correct-horse-41", "battery-staple-17"]
+    leaked = [x for played in (first, second, third, fourth) for x in find_secrets(played, *values)]
     return Served(
         node, variables, outer_key, before, first, after_first, second, after_second, third, between,
-        after_third, fourth, after_fourth, told,
+        after_third, fourth, after_fourth, leaked,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finished:
-    """After nested-pve-setup.yml on a node on which all of it was done."""
+    """After nested-pve-setup.yml on a node that is already set up."""
 
     played: Played
     before: State
@@ -300,6 +308,6 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(served: Served, keyed: Keyed) -> Finished:
-    before = look(served.node)
-    played = served.node.done("nested-pve-setup.yml", **keyed.variables, **served.variables)
-    return Finished(played, before, look(served.node))
+    before = read_state(served.node)
+    played = served.node.play_successfully("nested-pve-setup.yml", **keyed.variables, **served.variables)
+    return Finished(played, before, read_state(served.node))

@@ -1,4 +1,4 @@
-"""Attached to a Debian that is no PVE yet: two chosen steps make it one, and nothing of the run is left."""
+"""Attaching to a Debian without PVE: two selected steps install PVE, and no leftovers of the run remain."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from pytest_nestedpve.config import hosts
 
 def pytest_nestedpve_host(config, settings):
-    place = Path({config!r})
-    return hosts.connect(hosts.resolve(settings.host, ssh_config=place))
+    path = Path({config!r})
+    return hosts.connect(hosts.resolve(settings.host, ssh_config=path))
 """
 LOOK = "find /etc /root -type f | sort | xargs sha256sum; ip -4 -br address; ls /opt"
 OF_THE_RUN = """
@@ -29,23 +29,23 @@ find /root /opt /etc/pve/priv -name '*npve*' -o -name '*nested*' -o -name '.ansi
 
 
 @dataclass(frozen=True)
-class Story:
-    """A session that chose nothing, one that chose two steps, and the machine after each."""
+class Sessions:
+    """A session without selected steps, one with two selected steps, and the machine after each of them."""
 
     node: Node
-    unchosen: subprocess.CompletedProcess[str]
+    unselected: subprocess.CompletedProcess[str]
     before: str
     between: str
-    chosen: subprocess.CompletedProcess[str]
+    selected: subprocess.CompletedProcess[str]
     statuses: dict[str, str]
-    left: str
+    leftovers: str
     version: str
     bridge: str
-    named: str
+    names: str
 
 
 @pytest.fixture(scope="module")
-def story(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def sessions(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> Sessions:
     node = Node(playbook_lab, 9921, "plain", tmp_path_factory.mktemp("n"))
     node.create()
     node.start()
@@ -70,44 +70,46 @@ def story(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) -> St
         )
 
     before = node.sh(LOOK)
-    unchosen = session("test_steps.py")
+    unselected = session("test_steps.py")
     between = node.sh(LOOK)
-    chosen = session("-k", "ensure_pve or setup_network")
-    assert chosen.returncode == 0, chosen.stdout + chosen.stderr
-    log = max(project.glob(".nested-pve/runs/*/audit.jsonl"), key=lambda each: each.stat().st_mtime)
-    ended = [json.loads(line) for line in log.read_text().splitlines() if '"phase_end"' in line]
-    return Story(
-        node, unchosen, before, between, chosen,
-        {line["phase"]: line["status"] for line in ended},
-        left=node.sh(OF_THE_RUN),
+    selected = session("-k", "ensure_pve or setup_network")
+    assert selected.returncode == 0, selected.stdout + selected.stderr
+    log = max(project.glob(".nested-pve/runs/*/audit.jsonl"), key=lambda path: path.stat().st_mtime)
+    ends = [json.loads(line) for line in log.read_text().splitlines() if '"phase_end"' in line]
+    return Sessions(
+        node, unselected, before, between, selected,
+        {line["phase"]: line["status"] for line in ends},
+        leftovers=node.sh(OF_THE_RUN),
         version=node.sh("pveversion; systemctl is-active pve-cluster pvedaemon pveproxy"),
         bridge=node.sh("ip -4 -br address show dev vmbr0; ip -br link show master vmbr0"),
-        named=node.sh("ls /etc/pve/nodes; getent ahostsv4 $(hostname)"),
+        names=node.sh("ls /etc/pve/nodes; getent ahostsv4 $(hostname)"),
     )  # fmt: skip
 
 
 @pytest.mark.thorough
-def test_without_a_choice_it_is_refused_and_not_changed(story: Story) -> None:
-    assert story.unchosen.returncode == 4
-    assert "Or choose the step that brings it: -k ensure_pve." in story.unchosen.stdout
-    assert story.between == story.before
+def test_without_selected_steps_a_debian_is_refused_and_not_changed(sessions: Sessions) -> None:
+    assert sessions.unselected.returncode == 4
+    assert "Or choose the step that brings it: -k ensure_pve." in sessions.unselected.stdout
+    assert sessions.between == sessions.before
 
 
 @pytest.mark.thorough
-def test_chosen_steps_make_it_a_pve_with_a_bridge(story: Story) -> None:
-    assert (story.statuses["ensure_pve"], story.statuses["setup_network"]) == ("done", "done")
-    assert story.version.startswith("pve-manager/")
-    assert story.version.splitlines()[1:] == ["active"] * 3
-    assert f" {story.node.ip}/" in story.bridge
-    assert "eth0" in story.bridge
-    assert story.named.split()[:2] == ["plain", story.node.ip]
+def test_selected_steps_install_pve_and_a_bridge(sessions: Sessions) -> None:
+    assert (sessions.statuses["ensure_pve"], sessions.statuses["setup_network"]) == ("done", "done")
+    assert sessions.version.startswith("pve-manager/")
+    assert sessions.version.splitlines()[1:] == ["active"] * 3
+    assert f" {sessions.node.ip}/" in sessions.bridge
+    assert "eth0" in sessions.bridge
+    assert sessions.names.split()[:2] == ["plain", sessions.node.ip]
 
 
 @pytest.mark.thorough
-def test_what_stays_is_told_and_nothing_else_stays(story: Story) -> None:
-    assert "plain stays as it is now: ensure_pve installed PVE" in story.chosen.stdout
-    assert "plain stays as it is now: setup_network changed how it is on the network" in story.chosen.stdout
-    assert "and nothing is left" in story.chosen.stdout
-    assert "npve-" not in story.left
-    assert "nested" not in story.left
-    assert ".ansible" not in story.left
+def test_lasting_changes_are_reported_and_no_leftovers_remain(sessions: Sessions) -> None:
+    assert "plain stays as it is now: ensure_pve installed PVE" in sessions.selected.stdout
+    assert (
+        "plain stays as it is now: setup_network changed how it is on the network" in sessions.selected.stdout
+    )
+    assert "and nothing is left" in sessions.selected.stdout
+    assert "npve-" not in sessions.leftovers
+    assert "nested" not in sessions.leftovers
+    assert ".ansible" not in sessions.leftovers

@@ -1,4 +1,4 @@
-"""Attached to a lab's father: used as the nested PVE, changed only by choice, at the end as it was before."""
+"""Attaching to a lab's father as the nested PVE: only selected steps change it, and changes are undone."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PLAYBOOK = """
   gather_facts: false
   tasks:
     - ansible.builtin.command: uname -n
-      register: said
+      register: answer
     - ansible.builtin.assert:
-        that: said.stdout == pve_hostname
+        that: answer.stdout == pve_hostname
 """
-# All that a set-up phase touches, and where the run's own things would be.
+# Everything that a set-up phase changes, and all directories of a run's files.
 STATE = r"""
 qm list; pvesh get /pools --output-format json; pvesh get /access/acl --output-format json
 pveum user token list root@pam --output-format json; pvesh get /storage/local --output-format json
@@ -53,18 +53,18 @@ find /root /opt /srv /etc/pve/priv /etc/network /etc/cloud /var/lib/vz -not -pat
 cd /root; cat /etc/hosts /etc/network/interfaces .ssh/* /etc/pve/local/pve-ssl.pem | sha256sum
 ip -4 -br addr show vmbr0
 """
-# As an administrator does it who has one of a public authority: it names neither 127.0.0.1 nor the node.
-OWN_CERTIFICATE = """
+# A custom certificate, as of a public authority: it names neither 127.0.0.1 nor the node.
+CUSTOM_CERTIFICATE = """
 openssl req -x509 -newkey rsa:2048 -nodes -days 5 -subj /CN=pve.example.org \
   -addext subjectAltName=DNS:pve.example.org \
   -keyout /etc/pve/local/pveproxy-ssl.key -out /etc/pve/local/pveproxy-ssl.pem && systemctl restart pveproxy
 """
-NODES_CERTIFICATE = "rm -f /etc/pve/local/pveproxy-ssl.*; systemctl restart pveproxy"
+DEFAULT_CERTIFICATE = "rm -f /etc/pve/local/pveproxy-ssl.*; systemctl restart pveproxy"
 
 
 @dataclass(frozen=True)
 class Session:
-    """How one session ended, and what the father was like before and after."""
+    """Exit status and output of a session, and father's state before and after it."""
 
     ret: int
     output: str
@@ -73,19 +73,19 @@ class Session:
 
     @property
     def run(self) -> str:
-        (found,) = re.findall(r"^run ([0-9a-f]{12}):", self.output, re.MULTILINE)
-        return str(found)
+        (run_id,) = re.findall(r"^run ([0-9a-f]{12}):", self.output, re.MULTILINE)
+        return str(run_id)
 
 
 @dataclass(frozen=True)
-class Attaching:
+class AttachingProject:
     """A project whose sessions attach to the father of a lab."""
 
     path: Path
     lab: HandLab
 
     def run(self, *args: str) -> Session:
-        before = self.lab.ask(STATE)
+        before = self.lab.run(STATE)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST"))}
         if "NESTED_PVE_CACHE" in os.environ:
             clean["NESTED_PVE_CACHE"] = os.environ["NESTED_PVE_CACHE"]
@@ -111,27 +111,27 @@ class Attaching:
             check=False,
             start_new_session=True,
         )
-        return Session(done.returncode, done.stdout + done.stderr, before, self.lab.ask(STATE))
+        return Session(done.returncode, done.stdout + done.stderr, before, self.lab.run(STATE))
 
 
 @pytest.fixture(scope="module")
-def attaching(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Attaching:
+def attaching(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> AttachingProject:
     path = tmp_path_factory.mktemp("project")
     (path / "test_steps.py").write_text("from pytest_nestedpve import steps\n")
     (path / "test_users.py").write_text(USERS)
     (path / "name.yml").write_text(PLAYBOOK)
     (path / "mine").mkdir()
     (path / "mine" / "file").write_text("of the project\n")
-    (path / "secret").write_text("of nobody else\n")
+    (path / "secret").write_text("a secret\n")
     (path / "pytest.ini").write_text(
-        "[pytest]\nnested_pve_host = not-asked.invalid\nnested_pve_sources = mine=mine\n"
+        "[pytest]\nnested_pve_host = unused.invalid\nnested_pve_sources = mine=mine\n"
         "nested_pve_secrets = secret\n"
     )
-    hand_lab.ask(f"qm create {LOW + 3} --name nested-pve-of-somebody --net0 virtio,bridge=vmbr0")
-    return Attaching(path, hand_lab)
+    hand_lab.run(f"qm create {LOW + 3} --name nested-pve-of-somebody --net0 virtio,bridge=vmbr0")
+    return AttachingProject(path, hand_lab)
 
 
-def test_without_a_choice_the_father_is_looked_at_and_not_changed(attaching: Attaching) -> None:
+def test_without_selected_steps_father_is_checked_and_not_changed(attaching: AttachingProject) -> None:
     done = attaching.run("test_steps.py")
     assert done.ret == 1, done.output
     for name in ("ensure_pve", "setup_network", "setup_ssh"):
@@ -141,7 +141,7 @@ def test_without_a_choice_the_father_is_looked_at_and_not_changed(attaching: Att
     assert done.after == done.before
 
 
-def test_a_chosen_set_up_and_the_vm_inside_are_gone_at_the_end(attaching: Attaching) -> None:
+def test_a_selected_set_up_is_undone_and_the_vm_inside_destroyed(attaching: AttachingProject) -> None:
     done = attaching.run("-k", "setup_repos or leaf or sync or chain or uses_it")
     assert done.ret == 0, done.output
     assert done.output.count("PASSED") == 7, done.output
@@ -149,7 +149,7 @@ def test_a_chosen_set_up_and_the_vm_inside_are_gone_at_the_end(attaching: Attach
     assert done.after == done.before
 
 
-def test_the_runs_key_comes_by_choice_and_goes(attaching: Attaching) -> None:
+def test_the_runs_key_is_added_by_selection_and_removed(attaching: AttachingProject) -> None:
     done = attaching.run("-k", "setup_ssh or leaf or verify", *REDO, "--nested-skip", "setup_repos")
     assert done.ret == 0, done.output
     log = next((attaching.path / ".nested-pve" / "runs").glob(f"{done.run}/audit.jsonl")).read_text()
@@ -158,17 +158,17 @@ def test_the_runs_key_comes_by_choice_and_goes(attaching: Attaching) -> None:
 
 
 @pytest.mark.thorough
-def test_a_father_with_an_administrators_certificate_is_well_and_its_own_is_not_renewed(
-    attaching: Attaching,
+def test_a_custom_certificate_is_accepted_and_the_default_one_not_renewed(
+    attaching: AttachingProject,
 ) -> None:
-    attaching.lab.ask(OWN_CERTIFICATE)
+    attaching.lab.run(CUSTOM_CERTIFICATE)
     try:
         done = attaching.run("-k", "ensure_pve or setup_repos", *REDO)
-        served = attaching.lab.ask(
+        served = attaching.lab.run(
             "openssl s_client -connect 127.0.0.1:8006 </dev/null 2>&1 | grep -c CN.*pve.example.org"
         )
     finally:
-        attaching.lab.ask(NODES_CERTIFICATE)
+        attaching.lab.run(DEFAULT_CERTIFICATE)
     assert int(served) > 0
     assert done.ret == 0, done.output
     assert "2 passed" in done.output
@@ -176,19 +176,22 @@ def test_a_father_with_an_administrators_certificate_is_well_and_its_own_is_not_
 
 
 @pytest.mark.thorough
-def test_a_killed_session_leaves_a_vm_inside_that_the_host_tells_as_the_runs(
-    attaching: Attaching, tmp_path: Path
+def test_leftovers_of_a_killed_session_on_an_attached_host_are_deleted_by_destroy_only(
+    attaching: AttachingProject, tmp_path: Path
 ) -> None:
-    before = attaching.lab.ask(STATE)
+    before = attaching.lab.run(STATE)
     project = Project(tmp_path / "project", attaching.lab, LOW, LOW + 9, tmp_path / "state")
-    project.write()
+    project.create()
     process = project.start_with(
         ["--nested-attach", f"lab:{attaching.lab.name}"], "--nested-skip", "setup_repos", "-k", "leaf_wait_ip"
     )
-    project.wait_for(process, lambda line: line.get("phase") == "leaf_wait_ip")
+    project.wait_for_line(process, lambda line: line.get("phase") == "leaf_wait_ip")
     process.kill()
     process.wait()
-    assert project.left() != []
-    assert project.run("--nested-destroy-only") in (0, 1)  # 1: the one that looks like ours is not confirmed
-    # What only reads has ten minutes to live, and is nobody's business.
-    assert re.sub(r'\{[^}]*"npve-see-[^}]*\}', "", attaching.lab.ask(STATE)) == before
+    assert project.leftovers() != []
+    assert project.run("--nested-destroy-only") in (
+        0,
+        1,
+    )  # 1: the foreign VM with a similar name is not confirmed
+    # A read-only token may remain until it expires after ten minutes.
+    assert re.sub(r'\{[^}]*"npve-see-[^}]*\}', "", attaching.lab.run(STATE)) == before

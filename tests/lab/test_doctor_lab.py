@@ -1,4 +1,4 @@
-"""The doctor at a lab: nothing is missing, and nothing at all is made: no task, no token, no file."""
+"""The doctor on a lab: it finds all requirements and creates nothing: no task, no token, no file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lab.on_lab import HandLab, Project
 
 pytestmark = pytest.mark.timeout(600)
 
-# By the lab's own commands. Times of access, and a file's number of links, are no state of its own.
+# By the lab's own commands, without times of access and changing counters.
 STATE = """
 for path in /pools /storage /access/users /access/acl /access/users/root@pam/token /nodes/father/qemu \
     /nodes/father/tasks /nodes/father/network /cluster/backup; do
@@ -21,18 +21,18 @@ cat /etc/pve/storage.cfg /root/.ssh/authorized_keys; ls /tmp
 """
 
 
-def test_it_makes_nothing_and_finds_all_that_a_run_uses(hand_lab: HandLab, tmp_path: Path) -> None:
+def test_the_doctor_creates_nothing_and_finds_all_that_a_run_uses(hand_lab: HandLab, tmp_path: Path) -> None:
     project = Project(tmp_path / "project", hand_lab, 99700, 99709, tmp_path / "state")
-    project.write()
-    before = hand_lab.ask(STATE)
+    project.create()
+    before = hand_lab.run(STATE)
     assert project.run("--nested-doctor", "--nested-json", "out.json") == 0, project.output()
-    assert hand_lab.ask(STATE) == before
-    found = json.loads((project.path / "out.json").read_text())
-    levels = {row["what"]: row["level"] for row in found if row["row"] == "check"}
+    assert hand_lab.run(STATE) == before
+    rows = json.loads((project.path / "out.json").read_text())
+    levels = {row["what"]: row["level"] for row in rows if row["row"] == "check"}
     assert set(levels.values()) == {"ok"}, levels
     assert {"login", "forwarding", "nested virtualisation", "memory", "image", "transport"} <= set(levels)
-    chosen = {row["what"]: row for row in found if row["row"] == "choice"}
-    assert chosen["API"]["value"].startswith("HTTPS through SSH")
-    assert "/etc/nested-pve.ini" in chosen["bridge"]["why"]
-    assert "10 of 10 free" in chosen["id"]["why"]
+    choices = {row["what"]: row for row in rows if row["row"] == "choice"}
+    assert choices["API"]["value"].startswith("HTTPS through SSH")
+    assert "/etc/nested-pve.ini" in choices["bridge"]["why"]
+    assert "10 of 10 free" in choices["id"]["why"]
     assert not project.runs()

@@ -1,4 +1,4 @@
-"""The example project, as a stranger has it: the wheel, its own playbook, proxmoxer; on a lab."""
+"""The example project on a lab, as a user runs it: from the wheel, with its own playbook and proxmoxer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lab_name() -> Iterator[str]:
     lifecycle.stop(name)
 
 
-def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: str) -> None:
+def test_the_example_project_works_with_the_wheel(tmp_path: Path, lab_name: str) -> None:
     python = wheels.install_wheel(wheels.build_wheel(tmp_path / "dist"), tmp_path / "environment")
     project = tmp_path / "project"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -37,7 +37,7 @@ def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: st
     done = subprocess.run(
         [python, "-m", "pytest", "-v", "--pve-host", f"lab:{lab_name}", "-p", "no:randomly"],
         cwd=project,
-        # What the environment is lent has its programs beside the python of these tests.
+        # Programs of the shared dependencies are beside the python of these tests.
         env={**clean, "COLUMNS": "160", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -50,10 +50,10 @@ def test_the_example_project_works_out_of_the_wheel(tmp_path: Path, lab_name: st
 
     (audit,) = (project / ".nested-pve" / "runs").glob("*/audit.jsonl")
     lines = [json.loads(line) for line in audit.read_text().splitlines()]
-    (added,) = [
+    (storage_end,) = [
         line for line in lines if (line["event"], line.get("phase")) == ("phase_end", "backup_storage")
     ]
-    assert (added["status"], added["facts"]["did"]) == ("done", "1 changed")
-    (made,) = [line for line in lines if (line["event"], line.get("phase")) == ("phase_end", "provision")]
-    assert "4096 MiB" in made["facts"]["did"]
-    assert str(wheels.ROOT) not in audit.read_text(), "something of the repository was used"
+    assert (storage_end["status"], storage_end["facts"]["did"]) == ("done", "1 changed")
+    (vm_end,) = [line for line in lines if (line["event"], line.get("phase")) == ("phase_end", "provision")]
+    assert "4096 MiB" in vm_end["facts"]["did"]
+    assert str(wheels.ROOT) not in audit.read_text(), "a file of the repository was used"

@@ -1,7 +1,7 @@
-"""An environment that is kept, gone on with by further processes, given clean to tests, and ended: on a lab.
+"""A kept environment on a lab: resumed by further sessions, reset to a clean state for tests, and destroyed.
 
-Sessions cost minutes, what is to be seen of them are many promises: a fixture runs them one after the other
-on one environment, tests judge what it saw.
+Sessions take minutes and many tests check them: a fixture runs them one after another on one environment and
+records the results, tests check the records.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ BREAKS = """\
 CLEAN = """
 import pytest
 
-def made(pve):
+def changes(pve):
     return [
         *(user["userid"] for user in pve.inner.api.get("/access/users") if user["userid"] != "root@pam"),
-        *(each["storage"] for each in pve.inner.api.get("/storage") if each["storage"] != "local"),
-        *(each["vmid"] for each in pve.inner.api.get("/cluster/resources", type="vm") if each["vmid"] == 500),
+        *(s["storage"] for s in pve.inner.api.get("/storage") if s["storage"] != "local"),
+        *(vm["vmid"] for vm in pve.inner.api.get("/cluster/resources", type="vm") if vm["vmid"] == 500),
         *pve.ssh("ls -d /root/of-a-test /srv/store").stdout.split(),
     ]
 
-def test_leaves_much_behind(nested_pve_clean):
+def test_makes_many_changes(nested_pve_clean):
     pve = nested_pve_clean
     pve.inner.api.post("/access/users", userid="bob@pve")
     pve.ssh("touch /root/of-a-test; mkdir /srv/store; pvesm add dir store --path /srv/store").check()
     pve.inner.api.post(f"/nodes/{pve.node}/qemu", vmid=500, name="of-a-test")
-    assert len(made(pve)) == 5
+    assert len(changes(pve)) == 5
 
-def test_finds_nothing_of_it(nested_pve_clean):
-    assert made(nested_pve_clean) == []
+def test_finds_no_changes(nested_pve_clean):
+    assert changes(nested_pve_clean) == []
     assert nested_pve_clean.leaf.run("true").ok
 
 @pytest.mark.nested_pve_clean(scope="module")
@@ -55,13 +55,13 @@ def test_first_of_the_module(nested_pve_clean):
 
 @pytest.mark.nested_pve_clean(scope="module")
 def test_second_of_the_module(nested_pve_clean):
-    assert made(nested_pve_clean) == ["/root/of-a-test"]
+    assert changes(nested_pve_clean) == ["/root/of-a-test"]
 """
 
 
 @dataclass(frozen=True)
 class Session:
-    """How one session ended, and its part of the audit log."""
+    """Exit status and output of a session, and its lines of the audit log."""
 
     ret: int
     output: str
@@ -75,7 +75,7 @@ class Session:
 
 @dataclass
 class KeptProject:
-    """A project whose sessions go on with one environment on a lab that nobody started by hand."""
+    """A project whose sessions resume one environment on a lab that the first session started."""
 
     path: Path
     lab: str
@@ -100,11 +100,11 @@ class KeptProject:
 
     def _lines(self) -> list[dict[str, Any]]:
         logs = sorted((self.path / ".nested-pve" / "runs").glob("*/audit.jsonl"))
-        assert len(logs) < 2, "another environment was made"
+        assert len(logs) < 2, "another environment was created"
         return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
 
     def nested(self, command: str) -> str:
-        """By the ssh_config that the end of a session names."""
+        """Run a command on the nested PVE by the ssh_config that the session's summary names."""
         (config,) = (self.path / ".nested-pve" / "runs").glob("*/ssh_config")
         done = subprocess.run(
             ["ssh", "-F", config, "nested", command], capture_output=True, text=True, check=False
@@ -113,25 +113,25 @@ class KeptProject:
 
 
 @dataclass(frozen=True)
-class Story:
-    """What was seen, in the order in which it happened."""
+class History:
+    """Sessions and states, in the order in which they happened."""
 
     project: KeptProject
     first: Session
-    outlives: bool
+    lab_runs_after_first: bool
     by_hand: str
     second: Session
     edited: Session
     broken: Session
     half_way: str
-    mended: Session
+    fixed: Session
     undone: str
     last: Session
     clean: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     path = tmp_path_factory.mktemp("kept")
     lab = f"kept-{os.getpid()}"
     project = KeptProject(path, lab)
@@ -143,7 +143,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     text = playbook.read_text()
     try:
         first = project.run("--nested-keep", "test_steps.py")
-        outlives = lab in [each.name for each in lifecycle.list_running()]
+        lab_runs = lab in [info.name for info in lifecycle.list_running()]
         by_hand = project.nested("pveversion")
         second = project.run("--nested-keep", "test_steps.py")
         playbook.write_text(text + "# edited\n")
@@ -151,86 +151,86 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         playbook.write_text(text + BREAKS)
         broken = project.run("--nested-keep=on-failure", "test_steps.py", "-k", "setup_repos")
         half_way = project.nested("ls /root")
-        playbook.write_text(text + "# mended\n")
-        mended = project.run("--nested-keep", "test_steps.py", "-k", "setup_repos")
+        playbook.write_text(text + "# fixed\n")
+        fixed = project.run("--nested-keep", "test_steps.py", "-k", "setup_repos")
         undone = project.nested("ls /root")
         last = project.run("test_clean.py", "--junitxml=junit.xml")
-        yield Story(
-            project, first, outlives, by_hand, second, edited, broken, half_way, mended, undone, last,
-            given(path / "junit.xml"),
+        yield History(
+            project, first, lab_runs, by_hand, second, edited, broken, half_way, fixed, undone, last,
+            read_clean_states(path / "junit.xml"),
         )  # fmt: skip
     finally:
         lifecycle.stop(lab)
 
 
-def given(junit: Path) -> dict[str, str]:
-    """How each test was given its clean state."""
+def read_clean_states(junit: Path) -> dict[str, str]:
+    """The value of the property nested_pve_clean by test: how its clean state was reached."""
     import xml.etree.ElementTree as ElementTree
 
     return {
-        case.attrib["name"]: each.attrib["value"]
+        case.attrib["name"]: item.attrib["value"]
         for case in ElementTree.parse(junit).iter("testcase")
-        for each in case.iter("property")
-        if each.attrib["name"] == "nested_pve_clean"
+        for item in case.iter("property")
+        if item.attrib["name"] == "nested_pve_clean"
     }
 
 
-def test_a_kept_environment_and_its_lab_outlive_their_session(story: Story) -> None:
-    assert story.first.ret == 0, story.first.output
-    assert "is kept until" in story.first.output
-    assert story.outlives
-    assert story.by_hand.startswith("pve-manager/")
-    taken = [line for line in story.first.audit if line["event"] == "snapshot"]
-    assert {line["status"] for line in taken} == {"taken"}
-    assert taken[-1]["phase"] == "verify_ssh_chain"  # the clean state, though no test wants it yet
+def test_a_kept_environment_and_its_lab_outlive_their_session(history: History) -> None:
+    assert history.first.ret == 0, history.first.output
+    assert "is kept until" in history.first.output
+    assert history.lab_runs_after_first
+    assert history.by_hand.startswith("pve-manager/")
+    snapshots = [line for line in history.first.audit if line["event"] == "snapshot"]
+    assert {line["status"] for line in snapshots} == {"taken"}
+    assert snapshots[-1]["phase"] == "verify_ssh_chain"  # the clean state, though no test uses it yet
 
 
-def test_with_nothing_changed_all_is_proved_by_probes(story: Story) -> None:
-    assert story.second.ret == 0, story.second.output
-    assert story.second.phases("done") == ["preflight", "verify_ssh_chain"]
-    assert len(story.second.phases("proved")) == 12
-    assert not [line for line in story.second.audit if line["event"] == "playbook"]
+def test_without_changes_all_phases_are_proved_by_probes(history: History) -> None:
+    assert history.second.ret == 0, history.second.output
+    assert history.second.phases("done") == ["preflight", "verify_ssh_chain"]
+    assert len(history.second.phases("proved")) == 12
+    assert not [line for line in history.second.audit if line["event"] == "playbook"]
 
 
-def test_after_an_edit_the_chosen_step_runs_and_nothing_else(story: Story) -> None:
-    assert story.edited.ret == 0, story.edited.output
-    assert story.edited.phases("done") == ["preflight", "setup_repos"]
-    played = [line["playbook"] for line in story.edited.audit if line["event"] == "playbook"]
+def test_after_an_edit_only_the_selected_step_runs(history: History) -> None:
+    assert history.edited.ret == 0, history.edited.output
+    assert history.edited.phases("done") == ["preflight", "setup_repos"]
+    played = [line["playbook"] for line in history.edited.audit if line["event"] == "playbook"]
     assert played == ["nested-pve-repos.yml"]
 
 
-def test_a_failed_session_is_kept_as_it_failed(story: Story) -> None:
-    assert story.broken.ret == 1, story.broken.output
-    assert "is kept until" in story.broken.output
-    assert "half-way" in story.half_way
+def test_the_environment_of_a_failed_session_is_kept_unchanged(history: History) -> None:
+    assert history.broken.ret == 1, history.broken.output
+    assert "is kept until" in history.broken.output
+    assert "half-way" in history.half_way
 
 
-def test_what_a_phase_left_half_way_is_undone_by_a_rollback(story: Story) -> None:
-    assert story.mended.ret == 0, story.mended.output
-    assert "setup_repos broke half-way last time: went back to the snapshot after" in story.mended.output
-    assert "half-way" not in story.undone
-    assert "setup_repos" in story.mended.phases("done")
+def test_partial_changes_of_a_failed_phase_are_undone_by_a_rollback(history: History) -> None:
+    assert history.fixed.ret == 0, history.fixed.output
+    assert "setup_repos broke half-way last time: went back to the snapshot after" in history.fixed.output
+    assert "half-way" not in history.undone
+    assert "setup_repos" in history.fixed.phases("done")
 
 
-def test_a_test_gets_the_state_after_set_up_whatever_came_before(story: Story) -> None:
-    assert story.last.ret == 0, story.last.output
-    assert "4 passed" in story.last.output
-    why = story.clean["test_finds_nothing_of_it"]
+def test_a_test_gets_the_state_after_set_up_after_any_earlier_test(history: History) -> None:
+    assert history.last.ret == 0, history.last.output
+    assert "4 passed" in history.last.output
+    why = history.clean["test_finds_no_changes"]
     assert why.startswith("rolled back: ")
     assert {"/etc/pve", "guests", "/root/of-a-test", "/srv/store"} <= set(why[13:].split(", "))
 
 
-def test_a_module_can_share_one_clean_state(story: Story) -> None:
-    assert "the VM inside, which a test logged in to" in story.clean["test_first_of_the_module"]
-    assert "test_second_of_the_module" not in story.clean
+def test_a_module_can_share_one_clean_state(history: History) -> None:
+    assert "the VM inside, which a test logged in to" in history.clean["test_first_of_the_module"]
+    assert "test_second_of_the_module" not in history.clean
 
 
-def test_a_session_without_keep_ends_it_and_the_lab_goes(story: Story) -> None:
-    assert "had been kept; torn down, as --nested-keep was not given" in story.last.output
-    assert [line["status"] for line in story.last.audit if line["event"] == "teardown"][-1] == "clean"
-    assert not list((story.project.path / "state" / "nested-pve" / "kept").iterdir())
+def test_a_session_without_keep_destroys_the_environment_and_the_lab_stops(history: History) -> None:
+    assert "had been kept; torn down, as --nested-keep was not given" in history.last.output
+    assert [line["status"] for line in history.last.audit if line["event"] == "teardown"][-1] == "clean"
+    assert not list((history.project.path / "state" / "nested-pve" / "kept").iterdir())
     wait_until(
-        lambda: story.project.lab not in [lab.name for lab in lifecycle.list_running()],
+        lambda: history.project.lab not in [lab.name for lab in lifecycle.list_running()],
         deadline=Deadline(30),
         what="the lab to stop after its last session",
     )

@@ -1,4 +1,4 @@
-"""What docs/clusters.md says of directories as storages: by whole sessions, on a lab's father with two."""
+"""Directories as storages, as docs/clusters.md describes them: whole sessions on a lab with two storages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lab.on_lab import HandLab
 LOW, HIGH = 97100, 97119
 IMAGE = "local:import/debian-13-genericcloud-amd64.raw"
 STORAGE = ("-o", "nested_pve_storage=disks")
-# No operating system is on these: what is to be seen is where volumes lie. Below /var/lib/vz, as only that is
-# a real file system there.
+# Templates without an operating system: the tests check the places of volumes. Below /var/lib/vz, the only
+# real file system of the node.
 TEMPLATES = f"""
 set -e
 mkdir -p /var/lib/vz/disks && pvesm add dir disks --path /var/lib/vz/disks --content images
@@ -27,8 +27,8 @@ qm template {LOW + 1} && qm set {LOW + 1} --scsi1 disks:1,format=raw
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A run that was kept, as the host shows its VM."""
+class KeptRun:
+    """A kept run: its output, and its VM's configuration and snapshots on the host."""
 
     output: str
     config: dict[str, str]
@@ -36,33 +36,33 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Story:
-    """The runs by what they were made from, and what the host had of all of them after their end."""
+class Runs:
+    """Runs with different sources of their disk, and leftovers on the host after their teardown."""
 
-    elsewhere: Kept
-    raw: Kept
-    linked: Kept
-    copied: Kept
+    elsewhere: KeptRun
+    raw: KeptRun
+    linked: KeptRun
+    copied: KeptRun
     end: str
-    left: list[str]
+    leftovers: list[str]
     volumes: list[str]
 
 
 @pytest.fixture(scope="module")
-def story(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def runs(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     state = tmp_path_factory.mktemp("state")
-    hand_lab.ask(TEMPLATES)
+    hand_lab.run(TEMPLATES)
 
     def session(path: Path, *args: str) -> str:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NESTED_PVE_", "PYTEST"))}
         if "NESTED_PVE_CACHE" in os.environ:
             clean["NESTED_PVE_CACHE"] = os.environ["NESTED_PVE_CACHE"]
-        shape = [f"nested_pve_vmid_range={LOW + 2}-{HIGH}", "nested_pve_memory=1024", "nested_pve_disk=8"]
+        options = [f"nested_pve_vmid_range={LOW + 2}-{HIGH}", "nested_pve_memory=1024", "nested_pve_disk=8"]
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-v", "-p", "no:randomly"),
                 *("--pve-host", f"lab:{hand_lab.name}"),
-                *(word for each in shape for word in ("-o", each)),
+                *(word for option in options for word in ("-o", option)),
                 *args,
             ],
             cwd=path,
@@ -75,36 +75,38 @@ def story(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def kept(step: str, *args: str) -> Kept:
+    def keep_run(step: str, *args: str) -> KeptRun:
         path = tmp_path_factory.mktemp("project")
         (path / "test_steps.py").write_text("from pytest_nestedpve import steps\n")
         output = session(path, "--nested-keep", "-k", step, *args)
         (log,) = path.glob(".nested-pve/runs/*/audit.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         (vmid,) = {line["facts"]["vmid"] for line in lines if line.get("facts", {}).get("vmid")}
-        config = dict(line.partition(": ")[::2] for line in hand_lab.ask(f"qm config {vmid}").splitlines())
-        listed = json.loads(
-            hand_lab.ask(f"pvesh get /nodes/father/qemu/{vmid}/snapshot --output-format json")
+        config = dict(line.partition(": ")[::2] for line in hand_lab.run(f"qm config {vmid}").splitlines())
+        snapshots = json.loads(
+            hand_lab.run(f"pvesh get /nodes/father/qemu/{vmid}/snapshot --output-format json")
         )
-        return Kept(output, config, [each["name"] for each in listed if each["name"] != "current"])
+        return KeptRun(output, config, [s["name"] for s in snapshots if s["name"] != "current"])
 
     raw = f"nested_pve_vm_options=scsi0=disks:0,import-from={IMAGE},format=raw"
-    runs = {
-        "elsewhere": kept("wait_ip and not leaf", *STORAGE),
-        "raw": kept("wait_ip and not leaf", *STORAGE, "-o", raw),
-        "linked": kept("test_provision", *STORAGE, "-o", "nested_pve_template=raw-template"),
-        "copied": kept("test_provision", *STORAGE, "-o", "nested_pve_template=grown-template"),
+    by_source = {
+        "elsewhere": keep_run("wait_ip and not leaf", *STORAGE),
+        "raw": keep_run("wait_ip and not leaf", *STORAGE, "-o", raw),
+        "linked": keep_run("test_provision", *STORAGE, "-o", "nested_pve_template=raw-template"),
+        "copied": keep_run("test_provision", *STORAGE, "-o", "nested_pve_template=grown-template"),
     }
     end = session(tmp_path_factory.mktemp("end"), "--nested-destroy-only")
-    volumes = hand_lab.ask(
+    volumes = hand_lab.run(
         "find /var/lib/vz/disks /var/lib/vz/images -type f -name 'vm-*'; ls /var/lib/vz/snippets"
     )
-    return Story(**runs, end=end, left=hand_lab.left(LOW + 2, HIGH, []), volumes=volumes.split())
+    return Runs(
+        **by_source, end=end, leftovers=hand_lab.leftovers(LOW + 2, HIGH, []), volumes=volumes.split()
+    )
 
 
 @pytest.mark.thorough
-def test_the_disk_lies_where_it_is_wanted_and_the_files_where_they_can(story: Story) -> None:
-    config = story.elsewhere.config
+def test_the_disk_is_on_the_configured_storage_and_snippets_on_one_that_has_them(runs: Runs) -> None:
+    config = runs.elsewhere.config
     assert config["scsi0"].startswith("disks:")
     assert config["scsi0"].split(",")[0].endswith("-disk-0.qcow2")
     assert config["ide2"].startswith("disks:")
@@ -112,35 +114,35 @@ def test_the_disk_lies_where_it_is_wanted_and_the_files_where_they_can(story: St
 
 
 @pytest.mark.thorough
-def test_a_qcow2_file_has_snapshots_and_a_kept_run_takes_them(story: Story) -> None:
-    assert story.elsewhere.snapshots == ["npve_wait_ip"]
+def test_a_kept_run_takes_snapshots_of_a_qcow2_file(runs: Runs) -> None:
+    assert runs.elsewhere.snapshots == ["npve_wait_ip"]
 
 
 @pytest.mark.thorough
-def test_a_raw_file_has_none_and_a_kept_run_says_so(story: Story) -> None:
-    assert story.raw.config["scsi0"].split(",")[0].endswith("-disk-0.raw")
-    assert story.raw.snapshots == []
-    assert "the storage of the nested VM has no snapshots: none is taken" in story.raw.output
+def test_a_kept_run_reports_that_a_raw_file_has_no_snapshots(runs: Runs) -> None:
+    assert runs.raw.config["scsi0"].split(",")[0].endswith("-disk-0.raw")
+    assert runs.raw.snapshots == []
+    assert "the storage of the nested VM has no snapshots: none is taken" in runs.raw.output
 
 
 @pytest.mark.thorough
-def test_a_template_is_cloned_linked_by_a_qcow2_file_over_whatever_it_has(story: Story) -> None:
-    disk = story.linked.config["scsi0"].split(",")[0]
+def test_a_linked_clone_is_a_qcow2_file_over_the_templates_disk(runs: Runs) -> None:
+    disk = runs.linked.config["scsi0"].split(",")[0]
     assert disk.startswith(f"disks:{LOW}/base-{LOW}-disk-0.raw/")
     assert disk.endswith(".qcow2")
 
 
 @pytest.mark.thorough
-def test_a_template_with_a_disk_that_cannot_be_linked_is_copied_in_full(story: Story) -> None:
+def test_a_template_with_a_disk_that_cannot_be_linked_is_cloned_in_full(runs: Runs) -> None:
     for name in ("scsi0", "scsi1"):
-        disk = story.copied.config[name].split(",")[0]
+        disk = runs.copied.config[name].split(",")[0]
         assert "base-" not in disk
         assert disk.startswith("disks:")
         assert disk.endswith(".qcow2")
 
 
 @pytest.mark.thorough
-def test_clones_and_snapshots_go_and_their_templates_stay(story: Story) -> None:
-    assert "4 passed" in story.end
-    assert story.left == []
-    assert [Path(each).name for each in story.volumes] == [f"vm-{LOW + 1}-disk-1.raw"]
+def test_clones_and_snapshots_are_deleted_and_their_templates_kept(runs: Runs) -> None:
+    assert "4 passed" in runs.end
+    assert runs.leftovers == []
+    assert [Path(file).name for file in runs.volumes] == [f"vm-{LOW + 1}-disk-1.raw"]

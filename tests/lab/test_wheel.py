@@ -1,4 +1,4 @@
-"""The project as its users have it: a wheel, installed elsewhere, and a test file of a few lines."""
+"""The installed wheel in a separate environment, with a project of one test file."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from pytest_nestedpve import lab, steps
 from pytest_nestedpve.setup.ansible.runner import playbook_path
 from pytest_nestedpve.lab import node
 
-STANDIN = "nestedpve_node/tree.py"
+STANDIN = "nestedpve_node/api/tree.py"
 
 
 def test_mine(nested_pve):
     assert nested_pve.ssh("pveversion").stdout.startswith("pve-manager/")
     installed = nested_pve.ssh(["sha256sum", f"/usr/share/nestedpve-lab/{STANDIN}"]).check().stdout.split()[0]
-    own = Path(node.__file__).with_name("tree.py")
+    packaged = Path(node.__file__).with_name("api") / "tree.py"
     paths = [pytest_nestedpve.__file__, lab.__file__, node.__file__, str(playbook_path("pve-install.yml"))]
-    Path("seen.json").write_text(json.dumps({
+    Path("paths.json").write_text(json.dumps({
         "paths": paths,
-        "stand-ins": [installed, hashlib.sha256(own.read_bytes()).hexdigest()],
+        "stand-ins": [installed, hashlib.sha256(packaged.read_bytes()).hexdigest()],
     }))
 """
 
@@ -45,7 +45,7 @@ def lab_name() -> Iterator[str]:
     lifecycle.stop(name)
 
 
-def test_a_project_of_one_file_gets_its_nested_pve_out_of_the_wheel(tmp_path: Path, lab_name: str) -> None:
+def test_a_project_of_one_file_gets_a_nested_pve_with_the_wheel_alone(tmp_path: Path, lab_name: str) -> None:
     python = wheels.install_wheel(wheels.build_wheel(tmp_path / "dist"), tmp_path / "environment")
     project = tmp_path / "project"
     project.mkdir()
@@ -67,16 +67,16 @@ def test_a_project_of_one_file_gets_its_nested_pve_out_of_the_wheel(tmp_path: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 passed" in done.stdout
 
-    seen = json.loads((project / "seen.json").read_text())
+    report = json.loads((project / "paths.json").read_text())
     site = wheels.site_packages(tmp_path / "environment") / "pytest_nestedpve"
-    for path in map(Path, seen["paths"]):
+    for path in map(Path, report["paths"]):
         assert path.is_relative_to(site), path
-    installed, own = seen["stand-ins"]
-    assert installed == own
+    installed, packaged = report["stand-ins"]
+    assert installed == packaged
     (audit,) = (project / ".nested-pve" / "runs").glob("*/audit.jsonl")
-    assert str(wheels.ROOT) not in audit.read_text(), "something of the repository was used"
+    assert str(wheels.ROOT) not in audit.read_text(), "a file of the repository was used"
 
-    # The lab went with its session: nothing that is ours was left in it.
+    # The lab stops with its last session only if no VM of a run remains.
     wait_until(
         lambda: lab_name not in [lab.name for lab in lifecycle.list_running()],
         deadline=Deadline(30),

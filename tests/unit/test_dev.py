@@ -59,7 +59,7 @@ def test_help_says_what_there_is_and_an_unknown_command_is_a_usage_error(clone: 
     assert all(word in shown.stdout for word in ("roundtrip", "test --fast", "lint"))
     wrong = run(clone, "./dev", "tset")
     assert wrong.returncode == 4
-    assert "no command 'tset'" in wrong.stderr
+    assert "unknown command 'tset'" in wrong.stderr
 
 
 def test_arguments_go_to_pytest_and_its_status_comes_back(clone: Path) -> None:

@@ -1,4 +1,4 @@
-"""Labs as wholes: they come up, several at once, and leave nothing however they end."""
+"""Whole labs: start, several at once, stop, and no leftovers after any kind of end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start(name: str, nodes: int = 1) -> LabInfo:
     return lifecycle.start(name, hand=True, report=lambda _text: None, nodes=nodes)
 
 
-def father(lab: LabInfo, command: str, check: bool = True) -> str:
+def run_on_father(lab: LabInfo, command: str, check: bool = True) -> str:
     done = subprocess.run(
         ["ssh", "-F", lab.ssh_config, lab.host, command], capture_output=True, text=True, check=False
     )
@@ -44,110 +44,114 @@ def network_namespace(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/net")
 
 
-def remains(lab: LabInfo, namespace: str) -> list[str]:
-    """What is left of a lab: processes, links, mounts, control groups, directories."""
+def leftovers(lab: LabInfo, namespace: str) -> list[str]:
+    """Leftovers of a lab: processes, links, mounts, control groups, directories."""
     subnets = Subnets(number(lab))
-    found = []
+    entries = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-                continue  # dead; whoever inherited it has not asked for its status yet
+                continue  # exited; its parent has not read the status yet
             if f"/{subnets.cgroup}/" in (process / "cgroup").read_text():
-                found.append(f"process {process.name} in the lab's cgroup")
+                entries.append(f"process {process.name} in the lab's cgroup")
             if os.readlink(process / "ns/net") == namespace:
-                found.append(f"process {process.name} in father's network namespace")
+                entries.append(f"process {process.name} in father's network namespace")
         except OSError:
             continue
     if Path("/sys/class/net", subnets.link).exists():
-        found.append(f"link {subnets.link}")
+        entries.append(f"link {subnets.link}")
     if (cgroups.root() / subnets.cgroup).exists():
-        found.append(f"cgroup {subnets.cgroup}")
+        entries.append(f"cgroup {subnets.cgroup}")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         if f"{lab.dir}/" in line:
-            found.append(f"mount {line}")
+            entries.append(f"mount {line}")
     if Path(lab.dir).exists():
-        found.append(f"directory {lab.dir}")
-    return found
+        entries.append(f"directory {lab.dir}")
+    return entries
 
 
 def loop_devices(vmid: int) -> list[str]:
-    """The machine's loop devices of a VM's disk: their files are known by the path they had in the lab."""
+    """The machine's loop devices of a VM's disk, by the path of their files in the lab."""
     files = (path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file"))
     return [text.strip() for text in files if f"vm-{vmid}-disk" in text]
 
 
-def gone(lab: LabInfo, namespace: str, seconds: float = 30.0) -> None:
+def await_no_leftovers(lab: LabInfo, namespace: str, seconds: float = 30.0) -> None:
     last: list[str] = []
 
     def check() -> bool:
-        last[:] = remains(lab, namespace)
+        last[:] = leftovers(lab, namespace)
         return not last
 
-    wait_until(check, deadline=Deadline(seconds), what=lambda: f"nothing to be left, found {last}")
+    wait_until(check, deadline=Deadline(seconds), what=lambda: f"no leftovers of the lab, found {last}")
 
 
 @pytest.fixture
 def names() -> Iterator[tuple[str, str]]:
-    """Two names of labs of this test's own; the labs are stopped at its end, whatever happened."""
-    chosen = (f"test-{os.getpid()}-a", f"test-{os.getpid()}-b")
-    yield chosen
-    for name in chosen:
+    """Two lab names for this test; the labs are stopped at its end."""
+    pair = (f"test-{os.getpid()}-a", f"test-{os.getpid()}-b")
+    yield pair
+    for name in pair:
         lifecycle.stop(name)
 
 
-def test_a_lab_comes_up_as_a_whole_pve_host_and_stopping_it_leaves_nothing(names: tuple[str, str]) -> None:
+def test_a_lab_is_a_whole_pve_host_and_a_stopped_lab_leaves_nothing(names: tuple[str, str]) -> None:
     lab = start(names[0])
     namespace = network_namespace(lab.pid)
-    assert father(lab, "hostname").strip() == "father"
-    assert father(lab, "systemctl is-system-running").strip() == "running"
-    assert father(lab, "pveversion").startswith("pve-manager/")
-    assert "[nested-pve]" in father(lab, "cat /etc/nested-pve.ini")
-    assert remains(lab, namespace)
+    assert run_on_father(lab, "hostname").strip() == "father"
+    assert run_on_father(lab, "systemctl is-system-running").strip() == "running"
+    assert run_on_father(lab, "pveversion").startswith("pve-manager/")
+    assert "[nested-pve]" in run_on_father(lab, "cat /etc/nested-pve.ini")
+    assert leftovers(lab, namespace)
     assert lifecycle.stop(names[0])
-    assert remains(lab, namespace) == []
+    assert leftovers(lab, namespace) == []
     assert not lifecycle.stop(names[0])
 
 
-def test_two_labs_run_at_once_on_networks_of_their_own(names: tuple[str, str]) -> None:
-    one, other = start(names[0]), start(names[1])
-    assert one.networks != other.networks
-    for lab in (one, other):
-        assert father(lab, "ip -4 -o address show vmbr0").split()[3].startswith(f"10.211.{number(lab)}.")
-        father(lab, "pvesh create /pools --poolid only-here")
-    namespace = network_namespace(one.pid)
+def test_two_labs_run_at_once_on_separate_networks(names: tuple[str, str]) -> None:
+    first, other = start(names[0]), start(names[1])
+    assert first.networks != other.networks
+    for lab in (first, other):
+        assert (
+            run_on_father(lab, "ip -4 -o address show vmbr0").split()[3].startswith(f"10.211.{number(lab)}.")
+        )
+        run_on_father(lab, "pvesh create /pools --poolid only-here")
+    namespace = network_namespace(first.pid)
     assert {lab.name for lab in lifecycle.list_running()} >= set(names)
     lifecycle.stop(names[0])
-    assert remains(one, namespace) == []
-    assert "only-here" in father(other, "pvesh get /pools --output-format json")
+    assert leftovers(first, namespace) == []
+    assert "only-here" in run_on_father(other, "pvesh get /pools --output-format json")
 
 
-def test_a_lab_that_was_started_already_is_the_same_lab(names: tuple[str, str]) -> None:
+def test_starting_a_running_lab_returns_the_same_lab(names: tuple[str, str]) -> None:
     assert start(names[0]).pid == start(names[0]).pid
 
 
-def test_a_lab_whose_owner_was_killed_is_dead_and_the_next_command_removes_it(names: tuple[str, str]) -> None:
+def test_a_lab_ends_with_its_supervisor_and_the_next_command_removes_its_leftovers(
+    names: tuple[str, str],
+) -> None:
     lab = start(names[0])
-    vmid = 1_000_000 + os.getpid()  # no other lab's
+    vmid = 1_000_000 + os.getpid()  # not used in another lab
     image = "local:import/debian-13-genericcloud-amd64.raw"
     disk = f"local:0,import-from={image},format=qcow2"
-    father(lab, f"qm create {vmid} --memory 1024 --scsi0 {disk} && qm start {vmid}")
+    run_on_father(lab, f"qm create {vmid} --memory 1024 --scsi0 {disk} && qm start {vmid}")
     assert loop_devices(vmid)
     namespace = network_namespace(lab.pid)
-    # Other tests' commands remove what is dead as well, but not while its lock is held.
+    # Commands of other tests remove leftovers too, but not while the lab's lock is held.
     with lifecycle.lab_lock(lab.name):
         os.kill(lab.supervisor, signal.SIGKILL)
         wait_until(
             lambda: not Path(f"/proc/{lab.pid}").exists(),
             deadline=Deadline(20),
-            what="father to die with his owner",
+            what="father to end with its supervisor",
         )
-        assert remains(lab, namespace)
+        assert leftovers(lab, namespace)
     subprocess.run([*CLI, "list"], check=True, capture_output=True)
-    gone(lab, namespace)
+    await_no_leftovers(lab, namespace)
     assert loop_devices(vmid) == []
 
 
-def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
+def test_a_second_node_reboots_is_switched_off_and_on_and_ends_with_the_lab(
     names: tuple[str, str],
 ) -> None:
     def power(node: str, state: str) -> int:
@@ -156,7 +160,9 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
 
     def nodes() -> list[str]:
         return [
-            line.split()[2] for line in father(lab, "pvecm nodes").splitlines() if line.strip()[:1].isdigit()
+            line.split()[2]
+            for line in run_on_father(lab, "pvecm nodes").splitlines()
+            if line.strip()[:1].isdigit()
         ]
 
     lab = start(names[0], nodes=2)
@@ -166,7 +172,7 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
     wait_until(
         lambda: lifecycle.get(lab.name).pids.get("father2", first) != first,
         deadline=Deadline(30),
-        what="father2 to boot again",
+        what="father2 to reboot",
     )
     assert power("father", "off") == 4
     assert power("father2", "off") == 0
@@ -178,13 +184,15 @@ def test_a_second_node_boots_again_is_switched_off_and_on_and_dies_with_the_lab(
     namespace = network_namespace(lifecycle.get(lab.name).pids["father2"])
     os.kill(lab.supervisor, signal.SIGKILL)
     wait_until(
-        lambda: lifecycle.find(lab.name) is None, deadline=Deadline(20), what="the lab to die with its owner"
+        lambda: lifecycle.find(lab.name) is None,
+        deadline=Deadline(20),
+        what="the lab to end with its supervisor",
     )
     subprocess.run([*CLI, "list"], check=True, capture_output=True)
-    gone(lab, namespace)
+    await_no_leftovers(lab, namespace)
 
 
-def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> None:
+def test_the_last_session_stops_the_lab(names: tuple[str, str]) -> None:
     from pytest_nestedpve.lab.session import acquire, is_running
 
     first, second = acquire(names[0]), acquire(names[0])
@@ -194,11 +202,11 @@ def test_the_last_session_to_let_go_stops_the_lab(names: tuple[str, str]) -> Non
     first.release()
     assert is_running(names[0])
     second.release()
-    gone(lab, namespace)
+    await_no_leftovers(lab, namespace)
     assert not is_running(names[0])
 
 
-def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: Path) -> None:
+def test_a_killed_session_no_longer_holds_its_lab(names: tuple[str, str], tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     script = f"""
         import signal, pathlib
@@ -218,10 +226,10 @@ def test_a_killed_session_lets_go_of_its_lab(names: tuple[str, str], tmp_path: P
     finally:
         process.kill()
         process.wait()
-    gone(lab, namespace)
+    await_no_leftovers(lab, namespace)
 
 
-def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_does(
+def test_a_lab_with_a_vm_of_a_run_is_kept_after_its_sessions_until_the_vm_is_destroyed(
     names: tuple[str, str],
 ) -> None:
     from pytest_nestedpve.lab.session import acquire, is_running
@@ -230,19 +238,19 @@ def test_a_lab_with_a_vm_of_a_run_outlives_its_sessions_and_goes_when_the_vm_doe
     lab = lifecycle.find(names[0])
     assert lab is not None
     namespace = network_namespace(lab.pid)
-    father(lab, "pvesh create /pools --poolid npve-0123456789ab")
-    father(lab, "qm create 9901 --name nested-pve-0123456789ab --pool npve-0123456789ab")
+    run_on_father(lab, "pvesh create /pools --poolid npve-0123456789ab")
+    run_on_father(lab, "qm create 9901 --name nested-pve-0123456789ab --pool npve-0123456789ab")
     session.release()
     assert is_running(names[0])
     kept = lab_dir(names[0]) / "kept"
-    wait_until(kept.exists, deadline=Deadline(30), what="the lab to say why it stays")
+    wait_until(kept.exists, deadline=Deadline(30), what="the reason why the lab is kept")
     assert "npve-0123456789ab" in kept.read_text()
     with acquire(names[0]):
-        father(lab, "qm destroy 9901 && pvesh delete /pools/npve-0123456789ab")
-    gone(lab, namespace)
+        run_on_father(lab, "qm destroy 9901 && pvesh delete /pools/npve-0123456789ab")
+    await_no_leftovers(lab, namespace)
 
 
-def test_a_lab_started_by_hand_stays_after_the_sessions_in_it(names: tuple[str, str]) -> None:
+def test_a_lab_started_by_hand_runs_on_after_its_sessions(names: tuple[str, str]) -> None:
     from pytest_nestedpve.lab.session import acquire, is_running
 
     start(names[0])
@@ -250,37 +258,37 @@ def test_a_lab_started_by_hand_stays_after_the_sessions_in_it(names: tuple[str, 
     assert is_running(names[0])
 
 
-def test_exec_runs_in_father_and_passes_input_output_and_status_on(names: tuple[str, str]) -> None:
+def test_exec_runs_on_father_and_passes_input_output_and_status(names: tuple[str, str]) -> None:
     start(names[0])
     done = subprocess.run(
         [*CLI, "exec", names[0], "--", "sh", "-c", "cat; hostname; pwd; exit 7"],
-        input="given\n",
+        input="input\n",
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 7
-    assert done.stdout == "given\nfather\n/\n"
+    assert done.stdout == "input\nfather\n/\n"
     with pytest.raises(LabError, match="expected exactly one VM booted on father, found: none"):
         lifecycle.enter(names[0], "nested", ["true"])
 
 
-def set_pace(lab: str, *pairs: str) -> subprocess.CompletedProcess[str]:
+def set_delays(lab: str, *pairs: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, "set", lab, *pairs], capture_output=True, text=True, check=False)
 
 
-def test_a_lab_is_as_slow_as_it_was_told_to_be(names: tuple[str, str]) -> None:
+def test_a_lab_has_the_configured_delays(names: tuple[str, str]) -> None:
     lab = start(names[0])
-    told = set_pace(names[0], "cli_delay_s=1.5").stdout
-    assert "cli_delay_s=1.5\n" in told
-    assert set_pace(names[0]).stdout == told
+    output = set_delays(names[0], "cli_delay_s=1.5").stdout
+    assert "cli_delay_s=1.5\n" in output
+    assert set_delays(names[0]).stdout == output
     before = time.monotonic()
-    father(lab, "qm list")
+    run_on_father(lab, "qm list")
     assert time.monotonic() - before >= 1.5
-    assert "cli_delay_s=0\n" in set_pace(names[0], "cli_delay_s=0").stdout
-    assert "cli_delay_s" in father(lab, "cat /etc/nestedpve-lab.json")
-    assert " qm list" in father(lab, "cat /var/log/nestedpve-lab-commands.log")
-    missing = set_pace(names[1], "stop_s=1")
+    assert "cli_delay_s=0\n" in set_delays(names[0], "cli_delay_s=0").stdout
+    assert "cli_delay_s" in run_on_father(lab, "cat /etc/nestedpve-lab.json")
+    assert " qm list" in run_on_father(lab, "cat /var/log/nestedpve-lab-commands.log")
+    missing = set_delays(names[1], "stop_s=1")
     assert (missing.returncode, "does not run" in missing.stderr) == (1, True)
 
 
@@ -295,24 +303,24 @@ def test_a_fault_rule_of_a_lab_is_used_by_commands_and_requests_and_no_more_ofte
     lab = start(names[0])
     rule = {"on": {"method": "GET", "path": "/version"}, "do": "fail", "text": "by rule", "times": 2}
     assert fault(names[0], "add", json.dumps(rule)) == [rule]
-    assert "by rule" in father(lab, "pvesh get /version 2>&1 || true")
+    assert "by rule" in run_on_father(lab, "pvesh get /version 2>&1 || true")
     assert fault(names[0], "list") == [{**rule, "times": 1}]
-    assert "by rule" in father(lab, "pvesh get /version 2>&1 || true")
+    assert "by rule" in run_on_father(lab, "pvesh get /version 2>&1 || true")
     assert fault(names[0], "list") == []
-    assert "9.2" in father(lab, "pvesh get /version")
+    assert "9.2" in run_on_father(lab, "pvesh get /version")
     fault(names[0], "add", "--path", "/version", "--do", "drop")
-    assert father(lab, "pvesh get /version; echo $?").strip() == "137"  # killed without a word
+    assert run_on_father(lab, "pvesh get /version; echo $?").strip() == "137"  # killed without a word
     fault(names[0], "add", "--vmid", "100", "--do", "hang")
     assert fault(names[0], "clear") == []
 
 
-def test_what_runs_in_a_lab_has_no_hold_on_the_machine(names: tuple[str, str]) -> None:
-    """Neither its clock nor its kernel's settings: read from the rights, not tried out."""
+def test_processes_of_a_lab_cannot_change_the_machines_clock_and_kernel(names: tuple[str, str]) -> None:
+    """Checked by their capabilities and read-only mounts, not by trying."""
     lab = start(names[0])
     clock, modules = 1 << 25, 1 << 16
     for status in (
-        father(lab, "cat /proc/self/status"),
-        father(lab, "cat /proc/1/status"),
+        run_on_father(lab, "cat /proc/self/status"),
+        run_on_father(lab, "cat /proc/1/status"),
         subprocess.run(
             [*CLI, "exec", names[0], "--", "cat", "/proc/self/status"],
             capture_output=True,
@@ -320,18 +328,22 @@ def test_what_runs_in_a_lab_has_no_hold_on_the_machine(names: tuple[str, str]) -
             check=True,
         ).stdout,
     ):
-        rights = int(next(line for line in status.splitlines() if line.startswith("CapBnd:")).split()[1], 16)
-        assert rights & clock == 0
-        assert rights & modules == 0
-    mounts = {line.split()[1]: line.split()[3] for line in father(lab, "cat /proc/self/mounts").splitlines()}
+        capabilities = int(
+            next(line for line in status.splitlines() if line.startswith("CapBnd:")).split()[1], 16
+        )
+        assert capabilities & clock == 0
+        assert capabilities & modules == 0
+    mounts = {
+        line.split()[1]: line.split()[3] for line in run_on_father(lab, "cat /proc/self/mounts").splitlines()
+    }
     assert mounts["/proc/sys"].startswith("ro,")
     assert mounts["/sys"].startswith("ro,")
 
 
-def test_start_says_as_json_how_to_reach_the_lab(names: tuple[str, str]) -> None:
+def test_start_prints_as_json_how_to_reach_the_lab(names: tuple[str, str]) -> None:
     done = subprocess.run([*CLI, "start", names[0], "--json"], capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout)
-    assert {"name", "dir", "ssh_config", "host", "api_url", "ca_file", "pid"} <= said.keys()
+    printed = json.loads(done.stdout)
+    assert {"name", "dir", "ssh_config", "host", "api_url", "ca_file", "pid"} <= printed.keys()
     listed = json.loads(subprocess.run([*CLI, "list", "--json"], capture_output=True, check=True).stdout)
     assert names[0] in [lab["name"] for lab in listed]
-    assert Path(said["ca_file"]).read_text().startswith("-----BEGIN CERTIFICATE-----")
+    assert Path(printed["ca_file"]).read_text().startswith("-----BEGIN CERTIFICATE-----")
