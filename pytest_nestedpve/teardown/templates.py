@@ -1,4 +1,4 @@
-"""Templates that this tool created: pool, marker and proof, their creation and their destruction.
+"""Templates that this tool created: their pool, marker and proof, and their destruction.
 
 A template belongs to no run. Its pool, `npve-template-<id>`, has no lease, and its marker names no run:
 neither another session nor a clean-up destroys it unless it is named. The only exception is a template whose
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,7 @@ from pytest_nestedpve.ownership.pool import read_pool, remove_pool
 from pytest_nestedpve.ownership.proof import Proof, name_matches, prove_where_it_is
 from pytest_nestedpve.pve import qemu
 from pytest_nestedpve.pve.answers import entries
-from pytest_nestedpve.pve.api import patiently
-from pytest_nestedpve.pve.errors import GuestNotFound, PveError
+from pytest_nestedpve.pve.errors import GuestNotFound
 from pytest_nestedpve.run.identity import client_hash, owner
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.teardown.destroy import Outcome, destroy
@@ -243,51 +241,3 @@ def _destroy_vm(host: PveHost, settings: Settings, prover: TemplateProver, row: 
     if outcome.result == "left" and "linked clone" in outcome.reason:
         return replace(outcome, reason=f"{outcome.reason}; destroy the VMs that were cloned from it first")
     return outcome
-
-
-# -- creation ------------------------------------------------------------------------------------
-
-
-def claim(host: PveHost, settings: Settings, deed: Deed) -> str:
-    """Create the template's pool and move the VM from its run's pool into it; its name. Raises PveError."""
-    pool = pool_name(settings, deed.template)
-    move = {"vms": str(deed.vmid), "allow-move": 1}
-    patiently(lambda: host.api.post("/pools", poolid=pool, comment=deed.to_text()))
-    patiently(lambda: host.api.put("/pools", poolid=pool, **move))
-    return pool
-
-
-def convert(
-    host: PveHost,
-    settings: Settings,
-    deed: Deed,
-    node: str,
-    progress: Callable[[str], None],
-    limit: float = 600.0,
-) -> str:
-    """Convert the stopped VM, which is in the template's pool; returns its name. Raises PveError."""
-    path, pool = qemu.path_of(node, deed.vmid), pool_name(settings, deed.template)
-    name = guest_name(settings, deed.template)
-    day = time.strftime("%Y-%m-%d", time.gmtime(deed.created))
-    note = f"Nested Proxmox VE for fast starts, made on {day} by {deed.owner}"
-    progress("writing its marker")
-    marking = {"description": f"{marker(deed)}\n{note}", "tags": "nestedpve;nestedpve-template"}
-    # The snippet is deleted with the run; the run's keys are of no use to a clone.
-    patiently(lambda: host.api.put(f"{path}/config", name=name, delete="cicustom,sshkeys", **marking))
-    progress("converting it")
-    qemu.awaited(host.api, lambda: host.api.post(f"{path}/template"), limit)
-    patiently(lambda: host.api.put("/pools", poolid=pool, comment=replace(deed, state=READY).to_text()))
-    return name
-
-
-def undo(host: PveHost, settings: Settings, deed: Deed) -> str:
-    """Remove the leftovers of a failed creation; a text about those that remain, or empty. Never raises."""
-    try:
-        named = replace(settings, run_id=deed.template)
-        for row in rows(host, named):
-            outcome = destroy_template(host, named, row) if row.verdict == "destroy" else None
-            if outcome is None or outcome.result != "gone":
-                return f"{row.name}: {outcome.reason if outcome else row.reason}"
-    except PveError as e:
-        return str(e)
-    return ""

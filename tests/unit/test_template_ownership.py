@@ -42,7 +42,7 @@ def begun(env: Environment) -> Created:
 def claimed(env: Environment, made: Created) -> Deed:
     """Its first step towards a template, after which a killed session leaves it."""
     deed = templates.own_deed(env.run.id, made.vmid, made.uuid, host_clock(env.outer))
-    templates.claim(env.outer, env.settings, deed)
+    making.claim(env.outer, env.settings, deed)
     return deed
 
 
@@ -50,7 +50,7 @@ def template(env: Environment) -> Deed:
     """A template that is ready; the run that made it is over."""
     made = begun(env)
     deed = claimed(env, made)
-    templates.convert(env.outer, env.settings, deed, made.node, lambda _: None)
+    making.convert(env.outer, env.settings, deed, made.node, lambda _: None)
     assert teardown(env).left == ()
     return dataclasses.replace(deed, state=templates.READY)
 
@@ -279,7 +279,7 @@ def test_a_making_waits_for_locks(env: Environment, memory: MemoryHost) -> None:
     lock = f"/var/lock/qemu-server/lock-{made.vmid}.conf"
     memory.fault("PUT", path, text=f"can't lock file '{lock}' - got timeout")
     memory.fault("PUT", "/pools", text="cfs-lock 'file-user_cfg' error: got lock request timeout")
-    templates.convert(env.outer, env.settings, deed, made.node, lambda _: None)
+    making.convert(env.outer, env.settings, deed, made.node, lambda _: None)
     with memory.open() as model:
         assert model.state["faults"] == [] or all(each["times"] == 0 for each in model.state["faults"])
         assert model.state["vms"][str(made.vmid)]["config"]["template"] == 1
