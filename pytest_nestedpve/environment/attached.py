@@ -18,15 +18,15 @@ class StepNotSelected(PveError):
 
 
 class NotOurs(PveError):
-    """The request needs a VM or a host of the run's own, and the nested PVE is only attached."""
+    """The request needs a VM or a host that the run created, and the nested PVE is only attached."""
 
 
 @dataclass(frozen=True)
 class Guard:
     """Permission of one phase to change the attached PVE `host`.
 
-    `selected`: the phase's step was selected by name. `several`: workers of xdist share the PVE, which
-    excludes that.
+    `selected`: the phase's step was selected by name. `several`: workers of xdist share the PVE; then
+    no step is selected.
     """
 
     host: str
@@ -40,18 +40,20 @@ class Guard:
         """
         if self.selected:
             return
-        found = missing or ("that its probe says no" if probed else "that it has no probe to tell")
+        state = missing or ("its probe failed" if probed else "it has no probe, so its state is unknown")
         if self.several:
-            advice = "Workers of xdist share the attached PVE and do none of it: choose that step without -n."
+            advice = (
+                "Workers of xdist share the attached PVE and do not change it: select the step without -n."
+            )
         else:
             command = shlex.join(["pytest", "--nested-attach", self.host, "-k", name])
             advice = (
-                f"`{command}` does it, and `-k '{name} or …'` what needs it in the same session; "
-                f"`--nested-skip {name}` takes it as done."
+                f"`{command}` runs that step, `-k '{name} or …'` also tests that need it; "
+                f"`--nested-skip {name}` assumes that it is done."
             )
         raise StepNotSelected(
-            f"expected {name} to be done on the attached PVE {self.host}, found: {found}. A PVE that "
-            f"exists is changed only by steps that were chosen by -k or by id. {advice}"
+            f"expected {name} to be done on the attached PVE {self.host}, found: {state}. An attached PVE "
+            f"is changed only by steps that were selected by -k or by node id. {advice}"
         )
 
 

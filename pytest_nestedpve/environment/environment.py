@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Environment:
     """The state that the phases of one run share.
 
-    `settings` change once, in preflight, when the host's profile is read; `wanted` are those before that.
+    `settings` change once, in preflight, when the host's profile is read; `initial_settings` are
+    those before that.
     `facts` are by phase, in their JSON form; `record` has the inputs that each phase was done for.
     `resumed`: the run is a kept one. `secrets` are values that artifacts of playbooks and the log must not
     show.
@@ -51,7 +52,7 @@ class Environment:
         progress: Callable[[str], None],
         rootdir: Path,
     ) -> None:
-        self.settings = self.wanted = settings
+        self.settings = self.initial_settings = settings
         self.run = run
         self.audit = audit
         self.progress = progress
@@ -60,10 +61,10 @@ class Environment:
         self.record = PhaseRecord()
         self.resumed = False
         self.remarks: list[str] = []
-        self.leaf_used = False  # by a test: the VM inside
+        self.leaf_used = False  # whether a test has logged in to the VM inside
         self.workers = 1  # environments of the session that exist at the same time
         self.secrets: list[str] = []
-        self.undo: list[Callable[[], list[str]]] = []  # called at the end, the latest first: leftovers
+        self.undo: list[Callable[[], list[str]]] = []  # called at the end, latest first; return leftovers
         self.missing: dict[str, str] = {}  # of an attached PVE, by phase: the reason why its probe failed
         self.selected: frozenset[str] = frozenset()  # of an attached PVE: phases of steps selected by name
         self._connect = connect
@@ -80,7 +81,7 @@ class Environment:
     # -- facts ------------------------------------------------------------------------------------
 
     def fact(self, phase: str, key: str) -> Any:
-        """One fact of a phase, for a project's own ones. Raises NotReady when it is not recorded."""
+        """One fact of a phase, for phases of a project. Raises NotReady when it is not recorded."""
         try:
             return self.facts[phase][key]
         except KeyError as e:

@@ -25,8 +25,8 @@ class NotReady(PveError):
 
 def missing_fact(phase: str, key: str, recorded: Mapping[str, Any]) -> NotReady:
     """The error for a fact that the phase has not recorded."""
-    known = ", ".join(sorted(recorded)) or "nothing"
-    return NotReady(f"expected the phase {phase} to be done and to record its {key}, found of it: {known}")
+    keys = ", ".join(sorted(recorded)) or "nothing"
+    return NotReady(f"expected the phase {phase} to be done and to record its {key}, found: {keys}")
 
 
 def _fact(read: Callable[[Any], Any], default: Any = None) -> Any:
@@ -40,24 +40,24 @@ def _texts(values: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class PhaseFacts:
-    """Base of the facts of a phase. `recorded` is their JSON form, with the keys of a project, too."""
+    """Base of the facts of a phase. `recorded` is their JSON form, including the keys of a project."""
 
     phase: ClassVar[str]
     required: ClassVar[tuple[str, ...]] = ()
     """Keys without which `of` fails."""
     nullable: ClassVar[tuple[str, ...]] = ()
-    """Keys that are written without a value, too."""
+    """Keys that are also written without a value."""
     recorded: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     @classmethod
     def of(cls, facts: ByPhase) -> Self:
         """The facts of the phase. Raises NotReady when it has recorded none, or lacks a required one."""
-        found = cls.known(facts)
-        if found is None:
+        recorded = cls.known(facts)
+        if recorded is None:
             raise missing_fact(cls.phase, (*cls.required, "facts")[0], {})
         for key in cls.required:
-            found._require(key, getattr(found, key) or None)
-        return found
+            recorded._require(key, getattr(recorded, key) or None)
+        return recorded
 
     @classmethod
     def known(cls, facts: ByPhase) -> Self | None:
@@ -68,28 +68,28 @@ class PhaseFacts:
     def read(cls, recorded: Mapping[str, Any]) -> Self:
         """The facts from their JSON form. Raises PveError for a value of another type."""
         values = {}
-        for each in fields(cls):
-            value = recorded.get(each.name)
-            if "read" not in each.metadata or value is None:
+        for fact in fields(cls):
+            value = recorded.get(fact.name)
+            if "read" not in fact.metadata or value is None:
                 continue
             try:
-                values[each.name] = each.metadata["read"](value)
+                values[fact.name] = fact.metadata["read"](value)
             except (TypeError, ValueError) as e:
                 raise PveError(
-                    f"expected the phase {cls.phase} to record its {each.name} as {each.type}, "
+                    f"expected the phase {cls.phase} to record its {fact.name} as {fact.type}, "
                     f"found {str(value)[:200]!r}"
                 ) from e
         return cls(**values, recorded=dict(recorded))
 
     def values(self) -> dict[str, Any]:
         """The JSON form of the declared facts: those that have a value, or that were recorded without one."""
-        found = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            written = each.name in self.recorded or each.name in self.nullable or value != each.default
-            if "read" in each.metadata and written:
-                found[each.name] = list(value) if isinstance(value, tuple) else value
-        return found
+        values = {}
+        for fact in fields(self):
+            value = getattr(self, fact.name)
+            written = fact.name in self.recorded or fact.name in self.nullable or value != fact.default
+            if "read" in fact.metadata and written:
+                values[fact.name] = list(value) if isinstance(value, tuple) else value
+        return values
 
     def record(self, facts: MutableMapping[str, dict[str, Any]]) -> None:
         """Write the declared facts into the mapping by phase; other keys of the phase remain."""
@@ -203,7 +203,7 @@ class NetworkFacts(PhaseFacts):
 
 @dataclass(frozen=True)
 class SshFacts(PhaseFacts):
-    """The public key of the nested node's root; `own_key`: the run has installed none beside it."""
+    """The public key of the nested node's root; `own_key`: the run has installed no key pair beside it."""
 
     phase = "setup_ssh"
     nullable = ("root_public_key",)
@@ -224,4 +224,4 @@ class ImageFacts(PhaseFacts):
 def nested_address(facts: ByPhase) -> str | None:
     """The address of the nested PVE by the latest phase that recorded one; None while there is none."""
     latest = (NetworkFacts.known(facts), PveFacts.known(facts), AddressFacts.known(facts))
-    return next((each.ip for each in latest if each is not None and each.ip), None)
+    return next((known.ip for known in latest if known is not None and known.ip), None)

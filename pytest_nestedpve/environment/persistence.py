@@ -37,7 +37,7 @@ def keep(env: Environment) -> Lease:
     host, settings = env.outer, env.settings
     now = host_clock(host)
     lease = renew(host.api, env.run, settings, now, state="kept", seconds=settings.keep_expiry)
-    store(env.run, env.wanted, env.rootdir, int(time.time()) + lease.expires - now)
+    store(env.run, env.initial_settings, env.rootdir, int(time.time()) + lease.expires - now)
     return lease
 
 
@@ -54,16 +54,18 @@ def adopt(env: Environment) -> bool:
         return False
     lease, now = parse_lease(pool.comment), host_clock(host)
     if lease is None or (lease.client, lease.owner) != (run.client, run.owner):
-        whose = "no lease can be read" if lease is None else f"it is {lease.owner}'s"
-        raise LeaseLost(f"the kept run {run.id} cannot be resumed: {whose} in the pool {name}")
+        state = "no readable one" if lease is None else f"one of {lease.owner}"
+        raise LeaseLost(
+            f"the kept run {run.id} cannot be resumed: expected its lease in the pool {name}, found {state}"
+        )
     if lease.expired(now):
         raise LeaseLost(
-            f"the kept run {run.id} has expired by the clock of {host.name}, and may be destroyed at any time"
+            f"the kept run {run.id} has expired by the clock of {host.name}: other sessions may destroy it"
         )
-    ours = Lease(
+    renewed = Lease(
         run.owner, run.client, run.session, "live", lease.created, now + int(settings.lease), now + HARD_LIMIT
     )
-    patiently(lambda: host.api.put("/pools", poolid=name, comment=ours.to_text()))
+    patiently(lambda: host.api.put("/pools", poolid=name, comment=renewed.to_text()))
     run.directory.write(ADOPTED, "")
     return True
 
@@ -81,13 +83,13 @@ class StateKeeper(Listener):
     def phase_finished(self, ended: PhaseEnded) -> None:
         if ended.status == "failed":
             return
-        facts_now, path = self._env.facts, self._env.settings.context_file
-        self._env.run.directory.save_state(facts_now)
+        facts, path = self._env.facts, self._env.settings.context_file
+        self._env.run.directory.save_state(facts)
         self._env.run.directory.write(phase_record.FILE, self._env.record.to_text())
         if path is not None:
             from pytest_nestedpve.config import legacy_context
 
-            legacy_context.save(path, *context_vms(facts_now))
+            legacy_context.save(path, *context_vms(facts))
 
 
 def context_vms(facts: ByPhase) -> tuple[ContextVm, ContextVm]:

@@ -1,4 +1,4 @@
-"""The phase runner: phases in their order, each once, the first cause kept."""
+"""The phase runner: runs phases in their order, each once, and keeps the cause of the first failure."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _no_bound(_phase: Phase) -> contextlib.AbstractContextManager[None]:
 
 @dataclass
 class PhaseRunner:
-    """Runs the phases of one environment, each at most once; broken for good by the first failure.
+    """Runs the phases of one environment, each at most once; the first failure ends the run.
 
     `status[name]` is "done" (its action ran), "proved" (by its probe), "attached" (it describes what exists)
     or "failed"; `done_by[name]` the id of the test it ran for; `seconds[name]` its duration.
     `bound(phase)` is entered around each phase and may interrupt it at its time limit.
-    `passthrough` are exceptions that end the session and are not a failure of the phase.
+    `passthrough` are exceptions that end the session; they are not a failure of the phase.
     `record` has the phases of earlier sessions: one whose inputs have changed since is done again, one with
     the same inputs is proved by its probe alone, unless `redo` is on and its step is executed.
     `skip` names phases that count as done without a probe. `acting` is called before a phase's action.
@@ -86,17 +86,17 @@ class PhaseRunner:
     def prepare(self, name: str, *, by: str = "") -> None:
         """Settle every phase that `name` needs: by its probe, else by its action."""
         for need in needed_before(self.phases, name):
-            self._settle(self._by_name[need], by=by, wanted=name, probe=True)
+            self._settle(self._by_name[need], by=by, requested=name, probe=True)
 
     def ensure(self, name: str, *, by: str = "") -> None:
         """`prepare`, then the phase itself, probed first. Raises PhaseBroken."""
         self.prepare(name, by=by)
-        self._settle(self._by_name[name], by=by, wanted=name, probe=True)
+        self._settle(self._by_name[name], by=by, requested=name, probe=True)
 
     def execute(self, name: str, *, by: str = "") -> None:
         """`prepare`, then the phase's action unless this runner has settled it. Raises PhaseBroken."""
         self.prepare(name, by=by)
-        self._settle(self._by_name[name], by=by, wanted=name, probe=False)
+        self._settle(self._by_name[name], by=by, requested=name, probe=False)
 
     def complete(self) -> bool:
         """Whether the last phase is settled, and all that it needs."""
@@ -107,10 +107,10 @@ class PhaseRunner:
         return all(self.status.get(name) in SETTLED for name in names)
 
     def cause(self, name: str) -> Broken | None:
-        """The failure of the phase itself; None if it did not fail."""
+        """The failure of the phase `name` itself; None if it did not fail."""
         return self._causes.get(name)
 
-    def learn(self, broken: Broken) -> None:
+    def record_failure(self, broken: Broken) -> None:
         """Record a failure in another process that shares this environment."""
         self._causes[broken.phase] = broken
         self.status[broken.phase] = FAILED
@@ -121,10 +121,10 @@ class PhaseRunner:
         for listener in self.listeners:
             listener.progress(text)
 
-    def _settle(self, phase: Phase, *, by: str, wanted: str, probe: bool) -> None:
+    def _settle(self, phase: Phase, *, by: str, requested: str, probe: bool) -> None:
         if self.status.get(phase.name) in SETTLED:
             return
-        self._refuse_if_broken(phase, wanted)
+        self._check_needs(phase, requested)
         self.current = phase.name
         for listener in self.listeners:
             listener.phase_started(phase)
@@ -137,49 +137,49 @@ class PhaseRunner:
             with self.bound(phase):
                 status, facts = self._run(phase, probe)
         except self.passthrough as end:
-            cause = self._break(phase, f"interrupted: {end}")
+            cause = self._record_cause(phase, f"interrupted: {end}")
             raise
         except Exception as error:
             expected = isinstance(error, PveError)
-            cause = self._break(phase, str(error) if expected else f"{type(error).__name__}: {error}")
-            raise PhaseBroken(self._causes[phase.name], wanted=wanted, expected=expected) from error
+            cause = self._record_cause(phase, str(error) if expected else f"{type(error).__name__}: {error}")
+            raise PhaseBroken(self._causes[phase.name], requested=requested, expected=expected) from error
         except BaseException as end:
-            cause = self._break(phase, f"interrupted: {str(end) or type(end).__name__}")
+            cause = self._record_cause(phase, f"interrupted: {str(end) or type(end).__name__}")
             raise
         finally:
-            took = time.monotonic() - started
+            seconds = time.monotonic() - started
             self.current = None
             self.status[phase.name] = status
-            self.seconds[phase.name] = took
+            self.seconds[phase.name] = seconds
             self.done_by[phase.name] = by
             self.audit.write(
                 "phase_end",
                 phase=phase.name,
                 status=status,
-                ms=round(took * 1000, 1),
+                ms=round(seconds * 1000, 1),
                 cause=cause,
                 facts=facts,
             )
-            ended = PhaseEnded(phase, status, took, facts, cause)
+            ended = PhaseEnded(phase, status, seconds, facts, cause)
             for listener in self.listeners:
                 listener.phase_finished(ended)
 
     def _run(self, phase: Phase, probe: bool) -> tuple[str, Facts]:
         facts = self.environment.facts
         if phase.name in self.skip:
-            facts[phase.name] = {**facts.get(phase.name, {}), "did": "taken as done, as --nested-skip says"}
+            facts[phase.name] = {**facts.get(phase.name, {}), "did": "assumed done (--nested-skip)"}
             return PROVED, dict(facts[phase.name])
         guard = phase.guard
-        now = self._digest(phase) if phase.probe is not None else None
-        before = self.record.digests.get(phase.name)
-        may_prove = probe or (before is not None and not self.redo)
+        current = self._digest(phase) if phase.probe is not None else None
+        recorded = self.record.digests.get(phase.name)
+        may_prove = probe or (recorded is not None and not self.redo)
         may_prove = may_prove or (guard is not None and not (guard.selected and self.redo))
-        if phase.probe is not None and may_prove and before in (None, now):
-            found = phase.probe(self.environment)
-            if found is not None:
-                facts[phase.name] = dict(found)
-                self._did(phase, now)
-                return PROVED, dict(found)
+        if phase.probe is not None and may_prove and recorded in (None, current):
+            proved = phase.probe(self.environment)
+            if proved is not None:
+                facts[phase.name] = dict(proved)
+                self._record_digest(phase, current)
+                return PROVED, dict(proved)
         if guard is not None:
             missing = self.environment.missing.get(phase.name)
             guard.check(phase.name, missing, probed=phase.probe is not None)
@@ -189,10 +189,10 @@ class PhaseRunner:
             self.record.doubt([phase.name])
             self.record.begun = phase.name
             self.acting(phase)
-        done = dict(phase.do(self.environment) or {})
-        facts[phase.name] = done
-        self._did(phase, now)
-        return phase.outcome, done
+        result = dict(phase.do(self.environment) or {})
+        facts[phase.name] = result
+        self._record_digest(phase, current)
+        return phase.outcome, result
 
     def _digest(self, phase: Phase) -> str:
         inputs = phase.inputs(self.environment) if phase.inputs is not None else None
@@ -200,15 +200,15 @@ class PhaseRunner:
         digests = self.record.digests
         return digest(phase.name, inputs, {name: digests[name] for name in needed if name in digests})
 
-    def _did(self, phase: Phase, now: str | None) -> None:
-        if now is not None:
-            self.record.digests[phase.name] = now
+    def _record_digest(self, phase: Phase, current: str | None) -> None:
+        if current is not None:
+            self.record.digests[phase.name] = current
             self.record.begun = None
 
-    def _refuse_if_broken(self, phase: Phase, wanted: str) -> None:
+    def _check_needs(self, phase: Phase, requested: str) -> None:
         failed = self._failed_need(phase)
         if failed is not None:
-            raise PhaseBroken(self._causes[failed.name], wanted=wanted)
+            raise PhaseBroken(self._causes[failed.name], requested=requested)
 
     def _failed_need(self, phase: Phase) -> Phase | None:
         for name in (*needed_before(self.phases, phase.name), phase.name):
@@ -216,7 +216,7 @@ class PhaseRunner:
                 return self._by_name[name]
         return None
 
-    def _break(self, phase: Phase, cause: str) -> str:
+    def _record_cause(self, phase: Phase, cause: str) -> str:
         self._causes[phase.name] = Broken(phase.name, cause)
         if self.broken is None:
             self.broken = self._causes[phase.name]

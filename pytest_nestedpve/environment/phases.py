@@ -63,16 +63,16 @@ class Broken:
 class PhaseBroken(Exception):
     """A phase failed, or needs one that failed earlier; always carries the first cause.
 
-    `expected` is False when the cause was not a PveError: then its traceback is worth showing.
+    `expected` is False when the cause was not a PveError: then its traceback is shown.
     """
 
-    def __init__(self, broken: Broken, *, wanted: str, expected: bool = True) -> None:
+    def __init__(self, broken: Broken, *, requested: str, expected: bool = True) -> None:
         text = broken.cause
-        if broken.phase != wanted:
-            text = f"{wanted} needs {broken.phase}, which failed: {text}"
+        if broken.phase != requested:
+            text = f"{requested} needs {broken.phase}, which failed: {text}"
         super().__init__(text)
         self.broken = broken
-        self.wanted = wanted
+        self.requested = requested
         self.expected = expected
 
 
@@ -81,7 +81,7 @@ class PhaseEnded:
     """The end of a phase.
 
     `status` is "done", "proved", "attached" or "failed", `seconds` the duration of probe and action, `facts`
-    what the phase recorded, `cause` the text of the error of a failed phase.
+    the facts that the phase recorded, `cause` the text of the error of a failed phase.
     """
 
     phase: Phase
@@ -101,30 +101,30 @@ class Listener:
         """`phase` begins: probe and action follow."""
 
     def phase_finished(self, ended: PhaseEnded) -> None:
-        """A phase ended, with whatever status."""
+        """A phase ended, successfully or not."""
 
     def progress(self, text: str) -> None:
-        """The current phase reports its progress, one line."""
+        """Receive a line about the progress of the current phase."""
 
 
 def check(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """The phases as a tuple; raises PhaseListError when they cannot be run in this order."""
-    seen: list[str] = []
+    names: list[str] = []
     result = tuple(phases)
     for phase in result:
         if not _NAME.match(phase.name):
             raise PhaseListError(
-                f"a phase name is made of lower-case letters, digits and _; found {phase.name!r}"
+                f"expected a phase name of lower-case letters, digits and _, found {phase.name!r}"
             )
-        if phase.name in seen:
+        if phase.name in names:
             raise PhaseListError(f"two phases are named {phase.name!r}; replace the first one in the list")
         for need in phase.needs or ():
-            if need not in seen:
+            if need not in names:
                 raise PhaseListError(
                     f"phase {phase.name!r} needs {need!r}, which is not among the phases before it: "
-                    f"{', '.join(seen) or 'none'}"
+                    f"{', '.join(names) or 'none'}"
                 )
-        seen.append(phase.name)
+        names.append(phase.name)
     return result
 
 
@@ -138,10 +138,10 @@ def needed_before(phases: Sequence[Phase], name: str) -> tuple[str, ...]:
     else:
         raise KeyError(name)
     if phase.needs is None:
-        return tuple(each.name for each in earlier)
-    wanted = set(phase.needs)
-    for each in reversed(earlier):
-        if each.name in wanted:
-            before = each.needs if each.needs is not None else needed_before(phases, each.name)
-            wanted.update(before)
-    return tuple(each.name for each in earlier if each.name in wanted)
+        return tuple(other.name for other in earlier)
+    needed = set(phase.needs)
+    for other in reversed(earlier):
+        if other.name in needed:
+            before = other.needs if other.needs is not None else needed_before(phases, other.name)
+            needed.update(before)
+    return tuple(other.name for other in earlier if other.name in needed)

@@ -46,7 +46,7 @@ class PhaseFailure(Failed):
 
     def __init__(self, error: PhaseBroken) -> None:
         super().__init__(
-            f"{error.wanted}: {error}" if error.broken.phase == error.wanted else str(error), False
+            f"{error.requested}: {error}" if error.broken.phase == error.requested else str(error), False
         )
         self.broken = error.broken
 

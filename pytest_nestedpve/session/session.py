@@ -104,7 +104,7 @@ class NestedSession:
         if self.open_run is not None:
             if self.open_run.ended:
                 broken = Broken("teardown", "the environment is torn down already")
-                raise PhaseFailure(PhaseBroken(broken, wanted=""))
+                raise PhaseFailure(PhaseBroken(broken, requested=""))
             return self.open_run
         if not self.host_is_configured():
             raise NoHostFailure

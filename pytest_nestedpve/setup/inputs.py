@@ -31,7 +31,7 @@ def _playbook(env: Environment, name: str, variables: Mapping[str, Any]) -> dict
 
 
 def shape(env: Environment) -> object:
-    return vm_shape.shape(env.wanted)
+    return vm_shape.shape(env.initial_settings)
 
 
 def install(env: Environment) -> object:

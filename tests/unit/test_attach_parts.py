@@ -77,7 +77,7 @@ def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
     phase.guard.check("our_agent", None, probed=False)
     (phase,) = permitted([own], "pve1", frozenset())
     assert phase.guard is not None
-    with pytest.raises(StepNotSelected, match="found: that it has no probe to tell"):
+    with pytest.raises(StepNotSelected, match="found: it has no probe"):
         phase.guard.check("our_agent", None, probed=False)
 
 

@@ -52,7 +52,7 @@ def test_a_required_fact_that_is_not_recorded_names_phase_and_key(facts: dict[st
 
 def test_an_attached_pve_has_no_vm() -> None:
     attached = ProvisionFacts.read({"name": "pve1", "node": "pve1"})
-    with pytest.raises(NotReady, match="record its vmid, found of it: name, node"):
+    with pytest.raises(NotReady, match="record its vmid, found: name, node"):
         _ = attached.vm_id
     with pytest.raises(NotReady, match="record its mac"):
         _ = attached.card

@@ -103,7 +103,7 @@ class Membership:
         if self._runner.broken is None and (path := self._dir / BROKEN).exists():
             data = json.loads(path.read_text(encoding="utf-8"))
             broken = Broken(str(data["phase"]), str(data["cause"]))
-            self._runner.learn(broken)
+            self._runner.record_failure(broken)
             self._phase_reported(broken.phase, "another worker")
 
     def _tell(self) -> None:
