@@ -186,11 +186,11 @@ class OpenRun:
         try:
             with self.state.unlimited():
                 clean = self._known_clean_state()
-                clean.give()
+                clean.restore()
         except PveError as e:
             raise Failed(f"nested_pve_clean: {e}", pytrace=False) from e
         self._clean_for = key
-        item.user_properties.append(("nested_pve_clean", clean.gave))
+        item.user_properties.append(("nested_pve_clean", clean.result))
 
     def _known_clean_state(self) -> CleanState:
         """The clean state; the first call records the present one."""
@@ -200,7 +200,7 @@ class OpenRun:
             self._clean_state = CleanState(self.environment)
             setup = [phase.name for phase in self.state.phases if phase.probe is not None]
             fresh = any(self.runner.status.get(name) == "done" for name in setup)
-            self._clean_state.remember(fresh=fresh)
+            self._clean_state.record(fresh=fresh)
         return self._clean_state
 
     # -- the end ---------------------------------------------------------------------------------------

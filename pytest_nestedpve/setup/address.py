@@ -1,4 +1,4 @@
-"""Where a VM of ours is, and that it is the one: its agent, its address, its first boot, its host keys."""
+"""The address of a VM of the run: guest agent, first boot, host keys, and the proof that it is the VM's."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.pve.ssh.connection import SshConnection
 
-LOGIN = 60.0
-"""Seconds, nominal, in which a machine that has booted must take a login."""
-# The end by the file that cloud-init writes then: the start of its own command takes up to a second. What is
-# neither done nor done with warnings (`recoverable_errors`), and what cannot be read, it says itself.
+LOGIN_LIMIT = 60.0
+"""Nominal seconds within which a machine that has booted must accept a login."""
+# The end is detected by the file that cloud-init writes: the start of its command takes up to a second. The
+# command runs only after errors, and when the files cannot be read; `recoverable_errors` are warnings.
 _FIRST_BOOT = r"""
 import json, os, select, sys
 def read(name):
@@ -49,10 +49,10 @@ try:
     stages = [stage for stage in read("status.json").values() if isinstance(stage, dict)]
     if read("result.json")["errors"] or any(stage.get("errors") for stage in stages):
         sys.exit(77)
-    found = [each for stage in stages for each in (stage.get("recoverable_errors") or {}).values()]
-    for line in [line for each in found for line in each]:
+    warnings = [lines for stage in stages for lines in (stage.get("recoverable_errors") or {}).values()]
+    for line in [line for lines in warnings for line in lines]:
         print("- " + str(line))
-    sys.exit(2 if any(found) else 0)
+    sys.exit(2 if any(warnings) else 0)
 except Exception:
     sys.exit(77)
 """
@@ -64,51 +64,51 @@ _CLOUD_INIT = (
 )
 
 
-class Impostor(PveError):
-    """The address that a guest names is not the guest's."""
+class ForeignAddress(PveError):
+    """The address that a guest reports is not the guest's own."""
 
 
 def wait_ip(env: Environment, level: Level, timeout: float) -> dict[str, Any]:
-    """Wait for the agent, the address, the end of cloud-init; pin the host keys; log in once. Facts."""
+    """Wait for agent, cloud-init and address, pin the host keys, log in once; the facts. Raises PveError."""
     deadline = Deadline(timeout)
     host = level.host(env)
     facts = level.provision.of(env.facts)
-    made, mac = facts.vm, facts.card
+    vm, mac = facts.vm, facts.card
     env.progress("waiting for the guest agent")
     wait_until(
-        lambda: _answers(host, made),
+        lambda: _agent_answers(host, vm),
         deadline=deadline,
         what=lambda: (
-            f"the guest agent of VM {made.vmid} to answer. Has the image an agent, or can the VM fetch it "
-            f"(vendor-data, mirror, network)? {_console(host, made)}"
+            f"the guest agent of VM {vm.vmid} to answer. Has the image an agent, or can the VM install it "
+            f"(vendor-data, mirror, network)? {_console_advice(host, vm)}"
         ),
         interval=(0.1, 0.3),
     )
     env.progress("waiting for the end of cloud-init")
-    first_boot, words = wait_cloud_init(host, made, deadline)
+    first_boot, warnings = wait_cloud_init(host, vm, deadline)
     env.progress("waiting for its address")
-    found = locate(env, level, deadline)
-    env.facts[level.wait_ip.phase] = found.values()
-    with connect(env, level, found.ip) as ssh:
+    located = locate(env, level, deadline)
+    env.facts[level.wait_ip.phase] = located.values()
+    with connect(env, level, located.ip) as ssh:
         await_login(ssh, deadline)
     if level.role == "nested" or AddressFacts.phase in env.facts:
         env.write_ssh_config()
-    said = f"; cloud-init: {first_boot}" + (f" ({words})" if words else "")
-    return {**replace(found, cloud_init=first_boot).values(), "did": f"{found.ip} by {mac}{said}"}
+    did = f"{located.ip} by {mac}; cloud-init: {first_boot}" + (f" ({warnings})" if warnings else "")
+    return {**replace(located, cloud_init=first_boot).values(), "did": did}
 
 
 def probe_ip(env: Environment, level: Level) -> dict[str, Any] | None:
-    """The facts, when the address is still the one and answers to the pinned key."""
-    facts, vm = level.wait_ip.known(env.facts), level.provision.known(env.facts)
-    if facts is None or vm is None:
+    """Proved when the VM still has the recorded address, and accepts a login with the pinned host key."""
+    facts, vm_facts = level.wait_ip.known(env.facts), level.provision.known(env.facts)
+    if facts is None or vm_facts is None:
         return None
-    made = vm.vm
+    vm = vm_facts.vm
     host = level.host(env)
     try:
-        seen = agent.ipv4_for_mac(agent.interfaces(host.api, made.node, made.vmid), vm.card)
+        ip = agent.ipv4_for_mac(agent.interfaces(host.api, vm.node, vm.vmid), vm_facts.card)
     except PveError:
         return None
-    if seen != facts.ip:
+    if ip != facts.ip:
         return None
     try:
         with connect(env, level, facts.ip) as ssh:
@@ -116,29 +116,29 @@ def probe_ip(env: Environment, level: Level) -> dict[str, Any] | None:
     except HostKeyMismatch:
         raise
     except SshError:
-        return None  # it may be booting: to be waited for
+        return None  # it may be booting: the action waits for it
 
 
 def locate(env: Environment, level: Level, deadline: Deadline) -> AddressFacts:
     """The VM's present address and its host keys, checked and pinned. Raises PveError."""
     host = level.host(env)
     facts = level.provision.of(env.facts)
-    made, mac = facts.vm, facts.card
+    vm, mac = facts.vm, facts.card
 
     def address() -> str | None:
         try:
-            return agent.ipv4_for_mac(agent.interfaces(host.api, made.node, made.vmid), mac)
+            return agent.ipv4_for_mac(agent.interfaces(host.api, vm.node, vm.vmid), mac)
         except (AgentUnavailable, NotRunning):
             return None
 
     ip = wait_until(
-        address, deadline=deadline, what=f"VM {made.vmid} to have an IPv4 address on the card {mac}",
+        address, deadline=deadline, what=f"VM {vm.vmid} to have an IPv4 address on the card {mac}",
         interval=(0.1, 0.3),
     )  # fmt: skip
-    # Where it is by now.
+    # The VM may have been moved meanwhile.
     check_address(level.host(env), facts.bridge or "", ip, mac, deadline)
     keys = wait_until(
-        lambda: _host_keys(host, made), deadline=deadline, what=f"the SSH host keys of VM {made.vmid}",
+        lambda: _host_keys(host, vm), deadline=deadline, what=f"the SSH host keys of VM {vm.vmid}",
         interval=(0.1, 0.3),
     )  # fmt: skip
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
@@ -147,44 +147,44 @@ def locate(env: Environment, level: Level, deadline: Deadline) -> AddressFacts:
 
 
 def relocate(env: Environment, timeout: float = 120.0) -> str:
-    """The nested PVE's address after a reboot or a change of the network, and that it takes logins again.
+    """Find the nested PVE after a reboot or a change of its network, and wait for a login; its address.
 
-    Known hosts, ssh_config and connections follow. Raises PveError.
+    Known hosts, ssh_config, facts and connections are updated. Raises PveError.
     """
     deadline = Deadline(timeout)
-    _find_again(env, deadline)
+    _update_address(env, deadline)
     await_login(env.inner.ssh, deadline)
     return env.ip
 
 
 def reconnect(env: Environment, timeout: float = 120.0) -> str:
-    """The nested PVE's address, once a PVE that keeps its address takes logins again. Raises PveError."""
+    """Wait until a PVE that keeps its address accepts logins again; returns the address. Raises PveError."""
     await_login(env.inner.ssh, Deadline(timeout))
     return env.ip
 
 
-def _find_again(env: Environment, deadline: Deadline) -> None:
-    host, made = NESTED.host(env), NESTED.vm(env)
+def _update_address(env: Environment, deadline: Deadline) -> None:
+    host, vm = NESTED.host(env), NESTED.vm(env)
     wait_until(
-        lambda: _answers(host, made), deadline=deadline, interval=(0.1, 0.3),
-        what=f"the guest agent of VM {made.vmid} to answer again",
+        lambda: _agent_answers(host, vm), deadline=deadline, interval=(0.1, 0.3),
+        what=f"the guest agent of VM {vm.vmid} to answer again",
     )  # fmt: skip
-    found = locate(env, NESTED, deadline)
-    found.record(env.facts)
+    located = locate(env, NESTED, deadline)
+    located.record(env.facts)
     for facts in (PveFacts.known(env.facts), NetworkFacts.known(env.facts)):
         if facts is not None and "ip" in facts.recorded:
-            replace(facts, ip=found.ip).record(env.facts)
+            replace(facts, ip=located.ip).record(env.facts)
     env.forget_connections()
     env.write_ssh_config()
 
 
 def await_login(ssh: SshLike, deadline: Deadline) -> None:
-    """Wait for a login of a machine that has just booted. Raises SshError as it was seen last.
+    """Wait until a machine that has just booted accepts a login. Raises the last SshError.
 
     The agent may answer before sshd listens; and root's authorized_keys, which a PVE node has in /etc/pve,
-    is not there before pmxcfs is. What does not pass in LOGIN seconds is no matter of time.
+    does not exist before pmxcfs runs. An error that lasts LOGIN_LIMIT seconds is not one of a boot.
     """
-    patience = Deadline(min(LOGIN, deadline.nominal()))
+    limit = Deadline(min(LOGIN_LIMIT, deadline.nominal()))
 
     def logs_in() -> bool:
         try:
@@ -192,64 +192,64 @@ def await_login(ssh: SshLike, deadline: Deadline) -> None:
         except HostKeyMismatch:
             raise
         except SshError:
-            if patience.expired:
+            if limit.expired:
                 raise
             return False
 
     wait_until(logs_in, deadline=deadline, interval=(0.1, 0.3), what="a login")
 
 
-def _answers(host: PveHost, made: Created) -> bool:
-    if agent.ping(host.api, made.node, made.vmid):
+def _agent_answers(host: PveHost, vm: Created) -> bool:
+    if agent.ping(host.api, vm.node, vm.vmid):
         return True
-    status = host.api.get(f"/nodes/{made.node}/qemu/{made.vmid}/status/current")
-    # A VM that reboots is stopped for a moment, but its lifetime is not over: qmpstatus says so too late.
-    if isinstance(status, dict) and status.get("status") == "stopped" and not _comes_back(host, made):
+    status = host.api.get(f"/nodes/{vm.node}/qemu/{vm.vmid}/status/current")
+    # A VM that reboots is stopped for a moment: it gets time to start.
+    if isinstance(status, dict) and status.get("status") == "stopped" and not _runs_again(host, vm):
         raise PveError(
-            f"VM {made.vmid} stopped while its agent was waited for; start it by hand and look why. "
-            + _console(host, made)
+            f"VM {vm.vmid} stopped while its agent was waited for; start it by hand (`qm start {vm.vmid}` on "
+            f"{host.name}) and read its console. {_console_advice(host, vm)}"
         )
     return False
 
 
-def _console(host: PveHost, made: Created) -> str:
-    """Where to see what the guest says, by its configuration: `vm_options` may have taken serial0 away.
+def _console_advice(host: PveHost, vm: Created) -> str:
+    """The commands that show the guest's output, by its configuration: `vm_options` may have removed serial0.
 
-    Whether the guest writes to its serial device is its own affair (Debian's cloud images do).
+    Not every image writes to the serial device (Debian's cloud images do).
     """
-    screen = f"the console of VM {made.vmid} in the web interface of {host.name} shows its screen"
+    screen = f"the console of VM {vm.vmid} in the web interface of {host.name} shows its screen"
     try:
-        config = guest_config(host.api, made.node, made.vmid)
+        config = guest_config(host.api, vm.node, vm.vmid)
     except PveError:
         config = {}
     if config.get("serial0") != "socket":
         return screen[0].upper() + screen[1:]
     return (
-        f"If the guest uses its serial device, `qm terminal {made.vmid}` on {host.name} shows what it says; "
+        f"If the guest uses its serial device, `qm terminal {vm.vmid}` on {host.name} shows its output; "
         + screen
     )
 
 
-def _comes_back(host: PveHost, made: Created) -> bool:
+def _runs_again(host: PveHost, vm: Created) -> bool:
     def running() -> bool:
-        status = host.api.get(f"/nodes/{made.node}/qemu/{made.vmid}/status/current")
+        status = host.api.get(f"/nodes/{vm.node}/qemu/{vm.vmid}/status/current")
         return isinstance(status, dict) and status.get("status") == "running"
 
     try:
-        return wait_until(running, deadline=Deadline(15), what=f"VM {made.vmid} to come back")
+        return wait_until(running, deadline=Deadline(15), what=f"VM {vm.vmid} to run again")
     except CommandTimeout:
         return False
 
 
-def _host_keys(host: PveHost, made: Created) -> tuple[str, ...] | None:
+def _host_keys(host: PveHost, vm: Created) -> tuple[str, ...] | None:
     try:
-        return agent.host_keys(host.api, made.node, made.vmid) or None
+        return agent.host_keys(host.api, vm.node, vm.vmid) or None
     except AgentUnavailable:
         return None
 
 
 def connect(env: Environment, level: Level, ip: str) -> SshConnection:
-    """A login of its own at the VM; the caller closes it."""
+    """A separate login at the VM; the caller closes it."""
     via = cast("SshConnection", level.host(env).entry.ssh)
     return env.guest_ssh(level.provision.of(env.facts).name, ip, via)
 
@@ -257,68 +257,70 @@ def connect(env: Environment, level: Level, ip: str) -> SshConnection:
 # -- first boot -----------------------------------------------------------------------------------
 
 
-def wait_cloud_init(host: PveHost, made: Created, deadline: Deadline) -> tuple[str, str]:
-    """Wait for the end of the first boot's set-up; its state, and its own words where it warns.
+def wait_cloud_init(host: PveHost, vm: Created, deadline: Deadline) -> tuple[str, str]:
+    """Wait for the end of cloud-init; returns "absent", "done" or "done with warnings", and the warnings.
 
-    Exit status 2 is a warning (PVE's own user-data earns one from cloud-init 23.4 on), 1 is an error.
-    Raises PveError with what cloud-init says.
+    Exit status 2 is a warning (from cloud-init 23.4 on, PVE's own user-data causes one), 1 is an error.
+    Raises PveError with cloud-init's messages.
     """
     for attempt in (1, 2):
         try:
             ended = agent.execute(
-                host.api, made.node, made.vmid, ["/bin/sh", "-c", _CLOUD_INIT],
+                host.api, vm.node, vm.vmid, ["/bin/sh", "-c", _CLOUD_INIT],
                 deadline=deadline, what="`cloud-init status --wait`", retry=True,
             )  # fmt: skip
             break
         except ApiError as e:
-            # The agent that took the command was restarted and does not know its number any more.
+            # The agent was restarted, and no longer has the number of the command.
             if attempt == 2 or ("PID" not in str(e) and "pid" not in str(e)):
                 raise
-    words = _complaints(ended.stdout)
+    messages = _messages(ended.stdout)
     if ended.rc == 0:
         return ("absent" if ended.stdout.strip() == "absent" else "done"), ""
     if ended.rc == 2:
-        return "done with warnings", words
+        return "done with warnings", messages
     err = ended.stderr if ended.signal is None else f"ended by signal {ended.signal}"
-    log = "`/var/log/cloud-init-output.log` in the VM has it all"
+    log = "the whole output is in `/var/log/cloud-init-output.log` in the VM"
     raise PveError(
-        f"cloud-init in VM {made.vmid} ended with an error (exit status {ended.rc}): "
-        f"{words or (ended.stdout + err).strip()[-800:] or 'it said nothing'}; {log}"
+        f"cloud-init in VM {vm.vmid} ended with an error (exit status {ended.rc}): "
+        f"{messages or (ended.stdout + err).strip()[-800:] or 'no output'}; {log}"
     )
 
 
-def _complaints(out: str) -> str:
-    """What `cloud-init status --long` lists under errors and recoverable errors, in one line."""
+def _messages(out: str) -> str:
+    """Errors and recoverable errors of `cloud-init status --long`, in one line."""
     lines = [line.strip() for line in out.splitlines()]
-    said = [line.lstrip("- ") for line in lines if line.startswith("- ")]
-    return "; ".join(dict.fromkeys(said))[:600]
+    messages = [line.lstrip("- ") for line in lines if line.startswith("- ")]
+    return "; ".join(dict.fromkeys(messages))[:600]
 
 
-# -- whose address is it --------------------------------------------------------------------------
+# -- the owner of an address -----------------------------------------------------------------------
 
 
 def check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Deadline) -> None:
-    """A guest is not trusted: the address it names must be its own card's. Raises Impostor, PveError.
+    """Check that a guest reports the address of its own card. Raises ForeignAddress, PveError.
 
-    Where the host has an address in that network on that bridge, its neighbour table decides; where it
-    has not, only the pinned host key does. An address of the host itself is refused anywhere. In a cluster
-    that holds for the node that the guest is on, and for the one that the login goes out from.
+    If the host has an address in that network on that bridge, its neighbour table decides; otherwise only
+    the pinned host key does. An address of the host itself is always refused. In a cluster, both the node
+    that the guest is on and the node from which the login is made are checked.
     """
-    for each in dict.fromkeys((host, host.entry)):
-        _check_address(each, bridge, ip, mac, deadline)
+    for node in dict.fromkeys((host, host.entry)):
+        _check_address(node, bridge, ip, mac, deadline)
 
 
 def _check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Deadline) -> None:
     address = ipaddress.ip_address(ip)
     if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
-        raise Impostor(f"the guest with the card {mac} names {ip}, which is no address of a machine")
+        raise ForeignAddress(f"the guest with the card {mac} reports {ip}, which no machine can have")
     links = _json(host.run(["ip", "-j", "-4", "addr", "show"], timeout=20).check().stdout)
     direct = False
     for link in links:
-        for each in link.get("addr_info") or ():
-            if each.get("local") == ip:
-                raise Impostor(f"the guest with the card {mac} names {ip}, which {host.name} has itself")
-            network = f"{each.get('local')}/{each.get('prefixlen')}"
+        for entry in link.get("addr_info") or ():
+            if entry.get("local") == ip:
+                raise ForeignAddress(
+                    f"the guest with the card {mac} reports {ip}, which {host.name} has itself"
+                )
+            network = f"{entry.get('local')}/{entry.get('prefixlen')}"
             if link.get("ifname") == bridge and address in ipaddress.ip_network(network, strict=False):
                 direct = True
     if not direct:
@@ -327,33 +329,33 @@ def _check_address(host: PveHost, bridge: str, ip: str, mac: str, deadline: Dead
 
     def neighbour() -> str | None:
         nonlocal seen
-        # Any packet there makes the kernel ask for the card; whether port 22 answers does not matter.
+        # Any packet makes the kernel send an ARP request; port 22 need not answer.
         host.run(["timeout", "1", "bash", "-c", f"exec 3<>/dev/tcp/{ip}/22"], timeout=20)
-        shown = host.run(["ip", "-j", "neigh", "show", "to", ip, "dev", bridge], timeout=20)
-        entries = _json(shown.stdout) if shown.ok else []
-        found = [str(each.get("lladdr") or "").lower() for each in entries]
-        found = [each for each in found if re.fullmatch(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", each)]
-        seen = found[0] if found else f"no entry ({', '.join(_states(entries)) or 'none'})"
-        return found[0] if found else None
+        listing = host.run(["ip", "-j", "neigh", "show", "to", ip, "dev", bridge], timeout=20)
+        entries = _json(listing.stdout) if listing.ok else []
+        cards = [str(entry.get("lladdr") or "").lower() for entry in entries]
+        cards = [card for card in cards if re.fullmatch(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", card)]
+        seen = cards[0] if cards else f"no entry ({', '.join(_states(entries)) or 'none'})"
+        return cards[0] if cards else None
 
     owner = wait_until(
         neighbour, deadline=Deadline(min(60.0, deadline.nominal() or 1.0)),
         what=lambda: f"{ip} to appear in {host.name}'s neighbour table on {bridge}; last seen: {seen}",
     )  # fmt: skip
     if owner != mac.lower():
-        raise Impostor(
-            f"the guest with the card {mac} names {ip}, but on {bridge} of {host.name} that address is "
-            f"{owner}'s; no login was tried there"
+        raise ForeignAddress(
+            f"the guest with the card {mac} reports {ip}, but on {bridge} of {host.name} the card {owner} "
+            "has that address; no login was tried there"
         )
 
 
 def _states(entries: list[dict[str, Any]]) -> list[str]:
-    return [str(state) for each in entries for state in each.get("state") or ()]
+    return [str(state) for entry in entries for state in entry.get("state") or ()]
 
 
 def _json(text: str) -> list[dict[str, Any]]:
     try:
-        found = json.loads(text or "[]")
+        links = json.loads(text or "[]")
     except ValueError as e:
-        raise PveError(f"expected JSON of `ip -j`, found {text[:200]!r}") from e
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+        raise PveError(f"expected JSON from `ip -j`, found {text[:200]!r}") from e
+    return [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []

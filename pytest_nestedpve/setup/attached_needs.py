@@ -1,4 +1,4 @@
-"""Requirements that an attached PVE does not meet yet, and that steps selected by name are about to meet.
+"""Requirements that an attached PVE does not meet yet, and that steps selected by name will meet.
 
 Preflight accepts them as missing, and is repeated before the VM inside is created.
 """
@@ -32,16 +32,16 @@ def awaited_results(seen: Context, selected: frozenset[str], missing: Iterable[F
     if "setup_network" in selected and "bridge" in names and seen.settings.bridge in (None, "vmbr0"):
         awaited["bridge"] = "setup_network"
     if "setup_repos" in selected and (storage := _storage(seen)) is not None:
-        lacks = {what for what, kind in _CONTENT.items() if kind not in contents(storage)}
+        incomplete = {what for what, kind in _CONTENT.items() if kind not in contents(storage)}
         if seen.settings.storage not in (None, STORAGE):
-            lacks.discard("storage")
-        if _elsewhere(seen.settings.image):
-            lacks.discard("image")
-        awaited |= dict.fromkeys(sorted(lacks & names), "setup_repos")
+            incomplete.discard("storage")
+        if _is_elsewhere(seen.settings.image):
+            incomplete.discard("image")
+        awaited |= dict.fromkeys(sorted(incomplete & names), "setup_repos")
     return awaited
 
 
-def _elsewhere(image: str | None) -> bool:
+def _is_elsewhere(image: str | None) -> bool:
     """Whether the configured image is a volume of another storage or content type, not a URL or a file."""
     return image is not None and not re.match(r"https?://|/|" + STORAGE + ":import/", image)
 
@@ -51,4 +51,4 @@ def _storage(seen: Context) -> dict[str, object] | None:
         storages = seen.storages
     except PveError:
         return None
-    return next((each for each in storages if each.get("storage") == STORAGE and usable(each)), None)
+    return next((entry for entry in storages if entry.get("storage") == STORAGE and usable(entry)), None)

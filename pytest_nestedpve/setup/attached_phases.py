@@ -1,4 +1,4 @@
-"""The list of phases for an attached PVE, and what of it a session may do there.
+"""The list of phases for an attached PVE, and the phases that a session may run there.
 
 Three phases describe what exists, seven only check or work on the VM inside, and all others change the PVE:
 those are guarded, also where a project replaced or added them.
@@ -70,7 +70,7 @@ def permitted(
 
 
 def _describing(phase: Phase) -> Phase:
-    """The phase with the packaged action, which describes what exists, whatever its own one is."""
+    """The phase with the packaged action, which describes what exists, even if a project replaced it."""
     return replace(phase, do=_DESCRIBING[phase.name], probe=None, inputs=None, outcome=ATTACHED)
 
 
@@ -90,7 +90,7 @@ def _describe_pve(env: Environment) -> Mapping[str, Any]:
 
 
 def _describe_start(_env: Environment) -> Mapping[str, Any]:
-    return {"did": "attached: it runs, as it answers"}
+    return {"did": "attached: it answers, so it runs"}
 
 
 def _describe_address(env: Environment) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Preparation of the phases that change an attached PVE, and the undo of their changes at the end.
 
-The state before a change is noted first, on the PVE itself where it is a file: at the end new files are
+The state before a change is recorded first, files as copies on the PVE itself: at the end new files are
 deleted, and former ones restored.
 """
 
@@ -16,7 +16,7 @@ from pytest_nestedpve.ownership.pool import create_pool, host_clock
 from pytest_nestedpve.pve.answers import mapping
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.setup import host_phases, image_file, leaf_image
-from pytest_nestedpve.setup.vm import task
+from pytest_nestedpve.setup.vm import await_task
 
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
@@ -33,19 +33,19 @@ done
 """
 # The file may be a link into pmxcfs: its target is replaced, in one step.
 _REMOVE_LINES = r"""
-what=$1 there=$2 f=$3
+pattern=$1 existed=$2 f=$3
 [ -e "$f" ] || exit 0
 real=$(readlink -f "$f") && t=$real.npve-$$ || exit
 umask 077
-grep -v -- "$what" "$real" >"$t"
+grep -v -- "$pattern" "$real" >"$t"
 [ $? -le 1 ] || { rm -f "$t"; exit 1; }
-if [ "$there" = no ] && [ ! -s "$t" ]; then rm -f "$t" "$real"; else mv -f "$t" "$real"; fi
+if [ "$existed" = no ] && [ ! -s "$t" ]; then rm -f "$t" "$real"; else mv -f "$t" "$real"; fi
 """
 _REMOVE_BLOCK = r"""
-there=$1 f=/root/.ssh/config
+existed=$1 f=/root/.ssh/config
 [ -e "$f" ] || exit 0
 sed -i '/^# BEGIN nested-pve leaves$/,/^# END nested-pve leaves$/d' "$f" || exit
-[ "$there" = yes ] || [ -s "$f" ] || rm -f "$f"
+[ "$existed" = yes ] || [ -s "$f" ] || rm -f "$f"
 """
 _IDENTITY = (
     "/etc/hosts",
@@ -60,13 +60,13 @@ _IDENTITY = (
 
 def before_pve(env: Environment) -> None:
     """Announce that the changes of ensure_pve remain."""
-    done = "ensure_pve mended it" if host_phases.installed(env.outer) else "ensure_pve installed PVE"
-    _report_at_end(env, done)
+    change = "ensure_pve repaired it" if host_phases.installed(env.outer) else "ensure_pve installed PVE"
+    _report_at_end(env, change)
 
 
 def before_network(env: Environment) -> None:
     """Announce that the changes of setup_network remain."""
-    _report_at_end(env, "setup_network changed how it is on the network")
+    _report_at_end(env, "setup_network changed its network configuration")
 
 
 def before_ssh(env: Environment) -> None:
@@ -75,16 +75,16 @@ def before_ssh(env: Environment) -> None:
     files = [host_phases.KEY_FILE, f"{host_phases.KEY_FILE}.pub"]
     _save_files(env, files)
     had_block = env.inner.run(["grep", "-q", "^# BEGIN nested-pve leaves$", "/root/.ssh/config"]).ok
-    there = _existing(env, ["/root/.ssh/config", "/root/.ssh/authorized_keys2"])
+    existing = _existing(env, ["/root/.ssh/config", "/root/.ssh/authorized_keys2"])
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}").split()[1]
 
     def undo() -> None:
         _restore_files(env, files)
         if not had_block:
-            _run_script(env, _REMOVE_BLOCK, "yes" if "/root/.ssh/config" in there else "no")
-        _remove_lines(env, public, "/root/.ssh/authorized_keys", there=True)
+            _run_script(env, _REMOVE_BLOCK, "yes" if "/root/.ssh/config" in existing else "no")
+        _remove_lines(env, public, "/root/.ssh/authorized_keys", existed=True)
         second = "/root/.ssh/authorized_keys2"
-        _remove_lines(env, public, second, there=second in there)
+        _remove_lines(env, public, second, existed=second in existing)
 
     _undo_at_end(env, "the run's key", undo)
 
@@ -97,59 +97,59 @@ def before_repos(env: Environment) -> None:
     settings = env.settings
     base = settings.sources_dest.rstrip("/")
     names = [source.name for source in settings.sources]
-    own = [base, f"{base}/.nested-pve", f"{base}/.nested-pve/secrets", f"{base}/.nested-pve/bootstrap.done"]
+    paths = [base, f"{base}/.nested-pve", f"{base}/.nested-pve/secrets", f"{base}/.nested-pve/bootstrap.done"]
     for name in names:
-        kept = f"{base}/.nested-pve/{name}"
-        own += [f"{base}/{name}", kept, f"{kept}.digest", f"{kept}.tar.gz"]
-    own += [secret_destination(path, settings) for path in settings.secrets]
-    there = _existing(env, own)
+        record = f"{base}/.nested-pve/{name}"
+        paths += [f"{base}/{name}", record, f"{record}.digest", f"{record}.tar.gz"]
+    paths += [secret_destination(path, settings) for path in settings.secrets]
+    existing = _existing(env, paths)
     before = mapping(env.inner.api.get("/storage/local")).get("content")
 
     def undo() -> None:
         _restore_files(env, [host_phases.TOKEN_STORE])
-        new = [path for path in own if path not in there]
+        new = [path for path in paths if path not in existing]
         if new:
             env.inner.run(["rm", "-rf", "--", *new], timeout=300).check()
-        now = mapping(env.inner.api.get("/storage/local")).get("content")
-        if before and now != before:
+        current = mapping(env.inner.api.get("/storage/local")).get("content")
+        if before and current != before:
             env.inner.api.put("/storage/local", content=before)
 
     _undo_at_end(env, "sources and token", undo)
-    replaced = [path for path in own[1:] if path in there and path.rpartition("/")[2] in names]
+    replaced = [path for path in paths[1:] if path in existing and path.rpartition("/")[2] in names]
     if replaced:
-        _report_at_end(env, f"setup_repos replaced what was in {', '.join(replaced)}")
+        _report_at_end(env, f"setup_repos replaced the content of {', '.join(replaced)}")
     identity = _checksums(env, _IDENTITY)
 
     def report_identity() -> list[str]:
-        now = _checksums(env, _IDENTITY)
-        changed = [path for path in _IDENTITY if now.get(path) != identity.get(path)]
+        current = _checksums(env, _IDENTITY)
+        changed = [path for path in _IDENTITY if current.get(path) != identity.get(path)]
         if changed:
-            env.remark(f"{env.outer.name} stays as it is now: setup_repos mended {', '.join(changed)}")
+            env.remark(f"{env.outer.name} is not restored: setup_repos changed {', '.join(changed)}")
         return []
 
     env.undo.append(report_identity)
     if settings.bootstrap:
-        _report_at_end(env, "the bootstrap command was run")
+        _report_at_end(env, "setup_repos ran the bootstrap command")
 
 
 def before_chain(env: Environment) -> None:
     """Prepare the undo for the leaf's host keys in root's known_hosts. Raises PveError."""
     file, name = "/root/.ssh/known_hosts", LeafProvisionFacts.of(env.facts).name
-    there = file in _existing(env, [file])
-    _undo_at_end(env, "the leaf's host keys", lambda: _remove_lines(env, f"^{name} ", file, there=there))
+    existed = file in _existing(env, [file])
+    _undo_at_end(env, "the leaf's host keys", lambda: _remove_lines(env, f"^{name} ", file, existed=existed))
 
 
 def before_image(env: Environment) -> None:
     """Prepare the deletion of the image, unless the storage has it already. Raises PveError."""
     image = image_file.read(leaf_image.source(env))
     volid = image.volume(leaf_image.STORAGE)
-    if image.kind == "volume" or volid in image_file.listed(env.inner, leaf_image.STORAGE):
+    if image.kind == "volume" or volid in image_file.list_images(env.inner, leaf_image.STORAGE):
         return
 
     def undo() -> None:
-        if volid in image_file.listed(env.inner, leaf_image.STORAGE):
+        if volid in image_file.list_images(env.inner, leaf_image.STORAGE):
             path = f"/nodes/{env.inner.node}/storage/{leaf_image.STORAGE}/content/{volid}"
-            task(env.inner, env.inner.api.delete(path), 120.0)
+            await_task(env.inner, env.inner.api.delete(path), 120.0)
 
     _undo_at_end(env, f"the image {volid}", undo)
 
@@ -158,8 +158,8 @@ def remove_new_directories(env: Environment, directories: Sequence[str]) -> None
     """Prepare the deletion of those directories that do not exist yet, once they are empty; the inner ones
     come last. Raises SshError."""
     listing = env.inner.run(["ls", "-d", "--", *directories], timeout=30)
-    there = frozenset(listing.stdout.splitlines())
-    new = [directory for directory in reversed(directories) if directory not in there]
+    existing = frozenset(listing.stdout.splitlines())
+    new = [directory for directory in reversed(directories) if directory not in existing]
 
     def remove() -> list[str]:
         env.inner.run(["rmdir", "--", *new], timeout=30)
@@ -169,11 +169,11 @@ def remove_new_directories(env: Environment, directories: Sequence[str]) -> None
         env.undo.append(remove)
 
 
-# -- how it is done -------------------------------------------------------------------------------
+# -- implementation -------------------------------------------------------------------------------
 
 
 def _claim(env: Environment) -> None:
-    """Create the run's pool and lease: by them leftovers are found after a crash, with or without a VM."""
+    """Create the run's pool and lease, by which leftovers of a crash are discovered, with or without a VM."""
     host = env.outer
     create_pool(host.api, env.run, env.settings, host_clock(host))
     env.keep_lease()
@@ -192,7 +192,7 @@ def _undo_at_end(env: Environment, what: str, undo: Callable[[], None]) -> None:
 
 def _report_at_end(env: Environment, what: str) -> None:
     def report() -> list[str]:
-        env.remark(f"{env.outer.name} stays as it is now: {what}")
+        env.remark(f"{env.outer.name} is not restored: {what}")
         return []
 
     env.undo.append(report)
@@ -219,8 +219,8 @@ def _restore_files(env: Environment, files: Iterable[str]) -> None:
     _run_script(env, _RESTORE, _mark(env), *files)
 
 
-def _remove_lines(env: Environment, pattern: str, file: str, *, there: bool) -> None:
-    _run_script(env, _REMOVE_LINES, pattern, "yes" if there else "no", file)
+def _remove_lines(env: Environment, pattern: str, file: str, *, existed: bool) -> None:
+    _run_script(env, _REMOVE_LINES, pattern, "yes" if existed else "no", file)
 
 
 def _existing(env: Environment, paths: Iterable[str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Making the nested VM from a template: into the run's pool, marked at once."""
+"""Creation of the nested VM as a clone of a template: in the run's pool, marked at once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def clone_marked(
 ) -> Created:
     """Clone `template`: linked where its storage can, else a full copy on `storage`, in `format` if given.
 
-    `source` is the node that the template is on; None: the host's own, which the clone will be on.
-    A clone copies description, tags and protection of its template (recordings of PVE 9.2): the
-    description is given with the call, the rest is set right afterwards, with the uuid of the marker,
-    since PVE gives each clone one of its own choice. Raises NoFreeId, PveError.
+    `source` is the node that the template is on; None: that of `host`, on which the clone is created.
+    A clone copies description, tags and protection of its template (recordings of PVE 9.2): the description
+    is a parameter of the call; tags, protection and the uuid of the marker are set afterwards, because PVE
+    generates a new uuid for each clone. Raises NoFreeId, PveError.
     """
     name, node = guest_name(settings, run, role), host.node
     source = source or node
-    # Asked first: a copy that is refused half-way is a task that failed.
+    # Checked first: a linked clone that is refused in its task leaves a failed task.
     full = vm_can(host.api, source, template, "clone") is False
     copy = {"full": True, "storage": storage, "format": format}
     for vmid, _ in zip(free_ids(host, settings), range(_TRIES), strict=False):
@@ -69,12 +69,12 @@ def clone_marked(
         if not vmid:
             continue
         path = f"/nodes/{node}/qemu/{vmid}/config"
-        own = {"smbios1": f"uuid={marker.uuid}", "tags": f"{TAG};{run.tag}", "protection": 0, "onboot": 0}
-        patiently(partial(host.api.put, path, **own))
+        options = {"smbios1": f"uuid={marker.uuid}", "tags": f"{TAG};{run.tag}", "protection": 0, "onboot": 0}
+        patiently(partial(host.api.put, path, **options))
         return Created(vmid, node, name, marker.uuid)
     raise NoFreeId(
-        f"expected a free VM id on {host.name} for a clone of {template}, found none in the range; clear "
-        "orphans by `pytest --nested-destroy-only`, or widen nested_pve_vmid_range"
+        f"expected a free VM id on {host.name} for a clone of {template}, found none in the range; destroy "
+        "leftovers with `pytest --nested-destroy-only`, or widen nested_pve_vmid_range"
     )
 
 

@@ -1,6 +1,7 @@
-"""Runs on the nested PVE, by its own Python: what its state is, a hash per area, printed as JSON.
+"""Script that runs on the nested PVE: prints its state as JSON, a hash per area.
 
-Standard library only. Left out is what changes by itself: logs, caches, leases, the disks of running guests.
+Standard library only. Files that change by themselves are excluded: logs, caches, leases, disks of running
+guests.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ def main() -> None:
         areas.setdefault(area, hashlib.sha256()).update(line.encode("utf-8", "surrogateescape"))
 
     guests = json.loads(
-        _said("pvesh", "get", "/cluster/resources", "--type", "vm", "--output-format", "json")
+        _output("pvesh", "get", "/cluster/resources", "--type", "vm", "--output-format", "json")
     )
     running = set()
-    for guest in sorted(guests, key=lambda each: each.get("vmid", 0)):
+    for guest in sorted(guests, key=lambda guest: guest.get("vmid", 0)):
         add("guests", guest.get("vmid"), guest.get("type"), guest.get("name"), guest.get("status"))
         if guest.get("status") == "running":
             running.add(str(guest.get("vmid")))
-    for line in sorted(_said("ip", "-o", "-4", "addr", "show").splitlines()):
+    for line in sorted(_output("ip", "-o", "-4", "addr", "show").splitlines()):
         words = line.split()
         add("network", words[1], words[3])
-    for path, found in _pve():
-        add("/etc/pve", path, hashlib.sha256(found).hexdigest())
+    for path, content in _pve_files():
+        add("/etc/pve", path, hashlib.sha256(content).hexdigest())
     for root in _mounts():
         for path, entry in _walk(root, os.lstat(root).st_dev, running):
             area = "/".join(path.split("/")[:3])
@@ -67,14 +68,14 @@ def main() -> None:
                 entry.st_gid,
                 _content(path, entry),
             )
-    print(json.dumps({area: found.hexdigest() for area, found in sorted(areas.items())}))
+    print(json.dumps({area: digest.hexdigest() for area, digest in sorted(areas.items())}))
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=120, text=True).stdout
 
 
-def _pve() -> Iterator[tuple[str, bytes]]:
+def _pve_files() -> Iterator[tuple[str, bytes]]:
     for directory, below, files in os.walk("/etc/pve"):
         below[:] = sorted(name for name in below if name not in PVE_VOLATILE)
         for name in sorted(files):
@@ -89,19 +90,19 @@ def _pve() -> Iterator[tuple[str, bytes]]:
 
 
 def _mounts() -> list[str]:
-    found = ["/"]
+    roots = ["/"]
     with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
         for line in mounts:
-            _, place, kind, *_ = line.split(" ")
-            place = place.replace("\\040", " ")
+            _, directory, kind, *_ = line.split(" ")
+            directory = directory.replace("\\040", " ")
             if (
                 kind not in PSEUDO
-                and place != "/"
-                and not place.startswith(VOLATILE)
-                and os.path.isdir(place)
+                and directory != "/"
+                and not directory.startswith(VOLATILE)
+                and os.path.isdir(directory)
             ):
-                found.append(place)
-    return sorted(set(found))
+                roots.append(directory)
+    return sorted(set(roots))
 
 
 def _walk(root: str, device: int, running: set[str]) -> Iterator[tuple[str, os.stat_result]]:
@@ -115,7 +116,7 @@ def _walk(root: str, device: int, running: set[str]) -> Iterator[tuple[str, os.s
                 continue
             if path.startswith(VOLATILE) or name.startswith("systemd-private-") or "__pycache__" in name:
                 continue
-            # The disks of running guests change all the time; who was in there is known elsewhere.
+            # The disks of running guests change all the time; logins at the leaf are recorded by the session.
             if os.path.basename(directory) == "images" and name in running:
                 continue
             if entry.st_dev != device and not stat.S_ISLNK(entry.st_mode):
@@ -133,7 +134,7 @@ def _walk(root: str, device: int, running: set[str]) -> Iterator[tuple[str, os.s
 
 
 def _content(path: str, entry: os.stat_result) -> str:
-    """What stands for the content: of configuration the text itself (it is often written anew as it was)."""
+    """The state of a file: a hash for configuration (often rewritten unchanged), else size and time."""
     if stat.S_ISLNK(entry.st_mode):
         return os.readlink(path)
     if not stat.S_ISREG(entry.st_mode):

@@ -1,16 +1,16 @@
-"""What a nested PVE forgets before it becomes a template, and how a clone of it comes to be itself.
+"""Scripts that remove the identity of a nested PVE before it becomes a template, and give a clone its own.
 
-pmxcfs keeps a node under the name that it was installed with, its certificate names its address, and so do
-/etc/hosts and cloud-init's template for it. All of that goes with pmxcfs' database, from which nothing of a
-run hangs yet: at its first boot a clone makes a new one under its own name, as after an installation. Two
-units of the template see to what has to be right before that: the bridge, and the hosts file.
+The name of the node is in the database of pmxcfs; its address is in its certificate, in /etc/hosts and in
+cloud-init's template of that file. The database is deleted: nothing of a run depends on it yet. At its first
+boot a clone creates a new database under its own name, as after an installation. Two units of the template
+configure the bridge and the hosts file before that.
 """
 
 from __future__ import annotations
 
 GUEST_SCRIPT = "/var/lib/nested-pve/first-boot"
 
-# Run by the clone's two units, once each; plain Python, of which Debian and cloud-init have enough.
+# Run once by each of the clone's two units; standard library, and the yaml that cloud-init depends on.
 FIRST_BOOT = r'''#!/usr/bin/python3
 """First boot of a clone: `network` before networking.service, `identity` before pmxcfs starts."""
 import glob, os, re, shutil, socket, subprocess, sys, tempfile
@@ -31,7 +31,7 @@ def write(path, text):
     os.rename(path + ".new", path)
 
 
-def wanted():
+def configuration():
     """The network configuration of the cloud-init drive."""
     import yaml
 
@@ -39,10 +39,10 @@ def wanted():
         return yaml.safe_load(read(path))
     subprocess.run(["udevadm", "settle", "--timeout=30"], check=False)
     for label in ("cidata", "CIDATA"):
-        found = subprocess.run(["blkid", "-L", label], capture_output=True, text=True, check=False)
-        if found.stdout.strip():
+        device = subprocess.run(["blkid", "-L", label], capture_output=True, text=True, check=False)
+        if device.stdout.strip():
             with tempfile.TemporaryDirectory() as place:
-                subprocess.run(["mount", "-o", "ro", found.stdout.strip(), place], check=True)
+                subprocess.run(["mount", "-o", "ro", device.stdout.strip(), place], check=True)
                 try:
                     return yaml.safe_load(read(place + "/network-config"))
                 finally:
@@ -51,25 +51,25 @@ def wanted():
 
 
 def network():
-    entries = (wanted() or {}).get("config") or []
-    cards = [each for each in entries if each.get("type") == "physical"]
+    entries = (configuration() or {}).get("config") or []
+    cards = [entry for entry in entries if entry.get("type") == "physical"]
     if not cards or not os.path.exists(INTERFACES):
         return
     text, mac = read(INTERFACES), str(cards[0].get("mac_address", "")).lower()
     old = re.search(r"^[ \t]*bridge[-_]ports[ \t]+(\S+)", text, re.MULTILINE)
-    here = [os.path.basename(os.path.dirname(path)) for path in glob.glob("/sys/class/net/*/address")
+    names = [os.path.basename(os.path.dirname(path)) for path in glob.glob("/sys/class/net/*/address")
             if read(path).strip() == mac]
-    if old and here:
-        text = re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", here[0], text)
-        write("/etc/systemd/network/10-nested-pve-" + here[0] + ".link",
-              "[Match]\nMACAddress=" + mac + "\nType=ether\n\n[Link]\nName=" + here[0] + "\n")
+    if old and names:
+        text = re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", names[0], text)
+        write("/etc/systemd/network/10-nested-pve-" + names[0] + ".link",
+              "[Match]\nMACAddress=" + mac + "\nType=ether\n\n[Link]\nName=" + names[0] + "\n")
     known = ("static", "dhcp4", "dhcp")
-    subnets = [each for each in cards[0].get("subnets") or () if each.get("type") in known]
+    subnets = [net for net in cards[0].get("subnets") or () if net.get("type") in known]
     subnet = subnets[0] if subnets else None
     stanza = re.search(r"^iface " + BRIDGE + r" inet \S+\n(?:[ \t]+\S.*\n)*", text, re.MULTILINE)
     if subnet and stanza:
-        own = ("address", "gateway", "netmask")
-        keep = [line for line in stanza[0].splitlines()[1:] if line.split()[0] not in own]
+        replaced = ("address", "gateway", "netmask")
+        keep = [line for line in stanza[0].splitlines()[1:] if line.split()[0] not in replaced]
         lines = ["iface " + BRIDGE + " inet dhcp"]
         if subnet["type"] == "static":
             import ipaddress
@@ -81,19 +81,19 @@ def network():
             lines = ["iface " + BRIDGE + " inet static", "        address " + address]
             if subnet.get("gateway"):
                 lines.append("        gateway " + str(subnet["gateway"]))
-            named = [entry for entry in entries if entry.get("type") == "nameserver"]
-            servers = [each for entry in named for each in entry.get("address") or ()]
+            resolvers = [entry for entry in entries if entry.get("type") == "nameserver"]
+            servers = [server for entry in resolvers for server in entry.get("address") or ()]
             if servers:
-                write("/etc/resolv.conf", "".join("nameserver " + str(each) + "\n" for each in servers))
+                write("/etc/resolv.conf", "".join("nameserver " + str(server) + "\n" for server in servers))
         text = text[: stanza.start()] + "\n".join(lines + keep) + "\n" + text[stanza.end():]
     write(INTERFACES, text)
 
 
 def identity():
     name = socket.gethostname().split(".")[0]
-    shown = subprocess.run(["ip", "-4", "-o", "addr", "show", "dev", BRIDGE, "scope", "global"],
+    output = subprocess.run(["ip", "-4", "-o", "addr", "show", "dev", BRIDGE, "scope", "global"],
                            capture_output=True, text=True, check=True).stdout.split()
-    address = shown[3].split("/")[0]
+    address = output[3].split("/")[0]
     template = "/etc/cloud/templates/hosts.debian.tmpl"
     if os.path.exists(template):
         write(template, re.sub(r"(?m)^\S+([ \t]+\{\{[ \t]*fqdn.*)$", address + r"\1", read(template)))
@@ -105,7 +105,7 @@ def identity():
     old = re.search(r"(?m)^myhostname[ \t]*=[ \t]*(\S+)", read(mail)) if os.path.exists(mail) else None
     if old:
         write(mail, re.sub(r"(?<![\w.-])" + re.escape(old[1]) + r"(?![\w.-])", full or name, read(mail)))
-    # The way in while pmxcfs, into which the first of these files is moved, is down.
+    # For logins while pmxcfs is down: PVE moves the first of these files into pmxcfs.
     if os.path.exists("/root/.ssh/authorized_keys"):
         shutil.copy2("/root/.ssh/authorized_keys", "/root/.ssh/authorized_keys2")
 
@@ -144,7 +144,7 @@ WantedBy=multi-user.target
 END
 """
 
-# Root's shell reads this from its input. Nothing after the first blow may fail: it is not to be half done.
+# Root's shell reads this from its input. All checks precede the first deletion: nothing after it may fail.
 GENERALISE = f"""\
 set -eu
 test -x /usr/bin/pveversion
@@ -157,14 +157,14 @@ chmod 0755 {GUEST_SCRIPT}
 : >{GUEST_SCRIPT}.identity
 {_UNITS}\
 systemctl -q enable nested-pve-first-network.service nested-pve-first-identity.service
-# A new instance would write apt's sources and mirrors anew, without the mirror that this one was given.
+# cloud-init of a clone would rewrite apt's sources, without the mirror that this VM is configured with.
 echo 'apt: {{preserve_sources_list: true, generate_mirrorlists: false}}' \\
     >/etc/cloud/cloud.cfg.d/99-nested-pve-apt.cfg
 for unit in pve-guests pve-ha-lrm pve-ha-crm pvescheduler pvestatd pveproxy spiceproxy pvedaemon \\
         pvefw-logger pve-firewall pve-cluster rrdcached; do
     systemctl stop $unit.service 2>/dev/null || :
 done
-! mountpoint -q /etc/pve || {{ echo '/etc/pve is still mounted: pve-cluster does not stop' >&2; exit 1; }}
+! mountpoint -q /etc/pve || {{ echo '/etc/pve is still mounted: pve-cluster did not stop' >&2; exit 1; }}
 set +e
 find /var/lib/pve-cluster /var/lib/rrdcached/db /var/lib/rrdcached/journal -mindepth 1 -delete
 rm -rf /var/log/pve/tasks /var/lib/pve-manager/jobs/* /root/.config/nested-pve
@@ -174,7 +174,7 @@ rm -f /root/.ssh/id_* /root/.ssh/known_hosts* /etc/ssh/ssh_host_* /etc/ssh/ssh_k
 rm -f /etc/systemd/network/10-nested-pve-*.link
 rm -rf /var/lib/nested-pve/network
 rm -f /var/lib/dhcp/* /run/dhclient* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
-# Empty, not away: without the file a boot is a first one, which would enable what was disabled.
+# Empty, not deleted: without the file systemd treats a boot as the first, and enables disabled units.
 : >/etc/machine-id
 [ ! -e /etc/iscsi/initiatorname.iscsi ] || echo 'GenerateName=yes' >/etc/iscsi/initiatorname.iscsi
 cloud-init clean --logs

@@ -84,7 +84,7 @@ def probe_pve(env: Environment) -> dict[str, Any] | None:
 
 
 def _healthy(env: Environment, version: str) -> dict[str, Any]:
-    return {**PveFacts(version, "healthy", env.ip).values(), "did": f"PVE {version} is there and well"}
+    return {**PveFacts(version, "healthy", env.ip).values(), "did": f"PVE {version} is installed and works"}
 
 
 def ensure_pve(
@@ -95,21 +95,21 @@ def ensure_pve(
     `find` returns the node's address after its reboot. Raises PveError.
     """
     deadline = Deadline(timeout)
-    was_there = installed(env.inner)
-    wrong = "absent"
-    if was_there:
-        version, wrong = health(env.inner)
+    was_installed = installed(env.inner)
+    fault = "absent"
+    if was_installed:
+        version, fault = health(env.inner)
         if version is not None:
             return _healthy(env, version)
-    env.progress("installing PVE" if not was_there else f"mending PVE: {wrong}")
+    env.progress("installing PVE" if not was_installed else f"repairing PVE: {fault}")
     variables = play_variables.pve_install(env.settings, env.facts)
     result = _play(env, "pve-install.yml", variables, deadline)
-    # The kernel is a new one, so the node was rebooted: it may have another lease now.
+    # The node was rebooted for its new kernel: DHCP may have assigned another address.
     ip = find(env)
-    version, wrong = health(env.inner)
+    version, fault = health(env.inner)
     if version is None:
-        raise PveError(f"expected PVE to be well after pve-install.yml, found: {wrong}")
-    action = "mended" if was_there else "installed"
+        raise PveError(f"expected PVE to work after pve-install.yml, found: {fault}")
+    action = "repaired" if was_installed else "installed"
     facts = PveFacts(version, action, ip)
     return {**facts.values(), "did": f"PVE {version} {action}; {playbooks.summary(result)}"}
 
@@ -150,7 +150,7 @@ def setup_network(
         ip = find(env)
         if ip == before:
             raise
-        env.progress(f"the node is at {ip} now")
+        env.progress(f"the node has the address {ip} now")
         result = _play(
             env, "nested-pve-network.yml", play_variables.network(env.settings, env.facts), deadline
         )
@@ -173,8 +173,8 @@ def probe_network(env: Environment) -> dict[str, Any] | None:
     """Proved when vmbr0 has the address, the card is its port, only ifupdown2 manages it, names resolve."""
     host, ip = env.inner, env.ip
     variables = play_variables.network(env.settings, env.facts)
-    wanted, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
-    if mode == "static" and str(wanted).partition("/")[0] != ip:
+    static, mode = variables.get("nested_pve_address"), str(variables["nested_pve_network_mode"])
+    if mode == "static" and str(static).partition("/")[0] != ip:
         return None
     if network_fault(host, ip, ProvisionFacts.of(env.facts).card):
         return None
@@ -183,24 +183,24 @@ def probe_network(env: Environment) -> dict[str, Any] | None:
 
 _NETWORK = r"""
 ip=$1 mac=$2
-ip -4 -o addr show dev vmbr0 2>/dev/null | grep -qF " $ip/" || { echo "vmbr0 has not the address $ip"; exit; }
+ip -4 -o addr show dev vmbr0 2>/dev/null | grep -qF " $ip/" || { echo "vmbr0 lacks the address $ip"; exit; }
 port=
-for each in /sys/class/net/vmbr0/brif/*; do
-    [ -e "$each" ] && [ "$(cat "/sys/class/net/${each##*/}/address")" = "$mac" ] && port=${each##*/}
+for link in /sys/class/net/vmbr0/brif/*; do
+    [ -e "$link" ] && [ "$(cat "/sys/class/net/${link##*/}/address")" = "$mac" ] && port=${link##*/}
 done
 [ "$port" ] || { echo "no port of vmbr0 has the address $mac"; exit; }
 ip -4 -o addr show dev "$port" | grep -q . && { echo "$port has an address of its own"; exit; }
-for each in systemd-networkd NetworkManager; do
-    systemctl -q is-active $each && { echo "$each runs beside ifupdown2"; exit; }
+for service in systemd-networkd NetworkManager; do
+    systemctl -q is-active $service && { echo "$service runs beside ifupdown2"; exit; }
 done
-named=$(getent ahostsv4 "$(hostname)" | cut -d' ' -f1 | sort -u)
-echo "$named" | grep -qxF "$ip" || { echo "the own name leads to ${named:-nothing}, not to $ip"; exit; }
+own=$(getent ahostsv4 "$(hostname)" | cut -d' ' -f1 | sort -u)
+echo "$own" | grep -qxF "$ip" || { echo "the node's name resolves to ${own:-nothing}, not $ip"; exit; }
 [ -z "$3" ] || getent ahosts "$3" >/dev/null || { echo "the name $3 does not resolve"; exit; }
 """
 
 
 def network_fault(host: PveHost, ip: str, mac: str, name: str = "") -> str:
-    """The first difference from the result of setup_network; empty without one. Raises SshError."""
+    """The first difference from the result of setup_network, or "". Raises SshError."""
     answer = host.run(["sh", "-c", _NETWORK, "sh", ip, mac, name], timeout=60).check()
     return answer.stdout.strip()
 
@@ -220,12 +220,12 @@ def probe_ssh(env: Environment) -> dict[str, Any] | None:
     """Proved when the key pair is installed, and its public key in authorized_keys."""
     host = env.inner
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}").split()[1]
-    there = host.run(["cat", f"{KEY_FILE}.pub"], timeout=30)
+    installed_key = host.run(["cat", f"{KEY_FILE}.pub"], timeout=30)
     keys = host.run(["cat", "/root/.ssh/authorized_keys"], timeout=30)
     private = host.run(["test", "-s", KEY_FILE], timeout=30)
-    if public not in there.stdout or public not in keys.stdout or not private.ok:
+    if public not in installed_key.stdout or public not in keys.stdout or not private.ok:
         return None
-    return {**SshFacts(root_public_key(host)).values(), "did": "the keys are in their places"}
+    return {**SshFacts(root_public_key(host)).values(), "did": "the run's key pair is installed"}
 
 
 def root_public_key(host: PveHost) -> str | None:
@@ -257,9 +257,9 @@ def setup_repos(
         variables.setdefault("nested_pve_token_name", token_name)
     result = _play(env, "nested-pve-repos.yml", variables, deadline)
     token_id = fetch_token(env)
-    names = [each.name for each in packed]
-    listed = ", ".join(names) or "no sources"
-    return {"token_id": token_id, "sources": names, "did": f"{listed}; {playbooks.summary(result)}"}
+    names = [source.name for source in packed]
+    sources = ", ".join(names) or "no sources"
+    return {"token_id": token_id, "sources": names, "did": f"{sources}; {playbooks.summary(result)}"}
 
 
 def probe_repos(env: Environment) -> dict[str, Any] | None:
@@ -267,17 +267,21 @@ def probe_repos(env: Environment) -> dict[str, Any] | None:
     if not (env.run.dir / TOKEN_FILE).exists():
         return None
     packed = play_variables.pack_sources(env.settings, env.run)
-    if not all(source_there(env, env.inner, each.name, each.digest) for each in packed):
+    if not all(has_source(env, env.inner, source.name, source.digest) for source in packed):
         return None
     try:
         token_id = fetch_token(env)
     except PveError:
         return None
-    return {"token_id": token_id, "sources": [each.name for each in packed], "did": "token and sources there"}
+    return {
+        "token_id": token_id,
+        "sources": [source.name for source in packed],
+        "did": "the token and the sources are installed",
+    }
 
 
-def source_there(env: Environment, host: Any, name: str, digest: str) -> bool:
-    """Whether a machine has the source in the state of that digest. Raises SshError."""
+def has_source(env: Environment, host: Any, name: str, digest: str) -> bool:
+    """Whether a machine has the source with that digest. Raises SshError."""
     return bool(
         host.run(["cat", f"{env.settings.sources_dest}/.nested-pve/{name}.digest"], timeout=30).stdout.strip()
         == digest
@@ -292,10 +296,10 @@ def fetch_token(env: Environment) -> str:
     answer = env.inner.run(["cat", TOKEN_STORE], timeout=30, secret=True)
     token = answer.stdout.strip()
     if not answer.ok or not _TOKEN.match(token):
-        raise PveError(f"expected an API token in {TOKEN_STORE} on the nested PVE, found none that is one")
+        raise PveError(f"expected an API token in {TOKEN_STORE} on the nested PVE, found no valid one")
     env.hide(token.partition("=")[2])
     if reason := ask_pveproxy(env.inner, "/api2/json/version", token):
-        raise PveError(f"expected the API of the nested PVE to take the token, found: {reason[:200]}")
+        raise PveError(f"expected the API of the nested PVE to accept the token, found: {reason[:200]}")
     env.run.directory.write(TOKEN_FILE, token + "\n")
     return token.partition("=")[0]
 
@@ -311,16 +315,18 @@ def sync_repos(env: Environment, timeout: float) -> dict[str, Any]:
     result = _play(
         env, "nested-pve-leaf.yml", play_variables.leaf(env.settings, packed), deadline, inventory=inventory
     )
-    missing = [each.name for each in packed if not source_there(env, env.leaf_ssh, each.name, each.digest)]
+    missing = [
+        source.name for source in packed if not has_source(env, env.leaf_ssh, source.name, source.digest)
+    ]
     if missing:
-        raise PveError(f"expected these sources on the leaf, found them not there: {', '.join(missing)}")
-    names = [each.name for each in packed]
+        raise PveError(f"expected these sources on the leaf, missing there: {', '.join(missing)}")
+    names = [source.name for source in packed]
     return {"sources": names, "did": f"{', '.join(names)}; {playbooks.summary(result)}"}
 
 
 def probe_sync(env: Environment) -> dict[str, Any] | None:
     """Proved when the sources on the leaf are up to date."""
     packed = play_variables.pack_sources(env.settings, env.run)
-    if not all(source_there(env, env.leaf_ssh, each.name, each.digest) for each in packed):
+    if not all(has_source(env, env.leaf_ssh, source.name, source.digest) for source in packed):
         return None
-    return {"sources": [each.name for each in packed], "did": "the sources are on the leaf"}
+    return {"sources": [source.name for source in packed], "did": "the sources are on the leaf"}

@@ -1,4 +1,4 @@
-"""What each phase depends on, beside the phases before it: a change of it has the phase done again."""
+"""The inputs of phases beside the phases before them: after a change of its inputs a phase is done again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_nestedpve.setup.ansible.runner import playbook_path, project_config
 if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
 
-# A reboot may bring another address; that is not another wish.
+# Changes by itself, after a reboot: no change of the configuration.
 _VOLATILE = ("nested_pve_ip",)
 
 
@@ -43,7 +43,7 @@ def network(env: Environment) -> object:
 
 
 def ssh(env: Environment) -> object:
-    # Kept as a hash, like all of this: no key gets into the record.
+    # All inputs are recorded as a hash only: no key gets into the record.
     return _playbook(env, "nested-pve-ssh.yml", play_variables.ssh(env.settings, env.facts, env.run))
 
 
@@ -70,9 +70,9 @@ def leaf(env: Environment) -> object:
 
 
 def _without_paths(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Where an archive lies on this client is no wish; what is in it is, by its digest."""
+    """The variables with the digests of the archives in place of their paths on this machine."""
     archives = variables["nested_pve_source_archives"]
-    archives = [{"name": each["name"], "digest": each["digest"]} for each in archives]
+    archives = [{"name": archive["name"], "digest": archive["digest"]} for archive in archives]
     return {**variables, "nested_pve_source_archives": archives}
 
 

@@ -1,4 +1,4 @@
-"""The image of the leaf, onto the nested PVE: a volume of the outer host, a URL, or a local file."""
+"""The image of the leaf on the nested PVE: from a volume of the outer host, a URL, or a local file."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ STORAGE = "local"
 
 
 def source(env: Environment) -> str:
-    """What the leaf boots: `leaf_image`, else the image of the nested VM itself; beside a template the
-    Debian image that the outer host has. Raises PveError."""
+    """The image that the leaf boots: `leaf_image`, else that of the nested VM; with a template, the newest
+    Debian image of the outer host. Raises PveError."""
     preflight = PreflightFacts.known(env.facts) or PreflightFacts()
-    wanted = env.settings.leaf_image or preflight.image
-    if not wanted and preflight.template:
-        wanted = _of_the_host(migration.outer(env))
-    if not wanted:
+    image = env.settings.leaf_image or preflight.image
+    if not image and preflight.template:
+        image = _newest_debian(migration.host_of_vm(env))
+    if not image:
         raise PveError(
-            "expected an image for the leaf, found none, nor a Debian image on the outer host: name one "
-            "in nested_pve_leaf_image (a URL with #sha256:…, a volume of the outer host, or a local file)"
+            "expected an image for the leaf, found none, nor a Debian image on the outer host: set "
+            "nested_pve_leaf_image (a URL with #sha256:…, a volume of the outer host, or a local file)"
         )
-    return str(wanted)
+    return str(image)
 
 
-def _of_the_host(host: PveHost) -> str | None:
+def _newest_debian(host: PveHost) -> str | None:
     volumes: list[str] = []
-    for each in entries(host.api.get(f"/nodes/{host.node}/storage", content="import")):
-        if usable(each) and "import" in contents(each):
-            volumes += image_file.listed(host, str(each["storage"]))
-    return next(iter(image_file.debian(volumes)), None)
+    for storage in entries(host.api.get(f"/nodes/{host.node}/storage", content="import")):
+        if usable(storage) and "import" in contents(storage):
+            volumes += image_file.list_images(host, str(storage["storage"]))
+    return next(iter(image_file.debian_images(volumes)), None)
 
 
 def download_image(env: Environment, timeout: float) -> dict[str, Any]:
-    """Bring it onto the nested PVE's storage. Facts: its volume id there."""
-    wanted = image_file.read(source(env))
+    """Provide the image on the nested PVE's storage; facts with its volume id. Raises PveError."""
+    image = image_file.read(source(env))
     inner = env.inner
-    volid = _volume(wanted)
-    if wanted.kind == "volume":
-        how = _pipe(env, wanted, timeout)
-        if volid not in image_file.listed(inner, STORAGE):
-            raise PveError(f"expected {volid} on the nested PVE after it was brought there; it is not listed")
+    volid = _volume(image)
+    if image.kind == "volume":
+        method = _pipe(env, image, timeout)
+        if volid not in image_file.list_images(inner, STORAGE):
+            raise PveError(f"expected {volid} on the nested PVE after its transfer, found no such volume")
     else:
-        how = image_file.bring(inner, STORAGE, wanted, timeout, env.progress)
-    return {**ImageFacts(volid, wanted.text).values(), "did": f"{volid} {how}"}
+        method = image_file.provide(inner, STORAGE, image, timeout, env.progress)
+    return {**ImageFacts(volid, image.text).values(), "did": f"{volid} {method}"}
 
 
 def probe_image(env: Environment) -> dict[str, Any] | None:
-    """Whether the volume is listed on the nested PVE."""
+    """Proved when the nested PVE lists the volume."""
     try:
-        wanted = image_file.read(source(env))
+        image = image_file.read(source(env))
     except PveError:
         return None
-    volid = _volume(wanted)
-    if volid not in image_file.listed(env.inner, STORAGE):
+    volid = _volume(image)
+    if volid not in image_file.list_images(env.inner, STORAGE):
         return None
-    return {**ImageFacts(volid, wanted.text).values(), "did": f"{volid} is there"}
+    return {**ImageFacts(volid, image.text).values(), "did": f"{volid} exists"}
 
 
 def _volume(image: image_file.Image) -> str:
@@ -73,16 +73,16 @@ def _volume(image: image_file.Image) -> str:
 
 
 def _pipe(env: Environment, image: image_file.Image, timeout: float) -> str:
-    """From the outer host, where downloads were made once, through this connection; nothing is kept here."""
-    outer, inner, volume, name = migration.chosen(env), env.inner, image.text, image.name
-    said = outer.run(["pvesm", "path", volume], timeout=60)
-    path = said.stdout.strip()
-    if not said.ok or not path.startswith("/"):
+    """Copy the volume from the outer host through this machine's connections; returns how, for the report."""
+    outer, inner, volume, name = migration.selected_host(env), env.inner, image.text, image.name
+    answer = outer.run(["pvesm", "path", volume], timeout=60)
+    path = answer.stdout.strip()
+    if not answer.ok or not path.startswith("/"):
         raise PveError(
             f"expected the image {volume!r} on {outer.name} to have a path, found: "
-            f"{(said.stderr or said.stdout).strip()[:300]}"
+            f"{(answer.stderr or answer.stdout).strip()[:300]}"
         )
-    target = posixpath.join(image_file.folder(inner, STORAGE), name)
+    target = posixpath.join(image_file.import_directory(inner, STORAGE), name)
     partial = posixpath.join(posixpath.dirname(target), f".{name}.part")
     size = outer.run(["stat", "-c", "%s", path], timeout=30).check().stdout.strip()
     write = ["dd", f"of={partial}", "bs=1M", "status=none"]

@@ -1,7 +1,7 @@
-"""Where the nested VM is now: a member of a cluster may be moved to another node at any moment.
+"""Calls for a nested VM that may be moved to another node of the cluster at any moment.
 
-A call for it goes to the node that it was on last. When that has no such configuration the cluster is asked,
-the VM there is proved to be the same by its SMBIOS uuid, and the call is made again; facts follow.
+A call is sent to the node where the VM was last. If that node has no such VM, the cluster is queried, the VM
+on the other node is proved to be the same by its SMBIOS uuid, the facts are updated and the call is retried.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 _GUEST = re.compile(r"/nodes/[^/]+/qemu/(?P<vmid>\d+)(?P<rest>/.+)\Z")
 
 
-def outer(env: Environment) -> PveHost:
-    """The outer host at the node that the nested VM is on, or will be made on. Raises PveError."""
+def host_of_vm(env: Environment) -> PveHost:
+    """The outer host at the node that the nested VM is on, or will be created on. Raises PveError."""
     host = env.outer
     if not host.cluster.several:
         return host
     vm, preflight = ProvisionFacts.known(env.facts), PreflightFacts.known(env.facts)
-    known = (vm and vm.node) or (preflight and preflight.node)
-    return host.at(known or host.node).with_api(Following(env, host.api), entry=host)
+    node = (vm and vm.node) or (preflight and preflight.node)
+    return host.at(node or host.node).with_api(FollowingApi(env, host.api), entry=host)
 
 
-def chosen(env: Environment) -> PveHost:
-    """The outer host at the node that preflight chose, where the image is. Raises PveError."""
+def selected_host(env: Environment) -> PveHost:
+    """The outer host at the node that preflight selected, where the image is. Raises PveError."""
     host = env.outer
     preflight = PreflightFacts.known(env.facts)
     return host if preflight is None or preflight.node is None else host.at(preflight.node)
 
 
-class Following(Verbs):
-    """The API; calls for the nested VM find it where it is."""
+class FollowingApi(Verbs):
+    """The API; calls for the nested VM are sent to its current node."""
 
     def __init__(self, env: Environment, api: Api) -> None:
         self._env = env
@@ -57,7 +57,7 @@ class Following(Verbs):
             return getattr(self._api, verb)(path, **params)
         rest = guest["rest"]
         if verb != "get" and not rest.startswith("/agent/"):
-            # A task would be begun on the wrong node, and fail there.
+            # First find the node: a task would start on the wrong node, and fail there.
             self._call("get", f"{path.removesuffix(rest)}/status/current", {})
         while True:
             vm = ProvisionFacts.of(self._env.facts).vm

@@ -1,4 +1,4 @@
-"""Adoption of a VM that a project's own tool creates: into the run's pool, with the run's marker.
+"""Adoption of a VM that a project's own tool creates: it gets the run's marker, and is put into its pool.
 
 Only a VM that did not exist before the tool ran is adopted. The inventory taken at that time decides, not
 the answer of the tool.
@@ -74,11 +74,11 @@ class Adoption:
         if number is None or not isinstance(node, str) or not NODE_NAME.match(node):
             raise NotAdopted(f"expected a VM's id and the name of its node, found {vmid!r} and {node!r}")
         env.check_lease()
-        what = f"VM {number} on {node} is not taken into the run {env.run.id}, and not touched"
+        what = f"VM {number} on {node} is not adopted into the run {env.run.id}, and not changed"
         if number in self._before:
             raise NotAdopted(
-                f"{what}: that id was in use before. A VM that was there already is never the run's; "
-                "have the tool make a new one"
+                f"{what}: that id was in use before. A VM that existed before is never adopted; "
+                "have the tool create a new one"
             )
         api, settings, run = env.outer.api, env.settings, env.run
         config = self._unlocked(node, number, what)
@@ -87,74 +87,76 @@ class Adoption:
         if uuid is None:
             raise NotAdopted(f"{what}: expected an SMBIOS uuid in its configuration, found none")
         marker = Marker(run.id, number, uuid)
-        described = str(config.get("description") or "").rstrip("\n")
-        if parse_marker(described) != marker:
-            described = f"{described}\n{marker.to_text()}".lstrip("\n")
-        judged = judge(settings, number, run.id, {**config, "description": described}, status)
-        if not judged.ok:
-            raise NotAdopted(f"{what}: {judged.reason}")
+        description = str(config.get("description") or "").rstrip("\n")
+        if parse_marker(description) != marker:
+            description = f"{description}\n{marker.to_text()}".lstrip("\n")
+        proof = judge(settings, number, run.id, {**config, "description": description}, status)
+        if not proof.ok:
+            raise NotAdopted(f"{what}: {proof.reason}")
         pool = pool_name(settings, run)
         members = read_pool(api, pool)
-        inside = members is not None and number in members.vmids
-        if not inside and number in ids_in_pools(env.outer):
-            raise NotAdopted(f"{what}: it is in another resource pool; have the tool make it in {pool}")
+        in_pool = members is not None and number in members.vmids
+        if not in_pool and number in ids_in_pools(env.outer):
+            raise NotAdopted(f"{what}: it is in another resource pool; have the tool create it in {pool}")
         tags = ";".join(dict.fromkeys((*read_tags(config.get("tags")), TAG, run.tag)))
-        # Not by the run's token: it is not in the pool yet, and unmarked nothing is put there.
+        # Not by the run's token: the VM gets its marker first, and is put into the pool afterwards.
         env.outer.unfenced().api.put(
             f"/nodes/{node}/qemu/{number}/config",
-            description=described,
+            description=description,
             tags=tags,
             digest=str(config.get("digest") or ""),
         )
-        if not inside:
-            # Never with allow-move: PVE refuses what is in another pool by now.
+        if not in_pool:
+            # Never with allow-move: PVE refuses a VM that is in another pool by now.
             api.put("/pools", poolid=pool, vms=str(number))
-        made = Created(number, node, str(config.get("name")), uuid)
-        proof = prove(api, settings, made, run)
+        vm = Created(number, node, str(config.get("name")), uuid)
+        proof = prove(api, settings, vm, run)
         if not proof.ok:
             raise PveError(
-                f"VM {number} on {node} was taken into the run, but is not proved its own: {proof.reason}"
+                f"VM {number} on {node} was adopted into the run {run.id}, but is not proved: {proof.reason}"
             )
-        env.audit.write("adopted", vmid=number, cause=f"{made.name} on {node}, into {pool}")
-        return made
+        env.audit.write("adopted", vmid=number, cause=f"{vm.name} on {node}, into {pool}")
+        return vm
 
     def _unlocked(self, node: str, vmid: int, what: str) -> dict[str, Any]:
-        """The configuration, once no task works on it."""
+        """The VM's configuration, once it is not locked. Raises NotAdopted."""
         api = self._env.outer.api
         config: dict[str, Any] = {}
 
-        def free() -> dict[str, Any] | None:
+        def unlocked() -> dict[str, Any] | None:
             nonlocal config
             config = guest_config(api, node, vmid, current=True)
             return None if config.get("lock") else config
 
         try:
             return wait_until(
-                free, deadline=Deadline(LOCK_LIMIT), what=lambda: f"the lock {config.get('lock')} to go"
+                unlocked,
+                deadline=Deadline(LOCK_LIMIT),
+                what=lambda: f"the lock {config.get('lock')} to be released",
             )
         except PveError as e:
             raise NotAdopted(f"{what}: {e}") from e
 
     def recover(self) -> None:
-        """After a tool that failed: what it made by the run's own name is taken, other new VMs are named."""
+        """After a failed tool: adopt a new VM that has the run's own name, and report other new VMs."""
         env = self._env
         name, others = guest_name(env.settings, env.run, "nested"), []
         for vmid, (node, kind) in sorted(_guests(env).items()):
             if vmid in self._before or kind != "qemu":
                 continue
-            found = guest_config(env.outer.api, node, vmid).get("name")
-            if found != name:
-                others.append(f"{vmid} ({found})")
+            other = guest_config(env.outer.api, node, vmid).get("name")
+            if other != name:
+                others.append(f"{vmid} ({other})")
                 continue
             try:
                 self.adopt(node, vmid)
-                env.remark(f"VM {vmid} of a tool that then failed has the run's name: taken into the run")
+                env.remark(f"VM {vmid} of a tool that failed has the run's name: adopted into the run")
             except PveError as e:
                 env.remark(str(e))
         if others:
             env.remark(
-                f"new on {env.outer.name} since the project's tool began, and not touched as nothing says "
-                f"whose they are: VM {', '.join(others)}"
+                f"new on {env.outer.name} since the project's tool began, of unknown owner, and not changed: "
+                f"VM {', '.join(others)}"
             )
 
 
@@ -181,9 +183,9 @@ def adopt_vms(env: Environment) -> Iterator[Adoption]:
 
 def vm_request(env: Environment) -> VmRequest:
     """The requested properties of the nested VM. Raises NoFreeId, PveError."""
-    from pytest_nestedpve.setup.migration import chosen
+    from pytest_nestedpve.setup.migration import selected_host
 
-    settings, host = env.settings, chosen(env)
+    settings, host = env.settings, selected_host(env)
     preflight = PreflightFacts.known(env.facts) or PreflightFacts()
     vmid = next(free_ids(host, settings), None)
     if vmid is None:
@@ -209,10 +211,10 @@ def vm_request(env: Environment) -> VmRequest:
     )
 
 
-def made_by(
+def provision_phase(
     create: Callable[[Environment, VmRequest], Mapping[str, Any]],
     *,
-    title: str = "have the VM made",
+    title: str = "create the VM by the project's function",
     timeout: float = 1500.0,
     usual: float | None = None,
     inputs: Callable[[Environment], object] | None = None,
@@ -232,16 +234,16 @@ def made_by(
             answer = create(env, vm_request(env))
             if not isinstance(answer, Mapping):
                 raise NotAdopted(f"expected a map with the VM's node and vmid, found {answer!r}")
-            made = adoption.adopt(answer.get("node"), answer.get("vmid"))
-        config = guest_config(env.outer.api, made.node, made.vmid)
+            vm = adoption.adopt(answer.get("node"), answer.get("vmid"))
+        config = guest_config(env.outer.api, vm.node, vm.vmid)
         pool = pool_name(env.settings, env.run)
         preflight = PreflightFacts.known(env.facts) or PreflightFacts()
         storage, bridge = preflight.storage, _bridge(config)
-        vm = ProvisionFacts(made.vmid, made.node, made.uuid, made.name, pool, storage, bridge)
-        facts = {**vm.values(), "storage": storage, "bridge": bridge}
-        # Recorded at once: the teardown needs them, should anything below fail.
+        known = ProvisionFacts(vm.vmid, vm.node, vm.uuid, vm.name, pool, storage, bridge)
+        facts = {**known.values(), "storage": storage, "bridge": bridge}
+        # Recorded at once: the teardown needs the facts if a later step fails.
         env.facts[ProvisionFacts.phase] = facts
-        did = f"VM {made.vmid} ({made.name}), made by the project, taken into pool {pool}"
+        did = f"VM {vm.vmid} ({vm.name}), created by the project, adopted into pool {pool}"
         return {"did": did, **answer, **facts, "mac": mac_of(config)}
 
     def probe(env: Environment) -> Mapping[str, Any] | None:
@@ -268,18 +270,18 @@ def replace_provision(
     create: Callable[[Environment, VmRequest], Mapping[str, Any]],
     **options: Any,
 ) -> None:
-    """Replace `provision` in a list of phases, for the hook; `create` and `options` as for `made_by`.
+    """Replace `provision` in a list of phases, for the hook; `create` and `options` as for `provision_phase`.
 
     Preflight then requires no image and no snippets, as the needs of the tool are not known.
     """
-    from pytest_nestedpve.setup import phases as builtin
+    from pytest_nestedpve.setup import phases as packaged
 
-    made = made_by(create, **options)
+    provision = provision_phase(create, **options)
     for number, phase in enumerate(phases):
-        if phase.name == made.name:
-            phases[number] = made
-        elif phase.name == "preflight" and phase.do is builtin.preflight:
-            phases[number] = replace(phase, do=builtin.preflight_without_image)
+        if phase.name == provision.name:
+            phases[number] = provision
+        elif phase.name == "preflight" and phase.do is packaged.preflight:
+            phases[number] = replace(phase, do=packaged.preflight_without_image)
 
 
 def _destroy_former(env: Environment) -> None:
@@ -298,20 +300,20 @@ def _destroy_former(env: Environment) -> None:
 
 
 def _inventory(env: Environment) -> frozenset[int]:
-    """Every id that a guest has, or that stands in a pool."""
+    """The ids of all guests, and those that pools list."""
     return frozenset(_guests(env)) | frozenset(ids_in_pools(env.outer))
 
 
 def _guests(env: Environment) -> dict[int, tuple[str, str]]:
-    """All guests: node and kind by id. Nothing is left out: what cannot be read is an error."""
+    """Node and kind of every guest, by id. Raises PveError for an entry without an id."""
     call = "/cluster/resources"
-    found: dict[int, tuple[str, str]] = {}
+    guests: dict[int, tuple[str, str]] = {}
     for entry in entries(env.outer.api.get(call, type="vm"), call=f"get {call}"):
         vmid = whole(entry.get("vmid"))
         if vmid is None:
             raise PveError(f"expected an id in each entry of {call}, found {str(entry)[:200]}")
-        found[vmid] = (str(entry.get("node")), str(entry.get("type")))
-    return found
+        guests[vmid] = (str(entry.get("node")), str(entry.get("type")))
+    return guests
 
 
 def _bridge(config: Mapping[str, Any]) -> str | None:

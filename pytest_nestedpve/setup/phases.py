@@ -15,38 +15,39 @@ Action = Callable[["Environment"], Mapping[str, Any] | None]
 
 
 def default_phases() -> list[Phase]:
-    """The fourteen phases of a run with a nested PVE of its own. Limits are nominal seconds."""
-    own = ("ensure_pve", "download_image")
+    """The fourteen phases of a run that creates its nested PVE. Time limits are nominal seconds."""
+    leaf_needs = ("ensure_pve", "download_image")
     return [
-        Phase("preflight", "look at the outer host", preflight, timeout=600),
-        Phase("provision", "make the VM", _provision, _probe_provision, 3300, inputs=_input("shape")),
-        Phase("start_vm", "start it", _start("nested"), _probe_start("nested"), timeout=180),
-        Phase("wait_ip", "wait for its address", _wait("nested", 900), _probe_ip("nested"), 960),
+        Phase("preflight", "check the outer host", preflight, timeout=600),
+        Phase("provision", "create the VM", _provision, _probe_provision, 3300, inputs=_input("shape")),
+        Phase("start_vm", "start the VM", _start("nested"), _probe_start("nested"), timeout=180),
+        Phase("wait_ip", "wait for the VM's address", _wait("nested", 900), _probe_ip("nested"), 960),
         Phase("ensure_pve", "install Proxmox VE", _ensure_pve, _probe_pve, 3600, inputs=_input("install")),
-        Phase("setup_network", "give it its bridge", _network, _probe_network, 900, inputs=_input("network")),
-        Phase("setup_ssh", "set up its keys", _ssh, _probe_ssh, 600, inputs=_input("ssh")),
-        Phase("setup_repos", "bring sources and token", _repos, _probe_repos, 2700, inputs=_input("repos")),
+        Phase("setup_network", "create the bridge", _network, _probe_network, 900, inputs=_input("network")),
+        Phase("setup_ssh", "install the SSH keys", _ssh, _probe_ssh, 600, inputs=_input("ssh")),
+        Phase("setup_repos", "install sources and token", _repos, _probe_repos, 2700, inputs=_input("repos")),
         Phase(
-            "download_image", "bring the leaf's image", _image, _probe_image, 1800,
+            "download_image", "provide the leaf's image", _image, _probe_image, 1800,
             inputs=_input("leaf_image"), depends=("ensure_pve",),
         ),
         Phase(
-            "leaf_provision", "make the VM inside", _leaf, _probe_leaf, 1500,
-            inputs=_input("leaf"), depends=own,
+            "leaf_provision", "create the leaf", _leaf, _probe_leaf, 1500,
+            inputs=_input("leaf"), depends=leaf_needs,
         ),
-        Phase("leaf_start", "start it", _start("leaf"), _probe_start("leaf"), 180, depends=own),
+        Phase("leaf_start", "start the leaf", _start("leaf"), _probe_start("leaf"), 180, depends=leaf_needs),
         Phase(
-            "leaf_wait_ip", "wait for its address", _wait("leaf", 900), _probe_ip("leaf"), 960, depends=own
+            "leaf_wait_ip", "wait for the leaf's address", _wait("leaf", 900), _probe_ip("leaf"), 960,
+            depends=leaf_needs,
         ),
         Phase(
-            "sync_repos", "bring the sources on to the leaf", _sync, _probe_sync, 900,
+            "sync_repos", "copy the sources to the leaf", _sync, _probe_sync, 900,
             inputs=_input("leaf_sources"), depends=("leaf_provision",),
         ),
         Phase("verify_ssh_chain", "log in over every hop", _chain, timeout=300),
     ]  # fmt: skip
 
 
-# Imports are in the functions: the collection of tests needs the list alone, and must stay cheap.
+# Imports are in the functions: the collection of tests needs only the list, and must remain fast.
 
 
 def _level(role: str) -> Any:
@@ -81,7 +82,7 @@ def _check_host(env: Environment, *, image: bool) -> Mapping[str, Any]:
 
 
 def sweep_expired(env: Environment, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """After preflight, with its facts: delete expired runs from the host, if it is a PVE already."""
+    """After preflight, destroy expired runs on the host, if it is a PVE already; returns `facts`."""
     from pytest_nestedpve.teardown import expired_runs
 
     if facts["version"] is not None:
@@ -92,21 +93,21 @@ def sweep_expired(env: Environment, facts: Mapping[str, Any]) -> Mapping[str, An
 def _provision(env: Environment) -> Mapping[str, Any]:
     from pytest_nestedpve.setup import vm
 
-    settings, found = env.settings, PreflightFacts.of(env.facts)
-    given = settings.image if found.image else None
+    settings, resources = env.settings, PreflightFacts.of(env.facts)
+    configured = settings.image if resources.image else None
     shape = vm.Shape(
-        storage=found.storage,
-        bridge=found.bridge,
+        storage=resources.storage,
+        bridge=resources.bridge,
         cores=settings.cores,
         memory=settings.memory,
         disk=settings.disk,
         keys=(env.run.directory.ensure_key(f"nested-pve run {env.run.id}"),),
         ipconfig=settings.ipconfig,
-        image=found.image,
-        brought=given if given and given != found.image else None,
-        template=found.template,
-        format=found.format,
-        snippets=found.snippets,
+        image=resources.image,
+        image_source=configured if configured and configured != resources.image else None,
+        template=resources.template,
+        format=resources.format,
+        snippets=resources.snippets,
         options=settings.vm_options,
     )
     return vm.provision(env, vm.NESTED, shape)

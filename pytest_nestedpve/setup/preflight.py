@@ -1,6 +1,6 @@
-"""Preflight: all that has to be true of the outer host, looked at before anything is made on it.
+"""Preflight: the requirements of the outer host, checked before anything is created on it.
 
-What is missing is collected, so that one run of preflight names all of it; warnings are told and go on.
+All findings are collected, so that one run reports every missing requirement; warnings do not end the run.
 """
 
 from __future__ import annotations
@@ -32,38 +32,40 @@ class PreflightError(PveError):
 
 
 def preflight(env: Environment, *, image: bool = True) -> dict[str, Any]:
-    """Look at everything, but `image`s only if wanted; facts: what will be used. Raises PreflightError."""
+    """Run all checks, those of images only if `image`; facts: the resources. Raises PreflightError."""
     try:
         host = env.outer
     except SshError as e:
         name = env.settings.host or "the outer host"
         raise PreflightError(name, [unreachable(name, e)]) from e
-    seen = Context(host, env.settings, boots=image, workers=env.workers, begun=_begun(env.run.dir))
-    found = run_checks(seen, begin=env.progress)
-    env.settings = seen.settings
-    if missing := found.of(MISSING):
-        raise PreflightError(host.name, missing) from found.connection_error
-    for finding in found.of(WARNING):
+    context = Context(
+        host, env.settings, boots=image, workers=env.workers, begun=_runs_of_session(env.run.dir)
+    )
+    results = run_checks(context, begin=env.progress)
+    env.settings = context.settings
+    if missing := results.of(MISSING):
+        raise PreflightError(host.name, missing) from results.connection_error
+    for finding in results.of(WARNING):
         env.remark(f"preflight: {finding}")
-    facts = seen.choices.facts()
-    what = next((f"{each} {facts[each]}" for each in ("image", "template") if facts[each]), "a VM of its own")
-    where = f"storage {facts['storage']}, bridge {facts['bridge']}"
-    which = host.name
+    facts = context.choices.facts()
+    what = next((f"{key} {facts[key]}" for key in ("image", "template") if facts[key]), "the project's VM")
+    resources = f"storage {facts['storage']}, bridge {facts['bridge']}"
+    place = host.name
     if host.cluster.several:
-        which = f"the cluster of {host.name}, node {facts['node']} ({seen.choices.why['node']})"
-    did = f"PVE {facts['version']} on {which}, {where}, {what}"
+        place = f"the cluster of {host.name}, node {facts['node']} ({context.choices.why['node']})"
+    did = f"PVE {facts['version']} on {place}, {resources}, {what}"
     return {**facts, "did": did}
 
 
-def _begun(own: Path) -> frozenset[str]:
-    """This run, and those of the same xdist session that have made their directories."""
-    family = _family(own)
-    others = (each for each in own.parent.glob("?" * 12) if family and _family(each) == family)
-    return frozenset({own.name, *(each.name for each in others)})
+def _runs_of_session(own: Path) -> frozenset[str]:
+    """This run, and those of the same xdist session whose directories exist already."""
+    session = _session_of(own)
+    others = (path for path in own.parent.glob("?" * 12) if session and _session_of(path) == session)
+    return frozenset({own.name, *(path.name for path in others)})
 
 
-def _family(folder: Path) -> str | None:
+def _session_of(directory: Path) -> str | None:
     try:
-        return (folder / "session").read_text(encoding="utf-8")
+        return (directory / "session").read_text(encoding="utf-8")
     except OSError:
         return None

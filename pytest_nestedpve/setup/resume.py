@@ -1,4 +1,4 @@
-"""Going on with a kept run: its lease becomes ours, and a phase that broke half-way is undone."""
+"""Resumption of a kept run: this session takes over its lease, and an interrupted phase is undone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def resume(env: Environment) -> bool:
-    """False when the run is gone, and everything is to do. Raises PveError."""
+    """Resume the kept run; False if it does not exist on the host any more. Raises PveError."""
     if not persistence.adopt(env):
-        env.remark(f"the kept run {env.run.id} is gone from {env.outer.name}: made anew")
+        env.remark(f"the kept run {env.run.id} does not exist on {env.outer.name}: it is created again")
         env.start_over()
         return False
     env.keep_lease()
@@ -24,21 +24,23 @@ def resume(env: Environment) -> bool:
 
 
 def _undo(env: Environment) -> None:
-    """Back to the state before a phase that broke half-way, if there is a snapshot of it."""
+    """Roll back to the state before an interrupted phase, if there is a snapshot of it."""
     begun = env.record.begun
     if begun is None or ProvisionFacts.phase not in env.facts:
         return
-    there = snapshots.taken(env)
+    existing = snapshots.list_snapshots(env)
     names = list(env.record.digests)  # in the order in which they were done
     done = [name for name in names if env.record.digests[name]]
-    good = next((name for name in reversed(done) if snapshots.name_of(name) in there), None)
+    good = next((name for name in reversed(done) if snapshots.snapshot_name(name) in existing), None)
     if good is None:
-        env.remark(f"{begun} broke half-way last time; without a snapshot it is done again on what it left")
+        env.remark(
+            f"{begun} broke half-way last time: without a snapshot it is repeated on its unfinished state"
+        )
         return
-    snapshots.back(env, snapshots.name_of(good))
+    snapshots.roll_back(env, snapshots.snapshot_name(good))
     undone = names[names.index(good) + 1 :]
     env.record.doubt(undone)
     for name in (*undone, begun):
         env.facts.pop(name, None)
     env.record.begun = None
-    env.remark(f"{begun} broke half-way last time: went back to the snapshot after {good}")
+    env.remark(f"{begun} broke half-way last time: rolled back to the snapshot after {good}")

@@ -1,4 +1,4 @@
-"""The SSH chain from the controller over the outer host and the nested PVE to the leaf, keys checked."""
+"""The SSH chain from this machine through outer host and nested PVE to the leaf, with checked host keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STRICT = ("-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", "Conn
 
 
 class ChainBroken(PveError):
-    """A hop of the SSH chain does not work, or ends elsewhere than it should."""
+    """A hop of the SSH chain fails, or ends on another machine than expected."""
 
 
 def verify_ssh_chain(env: Environment, timeout: float, *, direct: bool = False) -> dict[str, Any]:
@@ -30,57 +30,57 @@ def verify_ssh_chain(env: Environment, timeout: float, *, direct: bool = False) 
     deadline = Deadline(timeout)
     nested, leaf = ProvisionFacts.of(env.facts).name, LeafProvisionFacts.of(env.facts).name
     hops = []
-    env.progress("by paramiko")
+    env.progress("logging in by paramiko")
     outer_name = _name(env.outer.run(["uname", "-n"], timeout=30).check().stdout)
     for name, ssh in ((nested, env.inner.ssh), (leaf, env.leaf_ssh)):
-        found = _name(ssh.run(["uname", "-n"], timeout=60).check().stdout)
-        if found != name:
-            raise ChainBroken(f"expected the login at {name} to end on {name}, it ended on {found!r}")
-    way = f"controller → {nested}" if direct else f"controller → {outer_name} → {nested}"
-    hops.append(f"{way} → {leaf} (paramiko)")
-    env.progress("by ssh")
+        reached = _name(ssh.run(["uname", "-n"], timeout=60).check().stdout)
+        if reached != name:
+            raise ChainBroken(f"expected the login at {name} to end on {name}, found {reached!r}")
+    path = f"controller → {nested}" if direct else f"controller → {outer_name} → {nested}"
+    hops.append(f"{path} → {leaf} (paramiko)")
+    env.progress("logging in by ssh")
     config = env.write_ssh_config()
     for short, name in (("nested", nested), ("leaf", leaf)):
-        found = _name(_openssh(["-F", str(config), *_STRICT, short, "uname -n"], deadline))
-        if found != name:
-            raise ChainBroken(f"expected `ssh -F {config} {short}` to end on {name}, it ended on {found!r}")
-    hops.append(f"{way} → {leaf} (ssh -F {config.name} leaf)")
-    env.progress("from the nested PVE")
+        reached = _name(_openssh(["-F", str(config), *_STRICT, short, "uname -n"], deadline))
+        if reached != name:
+            raise ChainBroken(f"expected `ssh -F {config} {short}` to end on {name}, found {reached!r}")
+    hops.append(f"{path} → {leaf} (ssh -F {config.name} leaf)")
+    env.progress("logging in from the nested PVE")
     hops += _from_nested(env, nested, leaf)
     return {"hops": hops, "did": "; ".join(hops)}
 
 
 def _from_nested(env: Environment, nested: str, leaf: str) -> list[str]:
-    """With the run's key, as configured by name, and with the nested node's own key."""
+    """Log in with the run's key, as root's ssh_config has it, and with the nested node's own key; hops."""
     address = LeafAddressFacts.of(env.facts)
     ip = address.ip
     pin_on_nested(env, leaf, address.host_keys)
     to_leaf = ["-o", f"HostName={ip}", "-o", f"HostKeyAlias={leaf}", leaf, "uname -n"]
     hops = []
-    ways = []
-    login = SshFacts.known(env.facts) or SshFacts()
-    if not login.own_key:
-        ways.append(("the run's key", ["-i", KEY_FILE, "-o", "IdentitiesOnly=yes"]))
-    if login.root_public_key:
-        # -F none: the file of the set-up would offer the run's key as well, and prove nothing.
-        own = ["-F", "none", "-l", "root", "-i", "/root/.ssh/id_rsa", "-o", "IdentitiesOnly=yes"]
-        ways.append(("its own key", own))
-    for which, options in ways:
+    logins = []
+    keys = SshFacts.known(env.facts) or SshFacts()
+    if not keys.own_key:
+        logins.append(("the run's key", ["-i", KEY_FILE, "-o", "IdentitiesOnly=yes"]))
+    if keys.root_public_key:
+        # -F none: root's ssh_config offers the run's key as well, and the login would prove nothing.
+        options = ["-F", "none", "-l", "root", "-i", "/root/.ssh/id_rsa", "-o", "IdentitiesOnly=yes"]
+        logins.append(("its own key", options))
+    for key, options in logins:
         command = ["ssh", *_STRICT, *options, *to_leaf]
         result = env.inner.run(command, timeout=60)
         if not result.ok:
             raise ChainBroken(
-                f"expected {nested} to log in at {leaf} ({ip}) with {which}: `{shlex.join(command)}` there "
-                f"ended with {result.rc}: {result.stderr.strip()[-400:]}"
+                f"expected {nested} to log in at {leaf} ({ip}) with {key}: `{shlex.join(command)}` there "
+                f"ended with exit status {result.rc}: {result.stderr.strip()[-400:]}"
             )
         if _name(result.stdout) != leaf:
-            raise ChainBroken(f"expected {leaf} at {ip}, found {_name(result.stdout)!r} there")
-        hops.append(f"{nested} → {leaf} ({which})")
+            raise ChainBroken(f"expected {leaf} at {ip}, found {_name(result.stdout)!r}")
+        hops.append(f"{nested} → {leaf} ({key})")
     return hops
 
 
 def pin_on_nested(env: Environment, name: str, keys: Iterable[str]) -> None:
-    """Make `keys` what the nested PVE's root knows `name` by. Raises CommandFailed."""
+    """Replace the host keys of `name` in known_hosts of the nested PVE's root. Raises CommandFailed."""
     script = (
         'umask 077; f=/root/.ssh/known_hosts; touch "$f"; t=$(mktemp "$f.XXXXXX") || exit; '
         '{ grep -v "^$1 " "$f"; cat; } >"$t"; mv -f "$t" "$f"'
@@ -102,7 +102,8 @@ def _openssh(arguments: list[str], deadline: Deadline) -> str:
         raise ChainBroken("expected the program ssh on this machine (Debian: openssh-client)") from e
     if done.returncode != 0:
         raise ChainBroken(
-            f"`{shlex.join(command)}` ended with {done.returncode}, expected 0: {done.stderr.strip()[-600:]}"
+            f"`{shlex.join(command)}` ended with exit status {done.returncode}, expected 0: "
+            f"{done.stderr.strip()[-600:]}"
         )
     return done.stdout
 

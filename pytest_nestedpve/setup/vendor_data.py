@@ -1,6 +1,6 @@
-"""The vendor-data of our VMs: what Debian's cloud images lack, brought by a snippet of the run.
+"""The vendor-data of the run's VMs: a snippet that installs the guest agent, which Debian's images lack.
 
-Its name begins with `npve-<run>-`: the teardown finds it by that.
+The teardown discovers the snippet by its name, which begins with `npve-<run>-`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pytest_nestedpve.pve.host import PveHost
 if TYPE_CHECKING:
     from pytest_nestedpve.config.settings import Settings
 
-# Only if it is lacking: an image that has the agent needs no mirror. A list that cannot be fetched (a
-# security suite that the mirror does not carry) must not keep the others from being used.
+# Only without an agent: an image that has it needs no mirror. A package list that cannot be fetched (a
+# security suite that the mirror does not have) must not prevent the use of the others.
 _AGENT = """\
 set -eu
 if ! command -v qemu-ga >/dev/null; then
-    apt-get -q update || echo 'some lists of packages could not be fetched; going on' >&2
+    apt-get -q update || echo 'some package lists could not be fetched; continuing' >&2
     DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \\
         --no-install-recommends install qemu-guest-agent
 fi
@@ -29,7 +29,7 @@ systemctl start qemu-guest-agent
 
 
 def user_data(settings: Settings) -> str:
-    """Vendor-data for a VM of ours: apt's mirror and proxy, and the guest agent."""
+    """Vendor-data of the run's VMs: apt's mirror and proxy, and the guest agent."""
     data: dict[str, Any] = {}
     apt: dict[str, Any] = {}
     if settings.mirror:
@@ -39,7 +39,7 @@ def user_data(settings: Settings) -> str:
     if apt:
         data["apt"] = apt
     data["runcmd"] = [["sh", "-c", _AGENT]]
-    # JSON is YAML, and nothing in it needs quoting rules of its own.
+    # JSON is valid YAML, with simpler quoting.
     return "#cloud-config\n" + json.dumps(data, indent=1) + "\n"
 
 
@@ -49,7 +49,7 @@ def snippet_name(run_id: str) -> str:
 
 
 def storage_path(host: PveHost, storage: str) -> str:
-    """The directory of a storage that has one, absolute. Raises PveError."""
+    """The absolute path of a directory storage. Raises PveError for another type of storage."""
     answer = host.api.get(f"/storage/{storage}")
     path = answer.get("path") if isinstance(answer, dict) else None
     if not isinstance(path, str) or not path.startswith("/"):
@@ -63,8 +63,8 @@ def storage_path(host: PveHost, storage: str) -> str:
 def write_snippet(host: PveHost, storage: str, run_id: str, text: str) -> str:
     """Write the run's vendor-data on the host and return its volume id. Raises PveError.
 
-    Root writes the file itself: the API can neither upload nor download snippets. Root's `qm start` reads it,
-    and nobody else has to: the addresses in it may hold passwords.
+    Written by root over SSH: the API can neither upload nor download snippets. Only `qm start` of root reads
+    the file, so it has mode 0600: the URLs in it may contain passwords.
     """
     name = snippet_name(run_id)
     directory = posixpath.join(storage_path(host, storage), "snippets")

@@ -1,4 +1,4 @@
-"""A VM of ours on a PVE host, made, started and waited for: the same for the nested PVE and for the leaf."""
+"""Creation, start and probes of a run's VM on a PVE host: the same for the nested PVE and for the leaf."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
 
 CREATE_LIMIT = 120.0
-BRING_LIMIT = 1800.0
+TRANSFER_LIMIT = 1800.0
 IMPORT_LIMIT = 1200.0
 START_LIMIT = 120.0
 LEAF_DISK = 8  # GiB
@@ -53,7 +53,7 @@ class Level:
     outermost: bool = False
 
     def host(self, env: Environment) -> PveHost:
-        return migration.outer(env) if self.role == "nested" else env.inner
+        return migration.host_of_vm(env) if self.role == "nested" else env.inner
 
     def vm(self, env: Environment) -> Created:
         """The VM, at the node where it was last. Raises NotReady."""
@@ -67,7 +67,7 @@ ATTACHED_LEAF = Level("leaf", LeafProvisionFacts, LeafAddressFacts, outermost=Tr
 
 @dataclass(frozen=True)
 class Shape:
-    """What a VM is to be. Memory in MiB, disk in GiB; `options` are qm's and outrank all others."""
+    """The properties of a VM to create. Memory in MiB, disk in GiB; `options`, as for qm, override all."""
 
     storage: str | None
     bridge: str | None
@@ -77,7 +77,7 @@ class Shape:
     keys: tuple[str, ...]
     ipconfig: str = "ip=dhcp"
     image: str | None = None
-    brought: str | None = None  # what `image` is brought from, by a setting; None: it is there
+    image_source: str | None = None  # the setting that `image` is transferred from; None: `image` exists
     template: int | None = None
     format: str | None = None
     snippets: str | None = None
@@ -85,60 +85,61 @@ class Shape:
 
 
 def level_settings(env: Environment, level: Level) -> Settings:
-    """The settings on the level's host: a nested PVE of the run has no parent for pools."""
+    """The settings for the level's host: a nested PVE of the run has no parent pool."""
     return env.settings if level.outermost else replace(env.settings, pool_parent=None)
 
 
 def provision(env: Environment, level: Level, shape: Shape) -> dict[str, Any]:
-    """Make pool and VM: diskless and marked, tagged, then its disk and the rest. Facts. Raises PveError."""
+    """Create pool and VM: first diskless with its marker, then disk and options; facts. Raises PveError."""
     host = level.host(env)
     settings = level_settings(env, level)
     env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
-    env.progress("making the run's pool")
+    env.progress("creating the run's pool")
     create_pool(host.api, env.run, settings, host_clock(host))
     if level.outermost:
         env.keep_lease()
     env.check_lease()
-    if shape.image is not None and shape.brought is not None:
+    if shape.image is not None and shape.image_source is not None:
         storage = shape.image.partition(":")[0]
-        image_file.bring(host, storage, image_file.read(shape.brought), BRING_LIMIT, env.progress)
+        image_file.provide(host, storage, image_file.read(shape.image_source), TRANSFER_LIMIT, env.progress)
         env.check_lease()
     base_options: dict[str, Any] = {
         "memory": shape.memory, "cores": shape.cores, "ostype": "l26", "agent": "1",
     }  # fmt: skip
-    env.progress("making the VM")
+    env.progress("creating the VM")
     if shape.template is not None:
-        made = clone_marked(
+        created = clone_marked(
             host, env.run, settings, shape.template,
             storage=shape.storage, format=shape.format,
             source=node_of(host.api, shape.template) if host.cluster.several else None,
         )  # fmt: skip
     else:
-        made = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
+        created = create_marked(host, env.run, settings, level.role, timeout=CREATE_LIMIT, **base_options)
     pool = pool_name(settings, env.run)
-    # Recorded at once: the teardown needs them, should anything below fail.
+    # Recorded at once: the teardown needs the facts if a later step fails.
     env.facts.pop(level.provision.phase, None)
-    level.provision(made.vmid, made.node, made.uuid, made.name, pool, shape.storage, shape.bridge).record(
-        env.facts
+    facts = level.provision(
+        created.vmid, created.node, created.uuid, created.name, pool, shape.storage, shape.bridge
     )
-    base = f"/nodes/{made.node}/qemu/{made.vmid}"
+    facts.record(env.facts)
+    base = f"/nodes/{created.node}/qemu/{created.vmid}"
     snippet = None
     if shape.snippets is not None:
         snippet = vendor_data.write_snippet(
             host, shape.snippets, env.run.id, vendor_data.user_data(env.settings)
         )
     config = host.api.get(f"{base}/config")
-    wanted = _config(shape, config if isinstance(config, dict) else {}, snippet)
+    options = _config(shape, config if isinstance(config, dict) else {}, snippet)
     if shape.template is not None:
-        wanted = {**base_options, **wanted}
+        options = {**base_options, **options}
     env.progress(f"importing {shape.image}" if shape.image else "configuring the clone")
     with call_limit(IMPORT_LIMIT):
-        task(host, host.api.post(f"{base}/config", **wanted), IMPORT_LIMIT)
+        await_task(host, host.api.post(f"{base}/config", **options), IMPORT_LIMIT)
     size = _grow(host, base, shape)
     mac = mac_of(host.api.get(f"{base}/config"))
     source = shape.image or f"template {shape.template}"
     did = (
-        f"VM {made.vmid} ({made.name}) in pool {pool}: {shape.cores} cores, {shape.memory} MiB, "
+        f"VM {created.vmid} ({created.name}) in pool {pool}: {shape.cores} cores, {shape.memory} MiB, "
         f"{size:g} GiB from {source} on {shape.storage}"
     )
     facts = replace(level.provision.of(env.facts), mac=mac)
@@ -152,7 +153,7 @@ def provision_leaf(
     inner = env.inner
     storages = entries(inner.api.get(f"/nodes/{inner.node}/storage", storage=storage, format=True))
     login = SshFacts.known(env.facts)
-    own = login.root_public_key if login is not None else None
+    root_key = login.root_public_key if login is not None else None
     public = env.run.directory.ensure_key(f"nested-pve run {env.run.id}")
     shape = Shape(
         storage=storage,
@@ -160,7 +161,7 @@ def provision_leaf(
         cores=1,
         memory=LEAF_MEMORY,
         disk=LEAF_DISK,
-        keys=(public, own) if own else (public,),
+        keys=(public, root_key) if root_key else (public,),
         image=ImageFacts.of(env.facts).volid,
         format=disk_format(storages[0]) if storages else None,
         snippets=snippets,
@@ -170,7 +171,7 @@ def provision_leaf(
 
 
 def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
-    """The facts, when the VM that they name exists, is proved ours, and has its disk."""
+    """Proved when the VM of the recorded facts exists, is proved the run's own, and has its disk."""
     facts = level.provision.known(env.facts)
     if facts is None or facts.mac is None:
         return None
@@ -180,24 +181,24 @@ def probe_provision(env: Environment, level: Level) -> dict[str, Any] | None:
     return dict(env.facts[level.provision.phase]) if whole else None
 
 
-def task(host: PveHost, answer: Any, limit: float) -> None:
-    """Await the task that a call answered with; calls that fork none answer nothing. Raises PveError."""
+def await_task(host: PveHost, answer: Any, limit: float) -> None:
+    """Wait for the task whose UPID is the answer of a call; without one, return at once. Raises PveError."""
     if isinstance(answer, str) and answer.strip():
         wait_task(host.api, answer, timeout=limit)
 
 
-def _config(shape: Shape, now: Mapping[str, Any], snippet: str | None) -> dict[str, Any]:
+def _config(shape: Shape, current: Mapping[str, Any], snippet: str | None) -> dict[str, Any]:
     from urllib.parse import quote
 
-    slow = shape.options.get("kvm") == "0"
-    wanted: dict[str, Any] = {
+    emulated = shape.options.get("kvm") == "0"
+    options: dict[str, Any] = {
         "cores": shape.cores,
         "memory": shape.memory,
-        "cpu": "max" if slow else "host",
+        "cpu": "max" if emulated else "host",
         "agent": "1",
         "ciupgrade": 0,
         "ciuser": "root",
-        # The API wants this one URL-encoded, line ends included.
+        # The API requires this value URL-encoded, including line ends.
         "sshkeys": quote("\n".join(shape.keys), safe=""),
         "ipconfig0": shape.ipconfig,
         "net0": f"virtio,bridge={shape.bridge},firewall=0",
@@ -206,14 +207,16 @@ def _config(shape: Shape, now: Mapping[str, Any], snippet: str | None) -> dict[s
     }
     if shape.image is not None:
         disk = f"{shape.storage}:0,import-from={shape.image},discard=on"
-        wanted["scsi0"] = disk + (f",format={shape.format}" if shape.format else "")
-        wanted["scsihw"] = "virtio-scsi-single"
-        wanted["boot"] = "order=scsi0"
-    if not any("cloudinit" in str(value) for key, value in now.items() if key[:3] in ("ide", "sat", "scs")):
-        wanted["ide2"] = f"{shape.storage}:cloudinit"
+        options["scsi0"] = disk + (f",format={shape.format}" if shape.format else "")
+        options["scsihw"] = "virtio-scsi-single"
+        options["boot"] = "order=scsi0"
+    if not any(
+        "cloudinit" in str(value) for key, value in current.items() if key[:3] in ("ide", "sat", "scs")
+    ):
+        options["ide2"] = f"{shape.storage}:cloudinit"
     if snippet is not None:
-        wanted["cicustom"] = f"vendor={snippet}"
-    return {**wanted, **shape.options}
+        options["cicustom"] = f"vendor={snippet}"
+    return {**options, **shape.options}
 
 
 def _grow(host: PveHost, base: str, shape: Shape) -> float:
@@ -223,12 +226,12 @@ def _grow(host: PveHost, base: str, shape: Shape) -> float:
     if size is None or size >= shape.disk:
         return size if size is not None else float(shape.disk)
     with call_limit(START_LIMIT):
-        task(host, host.api.put(f"{base}/resize", disk="scsi0", size=f"{shape.disk}G"), START_LIMIT)
+        await_task(host, host.api.put(f"{base}/resize", disk="scsi0", size=f"{shape.disk}G"), START_LIMIT)
     return float(shape.disk)
 
 
 def disk_size(disk: str) -> float | None:
-    """GiB of a disk line such as `local:100/vm-100-disk-0.qcow2,size=3G`; None when it does not say."""
+    """GiB of a disk line such as `local:100/vm-100-disk-0.qcow2,size=3G`; None without a size."""
     for part in disk.split(","):
         key, _, value = part.partition("=")
         if key == "size" and value[:-1].isdigit() and value[-1] in _DISK_UNITS:
@@ -247,30 +250,30 @@ def mac_of(config: object) -> str:
 
 
 def start(env: Environment, level: Level) -> dict[str, Any]:
-    """Start the VM and await it."""
+    """Start the VM and wait for the task. Raises PveError."""
     vmid = level.vm(env).vmid
     try:
-        starting(env, level, "status/start", START_LIMIT)
+        run_start_task(env, level, "status/start", START_LIMIT)
     except PveError as e:
-        # A task's reason is its cause: one that was started meanwhile is what was wanted.
+        # The cause of a failed task: the VM was started meanwhile, which is the requested result.
         if isinstance(e, Running) or isinstance(e.__cause__, Running):
             return {"did": f"VM {vmid} runs already"}
         raise
     return {"did": f"VM {vmid} started on {level.host(env).name}"}
 
 
-def starting(env: Environment, level: Level, how: str, limit: float, **params: Any) -> None:
-    """Await a task of the VM that starts it. Raises PveError.
+def run_start_task(env: Environment, level: Level, call: str, limit: float, **params: Any) -> None:
+    """Begin a task that starts the VM (`call` below its path), and wait for it. Raises PveError.
 
-    A snippet on a storage that is not shared stays behind when the VM is moved, and PVE refuses then: it is
-    written where the VM is, and the task begun again.
+    A snippet on a storage that is not shared is not moved with the VM, and PVE then refuses to start it: the
+    snippet is written on the VM's node, and the task is repeated.
     """
     snippet = level.provision.of(env.facts).snippet
 
     def begin() -> None:
-        host, made = level.host(env), level.vm(env)
+        host, vm = level.host(env), level.vm(env)
         with call_limit(limit):
-            task(host, host.api.post(f"/nodes/{made.node}/qemu/{made.vmid}/{how}", **params), limit)
+            await_task(host, host.api.post(f"/nodes/{vm.node}/qemu/{vm.vmid}/{call}", **params), limit)
 
     try:
         patiently(begin)
@@ -285,11 +288,11 @@ def starting(env: Environment, level: Level, how: str, limit: float, **params: A
 
 
 def probe_start(env: Environment, level: Level) -> dict[str, Any] | None:
-    """Whether it runs."""
+    """Proved when the VM runs."""
     facts = level.provision.known(env.facts)
     if facts is None:
         return None
-    made = facts.vm
-    status = level.host(env).api.get(f"/nodes/{made.node}/qemu/{made.vmid}/status/current")
+    vm = facts.vm
+    status = level.host(env).api.get(f"/nodes/{vm.node}/qemu/{vm.vmid}/status/current")
     running = isinstance(status, dict) and status.get("status") == "running"
-    return {"did": f"VM {made.vmid} runs"} if running else None
+    return {"did": f"VM {vm.vmid} runs"} if running else None

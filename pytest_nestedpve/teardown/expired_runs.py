@@ -1,4 +1,4 @@
-"""Runs with an expired lease are destroyed when the next session begins on their host, whoever owns them."""
+"""Runs with an expired lease, of any owner, are destroyed when the next session begins on their host."""
 
 from __future__ import annotations
 

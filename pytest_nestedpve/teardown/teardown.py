@@ -1,6 +1,6 @@
 """The end of a run: discover, destroy inner guests, destroy, delete leftovers, discover again, report.
 
-The functions are in this order. What belongs to the run is discovered on the host each time, not remembered.
+The functions are in this order. The run's VMs are discovered on the host each time, not remembered.
 """
 
 from __future__ import annotations

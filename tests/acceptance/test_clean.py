@@ -23,7 +23,7 @@ def config(environment):
 def look(state):
     return {key: config(state._env).get(key, "") for key in ("searchdomain", "nameserver")}
 
-def back(environment, name, really=clean.snapshots.back):
+def back(environment, name, really=clean.snapshots.roll_back):
     if (HERE / "refuse").exists():
         (HERE / "refuse").unlink()
         raise PveError("the rollback went wrong on purpose")
@@ -31,7 +31,7 @@ def back(environment, name, really=clean.snapshots.back):
 
 clean.CleanState._fingerprint = look
 clean.CleanState._come_back = lambda state, deadline: None
-clean.snapshots.back = back
+clean.snapshots.roll_back = back
 
 class Guest:
     def __init__(self, environment):

@@ -310,7 +310,7 @@ def test_a_phase_that_broke_half_way_is_undone_by_a_rollback(project: Project) -
     again(project)
     result = project.run("--nested-keep", "test_steps.py")
     assert result.ret == 0, result.output
-    said = "setup_ssh broke half-way last time: went back to the snapshot after setup_network"
+    said = "setup_ssh broke half-way last time: rolled back to the snapshot after setup_network"
     assert said in result.output
     assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
     (vmid,) = project.host().vms()
@@ -407,7 +407,7 @@ def test_a_kept_run_that_somebody_destroyed_is_made_anew(project: Project) -> No
     project.host().clear()
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
-    assert "is gone from father: made anew" in result.output
+    assert "does not exist on father: it is created again" in result.output
     assert again(project) == list(PHASES)
 
 

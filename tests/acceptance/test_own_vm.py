@@ -51,7 +51,7 @@ def test_a_vm_that_was_there_fails_the_phase_and_outlives_the_session(own: Proje
     assert result.ret == 1, result.output
     assert result.outcomes()["test_provision"] == "FAILED"
     assert result.outcomes()["test_start_vm"] == "SKIPPED"
-    assert "VM 99950 on father is not taken into the run" in result.output
+    assert "VM 99950 on father is not adopted into the run" in result.output
     assert own.left() == ["vm 99950"]
     assert own.host().configuration(99950) == before
     api.delete("/nodes/father/qemu/99950")
@@ -61,7 +61,7 @@ def test_a_tool_that_fails_leaves_nothing(own: Project) -> None:
     result = own.run("-k", "provision", TOOL_FAILS="1")
     assert result.ret == 1, result.output
     assert "apply failed" in result.output
-    assert "has the run's name: taken into the run" in result.output
+    assert "has the run's name: adopted into the run" in result.output
 
 
 def test_a_kept_vm_is_proved_and_made_anew_when_the_plan_changes(own: Project) -> None:

@@ -52,7 +52,7 @@ def test_a_foreign_vm_is_not_touched(project: Project, hand_lab: HandLab) -> Non
     hand_lab.run(f"qm create {LOW + 3} --name nested-pve-of-somebody --net0 virtio,bridge=vmbr0")
     before = project.configurations()
     assert project.run("-v", "test_steps.py", "-k", "start_vm", env={"NAMES": str(LOW + 3)}) == 1
-    assert re.search(rf"VM {LOW + 3} on \w+ is not taken into the run", project.output())
+    assert re.search(rf"VM {LOW + 3} on \w+ is not adopted into the run", project.output())
     assert project.configurations() == before
     assert len(before) == 1
     hand_lab.run(f"qm destroy {LOW + 3}")

@@ -105,9 +105,9 @@ def test_selected_steps_install_pve_and_a_bridge(sessions: Sessions) -> None:
 
 @pytest.mark.thorough
 def test_lasting_changes_are_reported_and_no_leftovers_remain(sessions: Sessions) -> None:
-    assert "plain stays as it is now: ensure_pve installed PVE" in sessions.selected.stdout
+    assert "plain is not restored: ensure_pve installed PVE" in sessions.selected.stdout
     assert (
-        "plain stays as it is now: setup_network changed how it is on the network" in sessions.selected.stdout
+        "plain is not restored: setup_network changed its network configuration" in sessions.selected.stdout
     )
     assert "and nothing is left" in sessions.selected.stdout
     assert "npve-" not in sessions.leftovers

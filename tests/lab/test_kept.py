@@ -207,7 +207,7 @@ def test_the_environment_of_a_failed_session_is_kept_unchanged(history: History)
 
 def test_partial_changes_of_a_failed_phase_are_undone_by_a_rollback(history: History) -> None:
     assert history.fixed.ret == 0, history.fixed.output
-    assert "setup_repos broke half-way last time: went back to the snapshot after" in history.fixed.output
+    assert "setup_repos broke half-way last time: rolled back to the snapshot after" in history.fixed.output
     assert "half-way" not in history.undone
     assert "setup_repos" in history.fixed.phases("done")
 

@@ -183,7 +183,7 @@ def test_clones_do_not_share_names_addresses_and_keys(history: History) -> None:
 @pytest.mark.thorough
 def test_phases_that_the_template_contains_are_proved_and_not_repeated(history: History) -> None:
     for phases in (history.first_phases, history.second_phases):
-        assert phases["ensure_pve"].endswith("is there and well")
+        assert phases["ensure_pve"].endswith("is installed and works")
         assert phases["setup_network"].endswith(" already")
 
 

@@ -20,7 +20,7 @@ from pytest_nestedpve.ownership.pool import read_pool
 from pytest_nestedpve.ownership.proof import prove
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.qemu import configure, create_diskless, destroy, start
-from pytest_nestedpve.setup.own_vm import NotAdopted, VmRequest, made_by, replace_provision
+from pytest_nestedpve.setup.own_vm import NotAdopted, VmRequest, provision_phase, replace_provision
 from pytest_nestedpve.teardown.teardown import teardown
 
 FOREIGN = 99950
@@ -55,7 +55,7 @@ def tofu(env: Environment, request: VmRequest) -> dict[str, Any]:
 
 
 def do(env: Environment, create: Create) -> dict[str, Any]:
-    return dict(made_by(create).do(env) or {})
+    return dict(provision_phase(create).do(env) or {})
 
 
 def everything(host: MemoryHost) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def test_a_tool_that_names_the_wrong_vm_still_leaves_nothing_of_its_own(
 def test_a_vm_is_proved_and_on_a_kept_run_made_anew_its_former_one_goes(
     env: Environment, host: MemoryHost
 ) -> None:
-    phase = made_by(tofu)
+    phase = provision_phase(tofu)
     first = dict(phase.do(env) or {})
     env.facts["provision"] = first
     assert phase.probe is not None

@@ -152,7 +152,7 @@ def test_a_chosen_step_is_trusted_with_what_it_does_and_no_more(
 @pytest.mark.parametrize(
     ("installed", "text", "there", "done"),
     [
-        (True, "ipcc_send_rec[1] failed: Connection refused", "does not answer", "mended it"),
+        (True, "ipcc_send_rec[1] failed: Connection refused", "does not answer", "repaired it"),
         (False, "sh: 1: pvesh: not found", "is absent", "installed PVE"),
     ],
     ids=["sick", "plain"],
@@ -170,7 +170,7 @@ def test_a_pve_that_is_sick_is_not_called_absent(
         assert f"(PVE {there})" in env.facts["preflight"]["did"]
         attached_undo.before_pve(env)
         assert env.undo.pop()() == []
-        assert env.remarks[-1] == f"father stays as it is now: ensure_pve {done}"
+        assert env.remarks[-1] == f"father is not restored: ensure_pve {done}"
 
 
 def at_address(said: str) -> Any:
@@ -253,14 +253,14 @@ def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
         env = make(attach="pve1", host="pve1")
         assert env.inner is env.outer
         state = CleanState(env)
-        state.remember(fresh=True)
-        state.give()
-        assert state.gave == "proved unchanged"
+        state.record(fresh=True)
+        state.restore()
+        assert state.result == "proved unchanged"
         seen["guests"] = "others"
         with pytest.raises(
-            NoSnapshots, match=r"the attached PVE was changed \(guests\), and one that is attached"
+            NoSnapshots, match=r"the attached PVE was changed \(guests\), and an attached PVE"
         ):
-            state.give()
+            state.restore()
     with host.open() as model:
         assert not [each for each in model.state["commands"] if not each.startswith("GET")]
 

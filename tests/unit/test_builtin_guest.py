@@ -23,7 +23,7 @@ from pytest_nestedpve.pve.errors import HostKeyMismatch, HostUnreachable, LoginR
 from pytest_nestedpve.pve.host import PveHost
 from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.setup import vendor_data, vm
-from pytest_nestedpve.setup.address import Impostor, await_login, check_address, wait_ip
+from pytest_nestedpve.setup.address import ForeignAddress, await_login, check_address, wait_ip
 from pytest_nestedpve.setup.phases import default_phases
 from pytest_nestedpve.teardown.teardown import teardown
 
@@ -191,18 +191,18 @@ def test_an_address_that_belongs_to_the_card_is_accepted() -> None:
 
 
 def test_an_address_of_another_card_is_refused() -> None:
-    with pytest.raises(Impostor, match="no login was tried there"):
+    with pytest.raises(ForeignAddress, match="no login was tried there"):
         check_address(answering("bc:24:11:99:99:99"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 def test_the_hosts_own_address_is_refused() -> None:
-    with pytest.raises(Impostor, match="has itself"):
+    with pytest.raises(ForeignAddress, match="has itself"):
         check_address(answering(MAC, local="10.0.0.50"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0"])
 def test_an_address_of_no_machine_is_refused(ip: str) -> None:
-    with pytest.raises(Impostor):
+    with pytest.raises(ForeignAddress):
         check_address(answering(MAC), "vmbr0", ip, MAC, Deadline(5))
 
 

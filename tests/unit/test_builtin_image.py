@@ -82,7 +82,7 @@ def bring(storage: Storage, setting: str) -> tuple[str, str, list[str]]:
     """Volume, how it came there, and what was said meanwhile."""
     said: list[str] = []
     wanted = image_file.read(setting)
-    how = image_file.bring(storage.host, "local", wanted, 60, said.append)
+    how = image_file.provide(storage.host, "local", wanted, 60, said.append)
     return wanted.volume("local"), how, said
 
 
@@ -164,7 +164,7 @@ def test_the_host_downloads_once_and_checks_afterwards() -> None:
     assert volid == f"local:import/debian-13-{SUM[:16]}.qcow2"
     assert how.startswith("downloaded")
     _, how, _ = bring(storage, f"{URL}#sha256:{SUM}")
-    assert how.startswith("there already")
+    assert how.startswith("exists already")
     assert storage.fetched == [URL]
 
 
@@ -179,7 +179,7 @@ def test_two_images_of_one_name_do_not_meet_on_the_storage() -> None:
 
 def test_another_file_than_the_checksum_names_is_not_used() -> None:
     storage = Storage({URL: b"changed on the way"})
-    with pytest.raises(PveError, match=r"checksum mismatch.*mend the setting"):
+    with pytest.raises(PveError, match=r"checksum mismatch.*correct the setting"):
         bring(storage, f"{URL}#sha256:{SUM}")
     assert storage.files == {}
 
@@ -201,7 +201,7 @@ def test_a_local_file_is_uploaded_once_under_a_name_of_its_content(tmp_path: Pat
     assert how == f"copied from {file}, 3 MiB"
     assert len(said) >= 20
     assert said[-1].endswith("100 % of 3 MiB")
-    assert bring(storage, str(file))[1] == "there already"
+    assert bring(storage, str(file))[1] == "exists already"
     file.write_bytes(b"y" * 3_000_000)
     bring(storage, str(file))
     assert storage.uploads == 2

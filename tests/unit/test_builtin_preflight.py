@@ -407,14 +407,14 @@ def test_a_node_that_does_not_report_its_memory_is_a_warning(environment: Make, 
 
 
 def test_runs_of_one_xdist_session_are_recognised(tmp_path: Path) -> None:
-    from pytest_nestedpve.setup.preflight import _begun
+    from pytest_nestedpve.setup.preflight import _runs_of_session
 
     for run, family in (("a" * 12, "x"), ("b" * 12, "x"), ("c" * 12, "y"), ("d" * 12, None)):
         (tmp_path / run).mkdir()
         if family:
             (tmp_path / run / "session").write_text(family)
-    assert _begun(tmp_path / ("a" * 12)) == {"a" * 12, "b" * 12}
-    assert _begun(tmp_path / ("d" * 12)) == {"d" * 12}
+    assert _runs_of_session(tmp_path / ("a" * 12)) == {"a" * 12, "b" * 12}
+    assert _runs_of_session(tmp_path / ("d" * 12)) == {"d" * 12}
 
 
 def test_the_doctor_creates_no_token_on_a_host_with_https(host: MemoryHost) -> None:

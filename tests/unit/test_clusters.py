@@ -263,7 +263,7 @@ def test_a_snippet_is_written_again_on_the_node_of_a_migrated_vm(
     else:
         back = f"/nodes/father2/qemu/{vmid}/snapshot/npve_provision/rollback"
         host.fault("POST", back, text=f"volume '{snippet}' does not exist", times=1)
-        snapshots.back(env, "npve_provision")
+        snapshots.roll_back(env, "npve_provision")
     assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
     with host.open() as model:

@@ -50,7 +50,7 @@ def test_a_first_boot_without_complaints_is_done_and_its_command_is_not_asked(gu
 def test_what_it_recovered_from_is_told_with_status_2(guest: Path) -> None:
     written(guest, [], init={"errors": []}, final={"recoverable_errors": {"WARNING": ["one", "two"]}})
     assert ask(guest) == (2, "- one\n- two\n")
-    assert address._complaints("- one\n- two\n") == "one; two"
+    assert address._messages("- one\n- two\n") == "one; two"
 
 
 def test_the_end_is_waited_for(guest: Path) -> None:

@@ -189,8 +189,8 @@ def test_a_rollback_to_an_older_snapshot_deletes_the_runs_younger_ones(
         assert snapshots.take(env, name, name)
         with host.open() as model:
             model.state["offset"] += 5
-    snapshots.back(env, "npve_first")
-    assert snapshots.taken(env) == ["npve_first"]
+    snapshots.roll_back(env, "npve_first")
+    assert snapshots.list_snapshots(env) == ["npve_first"]
 
 
 def test_a_younger_foreign_snapshot_remains_and_prevents_the_rollback(
@@ -205,6 +205,6 @@ def test_a_younger_foreign_snapshot_remains_and_prevents_the_rollback(
         model.state["offset"] += 5
     env.outer.api.post(f"/nodes/father/qemu/{vmid}/snapshot", snapname="by_hand")
     with pytest.raises(PveError, match="is not most recent snapshot"):
-        snapshots.back(env, "npve_first")
+        snapshots.roll_back(env, "npve_first")
     with host.open() as model:
         assert set(model.state["vms"][str(vmid)]["snapshots"]) == {"npve_first", "by_hand"}

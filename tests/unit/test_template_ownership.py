@@ -298,7 +298,7 @@ def test_a_making_that_fails_leaves_nothing(env: Environment, memory: MemoryHost
         method, _, path = fails.partition(" ")
         memory.fault(method, path, text="no space left", times=1)
         with pytest.raises(PveError, match="no space left"):
-            making.make(env)
+            making.create_template(env)
     assert teardown(env).left == ()
     assert vmids(memory) == []
     assert pools(memory) == []
@@ -328,7 +328,7 @@ def test_a_vm_that_was_moved_becomes_a_template_where_it_is(
         move()
     cast(Any, env)._inner = SimpleNamespace(ssh=None, run=run)
     monkeypatch.setattr(qemu, "shutdown", shutdown)
-    assert making.make(env).vmid == made.vmid
+    assert making.create_template(env).vmid == made.vmid
     with memory.open() as model:
         vm = model.state["vms"][str(made.vmid)]
         assert (vm["node"], vm["config"]["template"]) == ("father2", 1)
@@ -340,7 +340,7 @@ def test_a_run_that_is_not_proved_is_not_made_a_template(env: Environment, memor
     with memory.open() as model:
         model.state["vms"][str(made.vmid)]["config"]["description"] = "somebody's"
     with pytest.raises(PveError, match="to be the run's own"):
-        making.make(env)
+        making.create_template(env)
     assert pools(memory) == [f"npve-{env.run.id}"]
 
 

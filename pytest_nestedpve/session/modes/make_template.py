@@ -30,7 +30,7 @@ class TemplateItem(pytest.Function):
         audit.write("template_start", phase="make_template")
         try:
             with nested.state.unlimited():
-                made = make_template.make(environment)
+                made = make_template.create_template(environment)
         except PveError as error:
             audit.write("template_end", phase="make_template", status="failed", cause=str(error))
             raise Failed(f"nested-pve: {error}", pytrace=False) from error

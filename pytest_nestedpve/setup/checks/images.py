@@ -61,7 +61,7 @@ def image(context: Context) -> Iterator[Finding]:
         )  # fmt: skip
         return
     volumes = [volid for storage in able for volid in _volumes(context, storage)]
-    if images := image_file.debian(volumes):
+    if images := image_file.debian_images(volumes):
         which = f"newest of {len(images)} Debian images" if len(images) > 1 else "only Debian image"
         context.choose(f"the {which} among the import volumes", image=images[0])
     elif len(volumes) == 1:
