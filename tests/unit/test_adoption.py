@@ -1,4 +1,4 @@
-"""A VM that a project's tool made becomes the run's; one that the tool only named does not."""
+"""A VM that a project's tool created is adopted into the run; one that existed before is refused."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def host(tmp_path: Path) -> MemoryHost:
 @pytest.fixture
 def env(host: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
     with environments(host, tmp_path) as make:
-        made = make()
-        yield made
-        made.close()
+        environment = make()
+        yield environment
+        environment.close()
 
 
-def put(host: MemoryHost, vmid: int, **options: Any) -> None:
-    """A VM as anybody may make one."""
+def create_vm(host: MemoryHost, vmid: int, **options: Any) -> None:
+    """Create a VM without a marker."""
     options = {"name": "nested-pve-of-somebody", "net0": NET, **options}
     create_diskless(host.connect().api, "father", vmid, **options)
 
 
 def tofu(env: Environment, request: VmRequest) -> dict[str, Any]:
-    """What a project's tool does, by the name and the id that it was asked for."""
+    """A project's tool: creates a VM with the requested name and id."""
     create_diskless(env.outer.api, request.node, request.vmid, name=request.name, net0=NET, tags="tofu")
     configure(env.outer.api, request.node, request.vmid, scsi0="local:1")
     return {"node": request.node, "vmid": request.vmid}
@@ -58,17 +58,17 @@ def do(env: Environment, create: Create) -> dict[str, Any]:
     return dict(provision_phase(create).do(env) or {})
 
 
-def everything(host: MemoryHost) -> dict[str, Any]:
+def vms(host: MemoryHost) -> dict[str, Any]:
     with host.open() as model:
         return {vmid: (vm["config"], model.pool_of(int(vmid))) for vmid, vm in model.state["vms"].items()}
 
 
-def test_what_the_tool_made_is_the_runs_and_goes_with_it(env: Environment, host: MemoryHost) -> None:
-    put(host, FOREIGN)
-    before = everything(host)
+def test_the_vm_of_a_tool_is_adopted_and_destroyed_with_the_run(env: Environment, host: MemoryHost) -> None:
+    create_vm(host, FOREIGN)
+    before = vms(host)
     facts = do(env, tofu)
     vmid = facts["vmid"]
-    config = everything(host)[str(vmid)][0]
+    config = vms(host)[str(vmid)][0]
     assert parse_marker(config["description"]) is not None
     assert config["tags"] == f"nestedpve;npve-{env.run.id};tofu"
     assert facts["mac"] == config["net0"].split("=")[1].split(",")[0].lower()
@@ -78,23 +78,23 @@ def test_what_the_tool_made_is_the_runs_and_goes_with_it(env: Environment, host:
     assert pool.vmids == {vmid}
     report = teardown(env)
     assert (report.destroyed, report.left) == ((f"VM {vmid}",), ())
-    assert everything(host) == before
+    assert vms(host) == before
 
 
-def test_a_description_of_the_tools_stays_above_the_marker(env: Environment, host: MemoryHost) -> None:
+def test_the_tools_description_is_kept_above_the_marker(env: Environment, host: MemoryHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        put(host, request.vmid, description="made by tofu\n\ndo not edit\n")
+        create_vm(host, request.vmid, description="made by tofu\n\ndo not edit\n")
         return {"node": request.node, "vmid": str(request.vmid)}
 
     facts = do(env, create)
-    described = everything(host)[str(facts["vmid"])][0]["description"]
+    described = vms(host)[str(facts["vmid"])][0]["description"]
     assert described.startswith("made by tofu\n\ndo not edit\nnestedpve: {")
 
 
 def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
         uuid = f"uuid={request.uuid}"
-        put(
+        create_vm(
             host,
             request.vmid,
             name=request.name,
@@ -105,46 +105,46 @@ def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) 
         return {"node": request.node, "vmid": request.vmid}
 
     facts = do(env, create)
-    assert everything(host)[str(facts["vmid"])][0]["description"].count("nestedpve:") == 1
+    assert vms(host)[str(facts["vmid"])][0]["description"].count("nestedpve:") == 1
 
 
-def test_a_vm_that_runs_already_is_taken(env: Environment) -> None:
+def test_a_running_vm_is_adopted(env: Environment) -> None:
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
-        made = tofu(env, request)
+        answer = tofu(env, request)
         start(env.outer.api, request.node, request.vmid)
-        return made
+        return answer
 
     do(env, create)
     assert teardown(env).left == ()
 
 
-def _another(vmid: int) -> Create:
+def answer_with(vmid: int) -> Create:
     return lambda _env, request: {"node": request.node, "vmid": vmid}
 
 
-def test_a_vm_that_was_there_before_is_refused_and_stays(env: Environment, host: MemoryHost) -> None:
-    """Its name, its range, everything fits: only the inventory says that it is somebody else's."""
-    put(host, FOREIGN, name="nested-pve-production")
-    before = everything(host)
+def test_a_vm_that_existed_before_is_refused_and_kept(env: Environment, host: MemoryHost) -> None:
+    """Name and range match: only the inventory shows that the VM is foreign."""
+    create_vm(host, FOREIGN, name="nested-pve-production")
+    before = vms(host)
     with pytest.raises(NotAdopted, match="that id was in use before"):
-        do(env, _another(FOREIGN))
-    assert everything(host) == before
+        do(env, answer_with(FOREIGN))
+    assert vms(host) == before
     assert teardown(env).destroyed == ()
-    assert everything(host) == before
+    assert vms(host) == before
 
 
-def test_a_vm_made_anew_under_an_id_that_was_in_use_is_refused(env: Environment, host: MemoryHost) -> None:
-    put(host, FOREIGN)
+def test_a_new_vm_under_an_id_that_was_in_use_is_refused(env: Environment, host: MemoryHost) -> None:
+    create_vm(host, FOREIGN)
 
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         destroy(env.outer.api, request.node, FOREIGN)
-        put(host, FOREIGN, name=request.name)
+        create_vm(host, FOREIGN, name=request.name)
         return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="that id was in use before"):
         do(env, create)
     teardown(env)
-    assert str(FOREIGN) in everything(host)
+    assert str(FOREIGN) in vms(host)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -162,22 +162,20 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_new_vm_that_may_not_be_ours_is_refused_untouched(
-    env: Environment, host: MemoryHost, what: str
-) -> None:
+def test_a_new_vm_that_is_not_adopted_is_not_changed(env: Environment, host: MemoryHost, what: str) -> None:
     options, vmid, reason = REFUSED[what]
     host.connect().api.post("/pools", poolid="production")
 
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        put(host, vmid, **options)
+        create_vm(host, vmid, **options)
         return {"node": request.node, "vmid": vmid}
 
     with pytest.raises(NotAdopted, match=reason):
         do(env, create)
-    now = everything(host)
-    assert "npve-" not in str(now[str(vmid)])
+    after = vms(host)
+    assert "npve-" not in str(after[str(vmid)])
     assert teardown(env).destroyed == ()
-    assert everything(host) == now
+    assert vms(host) == after
 
 
 @pytest.mark.parametrize(
@@ -188,12 +186,12 @@ def test_an_answer_that_names_no_vm_is_refused(env: Environment, answer: Any) ->
         do(env, lambda _env, _request: answer)
 
 
-def test_a_vm_that_is_not_there_or_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_that_is_absent_or_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
     with pytest.raises(NotAdopted, match="does not exist"):
-        do(env, _another(FOREIGN))
+        do(env, answer_with(FOREIGN))
 
     def create(_env: Environment, _request: VmRequest) -> dict[str, Any]:
-        put(host, FOREIGN)
+        create_vm(host, FOREIGN)
         return {"node": "mother", "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="does not exist"):
@@ -202,60 +200,58 @@ def test_a_vm_that_is_not_there_or_on_another_node_is_refused(env: Environment, 
 
 def test_a_container_is_refused(env: Environment, host: MemoryHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        put(host, FOREIGN)
+        create_vm(host, FOREIGN)
         with host.open() as model:
             model.state["vms"][str(FOREIGN)]["kind"] = "lxc"
         return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="does not exist"):
         do(env, create)
-    assert "npve" not in str(everything(host))
+    assert "npve" not in str(vms(host))
 
 
-def test_a_vm_that_changed_hands_between_look_and_mark_is_not_marked(
+def test_a_vm_that_is_replaced_before_it_is_marked_is_not_marked(
     env: Environment, host: MemoryHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tool's VM went, somebody made another of that id: PVE's digest tells them apart."""
-    plain = MemoryApi.put
+    """The tool's VM is destroyed, and another one created under its id: PVE's digest distinguishes them."""
+    original = MemoryApi.put
 
-    def late(self: MemoryApi, path: str, /, **params: Any) -> Any:
+    def put(self: MemoryApi, path: str, /, **params: Any) -> Any:
         if path.endswith("/config") and "description" in params:
             vmid = int(path.split("/")[-2])
             with host.open() as model:
                 model.forget(vmid)
-            put(host, vmid)
-        return plain(self, path, **params)
+            create_vm(host, vmid)
+        return original(self, path, **params)
 
-    monkeypatch.setattr(MemoryApi, "put", late)
+    monkeypatch.setattr(MemoryApi, "put", put)
     with pytest.raises(PveError, match="checksum mismatch"):
         do(env, tofu)
     monkeypatch.undo()
-    now = everything(host)
-    assert "npve" not in str(now)
+    after = vms(host)
+    assert "npve" not in str(after)
     assert teardown(env).destroyed == ()
-    assert everything(host) == now
+    assert vms(host) == after
 
 
 @pytest.mark.parametrize("end", [PveError("no"), KeyboardInterrupt()])
-def test_a_tool_that_fails_after_making_its_vm_leaves_nothing(
+def test_the_vm_of_a_tool_that_failed_afterwards_is_destroyed(
     env: Environment, host: MemoryHost, end: BaseException
 ) -> None:
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         tofu(env, request)
-        put(host, FOREIGN, name="nested-pve-of-somebody")
+        create_vm(host, FOREIGN, name="nested-pve-of-somebody")
         raise end
 
     with pytest.raises(type(end)):
         do(env, create)
     assert any("99950 (nested-pve-of-somebody)" in line for line in env.remarks)
     assert len(teardown(env).destroyed) == 1
-    assert list(everything(host)) == [str(FOREIGN)]
+    assert list(vms(host)) == [str(FOREIGN)]
 
 
-def test_a_tool_that_names_the_wrong_vm_still_leaves_nothing_of_its_own(
-    env: Environment, host: MemoryHost
-) -> None:
-    put(host, FOREIGN)
+def test_the_vm_of_a_tool_that_returns_a_foreign_one_is_destroyed(env: Environment, host: MemoryHost) -> None:
+    create_vm(host, FOREIGN)
 
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         tofu(env, request)
@@ -264,10 +260,10 @@ def test_a_tool_that_names_the_wrong_vm_still_leaves_nothing_of_its_own(
     with pytest.raises(NotAdopted):
         do(env, create)
     assert len(teardown(env).destroyed) == 1
-    assert list(everything(host)) == [str(FOREIGN)]
+    assert list(vms(host)) == [str(FOREIGN)]
 
 
-def test_a_vm_is_proved_and_on_a_kept_run_made_anew_its_former_one_goes(
+def test_in_a_kept_run_the_former_vm_is_destroyed_when_a_new_one_is_created(
     env: Environment, host: MemoryHost
 ) -> None:
     phase = provision_phase(tofu)
@@ -275,28 +271,28 @@ def test_a_vm_is_proved_and_on_a_kept_run_made_anew_its_former_one_goes(
     env.facts["provision"] = first
     assert phase.probe is not None
     assert phase.probe(env) == first
-    env.resumed = True  # and its lease is being renewed
+    env.resumed = True  # and its lease is renewed
     second = dict(phase.do(env) or {})
-    assert list(everything(host)) == [str(second["vmid"])]
-    assert not prove(env.outer.api, env.settings, _Place(first), env.run).ok
+    assert list(vms(host)) == [str(second["vmid"])]
+    assert not prove(env.outer.api, env.settings, Location(first), env.run).ok
 
 
-class _Place:
+class Location:
     def __init__(self, facts: dict[str, Any]) -> None:
         self.vmid, self.node = int(facts["vmid"]), str(facts["node"])
 
 
-def test_a_wish_says_what_the_settings_say(env: Environment) -> None:
+def test_a_request_has_the_values_of_the_settings(env: Environment) -> None:
     env.settings = replace(Settings(), cores=3, memory=4096, disk=40, bridge="vmbr7", pool_parent="ci")
     env.outer.api.post("/pools", poolid="ci")
-    seen: list[VmRequest] = []
+    requests: list[VmRequest] = []
 
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
-        seen.append(request)
+        requests.append(request)
         return tofu(env, request)
 
     do(env, create)
-    (request,) = seen
+    (request,) = requests
     assert (request.cores, request.memory, request.disk, request.bridge) == (3, 4096, 40, "vmbr7")
     assert request.pool == f"ci/npve-{env.run.id}"
     assert request.name == f"nested-pve-{env.run.id}"
@@ -304,11 +300,11 @@ def test_a_wish_says_what_the_settings_say(env: Environment) -> None:
     assert request.public_key.startswith("ssh-ed25519 ")
 
 
-def test_in_the_list_of_phases_it_takes_the_place_of_provision() -> None:
+def test_the_phase_replaces_provision_in_the_list() -> None:
     phases: list[Phase] = list(setup.default_phases())
     names = [phase.name for phase in phases]
     replace_provision(phases, tofu, title="by tofu", timeout=99)
     assert [phase.name for phase in phases] == names
-    (made,) = [phase for phase in phases if phase.name == "provision"]
-    assert (made.title, made.timeout) == ("by tofu", 99)
+    (provision,) = [phase for phase in phases if phase.name == "provision"]
+    assert (provision.title, provision.timeout) == ("by tofu", 99)
     assert phases[0].do is not setup.default_phases()[0].do

@@ -1,4 +1,4 @@
-"""What of an attached PVE is decided without one: chosen steps, the way of ssh to it, what is undone."""
+"""An attached PVE, without a host: selected steps, ssh_config, awaited results, and the undo scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 
 
 @pytest.mark.parametrize(
-    ("keyword", "wanted"),
+    ("keyword", "expected"),
     [
         ("", set()),
         ("setup_network", {"setup_network"}),
@@ -47,12 +47,12 @@ NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
         ("   ", set()),
     ],
 )
-def test_only_an_expression_that_names_a_step_chooses_it(keyword: str, wanted: set[str]) -> None:
-    assert steps_by_name(NAMES, "test_", keyword, ["tests"]) == wanted
+def test_only_an_expression_that_names_a_step_selects_it(keyword: str, expected: set[str]) -> None:
+    assert steps_by_name(NAMES, "test_", keyword, ["tests"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("argument", "wanted"),
+    ("argument", "expected"),
     [
         ("test_steps.py::test_setup_ssh", {"setup_ssh"}),
         ("a/test_steps.py::test_setup_ssh", {"setup_ssh"}),
@@ -62,20 +62,20 @@ def test_only_an_expression_that_names_a_step_chooses_it(keyword: str, wanted: s
         ("test_steps.py", set()),
     ],
 )
-def test_only_a_node_id_chooses_by_name(argument: str, wanted: set[str]) -> None:
-    assert steps_by_name(NAMES, "test_", "", [argument]) == wanted
+def test_only_a_node_id_selects_by_name(argument: str, expected: set[str]) -> None:
+    assert steps_by_name(NAMES, "test_", "", [argument]) == expected
 
 
-def test_a_step_that_is_not_selected_is_not_chosen() -> None:
+def test_only_steps_of_the_session_are_selected() -> None:
     assert steps_by_name(["setup_ssh"], "test_", "setup", []) == {"setup_ssh"}
 
 
-def test_a_phase_of_a_project_without_a_probe_is_done_only_by_choice() -> None:
-    own = Phase("our_agent", "install our agent", lambda _env: None)
-    (phase,) = permitted([own], "pve1", frozenset({"our_agent"}))
+def test_a_phase_of_a_project_without_a_probe_is_done_only_if_selected() -> None:
+    project_phase = Phase("our_agent", "install our agent", lambda _env: None)
+    (phase,) = permitted([project_phase], "pve1", frozenset({"our_agent"}))
     assert phase.guard is not None
     phase.guard.check("our_agent", None, probed=False)
-    (phase,) = permitted([own], "pve1", frozenset())
+    (phase,) = permitted([project_phase], "pve1", frozenset())
     assert phase.guard is not None
     with pytest.raises(StepNotSelected, match="found: it has no probe"):
         phase.guard.check("our_agent", None, probed=False)
@@ -103,7 +103,7 @@ def test_a_project_cannot_replace_the_phases_that_describe_an_attached_pve() -> 
     assert phase.do is attached_phases()[1].do
 
 
-BROUGHT = {"image": "setup_repos"}
+PROVIDED = {"image": "setup_repos"}
 
 
 def missing(*names: str) -> list[Finding]:
@@ -111,7 +111,7 @@ def missing(*names: str) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "content", "chosen", "lacks", "wanted"),
+    ("settings", "content", "selected", "lacking", "expected"),
     [
         ({}, "images", {"ensure_pve"}, ["PVE", "bridge"], {"PVE": "ensure_pve"}),
         ({}, "images", {"setup_network"}, ["bridge", "snippets"], {"bridge": "setup_network"}),
@@ -130,35 +130,35 @@ def missing(*names: str) -> list[Finding]:
         ({"image": "tank:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local-lvm:vm-9-disk-0"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local:iso/debian-13.img"}, "iso", {"setup_repos"}, ["image"], {}),
-        ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
-        ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
-        ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], BROUGHT),
+        ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
+        ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
+        ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
         ({}, "iso", set(), ["storage", "snippets", "image", "bridge", "PVE"], {}),
         ({}, "iso", {"ensure_pve", "setup_network", "setup_repos"}, ["version", "space", "VM id"], {}),
     ],
 )
-def test_a_chosen_step_is_trusted_with_what_it_does_and_no_more(
-    settings: dict[str, str], content: str, chosen: set[str], lacks: list[str], wanted: dict[str, str]
+def test_a_selected_step_is_expected_to_provide_its_own_results_only(
+    settings: dict[str, str], content: str, selected: set[str], lacking: list[str], expected: dict[str, str]
 ) -> None:
     seen: Any = SimpleNamespace(
         settings=Settings(**settings),  # type: ignore[arg-type]
         storages=[{"storage": "local", "content": content, "active": 1, "enabled": 1}],
     )
-    assert awaited_results(seen, frozenset(chosen), missing(*lacks)) == wanted
+    assert awaited_results(seen, frozenset(selected), missing(*lacking)) == expected
     seen.storages[0]["active"] = 0
-    assert "setup_repos" not in awaited_results(seen, frozenset(chosen), missing(*lacks)).values()
+    assert "setup_repos" not in awaited_results(seen, frozenset(selected), missing(*lacking)).values()
 
 
 @pytest.mark.parametrize(
-    ("installed", "text", "there", "done"),
+    ("installed", "text", "state", "change"),
     [
         (True, "ipcc_send_rec[1] failed: Connection refused", "does not answer", "repaired it"),
         (False, "sh: 1: pvesh: not found", "is absent", "installed PVE"),
     ],
-    ids=["sick", "plain"],
+    ids=["broken", "plain"],
 )
-def test_a_pve_that_is_sick_is_not_called_absent(
-    host: MemoryHost, tmp_path: Path, installed: bool, text: str, there: str, done: str
+def test_a_broken_pve_is_not_reported_as_absent(
+    host: MemoryHost, tmp_path: Path, installed: bool, text: str, state: str, change: str
 ) -> None:
     with host.open() as model:
         model.state["installed"] = installed
@@ -167,15 +167,15 @@ def test_a_pve_that_is_sick_is_not_called_absent(
         env = make(attach="pve1", host="pve1")
         env.facts["preflight"] = attached.preflight(env, frozenset({"ensure_pve"}))
         assert env.facts["preflight"]["awaited"] == {"PVE": "ensure_pve"}
-        assert f"(PVE {there})" in env.facts["preflight"]["did"]
+        assert f"(PVE {state})" in env.facts["preflight"]["did"]
         attached_undo.before_pve(env)
         assert env.undo.pop()() == []
-        assert env.remarks[-1] == f"father is not restored: ensure_pve {done}"
+        assert env.remarks[-1] == f"father is not restored: ensure_pve {change}"
 
 
-def at_address(said: str) -> Any:
-    """A plain Debian whose sshd says that of the login."""
-    answer = CommandResult("", 0, f"{said}\n".encode(), b"", 0.1)
+def at_address(address: str) -> Any:
+    """A plain Debian whose sshd accepted the login at that address."""
+    answer = CommandResult("", 0, f"{address}\n".encode(), b"", 0.1)
     return SimpleNamespace(
         facts={"preflight": {"awaited": {"PVE": "ensure_pve"}}},
         outer=SimpleNamespace(name="plain", run=lambda *_, **__: answer),
@@ -183,28 +183,28 @@ def at_address(said: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "said", ["127.0.0.1", "127.8.0.1", "0.0.0.0", "::1", "fe80::1%eth0", "2001:db8::7", ""]
+    "address", ["127.0.0.1", "127.8.0.1", "0.0.0.0", "::1", "fe80::1%eth0", "2001:db8::7", ""]
 )
-def test_an_address_that_is_no_way_to_it_is_refused(said: str) -> None:
+def test_an_address_that_others_cannot_reach_is_refused(address: str) -> None:
     with pytest.raises(PveError, match=r"expected the login at plain .* give --nested-attach") as failed:
-        attached._address(at_address(said))
-    assert f"found {said!r};" in str(failed.value)
+        attached._address(at_address(address))
+    assert f"found {address!r};" in str(failed.value)
 
 
-def test_the_address_of_a_plain_debian_is_the_one_that_sshd_was_asked_at() -> None:
+def test_the_address_of_a_plain_debian_is_the_one_of_the_login() -> None:
     assert attached._address(at_address("192.0.2.9")) == "192.0.2.9"
 
 
-def asked(config: Path, name: str) -> dict[str, list[str]]:
-    """What ssh itself makes of a configuration."""
-    said = subprocess.run(
+def ssh_options(config: Path, name: str) -> dict[str, list[str]]:
+    """The options that ssh itself reads from a configuration."""
+    output = subprocess.run(
         ["ssh", "-G", "-F", config, name], capture_output=True, text=True, check=True
     ).stdout
-    found: dict[str, list[str]] = {}
-    for line in said.splitlines():
+    options: dict[str, list[str]] = {}
+    for line in output.splitlines():
         key, _, value = line.partition(" ")
-        found.setdefault(key, []).append(value)
-    return found
+        options.setdefault(key, []).append(value)
+    return options
 
 
 def test_ssh_reaches_the_attached_pve_as_the_user_does(tmp_path: Path) -> None:
@@ -217,24 +217,24 @@ def test_ssh_reaches_the_attached_pve_as_the_user_does(tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text("\n".join(ssh_block(target, "father", "10.0.0.5", tmp_path / "own")))
     for name in ("nested", "father"):
-        found = asked(config, name)
-        assert found["hostname"] == ["10.0.0.5"]
-        assert found["port"] == ["2222"]
-        assert found["identityfile"] == [str(tmp_path / "my key")]
-        assert found["hostkeyalias"] == ["pve1.example"]
-        assert found["userknownhostsfile"] == [str(tmp_path / "known")]
-        assert found["proxyjump"] == ["gate"]
-        assert found["stricthostkeychecking"] == ["true"]
+        options = ssh_options(config, name)
+        assert options["hostname"] == ["10.0.0.5"]
+        assert options["port"] == ["2222"]
+        assert options["identityfile"] == [str(tmp_path / "my key")]
+        assert options["hostkeyalias"] == ["pve1.example"]
+        assert options["userknownhostsfile"] == [str(tmp_path / "known")]
+        assert options["proxyjump"] == ["gate"]
+        assert options["stricthostkeychecking"] == ["true"]
 
 
 def test_a_proxy_command_is_not_expanded_twice(tmp_path: Path) -> None:
     config = tmp_path / "config"
     target = SshTarget("10.0.0.5", alias="pve1", proxy_command="nc 10.0.0.5 22 100%")
     config.write_text("\n".join(ssh_block(target, "father", "10.0.0.5", tmp_path / "own")))
-    assert asked(config, "nested")["proxycommand"] == ["nc 10.0.0.5 22 100%%"]
+    assert ssh_options(config, "nested")["proxycommand"] == ["nc 10.0.0.5 22 100%%"]
 
 
-def test_the_users_own_name_for_it_keeps_the_users_own_configuration(tmp_path: Path) -> None:
+def test_a_name_of_the_users_ssh_config_is_not_redefined(tmp_path: Path) -> None:
     block = ssh_block(SshTarget("10.0.0.5", alias="father"), "father", "10.0.0.5", tmp_path)
     assert block[0] == "Host nested"
 
@@ -247,8 +247,8 @@ def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     host = MemoryHost(tmp_path / "host.json")
-    seen = {"guests": "as they were"}
-    monkeypatch.setattr(CleanState, "_fingerprint", lambda _self: dict(seen))
+    areas = {"guests": "before"}
+    monkeypatch.setattr(CleanState, "_fingerprint", lambda _self: dict(areas))
     with environments(host, tmp_path) as make:
         env = make(attach="pve1", host="pve1")
         assert env.inner is env.outer
@@ -256,23 +256,23 @@ def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
         state.record(fresh=True)
         state.restore()
         assert state.result == "proved unchanged"
-        seen["guests"] = "others"
+        areas["guests"] = "after"
         with pytest.raises(
             NoSnapshots, match=r"the attached PVE was changed \(guests\), and an attached PVE"
         ):
             state.restore()
     with host.open() as model:
-        assert not [each for each in model.state["commands"] if not each.startswith("GET")]
+        assert not [call for call in model.state["commands"] if not call.startswith("GET")]
 
 
-# -- undoing: the scripts as they are, on files here ------------------------------------------------
+# -- the undo scripts, on local files ---------------------------------------------------------------
 
 
 def run(script: str, *words: str) -> int:
     return subprocess.run(["sh", "-c", script, "sh", *words], check=False).returncode
 
 
-def test_a_line_goes_out_of_a_file_behind_a_link_and_the_link_stays(tmp_path: Path) -> None:
+def test_a_line_is_removed_from_the_target_of_a_link_and_the_link_remains(tmp_path: Path) -> None:
     real = tmp_path / "priv" / "authorized_keys"
     real.parent.mkdir()
     real.write_text(
@@ -283,18 +283,18 @@ def test_a_line_goes_out_of_a_file_behind_a_link_and_the_link_stays(tmp_path: Pa
     assert run(attached_undo._REMOVE_LINES, "AAAAthe+run/key", "yes", str(link)) == 0
     assert link.is_symlink()
     assert real.read_text() == "ssh-ed25519 AAAAmine alice\nssh-rsa AAAAb bob\n"
-    assert [each.name for each in real.parent.iterdir()] == ["authorized_keys"]
+    assert [path.name for path in real.parent.iterdir()] == ["authorized_keys"]
 
 
-@pytest.mark.parametrize(("there", "stays"), [("yes", True), ("no", False)])
-def test_a_file_that_gets_empty_goes_if_it_was_not_there(tmp_path: Path, there: str, stays: bool) -> None:
+@pytest.mark.parametrize(("existed", "remains"), [("yes", True), ("no", False)])
+def test_an_emptied_file_is_deleted_if_it_was_new(tmp_path: Path, existed: str, remains: bool) -> None:
     file = tmp_path / "known_hosts"
     file.write_text("leaf ssh-ed25519 AAAA\n")
-    assert run(attached_undo._REMOVE_LINES, "^leaf ", there, str(file)) == 0
-    assert file.exists() == stays
+    assert run(attached_undo._REMOVE_LINES, "^leaf ", existed, str(file)) == 0
+    assert file.exists() == remains
 
 
-def test_a_file_that_was_there_comes_back_and_one_that_was_not_goes(tmp_path: Path) -> None:
+def test_existing_files_are_restored_and_new_ones_deleted(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_text("as it was")
     old.chmod(0o640)
@@ -305,4 +305,4 @@ def test_a_file_that_was_there_comes_back_and_one_that_was_not_goes(tmp_path: Pa
     assert run(attached_undo._RESTORE, ".npve-x", *files) == 0
     assert old.read_text() == "as it was"
     assert old.stat().st_mode & 0o777 == 0o640
-    assert [each.name for each in tmp_path.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

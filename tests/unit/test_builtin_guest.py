@@ -1,4 +1,4 @@
-"""Making the VM: whose it is from its first moment, and what it is told at its first boot."""
+"""Creation of the VM: its proof from the first moment, its options, its first boot, and its address."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MAC = "bc:24:11:00:00:01"
 
 @pytest.fixture
 def make(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
-    with environments(host, tmp_path) as made:
-        yield made
+    with environments(host, tmp_path) as create:
+        yield create
 
 
 def do(env: Environment, *names: str) -> None:
@@ -48,31 +48,31 @@ def config(host: MemoryHost, vmid: int) -> dict[str, Any]:
     return answer
 
 
-def test_the_vm_is_proved_ours_and_gets_what_it_needs(make: Make, host: MemoryHost) -> None:
+def test_the_vm_is_proved_the_runs_own_and_has_the_requested_options(make: Make, host: MemoryHost) -> None:
     env = make(memory=4096, cores=3)
     do(env, "preflight", "provision")
     facts = env.facts["provision"]
     assert prove(env.outer.api, env.settings, ProvisionFacts.read(facts).vm, env.run).ok
-    made = config(host, facts["vmid"])
-    assert made["name"] == facts["name"] == f"nested-pve-{env.run.id}"
-    assert str(made["memory"]) == "4096"
-    assert str(made["cores"]) == "3"
-    assert made["cpu"] == "host"
-    assert "firewall=0" in made["net0"]
-    assert "bridge=vmbr0" in made["net0"]
-    assert facts["mac"] in made["net0"].lower()
-    assert vm.disk_size(made["scsi0"]) == 64
-    assert "qcow2" in made["scsi0"]
-    assert str(made["ciupgrade"]) == "0"
-    assert made["cicustom"] == f"vendor=local:snippets/npve-{env.run.id}-vendor.yaml"
-    assert unquote(made["sshkeys"]).split()[:2] == env.run.directory.ensure_key("").split()[:2]
-    assert made["tags"] == f"nestedpve;{env.run.tag}"
+    vm_config = config(host, facts["vmid"])
+    assert vm_config["name"] == facts["name"] == f"nested-pve-{env.run.id}"
+    assert str(vm_config["memory"]) == "4096"
+    assert str(vm_config["cores"]) == "3"
+    assert vm_config["cpu"] == "host"
+    assert "firewall=0" in vm_config["net0"]
+    assert "bridge=vmbr0" in vm_config["net0"]
+    assert facts["mac"] in vm_config["net0"].lower()
+    assert vm.disk_size(vm_config["scsi0"]) == 64
+    assert "qcow2" in vm_config["scsi0"]
+    assert str(vm_config["ciupgrade"]) == "0"
+    assert vm_config["cicustom"] == f"vendor=local:snippets/npve-{env.run.id}-vendor.yaml"
+    assert unquote(vm_config["sshkeys"]).split()[:2] == env.run.directory.ensure_key("").split()[:2]
+    assert vm_config["tags"] == f"nestedpve;{env.run.tag}"
 
 
-def test_the_pool_is_made_first_and_the_vm_has_no_disk_at_first(make: Make, host: MemoryHost) -> None:
+def test_the_pool_is_created_first_and_the_vm_without_a_disk(make: Make, host: MemoryHost) -> None:
     do(make(), "preflight", "provision")
     with host.open() as model:
-        changes = [each for each in model.state["commands"] if not each.startswith("GET ")]
+        changes = [call for call in model.state["commands"] if not call.startswith("GET ")]
     assert changes[0].startswith("POST /pools")
     create = changes[1].split()
     assert create[:2] == ["POST", "/nodes/father/qemu"]
@@ -81,16 +81,16 @@ def test_the_pool_is_made_first_and_the_vm_has_no_disk_at_first(make: Make, host
     assert not [word for word in create if word.startswith(("scsi0", "ide", "virtio"))]
 
 
-def test_without_kvm_the_cpu_is_max_and_options_outrank_all(make: Make, host: MemoryHost) -> None:
+def test_without_kvm_the_cpu_is_max_and_options_override_all(make: Make, host: MemoryHost) -> None:
     env = make(vm_options={"kvm": "0", "machine": "q35"})
     do(env, "preflight", "provision")
-    made = config(host, env.facts["provision"]["vmid"])
-    assert made["cpu"] == "max"
-    assert str(made["kvm"]) == "0"
-    assert made["machine"] == "q35"
+    vm_config = config(host, env.facts["provision"]["vmid"])
+    assert vm_config["cpu"] == "max"
+    assert str(vm_config["kvm"]) == "0"
+    assert vm_config["machine"] == "q35"
 
 
-def test_the_probe_of_provision_says_no_until_the_disk_is_there(make: Make) -> None:
+def test_the_probe_of_provision_fails_until_the_disk_exists(make: Make) -> None:
     env = make()
     assert vm.probe_provision(env, vm.NESTED) is None
     do(env, "preflight", "provision")
@@ -100,7 +100,7 @@ def test_the_probe_of_provision_says_no_until_the_disk_is_there(make: Make) -> N
     assert vm.probe_provision(env, vm.NESTED) is None
 
 
-def test_starting_twice_is_no_error_and_the_probe_sees_it_run(make: Make) -> None:
+def test_starting_twice_is_no_error_and_the_probe_reports_the_vm_as_running(make: Make) -> None:
     env = make()
     do(env, "preflight", "provision")
     assert vm.probe_start(env, vm.NESTED) is None
@@ -111,7 +111,7 @@ def test_starting_twice_is_no_error_and_the_probe_sees_it_run(make: Make) -> Non
 
 @pytest.mark.parametrize("running", [True, False], ids=["silent", "stopped"])
 @pytest.mark.parametrize("serial", [True, False], ids=["serial", "no serial"])
-def test_a_guest_whose_agent_stays_silent_is_told_with_the_consoles_that_it_has(
+def test_the_error_about_a_silent_agent_names_the_consoles_of_the_vm(
     make: Make, monkeypatch: pytest.MonkeyPatch, running: bool, serial: bool
 ) -> None:
     monkeypatch.setattr(agent, "ping", lambda *_: False)
@@ -126,7 +126,7 @@ def test_a_guest_whose_agent_stays_silent_is_told_with_the_consoles_that_it_has(
     assert f"console of VM {vmid} in the web interface of father" in str(caught.value)
 
 
-def test_an_import_that_fails_leaves_a_vm_that_the_teardown_takes(make: Make, host: MemoryHost) -> None:
+def test_the_teardown_destroys_the_vm_of_a_failed_import(make: Make, host: MemoryHost) -> None:
     env = make()
     do(env, "preflight")
     host.fault("POST", r"/nodes/father/qemu/\d+/config", text="no space left on device")
@@ -139,7 +139,7 @@ def test_an_import_that_fails_leaves_a_vm_that_the_teardown_takes(make: Make, ho
         assert not [path for path in model.state["files"] if "npve-" in path]
 
 
-def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: MemoryHost) -> None:
+def test_a_clone_of_a_template_is_the_runs_own_by_marker_and_uuid(make: Make, host: MemoryHost) -> None:
     api = host.connect().api
     api.post("/nodes/father/qemu", vmid=9000, name="golden", description="theirs", tags="gold")
     api.post("/nodes/father/qemu/9000/config", scsi0="local:8", net0="virtio,bridge=vmbr9")
@@ -155,7 +155,7 @@ def test_a_clone_of_a_template_is_ours_by_marker_and_uuid(make: Make, host: Memo
     assert host.configuration(9000) == before
 
 
-def test_vendor_data_brings_the_agent_and_the_mirror() -> None:
+def test_vendor_data_installs_the_agent_and_configures_the_mirror() -> None:
     text = vendor_data.user_data(
         Settings(mirror="http://mirror.example/debian", http_proxy="http://proxy:3128")
     )
@@ -169,8 +169,8 @@ def test_vendor_data_brings_the_agent_and_the_mirror() -> None:
     assert "install qemu-guest-agent" in script
 
 
-class Answers:
-    """A host that answers the two questions about addresses."""
+class Addresses:
+    """A host with these addresses and neighbours."""
 
     def __init__(self, addresses: list[dict[str, Any]], neighbours: list[dict[str, Any]]) -> None:
         self._answers = {"addr": addresses, "neigh": neighbours}
@@ -180,38 +180,38 @@ class Answers:
         return CommandResult(" ".join(command), 0, json.dumps(answer).encode(), b"", 0.1)
 
 
-def answering(neighbour: str | None, local: str = "10.0.0.1") -> PveHost:
+def host_with(neighbour: str | None, local: str = "10.0.0.1") -> PveHost:
     addresses = [{"ifname": "vmbr0", "addr_info": [{"local": local, "prefixlen": 24}]}]
     entries = [{"dst": "10.0.0.50", "lladdr": neighbour, "state": ["REACHABLE"]}] if neighbour else []
-    return PveHost("father", Answers(addresses, entries), None, "father")  # type: ignore[arg-type]
+    return PveHost("father", Addresses(addresses, entries), None, "father")  # type: ignore[arg-type]
 
 
 def test_an_address_that_belongs_to_the_card_is_accepted() -> None:
-    check_address(answering(MAC.upper()), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+    check_address(host_with(MAC.upper()), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 def test_an_address_of_another_card_is_refused() -> None:
     with pytest.raises(ForeignAddress, match="no login was tried there"):
-        check_address(answering("bc:24:11:99:99:99"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+        check_address(host_with("bc:24:11:99:99:99"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 def test_the_hosts_own_address_is_refused() -> None:
     with pytest.raises(ForeignAddress, match="has itself"):
-        check_address(answering(MAC, local="10.0.0.50"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+        check_address(host_with(MAC, local="10.0.0.50"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "169.254.1.1", "224.0.0.1", "0.0.0.0"])
-def test_an_address_of_no_machine_is_refused(ip: str) -> None:
+def test_an_address_that_no_machine_can_have_is_refused(ip: str) -> None:
     with pytest.raises(ForeignAddress):
-        check_address(answering(MAC), "vmbr0", ip, MAC, Deadline(5))
+        check_address(host_with(MAC), "vmbr0", ip, MAC, Deadline(5))
 
 
-def test_where_the_host_has_no_address_on_the_bridge_the_host_key_decides() -> None:
-    check_address(answering(None, local="192.0.2.1"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
+def test_without_an_address_of_the_host_on_the_bridge_only_the_host_key_decides() -> None:
+    check_address(host_with(None, local="192.0.2.1"), "vmbr0", "10.0.0.50", MAC, Deadline(5))
 
 
 class Booting:
-    """A machine whose sshd refuses, by these errors, and takes a login after them."""
+    """A machine at which logins fail with these errors, and then succeed."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -223,13 +223,13 @@ class Booting:
 
 
 def test_a_login_is_waited_for_until_sshd_listens_and_pmxcfs_has_the_keys() -> None:
-    machine = Booting(HostUnreachable("Connect failed"), LoginRefused("no key of ours is taken"))
+    machine = Booting(HostUnreachable("Connect failed"), LoginRefused("no key is accepted"))
     await_login(machine, Deadline(10))  # type: ignore[arg-type]
     assert machine.errors == []
 
 
 @pytest.mark.parametrize("error", [HostUnreachable, LoginRefused])
-def test_what_refuses_for_longer_than_a_boot_takes_is_told_as_it_was_seen(
+def test_an_error_that_lasts_longer_than_a_boot_is_raised_as_it_is(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deadline, "_scale", 0.005)
@@ -237,8 +237,8 @@ def test_what_refuses_for_longer_than_a_boot_takes_is_told_as_it_was_seen(
         await_login(Booting(*[error("refused")] * 1000), Deadline(100_000))  # type: ignore[arg-type]
 
 
-def test_another_machines_host_key_is_not_waited_for() -> None:
-    machine = Booting(HostKeyMismatch("not the key that was pinned"), HostUnreachable("never asked"))
+def test_a_wrong_host_key_ends_the_wait_at_once() -> None:
+    machine = Booting(HostKeyMismatch("not the key that was pinned"), HostUnreachable("not reached"))
     with pytest.raises(HostKeyMismatch):
         await_login(machine, Deadline(10))  # type: ignore[arg-type]
     assert len(machine.errors) == 1

@@ -1,4 +1,4 @@
-"""What the nested VM and the leaf boot: what a URL, a file or a name has to be, and how it gets there."""
+"""The images of the nested VM and of the leaf: forms of the setting, and the transfer to a storage."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ URL = "https://images.example/debian-13.qcow2"
 UPID = "UPID:outer:00000001:00000010:00000001:download:x:root@pam:"
 
 
-def environment(leaf_image: str | None = None, own: str | None = "local:import/debian-13.raw") -> Environment:
-    made = SimpleNamespace(settings=Settings(leaf_image=leaf_image), facts={"preflight": {"image": own}})
-    return cast(Environment, made)
+def environment(
+    leaf_image: str | None = None, image: str | None = "local:import/debian-13.raw"
+) -> Environment:
+    facts = {"preflight": {"image": image}}
+    return cast(Environment, SimpleNamespace(settings=Settings(leaf_image=leaf_image), facts=facts))
 
 
 class Storage:
-    """A PVE host with one directory storage, as far as bringing an image goes; `web` is what URLs serve."""
+    """A PVE host with one directory storage, for transfers of images; `web` has the content of URLs."""
 
     def __init__(self, web: dict[str, bytes] | None = None) -> None:
         self.web = web or {}
@@ -50,19 +52,19 @@ class Storage:
 
     def post(self, path: str, /, **params: Any) -> str:
         assert path.endswith("/storage/local/download-url")
-        name, wanted, self.exit = params["filename"], params["checksum"], "OK"
-        there = self.files.get(name)
-        if there is not None:
-            if hashlib.new(params["checksum-algorithm"], there).hexdigest() != wanted:
+        name, checksum, self.exit = params["filename"], params["checksum"], "OK"
+        existing = self.files.get(name)
+        if existing is not None:
+            if hashlib.new(params["checksum-algorithm"], existing).hexdigest() != checksum:
                 self.exit = f"refusing to override existing file '/srv/import/{name}'"
             return UPID
         self.fetched.append(params["url"])
         data = self.web[params["url"]]
-        found = hashlib.new(params["checksum-algorithm"], data).hexdigest()
-        if found == wanted:
+        actual = hashlib.new(params["checksum-algorithm"], data).hexdigest()
+        if actual == checksum:
             self.files[name] = data
         else:
-            self.exit = f"checksum mismatch: got '{found}' != expect '{wanted}'"
+            self.exit = f"checksum mismatch: got '{actual}' != expect '{checksum}'"
         return UPID
 
     def run(self, command: Any, **_options: Any) -> CommandResult:
@@ -78,24 +80,24 @@ class Storage:
         self.uploads += 1
 
 
-def bring(storage: Storage, setting: str) -> tuple[str, str, list[str]]:
-    """Volume, how it came there, and what was said meanwhile."""
-    said: list[str] = []
-    wanted = image_file.read(setting)
-    how = image_file.provide(storage.host, "local", wanted, 60, said.append)
-    return wanted.volume("local"), how, said
+def provide(storage: Storage, setting: str) -> tuple[str, str, list[str]]:
+    """Volume id, report and lines of progress."""
+    lines: list[str] = []
+    image = image_file.read(setting)
+    report = image_file.provide(storage.host, "local", image, 60, lines.append)
+    return image.volume("local"), report, lines
 
 
-def test_without_a_setting_the_leaf_boots_what_the_nested_vm_boots() -> None:
+def test_without_a_setting_the_leaf_boots_the_image_of_the_nested_vm() -> None:
     assert leaf_images.source(environment()) == "local:import/debian-13.raw"
 
 
-def test_a_clone_needs_an_image_for_its_leaf() -> None:
+def test_with_a_template_the_leaf_needs_an_image() -> None:
     with pytest.raises(PveError, match="nested_pve_leaf_image"):
-        leaf_images.source(environment(own=None))
+        leaf_images.source(environment(image=None))
 
 
-def test_beside_a_template_the_leaf_boots_the_newest_debian_that_the_host_has(
+def test_with_a_template_the_leaf_boots_the_newest_debian_image_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -142,10 +144,10 @@ def test_a_checksum_is_taken_as_it_is_published() -> None:
         assert parsers.image(parsers.Text(f"{URL}#{given}", Path("/"))) == f"{URL}#sha256:{SUM}"
 
 
-def test_a_file_is_looked_for_where_the_setting_stands(tmp_path: Path) -> None:
+def test_a_relative_path_is_relative_to_the_directory_of_the_setting(tmp_path: Path) -> None:
     (tmp_path / "debian.qcow2").write_bytes(b"the image")
-    found = parsers.image(parsers.Text("debian.qcow2", tmp_path))
-    assert found == str(tmp_path / "debian.qcow2")
+    image = parsers.image(parsers.Text("debian.qcow2", tmp_path))
+    assert image == str(tmp_path / "debian.qcow2")
     with pytest.raises(ValueError, match=r"no file /nowhere/debian\.qcow2"):
         parsers.image(parsers.Text("debian.qcow2", Path("/nowhere")))
 
@@ -160,10 +162,10 @@ def test_the_profile_of_a_host_names_no_file_of_whoever_runs_pytest(tmp_path: Pa
 
 def test_the_host_downloads_once_and_checks_afterwards() -> None:
     storage = Storage({URL: b"the image"})
-    volid, how, _ = bring(storage, f"{URL}#sha256:{SUM}")
+    volid, how, _ = provide(storage, f"{URL}#sha256:{SUM}")
     assert volid == f"local:import/debian-13-{SUM[:16]}.qcow2"
     assert how.startswith("downloaded")
-    _, how, _ = bring(storage, f"{URL}#sha256:{SUM}")
+    _, how, _ = provide(storage, f"{URL}#sha256:{SUM}")
     assert how.startswith("exists already")
     assert storage.fetched == [URL]
 
@@ -171,8 +173,8 @@ def test_the_host_downloads_once_and_checks_afterwards() -> None:
 def test_two_images_of_one_name_do_not_meet_on_the_storage() -> None:
     other = "https://images.example/daily/debian-13.qcow2"
     storage = Storage({URL: b"the image", other: b"another"})
-    first, _, _ = bring(storage, f"{URL}#sha256:{SUM}")
-    second, _, _ = bring(storage, f"{other}#sha256:{hashlib.sha256(b'another').hexdigest()}")
+    first, _, _ = provide(storage, f"{URL}#sha256:{SUM}")
+    second, _, _ = provide(storage, f"{other}#sha256:{hashlib.sha256(b'another').hexdigest()}")
     assert first != second
     assert sorted(storage.files.values()) == [b"another", b"the image"]
 
@@ -180,47 +182,47 @@ def test_two_images_of_one_name_do_not_meet_on_the_storage() -> None:
 def test_another_file_than_the_checksum_names_is_not_used() -> None:
     storage = Storage({URL: b"changed on the way"})
     with pytest.raises(PveError, match=r"checksum mismatch.*correct the setting"):
-        bring(storage, f"{URL}#sha256:{SUM}")
+        provide(storage, f"{URL}#sha256:{SUM}")
     assert storage.files == {}
 
 
-def test_a_damaged_file_in_the_cache_is_told_with_the_command_that_removes_it() -> None:
+def test_a_damaged_file_in_the_cache_is_reported_with_the_command_that_removes_it() -> None:
     storage = Storage({URL: b"the image"})
-    volid, _, _ = bring(storage, f"{URL}#sha256:{SUM}")
+    volid, _, _ = provide(storage, f"{URL}#sha256:{SUM}")
     storage.files[volid.rpartition("/")[2]] = b"half"
     with pytest.raises(PveError, match=f"pvesm free {volid}"):
-        bring(storage, f"{URL}#sha256:{SUM}")
+        provide(storage, f"{URL}#sha256:{SUM}")
 
 
-def test_a_local_file_is_uploaded_once_under_a_name_of_its_content(tmp_path: Path) -> None:
+def test_a_local_file_is_uploaded_once_under_a_name_with_its_checksum(tmp_path: Path) -> None:
     file = tmp_path / "mine.raw"
     file.write_bytes(b"x" * 3_000_000)
     storage = Storage()
-    volid, how, said = bring(storage, str(file))
+    volid, report, lines = provide(storage, str(file))
     assert storage.files == {volid.rpartition("/")[2]: file.read_bytes()}
-    assert how == f"copied from {file}, 3 MiB"
-    assert len(said) >= 20
-    assert said[-1].endswith("100 % of 3 MiB")
-    assert bring(storage, str(file))[1] == "exists already"
+    assert report == f"copied from {file}, 3 MiB"
+    assert len(lines) >= 20
+    assert lines[-1].endswith("100 % of 3 MiB")
+    assert provide(storage, str(file))[1] == "exists already"
     file.write_bytes(b"y" * 3_000_000)
-    bring(storage, str(file))
+    provide(storage, str(file))
     assert storage.uploads == 2
 
 
-def test_a_file_that_was_not_copied_whole_is_copied_again(tmp_path: Path) -> None:
+def test_a_partial_copy_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "mine.raw"
     file.write_bytes(b"the image")
     storage = Storage()
-    volid, _, _ = bring(storage, str(file))
+    volid, _, _ = provide(storage, str(file))
     storage.files[volid.rpartition("/")[2]] = b"the"
-    bring(storage, str(file))
+    provide(storage, str(file))
     assert storage.files[volid.rpartition("/")[2]] == b"the image"
 
 
-def test_a_download_that_fails_says_what_else_there_is() -> None:
+def test_the_error_of_a_failed_download_names_an_alternative() -> None:
     class Offline(Storage):
         def post(self, _path: str, /, **_params: Any) -> str:
             raise classify("download failed: exit code 4", 255, "create download-url")
 
     with pytest.raises(PveError, match="name a local file"):
-        bring(Offline(), f"{URL}#sha256:{SUM}")
+        provide(Offline(), f"{URL}#sha256:{SUM}")

@@ -36,7 +36,7 @@ def test_a_fact_that_was_recorded_without_a_value_is_written_as_null() -> None:
     assert vm.values() == {**VM, "storage": None}
 
 
-def test_facts_that_a_phase_does_not_know_are_not_written() -> None:
+def test_facts_without_a_value_are_not_written() -> None:
     assert ProvisionFacts(name="pve1", node="pve1").values() == {"node": "pve1", "name": "pve1"}
     assert SshFacts(None).values() == {"root_public_key": None}
     assert AddressFacts("192.0.2.1", ("ssh-rsa A",)).values() == {
@@ -58,7 +58,7 @@ def test_an_attached_pve_has_no_vm() -> None:
         _ = attached.card
 
 
-def test_a_value_of_another_type_is_a_clear_error() -> None:
+def test_a_value_of_another_type_is_an_error_that_names_phase_and_key() -> None:
     with pytest.raises(PveError, match=r"the phase provision to record its vmid as int .*found 'seven'"):
         ProvisionFacts.read({"vmid": "seven"})
 

@@ -1,4 +1,4 @@
-"""What a clone does at its first boot about its bridge and its hosts file, on files in a directory."""
+"""The first-boot script of a clone, on files in a directory: the bridge of its network configuration."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ config:
 
 
 class Clone:
-    """The files of a clone that boots for the first time; its one card is called `card`."""
+    """The files of a clone that boots for the first time; the name of its only card is `card`."""
 
     def __init__(self, path: Path, card: str = "eth0", was: str = "dhcp", subnets: str = DHCP) -> None:
         self.path = path
@@ -81,7 +81,7 @@ def test_a_clone_in_a_network_with_dhcp_keeps_its_bridge(tmp_path: Path) -> None
     assert f"MACAddress={MAC}" in clone.read("etc/systemd/network/10-nested-pve-eth0.link")
 
 
-def test_a_clone_takes_the_static_address_of_its_drive(tmp_path: Path) -> None:
+def test_a_clone_gets_the_static_address_of_its_cloud_init_drive(tmp_path: Path) -> None:
     clone = Clone(tmp_path, subnets=STATIC)
     assert clone.boot("network") == 0
     static = "static\n        address 10.0.0.5/23\n        gateway 10.0.0.1"
@@ -89,35 +89,35 @@ def test_a_clone_takes_the_static_address_of_its_drive(tmp_path: Path) -> None:
     assert clone.read("etc/resolv.conf") == "nameserver 10.0.0.2\n"
 
 
-def test_a_clone_of_a_template_with_a_static_address_goes_back_to_dhcp(tmp_path: Path) -> None:
+def test_a_clone_of_a_template_with_a_static_address_uses_dhcp(tmp_path: Path) -> None:
     was = "static\n        address 10.9.9.9/24\n        gateway 10.9.9.1"
     clone = Clone(tmp_path, was=was)
     assert clone.boot("network") == 0
     assert clone.read("etc/network/interfaces") == INTERFACES.format(was="dhcp")
 
 
-def test_the_bridge_follows_a_card_that_has_another_name_now(tmp_path: Path) -> None:
+def test_the_port_of_the_bridge_is_the_card_under_its_new_name(tmp_path: Path) -> None:
     clone = Clone(tmp_path, card="ens18")
     assert clone.boot("network") == 0
     assert clone.read("etc/network/interfaces") == INTERFACES.format(was="dhcp").replace("eth0", "ens18")
     assert (tmp_path / "etc/systemd/network/10-nested-pve-ens18.link").exists()
 
 
-def test_the_first_boot_is_the_only_one(tmp_path: Path) -> None:
+def test_the_script_runs_at_the_first_boot_only(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
     clone.boot("network")
     assert not (tmp_path / "first-boot.network").exists()
 
 
 @pytest.mark.parametrize("drive", ["", "version: 1\nconfig: []\n"])
-def test_without_a_word_about_the_network_nothing_is_changed(tmp_path: Path, drive: str) -> None:
+def test_without_a_network_configuration_no_file_is_changed(tmp_path: Path, drive: str) -> None:
     clone = Clone(tmp_path)
     (tmp_path / "var/lib/cloud/seed/nocloud/network-config").write_text(drive)
     assert clone.boot("network") == 0
     assert clone.read("etc/network/interfaces") == INTERFACES.format(was="dhcp")
 
 
-def test_the_scripts_are_ones(tmp_path: Path) -> None:
+def test_the_scripts_have_no_syntax_errors(tmp_path: Path) -> None:
     compile(FIRST_BOOT, "first-boot", "exec")
     script = tmp_path / "generalise"
     script.write_text(GENERALISE)

@@ -1,4 +1,4 @@
-"""What the identity role makes of a node's hosts file, played by Ansible itself."""
+"""The hosts file of a node after the identity role, run by Ansible itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 TASKS = Path(__file__).parents[2] / "playbooks/roles/nested_pve_identity/tasks/hosts.yml"
 BEFORE_AND_AFTER = {
-    # what is said behind a # is of no matter, for another's line and for one of the address
+    # comments are ignored, in lines of other hosts and in the line of the address
     "without": (
         "127.0.0.1 localhost nested # not nested\n::1 nested localhost\n"
         "10.9.9.9 nas  # used by nested\n10.0.0.5 other # not nested\n",
@@ -30,7 +30,7 @@ BEFORE_AND_AFTER = {
 
 
 @pytest.mark.thorough
-def test_the_name_stands_at_its_address_alone_and_others_lines_stay(tmp_path: Path) -> None:
+def test_the_name_is_listed_with_its_address_only_and_other_lines_are_kept(tmp_path: Path) -> None:
     text = (
         TASKS.read_text().replace(" /etc/hosts", ' "{{ hosts_file }}"').replace("/etc/cloud", str(tmp_path))
     )
@@ -50,7 +50,7 @@ def test_the_name_stands_at_its_address_alone_and_others_lines_stay(tmp_path: Pa
     assert {name: path.read_text() for name, path in files.items()} == {
         name: after for name, (_, after) in BEFORE_AND_AFTER.items()
     }
-    assert recap[0].count("changed=0") == 1, "what was right"
+    assert recap[0].count("changed=0") == 1, "the file that was correct"
     assert recap[1].count("changed=0") == len(files)
 
 

@@ -1,4 +1,4 @@
-"""A run that lives keeps its lease; one whose lease is gone makes nothing more."""
+"""The lease of a live run is renewed; a run that lost its lease creates nothing more."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_the_lease_is_renewed_until_the_keeper_stops(host: StandinHost, keeper: 
     first = create_pool(api, run, settings, run.created - 100)
     keeper.start()
 
-    def later() -> bool:
+    def renewed() -> bool:
         pool = read_pool(api, pool_name(settings, run))
         lease = parse_lease(pool.comment) if pool else None
         return lease is not None and lease.expires > first.expires
 
-    wait_until(later, deadline=Deadline(10), what="a renewal")
+    wait_until(renewed, deadline=Deadline(10), what="a renewal")
     keeper.check()
 
 
@@ -52,25 +52,23 @@ def test_a_renewal_waits_for_a_lock(host: StandinHost, keeper: LeaseKeeper) -> N
     assert renew(api, run, settings, run.created, state="kept").state == "kept"
 
 
-def test_a_lease_that_is_gone_is_known(keeper: LeaseKeeper) -> None:
+def test_a_lost_lease_is_noticed(keeper: LeaseKeeper) -> None:
     keeper.start()  # there is no pool
     wait_until(lambda: keeper.lost, deadline=Deadline(10), what="the loss to be noticed")
     with pytest.raises(LeaseLost, match="nothing more is created"):
         keeper.check()
 
 
-def test_a_host_that_does_not_answer_for_a_while_loses_nothing(
-    host: StandinHost, keeper: LeaseKeeper
-) -> None:
+def test_the_lease_survives_failed_renewals(host: StandinHost, keeper: LeaseKeeper) -> None:
     api, run, settings = host.connect().api, keeper._run, keeper._settings
     first = create_pool(api, run, settings, run.created - 100)
     host.fault("GET", "/pools", text="got timeout", times=2)
     keeper.start()
 
-    def later() -> bool:
+    def renewed() -> bool:
         comment, _ = host.pools()[pool_name(settings, run)]
         lease = parse_lease(comment)
         return lease is not None and lease.expires > first.expires
 
-    wait_until(later, deadline=Deadline(10), what="a renewal after failures")
+    wait_until(renewed, deadline=Deadline(10), what="a renewal after failures")
     assert keeper.lost is None

@@ -1,4 +1,4 @@
-"""The runner of phases: each once, in order, broken by the first cause."""
+"""The phase runner: each phase once, in order; the first failure ends the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def runner(*phases: Phase) -> PhaseRunner:
     return PhaseRunner(phases, environment, Log())
 
 
-def does(done: list[str], name: str, facts: Mapping[str, Any] | None = None) -> Callable[[Any], Any]:
+def record_call(done: list[str], name: str, facts: Mapping[str, Any] | None = None) -> Callable[[Any], Any]:
     def do(_environment: Any) -> Mapping[str, Any] | None:
         done.append(name)
         return facts
@@ -34,60 +34,62 @@ def does(done: list[str], name: str, facts: Mapping[str, Any] | None = None) -> 
     return do
 
 
-def fails(text: str) -> Callable[[Any], Any]:
+def fail_with(text: str) -> Callable[[Any], Any]:
     def do(_environment: Any) -> None:
         raise PveError(text)
 
     return do
 
 
-def test_a_phase_is_done_after_what_it_needs_and_only_once() -> None:
+def test_a_phase_is_done_once_and_after_its_needs() -> None:
     done: list[str] = []
-    r = runner(*(Phase(n, n, does(done, n)) for n in ("a", "b", "c")))
-    r.execute("b", by="x")
-    r.execute("b", by="y")
-    r.ensure("c", by="y")
+    phases = runner(*(Phase(n, n, record_call(done, n)) for n in ("a", "b", "c")))
+    phases.execute("b", by="x")
+    phases.execute("b", by="y")
+    phases.ensure("c", by="y")
     assert done == ["a", "b", "c"]
-    assert r.done_by == {"a": "x", "b": "x", "c": "y"}
+    assert phases.done_by == {"a": "x", "b": "x", "c": "y"}
 
 
-def test_a_prerequisite_is_proved_by_its_probe_and_the_chosen_phase_executed() -> None:
+def test_a_prerequisite_is_proved_by_its_probe_and_the_requested_phase_executed() -> None:
     done: list[str] = []
-    r = runner(
-        Phase("a", "a", does(done, "a"), probe=lambda _: {"found": 1}),
-        Phase("b", "b", does(done, "b"), probe=lambda _: {"found": 2}),
+    phases = runner(
+        Phase("a", "a", record_call(done, "a"), probe=lambda _: {"found": 1}),
+        Phase("b", "b", record_call(done, "b"), probe=lambda _: {"found": 2}),
     )
-    r.execute("b")
+    phases.execute("b")
     assert done == ["b"]
-    assert r.status == {"a": "proved", "b": "done"}
-    assert r.environment.facts["a"] == {"found": 1}
+    assert phases.status == {"a": "proved", "b": "done"}
+    assert phases.environment.facts["a"] == {"found": 1}
 
 
-def test_the_first_cause_is_what_later_users_get_and_nothing_is_done_again() -> None:
+def test_later_requests_report_the_first_cause_and_no_phase_is_repeated() -> None:
     done: list[str] = []
-    r = runner(
-        Phase("a", "a", fails("no space")), Phase("b", "b", does(done, "b")), Phase("c", "c", does(done, "c"))
+    phases = runner(
+        Phase("a", "a", fail_with("no space")),
+        Phase("b", "b", record_call(done, "b")),
+        Phase("c", "c", record_call(done, "c")),
     )
     with pytest.raises(PhaseBroken, match="no space"):
-        r.execute("a")
+        phases.execute("a")
     for _ in range(2):
         with pytest.raises(PhaseBroken, match="c needs a, which failed: no space"):
-            r.ensure("c")
+            phases.ensure("c")
     assert done == []
-    assert r.broken is not None
-    assert r.broken.phase == "a"
+    assert phases.broken is not None
+    assert phases.broken.phase == "a"
 
 
-def test_what_does_not_need_the_failed_phase_still_runs() -> None:
+def test_a_phase_that_does_not_need_the_failed_one_still_runs() -> None:
     done: list[str] = []
-    r = runner(
-        Phase("a", "a", fails("x")),
-        Phase("b", "b", does(done, "b"), needs=()),
-        Phase("c", "c", does(done, "c"), needs=("b",)),
+    phases = runner(
+        Phase("a", "a", fail_with("x")),
+        Phase("b", "b", record_call(done, "b"), needs=()),
+        Phase("c", "c", record_call(done, "c"), needs=("b",)),
     )
     with pytest.raises(PhaseBroken):
-        r.execute("a")
-    r.execute("c")
+        phases.execute("a")
+    phases.execute("c")
     assert done == ["b", "c"]
 
 
@@ -95,19 +97,19 @@ def test_an_interrupted_phase_breaks_the_run() -> None:
     def stop(_environment: Any) -> None:
         raise KeyboardInterrupt
 
-    r = runner(Phase("a", "a", stop))
+    phases = runner(Phase("a", "a", stop))
     with pytest.raises(KeyboardInterrupt):
-        r.execute("a")
+        phases.execute("a")
     with pytest.raises(PhaseBroken, match="interrupted"):
-        r.execute("a")
+        phases.execute("a")
 
 
-def test_every_start_has_its_end_in_the_log() -> None:
-    r = runner(Phase("a", "a", does([], "a")), Phase("b", "b", fails("x")))
+def test_the_log_has_an_end_for_every_start() -> None:
+    phases = runner(Phase("a", "a", record_call([], "a")), Phase("b", "b", fail_with("x")))
     with pytest.raises(PhaseBroken):
-        r.ensure("b")
-    assert isinstance(r.audit, Log)
-    assert r.audit.lines == [
+        phases.ensure("b")
+    assert isinstance(phases.audit, Log)
+    assert phases.audit.lines == [
         ("phase_start", "a", None),
         ("phase_end", "a", "done"),
         ("phase_start", "b", None),
@@ -117,11 +119,11 @@ def test_every_start_has_its_end_in_the_log() -> None:
 
 def test_needs_are_followed_to_their_own_needs() -> None:
     phases = (
-        Phase("a", "", does([], "")),
-        Phase("b", "", does([], ""), needs=("a",)),
-        Phase("x", "", does([], ""), needs=()),
-        Phase("c", "", does([], ""), needs=("b",)),
-        Phase("d", "", does([], "")),
+        Phase("a", "", record_call([], "")),
+        Phase("b", "", record_call([], ""), needs=("a",)),
+        Phase("x", "", record_call([], ""), needs=()),
+        Phase("c", "", record_call([], ""), needs=("b",)),
+        Phase("d", "", record_call([], "")),
     )
     assert needed_before(phases, "c") == ("a", "b")
     assert needed_before(phases, "d") == ("a", "b", "x", "c")
@@ -130,16 +132,16 @@ def test_needs_are_followed_to_their_own_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phases", "says"),
+    ("phases", "message"),
     [
-        ([Phase("a", "", does([], "")), Phase("a", "", does([], ""))], "two phases"),
-        ([Phase("A b", "", does([], ""))], "lower-case"),
+        ([Phase("a", "", record_call([], "")), Phase("a", "", record_call([], ""))], "two phases"),
+        ([Phase("A b", "", record_call([], ""))], "lower-case"),
         (
-            [Phase("a", "", does([], ""), needs=("b",)), Phase("b", "", does([], ""))],
+            [Phase("a", "", record_call([], ""), needs=("b",)), Phase("b", "", record_call([], ""))],
             "not among the phases before",
         ),
     ],
 )
-def test_a_list_that_cannot_be_run_is_refused(phases: list[Phase], says: str) -> None:
-    with pytest.raises(PhaseListError, match=says):
+def test_a_list_that_cannot_be_run_is_refused(phases: list[Phase], message: str) -> None:
+    with pytest.raises(PhaseListError, match=message):
         check(phases)

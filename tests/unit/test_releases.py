@@ -1,7 +1,7 @@
-"""Debian 12 with PVE 8, Debian 13 with PVE 9, and sites without the internet: where each setting arrives.
+"""Debian 12 with PVE 8, Debian 13 with PVE 9, and sites without the internet: the values of the variables.
 
-The playbooks' variables are rendered by Ansible itself. Of PVE 8 there are no recordings: what is tested of
-it is the packaging.
+The playbooks' variables are rendered by Ansible itself. There are no recordings of PVE 8: only its
+packaging is tested.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ Render = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 @pytest.fixture
 def render(tmp_path: Path) -> Render:
-    """What the role's variables are on a Debian release, with the variables that the harness gives."""
+    """Render the role's variables on a Debian release, with the variables of the phase."""
 
-    def render(release: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        said = ", ".join(f"'{name}': {name}" for name in NAMES)
+    def render(release: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        pairs = ", ".join(f"'{name}': {name}" for name in NAMES)
         tasks = [
             {"set_fact": {"distribution_major_version": release, "cacheable": True}},
-            {"copy": {"dest": str(tmp_path / "said"), "content": f"{{{{ {{ {said} }} | to_json }}}}"}},
+            {"copy": {"dest": str(tmp_path / "rendered"), "content": f"{{{{ {{ {pairs} }} | to_json }}}}"}},
         ]
         defaults = [str(ROLES / "pve_install" / "defaults" / "main.yml")]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": defaults}
         (tmp_path / "play.yml").write_text(json.dumps([{**play, "tasks": tasks}]))
-        (tmp_path / "given.json").write_text(json.dumps(dict(given)))
-        ansible = Path(sys.executable).parent / "ansible-playbook"
+        (tmp_path / "variables.json").write_text(json.dumps(dict(variables)))
+        ansible = str(Path(sys.executable).parent / "ansible-playbook")
         subprocess.run(
-            [str(ansible), "-i", "localhost,", "-e", f"@{tmp_path}/given.json", str(tmp_path / "play.yml")],
+            [ansible, "-i", "localhost,", "-e", f"@{tmp_path}/variables.json", str(tmp_path / "play.yml")],
             check=True, capture_output=True, cwd=tmp_path,
             env={
                 "PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8",
                 "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
             },
         )  # fmt: skip
-        return cast("dict[str, Any]", json.loads((tmp_path / "said").read_text()))
+        return cast("dict[str, Any]", json.loads((tmp_path / "rendered").read_text()))
 
     return render
 
@@ -79,27 +79,27 @@ def render(tmp_path: Path) -> Render:
 def test_each_debian_release_gets_the_pve_that_belongs_to_it(
     render: Render, release: str, suite: str, key: str, checksum: str, keyring: str
 ) -> None:
-    found = render(release, play_variables.pve_install(Settings(), {}))
-    assert found["pve_install_release"]["suite"] == suite
-    assert found["pve_install_release"]["keyring"].endswith(f"/{keyring}")
-    assert found["pve_install_key_url"].endswith(f"/{key}")
-    digits = found["pve_install_key_checksum"].strip().removeprefix(checksum)
+    rendered = render(release, play_variables.pve_install(Settings(), {}))
+    assert rendered["pve_install_release"]["suite"] == suite
+    assert rendered["pve_install_release"]["keyring"].endswith(f"/{keyring}")
+    assert rendered["pve_install_key_url"].endswith(f"/{key}")
+    digits = rendered["pve_install_key_checksum"].strip().removeprefix(checksum)
     assert len(digits) == {"sha512:": 128, "sha256:": 64}[checksum]
-    assert found["pve_install_repository_url"] == "http://download.proxmox.com/debian/pve"
-    # What asks for a subscription: a list before PVE 9, deb822 since.
-    (enterprise,) = found["pve_install_release"]["enterprise"]
+    assert rendered["pve_install_repository_url"] == "http://download.proxmox.com/debian/pve"
+    # The enterprise repository: a list file before PVE 9, deb822 since.
+    (enterprise,) = rendered["pve_install_release"]["enterprise"]
     assert enterprise.endswith(".list" if release == "12" else ".sources")
 
 
 @pytest.mark.parametrize("release", ["12", "13"])
-def test_what_the_host_profile_says_reaches_the_installation(render: Render, release: str) -> None:
+def test_values_of_the_host_profile_are_variables_of_the_installation(render: Render, release: str) -> None:
     settings = Settings().with_profile(SITE)
-    found = render(release, play_variables.pve_install(settings, {}))
-    assert found["pve_install_repository_url"] == SITE["pve_repository_url"]
-    assert found["pve_install_key_url"] == SITE["pve_repository_key_url"]
-    assert found["pve_install_key_checksum"].strip() == f"sha256:{SITE['pve_repository_key_sha256']}"
-    assert found["pve_install_mirror"] == SITE["mirror"]
-    assert found["pve_install_http_proxy"] == SITE["http_proxy"]
+    rendered = render(release, play_variables.pve_install(settings, {}))
+    assert rendered["pve_install_repository_url"] == SITE["pve_repository_url"]
+    assert rendered["pve_install_key_url"] == SITE["pve_repository_key_url"]
+    assert rendered["pve_install_key_checksum"].strip() == f"sha256:{SITE['pve_repository_key_sha256']}"
+    assert rendered["pve_install_mirror"] == SITE["mirror"]
+    assert rendered["pve_install_http_proxy"] == SITE["http_proxy"]
     assert settings.image == SITE["image"]
 
 
@@ -110,20 +110,20 @@ def test_mirror_and_proxy_are_used_at_the_first_boot() -> None:
     assert data["apt"]["http_proxy"] == data["apt"]["https_proxy"] == SITE["http_proxy"]
 
 
-def test_the_name_that_has_to_resolve_behind_the_bridge_is_the_sites_own() -> None:
+def test_the_name_that_must_resolve_behind_the_bridge_is_that_of_the_sites_mirror() -> None:
     variables = play_variables.network(Settings().with_profile(SITE), {})
     assert variables["pve_repository_url"] == SITE["pve_repository_url"]
 
 
-def test_a_site_without_the_internet_needs_no_setting_that_a_host_may_not_make() -> None:
+def test_a_site_without_the_internet_needs_only_keys_of_a_host_profile() -> None:
     assert set(SITE) <= PROFILE_KEYS
 
 
-# -- the least version ---------------------------------------------------------------------------
+# -- the minimum version ---------------------------------------------------------------------------
 
 
 class Node:
-    """A node on which all is well, of some version."""
+    """A healthy node of that version."""
 
     def __init__(self, version: str) -> None:
         self.version = version
@@ -135,22 +135,22 @@ class Node:
         return {"version": self.version}
 
 
-@pytest.mark.parametrize(("version", "well"), [("9.2.11", True), ("8.2.2", True), ("8.10.0", True)])
-def test_a_new_enough_pve_is_well(version: str, well: bool) -> None:
+@pytest.mark.parametrize(("version", "healthy"), [("9.2.11", True), ("8.2.2", True), ("8.10.0", True)])
+def test_a_supported_version_is_healthy(version: str, healthy: bool) -> None:
     node = cast(Any, Node(version))
-    assert (host_phases.health(PveHost("nested", node, node, "nested"))[0] == version) is well
+    assert (host_phases.health(PveHost("nested", node, node, "nested"))[0] == version) is healthy
 
 
 @pytest.mark.parametrize("version", ["8.1.4", "7.4-3"])
-def test_a_pve_that_is_too_old_is_told_with_the_version_that_is_needed(version: str) -> None:
+def test_the_fault_of_an_old_pve_names_the_required_version(version: str) -> None:
     node = cast(Any, Node(version))
-    found, wrong = host_phases.health(PveHost("nested", node, node, "nested"))
-    assert found is None
-    assert version in wrong
-    assert "8.2" in wrong
+    known, fault = host_phases.health(PveHost("nested", node, node, "nested"))
+    assert known is None
+    assert version in fault
+    assert "8.2" in fault
 
 
-def test_a_clone_that_was_made_too_old_is_not_proved() -> None:
+def test_a_clone_with_an_old_pve_is_not_proved() -> None:
     node = cast(Any, Node("8.1.4"))
     env = SimpleNamespace(inner=PveHost("nested", node, node, "nested"), ip="10.0.0.5")
     assert host_phases.probe_pve(cast(Any, env)) is None

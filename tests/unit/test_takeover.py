@@ -1,4 +1,4 @@
-"""probe.py and takeover.sh: a directory stands for a node's files, and commands do nothing but answer."""
+"""probe.py and takeover.sh, on the files of a node in a directory, with replaced commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 FILES = Path(__file__).parents[2] / "playbooks/roles/nested_pve_network/files"
 STUB = "../run/systemd/resolve/stub-resolv.conf"
-#: A unit is active if its file is there. The bridge gets its address if `leased` is there.
+#: A unit is active if its file exists. The bridge gets its address if `leased` exists.
 SYSTEMCTL = """\
 case "$1 $2" in
 "is-active --quiet") test -e active/$3 ;;
@@ -25,7 +25,7 @@ IP = 'case "$*" in *"-o addr show"*) [ ! -e leased ] || echo "3: vmbr0 inet 192.
 
 
 class Node:
-    """Below `root`; `state` is where a takeover keeps what it needs."""
+    """A node whose files are below `root`; `state` is the directory of the takeover."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,12 +38,12 @@ class Node:
             text = text.replace(place, f"{root}{place}")
         (root / "takeover.sh").write_text(text)
         quiet = ("ifdown", "ifquery", "ifreload", "pkill", "arping", "netplan")
-        for name, does in {"systemctl": SYSTEMCTL, "ip": IP, **dict.fromkeys(quiet, "")}.items():
-            (root / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        for name, script in {"systemctl": SYSTEMCTL, "ip": IP, **dict.fromkeys(quiet, "")}.items():
+            (root / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
             (root / "bin" / name).chmod(0o755)
 
     def take_over(self, interfaces: str, *, leased: bool, arguments: tuple[str, ...] = ()) -> str:
-        """What the takeover says as its result."""
+        """Run the takeover; the text of its result file."""
         (self.state / "resolv.conf").write_text("nameserver 192.0.2.1\n")
         (self.state / "interfaces.new").write_text(interfaces)
         (self.root / "leased").unlink(missing_ok=True)
@@ -55,52 +55,52 @@ class Node:
         )  # fmt: skip
         return (self.state / "result").read_text().strip()
 
-    def seen(self) -> dict[str, str]:
-        """The files of the network's set-up, a link by where it leads, and the units that are active."""
+    def network_state(self) -> dict[str, str]:
+        """The files of the network configuration, links by their targets, and the active units."""
         files = [path for path in (self.root / "etc").rglob("*") if path.is_symlink() or path.is_file()]
-        found = {
+        contents = {
             str(path.relative_to(self.root)): str(path.readlink()) if path.is_symlink() else path.read_text()
             for path in files
         }
-        return found | {"active": " ".join(sorted(path.name for path in (self.root / "active").iterdir()))}
+        return contents | {"active": " ".join(sorted(path.name for path in (self.root / "active").iterdir()))}
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
-    """As cloud-init leaves one: netplan, networkd, resolved; and with one manager more."""
-    made = Node(tmp_path)
+    """A node after cloud-init: netplan, networkd, resolved; and NetworkManager as well."""
+    new = Node(tmp_path)
     (tmp_path / "etc/netplan/50-cloud-init.yaml").write_text("by cloud-init\n")
     (tmp_path / "etc/resolv.conf").symlink_to(STUB)
     for unit in ("NetworkManager.service", "systemd-networkd.service", "systemd-resolved.service"):
         (tmp_path / "active" / unit).touch()
-    return made
+    return new
 
 
-def test_a_takeover_that_fails_puts_back_what_it_found(node: Node) -> None:
-    before = node.seen()
-    # of nothing, and not at the next boot
+def test_a_takeover_that_fails_restores_the_former_configuration(node: Node) -> None:
+    before = node.network_state()
+    # harmless: without interfaces, and not enabled at boot
     before["active"] = " ".join(sorted([*before["active"].split(), "networking.service"]))
     assert node.take_over("the bridge\n", leased=False).startswith("failed the bridge vmbr0 got no address")
-    assert node.seen() == before
+    assert node.network_state() == before
 
 
-def test_a_later_takeover_that_fails_puts_back_what_the_one_before_made(node: Node) -> None:
+def test_a_later_takeover_that_fails_restores_the_result_of_the_former_one(node: Node) -> None:
     assert node.take_over("the bridge\n", leased=True) == "ok 192.0.2.5/24"
-    good = node.seen()
+    good = node.network_state()
     assert good == {
         "etc/network/interfaces": "the bridge\n",
         "etc/resolv.conf": "nameserver 192.0.2.1\n",
         "active": "networking.service",
     }
     assert node.take_over("another address\n", leased=False).startswith("failed")
-    assert node.seen() == good
+    assert node.network_state() == good
 
 
-def test_a_takeover_that_was_cut_off_is_put_back_by_the_next_one_that_fails(node: Node) -> None:
+def test_an_interrupted_takeover_is_undone_by_the_next_one_that_fails(node: Node) -> None:
     (node.root / "etc/netplan").rename(node.state / "netplan")
     (node.root / "etc/netplan").mkdir()
     node.take_over("the bridge\n", leased=False)
-    assert node.seen()["etc/netplan/50-cloud-init.yaml"] == "by cloud-init\n"
+    assert node.network_state()["etc/netplan/50-cloud-init.yaml"] == "by cloud-init\n"
 
 
 @pytest.mark.parametrize(("arguments", "servers"), [((), "192.0.2.53"), (("names",), "192.0.2.1")])
@@ -118,7 +118,7 @@ def test_named_servers_replace_those_of_a_plain_file_and_servers_in_use_do_not(
 
 
 @pytest.mark.parametrize(
-    ("device", "wanted", "gateway", "stays"),
+    ("device", "address", "gateway", "reachable"),
     [
         ("eth0", "192.0.2.9/24", "192.0.2.1", True),
         ("eth0", "198.51.100.9/24", "192.0.2.1", False),
@@ -127,17 +127,19 @@ def test_named_servers_replace_those_of_a_plain_file_and_servers_in_use_do_not(
     ],
     ids=["in the new network", "outside of it", "no address", "by another card"],
 )
-def test_the_gateway_of_the_card_is_told_and_whether_the_new_address_reaches_it(
-    tmp_path: Path, device: str, wanted: str, gateway: str, stays: bool
+def test_the_probe_reports_the_cards_gateway_and_whether_the_new_address_reaches_it(
+    tmp_path: Path, device: str, address: str, gateway: str, reachable: bool
 ) -> None:
     links = [{"ifname": name, "address": f"52:54:00:00:00:0{name[-1]}"} for name in ("eth0", "eth1")]
     route = [{"dst": "default", "gateway": "192.0.2.1", "dev": device}]
-    says = f"case \"$*\" in *link*) echo '{json.dumps(links)}' ;; *route*) echo '{json.dumps(route)}' ;; esac"
-    (tmp_path / "ip").write_text(f"#!/bin/sh\n{says}\n")
+    script = (
+        f"case \"$*\" in *link*) echo '{json.dumps(links)}' ;; *route*) echo '{json.dumps(route)}' ;; esac"
+    )
+    (tmp_path / "ip").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "ip").chmod(0o755)
     done = subprocess.run(
-        [sys.executable, FILES / "probe.py", "vmbr0", "eth0", "", wanted],
+        [sys.executable, FILES / "probe.py", "vmbr0", "eth0", "", address],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    told = json.loads(done.stdout)
-    assert (told["gateway"], told["gateway_reachable"]) == (gateway, stays)
+    report = json.loads(done.stdout)
+    assert (report["gateway"], report["gateway_reachable"]) == (gateway, reachable)

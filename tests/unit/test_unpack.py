@@ -1,4 +1,4 @@
-"""unpack.py: a directory holds what the last archive holds, whatever the one before held there."""
+"""unpack.py: the content of the last archive replaces that of the former one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINK = "-> "
 
 
 def unpack(root: Path, files: Mapping[str, str], digest: str) -> str:
-    """What goes wrong, or an empty text. A text that begins with LINK makes a link."""
+    """Unpack an archive of these files; the error or "". A text that begins with LINK is a link."""
     with tarfile.open(root / "archive.tar.gz", "w:gz") as tar:
         for name, text in files.items():
             info = tarfile.TarInfo(name)
@@ -31,7 +31,7 @@ def unpack(root: Path, files: Mapping[str, str], digest: str) -> str:
     return done.stderr.strip()
 
 
-def found(root: Path) -> dict[str, str]:
+def content(root: Path) -> dict[str, str]:
     paths = [path for path in (root / "there").rglob("*") if path.is_symlink() or not path.is_dir()]
     return {
         str(path.relative_to(root / "there")): f"{LINK}{path.readlink()}"
@@ -49,28 +49,30 @@ KINDS: dict[str, dict[str, str]] = {
 }
 
 
-def test_a_name_may_become_something_else(tmp_path: Path) -> None:
+def test_a_name_may_become_another_type_of_file(tmp_path: Path) -> None:
     rest = {"real/x": "1"}
-    # each kind after each other one
+    # every kind of file follows every other kind
     order = "file link file directory file nothing link directory link nothing directory nothing file"
     for number, kind in enumerate(order.split()):
         assert unpack(tmp_path, rest | KINDS[kind], str(number)) == ""
-        assert found(tmp_path) == rest | KINDS[kind]
+        assert content(tmp_path) == rest | KINDS[kind]
         assert (tmp_path / "state.digest").read_text() == str(number)
 
 
-def test_what_was_made_there_stays_and_is_named_where_it_is_in_the_way(tmp_path: Path) -> None:
+def test_foreign_files_are_kept_and_named_in_the_error_if_they_are_in_the_way(tmp_path: Path) -> None:
     assert unpack(tmp_path, {"conf/y": "1", "real/x": "1"}, "first") == ""
-    there = tmp_path / "there"
-    (there / "conf/made").write_text("here")
-    (there / "link").symlink_to("real")
-    assert f"at {there}/conf, found a directory: remove it" in unpack(tmp_path, {"conf": "2"}, "second")
-    assert f"at {there}/link, found a link or a file: remove it" in unpack(tmp_path, {"link/x": "3"}, "third")
-    assert found(tmp_path) == {"conf/made": "here", "link": f"{LINK}real"}
-    assert (tmp_path / "state.digest").read_text() == "", "what failed is done again"
+    directory = tmp_path / "there"
+    (directory / "conf/made").write_text("here")
+    (directory / "link").symlink_to("real")
+    assert f"at {directory}/conf, found a directory: remove it" in unpack(tmp_path, {"conf": "2"}, "second")
+    assert f"at {directory}/link, found a link or a file: remove it" in unpack(
+        tmp_path, {"link/x": "3"}, "third"
+    )
+    assert content(tmp_path) == {"conf/made": "here", "link": f"{LINK}real"}
+    assert (tmp_path / "state.digest").read_text() == "", "a failed unpack is repeated"
 
 
-def test_nothing_behind_a_link_that_came_from_elsewhere_is_removed(tmp_path: Path) -> None:
+def test_files_behind_a_foreign_link_are_kept(tmp_path: Path) -> None:
     assert unpack(tmp_path, {"conf/y": "1", "x": "1"}, "first") == ""
     (tmp_path / "there/conf").rename(tmp_path / "elsewhere")
     (tmp_path / "there/conf").symlink_to(tmp_path / "elsewhere")
@@ -78,11 +80,11 @@ def test_nothing_behind_a_link_that_came_from_elsewhere_is_removed(tmp_path: Pat
     assert (tmp_path / "elsewhere/y").read_text() == "1"
 
 
-def test_what_a_run_wrote_that_was_cut_off_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_files_of_an_interrupted_unpack_are_removed_by_the_next_one(tmp_path: Path) -> None:
     (tmp_path / "there/stands").mkdir(parents=True)
     assert unpack(tmp_path, {"a": "1", "stands": "1"}, "first") != ""
     assert unpack(tmp_path, {"a/b": "2"}, "second") == ""
-    assert found(tmp_path) == {"a/b": "2"}
+    assert content(tmp_path) == {"a/b": "2"}
 
 
 def test_an_archive_never_writes_outside_of_its_directory(tmp_path: Path) -> None:
