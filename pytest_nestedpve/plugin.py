@@ -1,4 +1,4 @@
-"""pytest hooks and fixtures. Thin: session/hooks.py and session/open_run.py do the work."""
+"""pytest hooks and fixtures. The work is done in session/hooks.py and session/open_run.py."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[pytest.Item] | None:
-    # By name: nothing is imported for projects without the sentinel.
+    # Compared by name: projects without the sentinel import no further module.
     if type(obj) is not ModuleType or obj.__name__ != "pytest_nestedpve.steps":
         return None
     if not isinstance(collector, pytest.Module):
@@ -82,7 +82,7 @@ def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost 
 
     session = hooks.of(config)
     resolved = hosts.resolve(settings.host)
-    session.state.remark_once(*resolved.notes)  # before the login: they may explain its failure
+    session.state.remark_once(*resolved.notes)  # before the login: the notes may explain its failure
     return hosts.connect(resolved, session.command_log())
 
 
@@ -93,7 +93,7 @@ def pytest_configure_node(node: Any) -> None:
     hooks.configure_worker(node)
 
 
-# Options of the VM, checked by vm_fixtures.py: a project's conftest.py may override them, in scope session.
+# Options of the VM, checked by vm_fixtures.py. A project's conftest.py may override them in scope session.
 
 
 def _setting(request: pytest.FixtureRequest, name: str) -> Any:
@@ -188,7 +188,7 @@ def nested_pve_clean(
 ) -> NestedPve:
     """The nested PVE in its state after set-up: changes of earlier tests are undone.
 
-    For each test, or with `@pytest.mark.nested_pve_clean(scope="module")` (or class) once for all of those.
+    For each test, or with `@pytest.mark.nested_pve_clean(scope="module")` (or class) once per module (class).
     """
     nested_pve_run.restore_clean_state(request.node)
     return nested_pve

@@ -1,7 +1,7 @@
-"""Certificate authorities for programs of other people: what they trust here already, and one more.
+"""Bundles of certificate authorities for other programs: the roots they trust, and one authority more.
 
-SSL_CERT_FILE (OpenSSL, Go), REQUESTS_CA_BUNDLE (Python's requests) and CURL_CA_BUNDLE take the place of the
-system's roots. A program that is told the nested PVE's authority alone could not download from anywhere else.
+SSL_CERT_FILE (OpenSSL, Go), REQUESTS_CA_BUNDLE (Python's requests) and CURL_CA_BUNDLE replace the system's
+roots. With the nested PVE's authority alone a program could not download from any other server.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
-# Where systems keep their roots in one file: Debian, Fedora, SUSE, Alpine and BSD.
-_PLACES = (
+# Files of the system's roots on Debian, Fedora, SUSE, Alpine and BSD.
+_ROOT_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/ca-bundle.pem",
@@ -23,25 +23,25 @@ _PLACES = (
 
 
 def with_roots(variable: str, authority: bytes, environ: Mapping[str, str] | None = None) -> bytes:
-    """PEM of `authority` and of what `variable` stands for now: the file it names, or the system's roots."""
+    """PEM of the roots that `variable` selects (the file it names, else the system's), and `authority`."""
     named = (os.environ if environ is None else environ).get(variable, "")
-    trusted = _content(Path(named)) if named else None
+    trusted = _read_pem(Path(named)) if named else None
     if trusted is None:
-        trusted = next((found for path in _system() if (found := _content(path)) is not None), b"")
+        trusted = next((pem for path in _root_files() if (pem := _read_pem(path)) is not None), b"")
     return b"\n".join(part.strip() for part in (trusted, authority) if part.strip()) + b"\n"
 
 
-def _system() -> list[Path]:
+def _root_files() -> list[Path]:
     default = ssl.get_default_verify_paths().openssl_cafile
-    places = [Path(place) for place in (default, *_PLACES) if place]
-    # A bare machine may have none but those that requests brings.
+    files = [Path(file) for file in (default, *_ROOT_FILES) if file]
+    # A minimal machine may have only the roots in requests' dependency certifi.
     spec = importlib.util.find_spec("certifi")
     if spec is not None and spec.origin:
-        places.append(Path(spec.origin).with_name("cacert.pem"))
-    return places
+        files.append(Path(spec.origin).with_name("cacert.pem"))
+    return files
 
 
-def _content(path: Path) -> bytes | None:
+def _read_pem(path: Path) -> bytes | None:
     try:
         data = path.read_bytes()
     except OSError:

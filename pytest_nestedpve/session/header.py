@@ -9,19 +9,19 @@ if TYPE_CHECKING:
 
 
 def lines(state: SessionState) -> list[str]:
-    """The lines; none without a configured host: an unrelated project does not see this plugin."""
+    """The lines; none without a configured host, so the plugin is invisible in unrelated projects."""
     settings, option = state.settings, state.config.option
     if settings.host is None or option.collectonly:
         return []
-    where = f"nested-pve: host {settings.host} ({settings.origin('host')})"
+    host = f"nested-pve: host {settings.host} ({settings.origin('host')})"
     if settings.destroy_only:
-        which = f"run {settings.run_id}" if settings.run_id else "leftovers of earlier runs"
-        return [where, f"nested-pve: {'would destroy' if settings.dry_run else 'destroys'} {which}; no tests"]
+        target = f"run {settings.run_id}" if settings.run_id else "leftovers of earlier runs"
+        return [host, f"nested-pve: {'would destroy' if settings.dry_run else 'destroys'} {target}; no tests"]
     if settings.dry_run:
-        return [where, "nested-pve: dry run, nothing is created"]
+        return [host, "nested-pve: dry run, nothing is created"]
     if settings.attach is not None:
         return [
-            where,
+            host,
             "nested-pve: attached: that PVE is used as the nested one and kept; a VM inside, if a test "
             "needs it, is destroyed at the end; nothing is created outside of it",
         ]
@@ -44,7 +44,7 @@ def lines(state: SessionState) -> list[str]:
 
     if (kept := find_resumable(settings, state.config.rootpath)) is not None:
         return [
-            where,
+            host,
             *runs,
             f"nested-pve: resumes the kept run {kept.run}, if a test needs it; "
             + ("kept again" if settings.keep == "always" else "destroyed at the end unless it is kept again"),
@@ -55,7 +55,7 @@ def lines(state: SessionState) -> list[str]:
     if several and not shared:
         end += f"; up to {_gib(workers * settings.memory)} of the host's memory"
     return [
-        where if several else f"{where}; run {run}",
+        host if several else f"{host}; run {run}",
         *runs,
         f"nested-pve: creates one VM {settings.name_prefix}-{run}{users} ({size}; id: {ids}) with a VM "
         f"inside, if a test needs it; {end}",

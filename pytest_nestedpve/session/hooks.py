@@ -152,7 +152,7 @@ class SessionHooks:
         if self.nested.state.has_steps:
             from pytest_nestedpve.session import steps
 
-            session.items[:] = steps.in_order(session.items, self.nested.state.phases, uses)
+            session.items[:] = steps.sort_steps(session.items, self.nested.state.phases, uses)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -185,7 +185,7 @@ class SessionHooks:
             return 1
         from pytest_nestedpve.session.xdist import workers
 
-        return workers.at_once(self.config, users)
+        return workers.count_environments(self.config, users)
 
     def _selected_phases(self, users: list[pytest.Item]) -> frozenset[str]:
         """For an attached PVE: the phases whose steps the user selected."""
@@ -377,6 +377,6 @@ class LastHooks:
                 "kept": kept_lines(state),
             }
         if state.family is not None and not hasattr(nested.config, "workerinput"):
-            from pytest_nestedpve.session.xdist.controller import sweep
+            from pytest_nestedpve.session.xdist.controller import finish_runs
 
-            sweep(nested)
+            finish_runs(nested)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.hookspec()
 def pytest_nestedpve_phases(phases: list[Phase], config: pytest.Config) -> None:
     """Add, replace or remove phases: edit the list in place. Called once, when a step is first collected
-    or a fixture of this plugin is first used. Nothing may be connected here."""
+    or a fixture of this plugin is first used. The hook must not connect to a host."""
 
 
 @pytest.hookspec(firstresult=True)
@@ -27,15 +27,15 @@ def pytest_nestedpve_host(config: pytest.Config, settings: Settings) -> PveHost 
     first needed: in the first phase, by a teardown, or by --nested-destroy-only. May raise PveError."""
 
 
-# The hooks below are told what happens, in the process that has the environment (under xdist, the worker).
-# One that raises is named at the end of the session, whose status is then not 0; the phase's result stays as
-# it is, and the teardown goes on. `pytest.exit` in a hook of a phase ends the session. What is given holds
-# no secrets, unless the facts of a project's own phases do.
+# The hooks below are called in the process that owns the environment (under xdist, the worker). A hook that
+# raises is reported at the end of the session, whose exit status is then not 0; the result of the phase does
+# not change, and the teardown continues. `pytest.exit` in a hook of a phase ends the session. The arguments
+# contain no secrets, unless the facts of a project's own phases do.
 
 
 @pytest.hookspec()
 def pytest_nestedpve_phase_started(phase: Phase, environment: Environment) -> None:
-    """A phase begins: it is about to be probed or done. `phase.timeout` bounds this call, too."""
+    """Called before a phase is probed or done. `phase.timeout` limits this call, too."""
 
 
 @pytest.hookspec()
@@ -47,15 +47,15 @@ def pytest_nestedpve_phase_finished(
     facts: Mapping[str, Any],
     cause: str | None,
 ) -> None:
-    """A phase ended. `status` is "done", "proved", "attached" (of a PVE that exists) or "failed"; `seconds`
-    what it took; `facts` a copy of what it recorded; `cause` the text of its error, None unless it failed.
-    `phase.timeout` bounds this call, too.
+    """Called after a phase. `status` is "done", "proved", "attached" (of a PVE that exists) or "failed";
+    `seconds` its duration; `facts` a copy of the facts it recorded; `cause` the text of its error, None
+    unless it failed. `phase.timeout` limits this call, too.
     """
 
 
 @pytest.hookspec()
 def pytest_nestedpve_teardown_finished(report: TeardownReport, environment: Environment) -> None:
-    """The teardown of a run is over, once per run; not called when the environment is kept. `report` has
-    `destroyed`, `left` (what is still there that should be gone; empty when all is well) and `kept` (what was
-    found and is not ours), lines of text each. Bounded to 60 seconds.
+    """Called once per run, after its teardown; not called if the environment is kept. `report` has lines of
+    text: `destroyed`, `left` (leftovers that should have been destroyed; empty after a complete teardown) and
+    `kept` (VMs that are not proved to be the run's). Limited to 60 seconds.
     """

@@ -1,6 +1,6 @@
 """Dependencies between steps: markers for pytest-dependency, added at run time for steps that have run.
 
-Added earlier they would name steps that `-k`, `--lf` or xdist deselected in this process, and skip tests.
+Markers added at collection would name steps that `-k`, `--lf` or xdist deselected here, and skip tests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def after_step(
     error = call.excinfo.value if call.excinfo is not None else None
     if getattr(error, exit_status.FOLLOWS, False):
         setattr(report, exit_status.FOLLOWS, True)
-    # A step that a mark of the project skips counts as not selected: the next test that needs it runs it.
+    # A step skipped by a mark of the project counts as not selected: the next test that needs it runs it.
     if report.failed:
         state.step_ran(item.name, f"{type(error).__name__}: {error}")
     elif report.when == "call" and not report.skipped:
@@ -53,7 +53,7 @@ def after_step(
 
 def _skipped(item: Any, dependency: str, cause: str) -> BaseException:
     text = f"{item.name} depends on {dependency}, which failed: {_one_line(cause)}"
-    # Not a class of its own: pytest would print its name before the reason, on each line.
+    # Not a subclass: pytest would print its name before the reason, on each line.
     error = pytest.skip.Exception(text, _use_item_location=True)
     setattr(error, exit_status.FOLLOWS, True)
     return error

@@ -1,4 +1,4 @@
-"""The phases as tests of the file that imports the sentinel `pytest_nestedpve.steps`, and their order."""
+"""Steps: a test per phase in the file that imports the sentinel `pytest_nestedpve.steps`, and their order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class StepItem(pytest.Function):
     phase_name: str = ""
 
     def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
-        # The function is made here, but the test belongs to the user's file.
+        # The function is defined here, but the test belongs to the user's file.
         return self.path, 0, self.name
 
 
-def _body(phase_name: str) -> Callable[..., None]:
+def _step_function(phase_name: str) -> Callable[..., None]:
     def step(_nested_pve_step: Callable[[], None]) -> None:
         _nested_pve_step()
 
@@ -31,33 +31,35 @@ def _body(phase_name: str) -> Callable[..., None]:
 
 def expand(collector: pytest.Module, phases: Any) -> list[pytest.Item]:
     """The steps of `phases` as items below `collector`."""
-    made: list[pytest.Item] = []
+    items: list[pytest.Item] = []
     for phase in phases:
-        item = StepItem.from_parent(collector, name=PREFIX + phase.name, callobj=_body(phase.name))
+        item = StepItem.from_parent(collector, name=PREFIX + phase.name, callobj=_step_function(phase.name))
         item.phase_name = phase.name
         if hasattr(collector.config.hook, "pytest_timeout_set_timer"):
-            # A step is bounded by its phase's own limit, which also says what it was waiting for.
+            # A step has its phase's own limit, whose error names the condition that was not met.
             item.add_marker(pytest.mark.timeout(0))
-        made.append(item)
-    return made
+        items.append(item)
+    return items
 
 
-def in_order(items: list[pytest.Item], phases: Any, uses: Callable[[pytest.Item], bool]) -> list[pytest.Item]:
-    """`items` with the steps in the order of the phases, file by file, before the fixtures' first user."""
+def sort_steps(
+    items: list[pytest.Item], phases: Any, uses: Callable[[pytest.Item], bool]
+) -> list[pytest.Item]:
+    """`items` with the steps in the order of the phases, file by file, before the first user of a fixture."""
     steps = [item for item in items if isinstance(item, StepItem)]
     if not steps:
         return items
-    place = {phase.name: number for number, phase in enumerate(phases)}
+    position = {phase.name: number for number, phase in enumerate(phases)}
     files: dict[Any, int] = {}
     for item in steps:
         files.setdefault(item.path, len(files))
-    steps.sort(key=lambda item: (files[item.path], place[item.phase_name]))
+    steps.sort(key=lambda item: (files[item.path], position[item.phase_name]))
     others = [item for item in items if not isinstance(item, StepItem)]
-    first = next((number for number, item in enumerate(others) if uses(item)), None)
+    first_use = next((number for number, item in enumerate(others) if uses(item)), None)
     before_steps = 0
-    for each in items:
-        if isinstance(each, StepItem):
+    for candidate in items:
+        if isinstance(candidate, StepItem):
             break
         before_steps += 1
-    at = before_steps if first is None else min(first, before_steps)
-    return [*others[:at], *steps, *others[at:]]
+    index = before_steps if first_use is None else min(first_use, before_steps)
+    return [*others[:index], *steps, *others[index:]]

@@ -1,4 +1,4 @@
-"""The nested PVE in the environment variables that other programs read; each has names of its own."""
+"""Environment variables that give other programs access to the nested PVE; each program has its own names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Api:
-    """How the API is reached: `token` is USER@REALM!NAME=SECRET, `authority` the file of its certificate
-    authority alone, `roots` a file with the system's roots too for each variable that replaces those."""
+    """Access to the API. `token` is USER@REALM!NAME=SECRET; `authority` the PEM file of its certificate
+    authority; `roots` maps each variable of ROOTS to a PEM file of the system's roots and that authority."""
 
     host: str
     port: int
@@ -40,12 +40,12 @@ class Api:
         return self.token_id.partition("!")[2]
 
 
-#: What replaces the system's roots for OpenSSL and Go, for Python's requests, and for curl.
+#: Variables that replace the system's roots: for OpenSSL and Go, for Python's requests, and for curl.
 ROOTS = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def _bpg(api: Api) -> dict[str, str]:
-    # https://github.com/bpg/terraform-provider-proxmox, docs/index.md; with a token it wants a user for SSH.
+    # https://github.com/bpg/terraform-provider-proxmox, docs/index.md; with a token it needs a user for SSH.
     return {
         "PROXMOX_VE_ENDPOINT": api.url + "/",
         "PROXMOX_VE_API_TOKEN": api.token,
@@ -66,7 +66,7 @@ def _telmate(api: Api) -> dict[str, str]:
 
 def _ansible(api: Api) -> dict[str, str]:
     # https://github.com/ansible-collections/community.proxmox: its modules read HOST and PORT, its inventory
-    # URL, both the rest. The modules do not verify certificates unless they are told to.
+    # plugin URL, both the others. The modules verify certificates only with VALIDATE_CERTS.
     return {
         "PROXMOX_HOST": api.host,
         "PROXMOX_PORT": str(api.port),
@@ -81,7 +81,7 @@ def _ansible(api: Api) -> dict[str, str]:
 
 
 def _proxmoxer(api: Api) -> dict[str, str]:
-    # proxmoxer reads no variables: these are for the lines that call it.
+    # proxmoxer reads no variables: these are for the user's code that calls it.
     return {
         "PROXMOXER_HOST": f"{api.host}:{api.port}",
         "PROXMOXER_USER": api.user,
@@ -98,7 +98,7 @@ CONSUMERS: Mapping[str, Callable[[Api], dict[str, str]]] = {
     "proxmoxer": _proxmoxer,
 }
 
-#: Variables that would mix another PVE's credentials in, take precedence over ours, or switch checks off.
+#: Variables of another PVE's credentials, with precedence over ours, or that disable checks of certificates.
 FOREIGN = frozenset(
     {
         *(f"PROXMOX_VE_{name}" for name in ("USERNAME", "PASSWORD", "OTP", "INSECURE")),
@@ -113,17 +113,17 @@ FOREIGN = frozenset(
 def variables(
     api: Api, consumers: tuple[str, ...], environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """What these consumers read. Raises ValueError for one that is not known."""
-    found = _no_proxy(api, environ)
+    """The variables for these consumers. Raises ValueError for an unknown one."""
+    values = _no_proxy(api, environ)
     for name in consumers:
         if name not in CONSUMERS:
             raise ValueError(f"expected one of {', '.join(CONSUMERS)}; found {name!r}")
-        found.update(CONSUMERS[name](api))
-    return found
+        values.update(CONSUMERS[name](api))
+    return values
 
 
 def _no_proxy(api: Api, environ: Mapping[str, str]) -> dict[str, str]:
-    """Where a proxy is set, that it is not for the forwards."""
+    """`no_proxy` with the address of the forwards, if a proxy is configured; else empty."""
     if not any(name.lower() in ("https_proxy", "all_proxy") and value for name, value in environ.items()):
         return {}
     without = environ.get("no_proxy") or environ.get("NO_PROXY") or ""

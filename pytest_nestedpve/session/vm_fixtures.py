@@ -1,4 +1,4 @@
-"""The session fixtures by which a project overrides the shape of the nested VM."""
+"""The session fixtures with which a project overrides options of the nested VM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def apply_fixtures(state: SessionState, values: Mapping[str, Any]) -> None:
-    """Have the values of the fixtures replace the settings. Raises Failed for an invalid value."""
+    """Replace settings by the values of the fixtures. Raises Failed for an invalid value."""
     try:
         state.use_settings(apply(state.settings, values, state.config.rootpath))
     except SettingsError as e:
@@ -24,13 +24,13 @@ def apply_fixtures(state: SessionState, values: Mapping[str, Any]) -> None:
 
 
 def check_fixtures(items: Iterable[pytest.Item]) -> None:
-    """Raises pytest.UsageError unless each fixture has one value for all tests: there is one environment."""
+    """Raise pytest.UsageError unless each fixture has one value for all tests: they share one environment."""
     first_users: dict[str, tuple[Any, str]] = {}
     for item in items:
-        known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
         params = getattr(getattr(item, "callspec", None), "params", {})
         for name in (f"nested_pve_{setting}" for setting in NAMES):
-            for definition in (known.get(name) or ())[-1:]:
+            for definition in (definitions.get(name) or ())[-1:]:
                 if definition.params is not None or name in params:
                     raise pytest.UsageError(
                         f"nested-pve: the fixture {name}: expected one value, as there is one nested PVE for "

@@ -1,4 +1,4 @@
-"""pytest-xdist: what workers share, and the controller that tears down after them.
+"""pytest-xdist: the run that workers share, and the controller's teardown after them.
 
-How the tests are distributed is decided by pytest-xdist, not here.
+pytest-xdist alone distributes the tests.
 """

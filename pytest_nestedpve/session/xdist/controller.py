@@ -1,4 +1,4 @@
-"""Behind xdist's workers: the controller finds the runs of its session and tears down what was cut off."""
+"""The end of an xdist session: the controller finishes the runs that its workers did not finish."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def runs_of(state: SessionState) -> list[Path]:
-    """The directories of the runs that this session's workers made."""
-    found = []
+    """The directories of the runs that this session's workers created."""
+    directories = []
     if state.family is not None and state.settings.run_dir.is_dir():
         for path in sorted(state.settings.run_dir.iterdir()):
             with contextlib.suppress(OSError):
                 if (path / FAMILY).read_text(encoding="ascii") == state.family:
-                    found.append(path)
-    return found
+                    directories.append(path)
+    return directories
 
 
-def sweep(nested: NestedSession) -> None:
-    """As xdist's controller: finish what its workers were cut off from; what is left is recorded."""
+def finish_runs(nested: NestedSession) -> None:
+    """As xdist's controller: tear down or keep the workers' unfinished runs, and record leftovers."""
     nested.guard.stop_interrupting()
     nested.state.workers_left(_finish_all(nested))
     shared = nested.state.shared
@@ -37,19 +37,21 @@ def sweep(nested: NestedSession) -> None:
 
 
 def _finish_all(nested: NestedSession) -> list[str]:
-    """Finish each of those runs; what is left on the host, a line each."""
-    left: list[str] = []
+    """Finish each unfinished run. Returns a line for each leftover on a host, of finished runs too."""
+    leftovers: list[str] = []
     for path in runs_of(nested.state):
         finished = path / FINISHED
         if finished.exists():
-            left += [f"run {path.name}: {line}" for line in finished.read_text(encoding="utf-8").splitlines()]
+            leftovers += [
+                f"run {path.name}: {line}" for line in finished.read_text(encoding="utf-8").splitlines()
+            ]
             continue
         try:
             lines = _finish(nested, path)
         except Exception as error:
             lines = [f"unknown, the teardown itself failed: {type(error).__name__}: {error}"]
-        left += [f"run {path.name}: {line}" for line in lines]
-    return left
+        leftovers += [f"run {path.name}: {line}" for line in lines]
+    return leftovers
 
 
 def _finish(nested: NestedSession, path: Path) -> list[str]:
@@ -64,7 +66,7 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     from pytest_nestedpve.session.project_hooks import ProjectHooks
     from pytest_nestedpve.teardown.teardown import teardown
 
-    # The lock of the run that all workers share is held here all along.
+    # The controller has held the lock of the shared run since the start of the session.
     state = nested.state
     shared = state.shared.run if state.shared is not None and state.shared.run.id == path.name else None
     if state.shared is not None and shared is not None:
@@ -72,7 +74,7 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
     else:
         lock = SessionLock(path.name)
         lock.acquire()
-    shown = ProgressListener(nested.config)
+    progress = ProgressListener(nested.config)
     audit = AuditLog(path / "audit.jsonl", path.name)
     run = Run(id=path.name, owner="", client="", session="", dir=path, created=0, expires=0, hard=0)
     environment = Environment(
@@ -80,7 +82,7 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         run=shared or run,
         connect=nested.connect,
         audit=audit,
-        progress=_unheard,
+        progress=_ignore_progress,
         rootdir=nested.config.rootpath,
     )
     try:
@@ -88,20 +90,20 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         keeps = (
             shared is not None and "provision" in environment.facts and keeps_environment(state, broken=False)
         )
-        # One that no worker went on with is as it was left.
-        untouched = keeps and not (path / persistence.ADOPTED).exists()
-        before = kept_runs.find_kept(path.name) if untouched else None
-        if before is None:
-            environment.settings = nested.settings.with_profile(_profile(environment.outer))
+        # A kept run that no worker resumed is kept with its old expiry time.
+        unused = keeps and not (path / persistence.ADOPTED).exists()
+        recorded = kept_runs.find_kept(path.name) if unused else None
+        if recorded is None:
+            environment.settings = nested.settings.with_profile(_read_profile(environment.outer))
         if keeps:
-            expires = before.expires if before is not None else persistence.keep(environment).expires
+            expires = recorded.expires if recorded is not None else persistence.keep(environment).expires
             state.environment_kept(expires, path)
             audit.write("teardown", status="kept", expires=expires)
             lines: list[str] = []
         else:
             kept_runs.forget(path.name)
-            report = teardown(environment, shown)
-            lines = [str(each) for each in report.left]
+            report = teardown(environment, progress)
+            lines = [str(leftover) for leftover in report.left]
             hooks = ProjectHooks(state.config, environment, state.tally.add_hook_failure)
             hooks.teardown_finished(report, lines)
         run.directory.write(FINISHED, "".join(f"{line}\n" for line in lines))
@@ -109,13 +111,13 @@ def _finish(nested: NestedSession, path: Path) -> list[str]:
         return lines
     finally:
         lock.release(remove=False)
-        shown.close()
+        progress.close()
         environment.close()
         audit.close()
 
 
-def _profile(host: Any) -> dict[str, str]:
-    """The host's profile, for `pool_parent`; one that cannot be read was told by preflight."""
+def _read_profile(host: Any) -> dict[str, str]:
+    """The host's profile, for `pool_parent`; empty if it cannot be read, which preflight has reported."""
     from pytest_nestedpve.config.hosts import host_profile
     from pytest_nestedpve.pve.errors import PveError
 
@@ -125,5 +127,5 @@ def _profile(host: Any) -> dict[str, str]:
         return {}
 
 
-def _unheard(_text: str) -> None:
-    """Phases are not done by a sweep; its teardown is shown."""
+def _ignore_progress(_text: str) -> None:
+    """Discard the progress of phases: the controller runs none."""

@@ -1,7 +1,7 @@
 """One environment for all workers of an xdist session (`nested_pve_scope = run`).
 
-The controller names the run, holds its lock and takes it down when the last worker is out. Workers take turns
-at the set-up: each first learns from the run's directory what the others did, and that one of them failed.
+The controller names the run, holds its lock, and tears it down after the last worker has left. One worker at
+a time runs phases; it first reads from the run's directory the facts of the others, and a phase that failed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 FAMILY = "session"
 """The file in a run's directory that names the xdist session of the run."""
 BROKEN = "broken.json"
-"""The file in a run's directory that tells the other workers what failed."""
-_TURN, _MEMBERS = "turn.lock", "members.lock"
+"""The file in a run's directory that reports a failed phase to the other workers."""
+_SETUP_LOCK, _MEMBERS_LOCK = "turn.lock", "members.lock"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SharedRun:
 
 
 def joined(run: Run, shared: Mapping[str, Any], settings: Settings) -> Run:
-    """The run as a worker has it: with the session that the lease names. Raises PveError.
+    """A worker's copy of the run, with the session named in the lease. Raises PveError.
 
     `shared`: `run` and `session`, from the controller.
     """
@@ -51,49 +51,49 @@ def joined(run: Run, shared: Mapping[str, Any], settings: Settings) -> Run:
 
 
 class Membership:
-    """A worker's part in the shared run. `phase_reported` gets a failed phase and its first reporter."""
+    """A worker's use of the shared run. `phase_reported` gets a failed phase and its first reporter."""
 
     def __init__(
         self, env: Environment, runner: PhaseRunner, phase_reported: Callable[[str, str], None]
     ) -> None:
         self._env, self._runner, self._phase_reported = env, runner, phase_reported
         self._dir = env.run.dir
-        self._member = lock_file.lock(self._dir / _MEMBERS, shared=True)
+        self._member = lock_file.lock(self._dir / _MEMBERS_LOCK, shared=True)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """While no other worker sets up: know first what they did, tell them afterwards what failed."""
-        most = sum(phase.timeout for phase in self._runner.phases)
+        """Exclude other workers from the set-up: read their state first, publish a failed phase after."""
+        limit = sum(phase.timeout for phase in self._runner.phases)
         lock = wait_until(
-            lambda: _try_lock(self._dir / _TURN), deadline=Deadline(most), interval=(0.05, 0.5),
-            what="another worker to end its part of the set-up",
+            lambda: _try_lock(self._dir / _SETUP_LOCK), deadline=Deadline(limit), interval=(0.05, 0.5),
+            what="another worker to finish its phases",
         )  # fmt: skip
         try:
-            self._learn()
+            self._read_state()
             yield
         finally:
-            self._tell()
+            self._publish_failure()
             os.close(lock)
 
     def leave(self) -> bool:
-        """This worker is out; whether it is the last one, and no controller is there to take the run down."""
+        """Leave the run. True if no other worker is left and no controller exists to tear it down."""
         os.close(self._member)
         if SessionLock.alive(self._env.run.id):
             return False
-        last = _try_lock(self._dir / _MEMBERS)
+        last = _try_lock(self._dir / _MEMBERS_LOCK)
         if last is None:
             return False
         os.close(last)
-        self._learn()
+        self._read_state()
         return True
 
-    def _learn(self) -> None:
+    def _read_state(self) -> None:
         env = self._env
         with contextlib.suppress(OSError):
-            said = phase_record.parse((self._dir / phase_record.FILE).read_text(encoding="utf-8"))
+            record = phase_record.parse((self._dir / phase_record.FILE).read_text(encoding="utf-8"))
             env.record.digests.clear()
-            env.record.digests.update(said.digests)
-            env.record.begun = said.begun
+            env.record.digests.update(record.digests)
+            env.record.begun = record.begun
         before = env.facts.get("provision"), env.facts.get("setup_network")
         env.facts.update(env.run.directory.load_state())
         if before != (env.facts.get("provision"), env.facts.get("setup_network")):
@@ -106,7 +106,7 @@ class Membership:
             self._runner.record_failure(broken)
             self._phase_reported(broken.phase, "another worker")
 
-    def _tell(self) -> None:
+    def _publish_failure(self) -> None:
         broken = self._runner.broken
         if broken is not None and not (self._dir / BROKEN).exists():
             text = json.dumps({"phase": broken.phase, "cause": broken.cause})
