@@ -127,7 +127,7 @@ def test_what_is_missing_is_not_done_because_nobody_chose_it(attached: Attached)
     assert result.outcomes()["test_ensure_pve"] == "PASSED"
     assert result.outcomes()["test_setup_network"] == "FAILED"
     assert "found: there is no /set-up/setup_network" in result.output
-    assert "`pytest --nested-attach pve1 -k setup_network` does it" in result.output
+    assert "`pytest --nested-attach pve1 -k setup_network` runs that step" in result.output
     assert "setup_network" not in attached.project.done()
 
 
@@ -205,7 +205,7 @@ def test_what_no_chosen_step_brings_is_missing_and_the_step_is_named(attached: A
     other = {"setup_network": "setup_repos", "setup_repos": "setup_network"}[step]
     result = attached.project.run(*PVE, "-k", f"{other} or leaf_start")
     assert result.ret == 4, result.output
-    assert re.search(rf"Or choose the step that brings (it|that content): -k {step}\.", result.output)
+    assert re.search(rf"Or select the step that (provides it|adds that content): -k {step}\.", result.output)
     assert "--nested-keep" not in result.output  # which does not go with it
     assert attached.statuses() == {"preflight": "failed"}
 
@@ -375,7 +375,7 @@ def test_it(nested_pve, number): pass
     attached.lacks("setup_network")
     result = attached.project.run(*PVE, "-n2", "-k", "setup_network")
     assert result.ret == 1, result.output
-    assert "choose that step without -n" in result.output
+    assert "select the step without -n" in result.output
     result = attached.project.run(*PVE, "-n2", "-o", "nested_pve_scope=run")
     assert result.ret == 4
 

@@ -89,7 +89,7 @@ def sessions(playbook_lab: LabInfo, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.thorough
 def test_without_selected_steps_a_debian_is_refused_and_not_changed(sessions: Sessions) -> None:
     assert sessions.unselected.returncode == 4
-    assert "Or choose the step that brings it: -k ensure_pve." in sessions.unselected.stdout
+    assert "Or select the step that provides it: -k ensure_pve." in sessions.unselected.stdout
     assert sessions.between == sessions.before
 
 

@@ -137,7 +137,7 @@ def test_without_selected_steps_father_is_checked_and_not_changed(attaching: Att
     for name in ("ensure_pve", "setup_network", "setup_ssh"):
         assert f"test_{name} PASSED" in done.output, done.output
     assert "expected setup_repos to be done on the attached PVE" in done.output
-    assert "not in /opt/sources, or in another state: mine" in done.output
+    assert "absent from /opt/sources, or not up to date: mine" in done.output
     assert done.after == done.before
 
 

@@ -122,7 +122,7 @@ def test_a_kept_run_takes_snapshots_of_a_qcow2_file(runs: Runs) -> None:
 def test_a_kept_run_reports_that_a_raw_file_has_no_snapshots(runs: Runs) -> None:
     assert runs.raw.config["scsi0"].split(",")[0].endswith("-disk-0.raw")
     assert runs.raw.snapshots == []
-    assert "the storage of the nested VM has no snapshots: none is taken" in runs.raw.output
+    assert "the storage of the nested VM does not support snapshots: none is taken" in runs.raw.output
 
 
 @pytest.mark.thorough
