@@ -117,7 +117,7 @@ def test_a_set_up_pve_is_used_as_it_is_and_the_vm_inside_goes(attached: Attached
     assert [line["vmid"] for line in log if line.get("status") == "gone"] != []
     made = [line["cmd"] for line in log if line["event"] == "call" and line["cmd"].startswith("post")]
     assert sum(" /pools" in call or "/qemu " in call for call in made) == 2
-    assert "attached: that PVE is used as the nested one and stays" in result.output
+    assert "attached: that PVE is used as the nested one and kept" in result.output
 
 
 def test_what_is_missing_is_not_done_because_nobody_chose_it(attached: Attached) -> None:

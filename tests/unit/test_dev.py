@@ -123,3 +123,22 @@ def test_ci_keeps_the_reports_and_ends_with_pytests_closing_line(clone: Path) ->
     output = (kept / "output.txt").read_text()
     assert "tests/unit tests/acceptance tests/lab tests/test_round_trip.py\n" in output
     assert "LAB install" in output
+
+
+@pytest.mark.parametrize(
+    ("title", "status"),
+    [
+        ("teardown: retry when the VM lock is held", 0),
+        ("pve/ssh: read files of all hosts by one module", 0),
+        ("run, config: name settings plainly", 0),
+        ("The teardown retries when a lock is held", 1),
+        ("teardown: Retry when the VM lock is held", 1),
+        ("teardown: " + "x" * 63, 1),
+    ],
+)
+def test_lint_refuses_a_commit_title_without_an_area_or_above_72_characters(title: str, status: int) -> None:
+    script = ROOT / ".ci" / "commit-titles"
+    good = "lab: add fault rules\n"
+    result = subprocess.run([script], input=f"{good}{title}\n", capture_output=True, text=True, check=False)
+    assert result.returncode == status
+    assert (title in result.stdout) == bool(status)
