@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "pairs", nargs="*", metavar="KEY=SECONDS", help="cli_delay_s, start_s, stop_s, destroy_s"
     )
     fault = commands.add_parser(
-        "fault", help="have calls and tasks of a running lab fail, hang or lose replies"
+        "fault", help="let API calls and tasks of a running lab fail, hang or lose replies"
     )
     fault_rules.add_arguments(fault)
     power = commands.add_parser("power", help="switch the second node on, or off as by pulling the plug")
@@ -124,8 +124,8 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             print(f"{key}={seconds:g}")
     elif options.command == "fault":
         rule = fault_rules.rule_of(options) if options.action == "add" else None
-        for each in fault_rules.change(options.name, options.action, rule):
-            print(json.dumps(each))
+        for present in fault_rules.change(options.name, options.action, rule):
+            print(json.dumps(present))
     elif options.command == "power":
         lifecycle.power(options.name, options.node, on=options.state == "on")
     else:

@@ -1,4 +1,4 @@
-"""What goes wrong on a running lab: `nestedpve-lab fault NAME add|list|clear`."""
+"""Fault rules of a running lab: `nestedpve-lab fault NAME add|list|clear`."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ PLACES = ("method", "path", "task", "volume", "vmid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `nestedpve-lab fault`."""
+    """Add the arguments of `nestedpve-lab fault`."""
     parser.add_argument("name")
     parser.add_argument("action", choices=("add", "list", "clear"))
     parser.add_argument("rule", nargs="?", metavar="JSON", help="the rule as an object, in place of options")
-    parser.add_argument("--method", choices=("GET", "POST", "PUT", "DELETE"), help="of a call of the API")
-    parser.add_argument("--path", help="of a call; * is within a part of the path, ** across parts")
+    parser.add_argument("--method", choices=("GET", "POST", "PUT", "DELETE"), help="of an API call")
+    parser.add_argument("--path", help="of an API call; * is within a part of the path, ** across parts")
     parser.add_argument("--task", help="type of a task: qmstart, qmdestroy, imgdel, *")
     parser.add_argument("--volume", help="id of a volume that cannot be removed: local:100/*")
     parser.add_argument("--vmid", type=int, help="only of this VM")
-    parser.add_argument("--do", choices=faults.ACTIONS, help="what happens")
-    parser.add_argument("--text", help="the words of a failure")
-    parser.add_argument("--seconds", type=float, help="how long a delay lasts, or a lock is held")
-    parser.add_argument("--times", type=int, help="how often, once by default")
+    parser.add_argument("--do", choices=faults.ACTIONS, help="the effect on a matching call or task")
+    parser.add_argument("--text", help="the message of a failure")
+    parser.add_argument("--seconds", type=float, help="duration of a delay, or of a held lock")
+    parser.add_argument("--times", type=int, help="number of uses; default: 1")
 
 
 def rule_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The rule that the command line describes. Raises LabUsage: what was expected, what was found."""
+    """The rule of the command line. LabUsage for an invalid rule."""
     on = {name: getattr(options, name) for name in PLACES if getattr(options, name) is not None}
-    more = {name: getattr(options, name) for name in ("do", "text", "seconds", "times")}
-    given: Any = {
+    effect = {name: getattr(options, name) for name in ("do", "text", "seconds", "times")}
+    rule: Any = {
         **({"on": on} if on else {}),
-        **{name: value for name, value in more.items() if value is not None},
+        **{name: value for name, value in effect.items() if value is not None},
     }
     if options.rule is not None:
-        if given:
+        if rule:
             raise LabUsage("fault: expected a rule as JSON or by options, found both")
         try:
-            given = json.loads(options.rule)
+            rule = json.loads(options.rule)
         except ValueError as e:
             raise LabUsage(f"fault: expected an object as JSON, found {options.rule!r}: {e}") from e
     try:
-        return faults.shown(faults.parse(given))
+        return faults.shown(faults.parse(rule))
     except (ValueError, AttributeError) as e:
         raise LabUsage(f"fault: {e}") from e
 
 
 def change(lab: str, action: str, rule: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Add a rule, clear them all, or neither; the rules in force. Raises LabError if the lab does not run."""
+    """Add a rule, clear or list all rules; return the present rules. LabError if the lab does not run."""
     words = [action] if rule is None else [action, json.dumps(rule)]
     text = output_on(FATHER, lab, f"{_MODULE} {shlex.join(words)}")
     try:
-        found: list[dict[str, Any]] = json.loads(text)
+        rules: list[dict[str, Any]] = json.loads(text)
     except ValueError as e:
         raise LabError(f"{FATHER} of lab {lab}: expected fault rules, found {text[:200]!r}") from e
-    return found
+    return rules
