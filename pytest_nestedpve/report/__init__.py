@@ -1,6 +1,6 @@
 """Reports of a run, built from its audit log: HTML, JUnit properties, the terminal summary, progress.
 
-Decides nothing about a run. The audit log is the only source, so a killed run has a report too:
+The audit log is the only source of a report, so a killed run has one too:
 `python -m pytest_nestedpve.report RUN_DIRECTORY` writes it at any time.
 """
 
@@ -17,7 +17,7 @@ def write_report(run_directory: Path) -> Path:
     """Write `report.html` from `audit.jsonl` in `run_directory`; return its path. Mode 0600, in one step.
 
     Raises OSError when the log cannot be read or the page cannot be written. Lines that are no JSON (a
-    process was killed while it wrote) are passed over.
+    process was killed while it wrote) are ignored.
     """
     from pytest_nestedpve.pve import local_file
     from pytest_nestedpve.report.audit_model import read_audit

@@ -1,4 +1,4 @@
-"""`python -m pytest_nestedpve.report RUN_DIRECTORY`: the report of a run, also of one that was killed."""
+"""`python -m pytest_nestedpve.report RUN_DIRECTORY`: write the report of a run, also of a killed one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pytest_nestedpve.report import write_report
 
 
 def main(arguments: list[str]) -> int:
-    """Write the report of each run directory named; 0, or 4 with one line of reason."""
+    """Write the report of each run directory in `arguments`. Returns 0, or 4 after printing the error."""
     if not arguments:
         print("usage: python -m pytest_nestedpve.report RUN_DIRECTORY...", file=sys.stderr)
         return 4

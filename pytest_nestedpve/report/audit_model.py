@@ -1,4 +1,4 @@
-"""The audit log of a run, read into what a report shows. Reads only; knows nothing of pytest or HTML."""
+"""The model of a report, read from the audit log of a run. Independent of pytest and HTML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-#: Phases that take the environment down; they stand apart from the steps.
+#: Phases of the teardown, listed apart from the steps.
 TEARDOWN_PHASES = ("discover", "cleanup_inner", "destroy")
 
 
@@ -41,7 +41,7 @@ class Playbook:
 class Step:
     """One execution of a phase. Times are seconds since the epoch; `seconds` is None while it has not ended.
 
-    `status` is "done" (executed), "proved" (its probe found it done), "attached" (taken as it is, the PVE
+    `status` is "done" (executed), "proved" (its probe found it done), "attached" (not done, the PVE
     exists), "failed" or "interrupted" (the log ends inside it).
     """
 
@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class TeardownLine:
-    """One thing the teardown found, removed, kept or proved."""
+    """One event of the teardown: something found, destroyed, kept or proved."""
 
     at: float
     what: str
@@ -71,7 +71,7 @@ class TeardownLine:
 
 @dataclass(frozen=True)
 class KnownSymptom:
-    """Something of a failure that was recognised: what it means and what mends it."""
+    """A known symptom of a failure, with its explanation and fix."""
 
     phase: str
     title: str
@@ -84,7 +84,7 @@ class KnownSymptom:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What was collected after a failure: files of `directory` (below the run's) as (name, what, bytes)."""
+    """Files collected after a failure in `directory` (below the run's): (name, description, bytes)."""
 
     phase: str
     directory: str
@@ -104,7 +104,7 @@ class RunReport:
     steps: tuple[Step, ...]
     teardown_steps: tuple[Step, ...]
     teardown: tuple[TeardownLine, ...]
-    left: tuple[TeardownLine, ...]
+    leftovers: tuple[TeardownLine, ...]
     proved_empty: bool
     remarks: tuple[str, ...] = ()
     was_kept: bool = False
@@ -129,11 +129,10 @@ class RunReport:
 
     @property
     def verdict(self) -> str:
-        """One word: failed, left, interrupted, kept, up (set up, not taken down), tests (which failed on what
-        was set up) or passed."""
+        """failed, left (leftovers), interrupted, kept, up (no teardown), tests (tests failed) or passed."""
         if self.failed is not None:
             return "failed"
-        if self.left:
+        if self.leftovers:
             return "left"
         if self.interrupted:
             return "interrupted"
@@ -145,7 +144,7 @@ class RunReport:
 
 
 def read_audit(path: Path, *, whole: bool = False) -> RunReport:
-    """The report of the last session of the run whose log is `path`, or of all. Raises OSError."""
+    """The report of the last session in the log `path`, or of all if `whole`. Raises OSError."""
     entries = list(_lines(path.read_text(encoding="utf-8", errors="replace")))
     sessions = [number for number, entry in enumerate(entries) if entry["event"] == "session"]
     return build(entries if whole or not sessions else entries[sessions[-1] :])
@@ -156,7 +155,7 @@ def _lines(text: str) -> Iterable[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # cut off in the middle: its writer was killed
+            continue  # incomplete: the process was killed while it wrote
         if isinstance(entry, dict) and isinstance(entry.get("event"), str):
             yield entry
 
@@ -209,7 +208,7 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
     closed: list[Step] = []
     open_steps: dict[str, _OpenStep] = {}
     teardown: list[TeardownLine] = []
-    left: list[TeardownLine] = []
+    leftovers: list[TeardownLine] = []
     remarks: list[str] = []
     symptoms: list[KnownSymptom] = []
     artifacts: list[Artifacts] = []
@@ -259,7 +258,7 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         elif event == "artifacts":
             artifacts.append(_artifacts(entry))
         elif event == "leak":
-            left.append(_teardown_line(entry, now))
+            leftovers.append(_teardown_line(entry, now))
 
     closed.extend(opened.close(None, None) for opened in open_steps.values())
     closed.sort(key=lambda step: step.start)
@@ -272,10 +271,10 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
         steps=tuple(step for step in closed if step.name not in TEARDOWN_PHASES),
         teardown_steps=tuple(step for step in closed if step.name in TEARDOWN_PHASES),
         teardown=tuple(teardown),
-        left=tuple(left),
-        proved_empty=proved_empty and not left,
+        leftovers=tuple(leftovers),
+        proved_empty=proved_empty and not leftovers,
         remarks=tuple(remarks),
-        was_kept=was_kept and not left,
+        was_kept=was_kept and not leftovers,
         symptoms=tuple(symptoms),
         artifacts=tuple(artifacts),
         tests_failed=tests_failed,
@@ -284,23 +283,23 @@ def build(entries: Iterable[Mapping[str, Any]]) -> RunReport:
 
 def _artifacts(entry: Mapping[str, Any]) -> Artifacts:
     def rows(name: str) -> list[dict[str, Any]]:
-        found = entry.get(name)
-        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+        value = entry.get(name)
+        return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
     return Artifacts(
         phase=str(entry.get("phase") or ""),
         directory=str(entry.get("directory") or ""),
         files=tuple(
-            (str(each.get("file")), str(each.get("what") or ""), int(_number(each.get("bytes")) or 0))
-            for each in rows("files")
+            (str(row.get("file")), str(row.get("what") or ""), int(_number(row.get("bytes")) or 0))
+            for row in rows("files")
         ),
-        missing=tuple((str(each.get("what") or ""), str(each.get("why") or "")) for each in rows("missing")),
+        missing=tuple((str(row.get("what") or ""), str(row.get("why") or "")) for row in rows("missing")),
     )
 
 
 def _playbook(entry: Mapping[str, Any]) -> Playbook | None:
     if entry.get("rc") is None and entry.get("recap") is None:
-        return None  # the line that says it begins
+        return None  # the line written when the playbook starts
     raw = entry.get("recap")
     recap = raw if isinstance(raw, dict) else {}
     ms = _number(entry.get("ms"))

@@ -1,4 +1,4 @@
-"""Fetching several things at once within limits, and keeping them as masked files. Knows no host."""
+"""Collecting artifacts in parallel, within limits, into files with secrets masked. Independent of hosts."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from pytest_nestedpve.pve.deadline import Deadline, scaled
 from pytest_nestedpve.run.masking import MASK
 
 BUDGET = 30.0
-"""Seconds (nominal) for everything together."""
+"""Seconds (nominal) for all items together."""
 ITEM = 10.0
-"""Seconds (nominal) for one thing."""
+"""Seconds (nominal) for one item."""
 WIDTH = 4
-"""Things fetched at a time. One that does not end within its limit is given up and takes no place."""
+"""Items fetched at a time. An item past its limit is abandoned and no longer counted."""
 TEXT_LIMIT = 1 << 20
-"""Bytes of one text: its end is what is kept."""
+"""Characters of one text; the end is kept."""
 DATA_LIMIT = 16 << 20
-"""Bytes of one thing that is no text."""
+"""Bytes of one item that is no text."""
 TOTAL_LIMIT = 48 << 20
-"""Bytes of all."""
+"""Bytes of all files together."""
 
-# A private key whose first line was cut off with what stood before it.
+# The rest of a private key whose first lines were cut off.
 _KEY_END = re.compile(r"\A(?:(?!-----BEGIN )[\s\S])*?-----END [A-Z0-9 ]*PRIVATE KEY-----")
 
 
-class NotThere(Exception):
-    """There is no such thing to fetch; the text says why."""
+class NotAvailable(Exception):
+    """An item that cannot be fetched; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to fetch: the name of its file, what it is in words, its kind (as symptoms know it), how.
+    """One item to fetch: the name of its file, its description, and its kind, one of symptoms.KINDS.
 
-    `fetch` runs in a thread of its own and may be given up on; it returns text or, for a picture, bytes.
+    `fetch` runs in its own thread and may be abandoned; it returns text or, for a picture, bytes.
     """
 
     file: str
-    what: str
+    description: str
     kind: str
     fetch: Callable[[], str | bytes]
     limit: float = ITEM
@@ -50,26 +50,26 @@ class Item:
 
 @dataclass(frozen=True)
 class Kept:
-    """A file that was written. `words`: what is in it, empty where that is no text."""
+    """A written file of `size` bytes. `text` is its content, empty if that is no text."""
 
     file: str
-    what: str
+    description: str
     kind: str
     size: int
-    words: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that could not be had, and why."""
+    """An item that could not be fetched, and why."""
 
-    what: str
-    why: str
+    description: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What came of it; `seconds` of wall-clock time."""
+    """The result: written files, missing items, and `seconds` of wall-clock time."""
 
     kept: tuple[Kept, ...]
     missing: tuple[Missing, ...]
@@ -79,10 +79,10 @@ class Collection:
 def collect(
     items: Iterable[Item], directory: Path, mask: Callable[[str], str], *, budget: float = BUDGET
 ) -> Collection:
-    """Fetch the items and write what came into `directory` (0700, files 0600), masked.
+    """Fetch the items and write them to `directory` (0700, files 0600), masked.
 
-    Returns after at most `budget` seconds (nominal), whatever hangs: what is not there by then is missing,
-    and what comes later is not taken any more. Raises nothing but what ends the session.
+    Returns after at most `budget` seconds (nominal): an item that is not fetched by then is missing, and a
+    later result is discarded. Raises no Exception of an item.
     """
     started = time.monotonic()
     deadline = Deadline(budget)
@@ -93,28 +93,28 @@ def collect(
     for item, outcome in work.outcomes(deadline):
         if isinstance(outcome, str | bytes):
             try:
-                one = _write(directory, item, outcome, mask, room)
+                file = _write(directory, item, outcome, mask, room)
             except OSError as error:
                 outcome = error
             else:
-                kept.append(one)
-                room -= one.size
+                kept.append(file)
+                room -= file.size
                 continue
-        missing.append(Missing(item.what, _why(outcome, mask)))
-    order = {item.file: place for place, item in enumerate(work.items)}
-    kept.sort(key=lambda one: order[one.file])
+        missing.append(Missing(item.description, _format_reason(outcome, mask)))
+    order = {item.file: number for number, item in enumerate(work.items)}
+    kept.sort(key=lambda file: order[file.file])
     return Collection(tuple(kept), tuple(missing), time.monotonic() - started)
 
 
-def _why(error: BaseException, mask: Callable[[str], str]) -> str:
+def _format_reason(error: BaseException, mask: Callable[[str], str]) -> str:
     text = str(error) or type(error).__name__
-    if not isinstance(error, NotThere | OSError) and type(error).__module__ == "builtins":
+    if not isinstance(error, NotAvailable | OSError) and type(error).__module__ == "builtins":
         text = f"{type(error).__name__}: {text}"
     return " ".join(mask(text).split())[:300]
 
 
 class _Work:
-    """Threads that fetch; whoever is late is not waited for."""
+    """Threads that fetch items; a late one is abandoned."""
 
     def __init__(self, items: list[Item]) -> None:
         self.items = items
@@ -122,7 +122,7 @@ class _Work:
         self._ended: list[tuple[Item, str | bytes | BaseException]] = []
 
     def outcomes(self, deadline: Deadline) -> Iterable[tuple[Item, str | bytes | BaseException]]:
-        """Each item once, as it ends or is given up on."""
+        """Each item once, when it is fetched, fails or is abandoned."""
         waiting = list(self.items)
         running: dict[str, tuple[Item, float]] = {}
         while waiting or running:
@@ -133,17 +133,17 @@ class _Work:
                     target=self._run, args=(item,), name=f"nested-pve-{item.file}", daemon=True
                 ).start()
             if deadline.expired:
-                late = f"there was no time for it within {deadline.limit:g} s"
-                for item in [*(each for each, _ in running.values()), *waiting]:
-                    yield item, NotThere(late)
+                late = f"not fetched within the {deadline.limit:g} s for all files"
+                for item in [*(item for item, _ in running.values()), *waiting]:
+                    yield item, NotAvailable(late)
                 return
             for item, outcome in self._wait(running, deadline):
                 if running.pop(item.file, None) is not None:
                     yield item, outcome
             now = time.monotonic()
-            for item in [each for each, until in running.values() if until <= now]:
+            for item in [item for item, until in running.values() if until <= now]:
                 del running[item.file]
-                yield item, NotThere(f"it did not come within {scaled(item.limit):g} s")
+                yield item, NotAvailable(f"not fetched within {scaled(item.limit):g} s")
 
     def _wait(
         self, running: dict[str, tuple[Item, float]], deadline: Deadline
@@ -167,25 +167,25 @@ class _Work:
 
 
 def _write(directory: Path, item: Item, data: str | bytes, mask: Callable[[str], str], room: int) -> Kept:
-    words = ""
+    text = ""
     if isinstance(data, str):
-        # Masked before it is cut: half a secret would not be known as one.
+        # Masked before it is cut: half of a secret would not be masked.
         masked = mask(data)
         if "-----END " in masked:
             masked = _KEY_END.sub(f"[private key {MASK}]", masked)
-        words = _end_of(masked)
-        data = words.encode("utf-8", "replace")
+        text = _end_of(masked)
+        data = text.encode("utf-8", "replace")
     elif len(data) > DATA_LIMIT:
-        raise OSError(f"it has {len(data)} bytes; at most {DATA_LIMIT} are kept")
+        raise OSError(f"it has {len(data)} bytes; expected at most {DATA_LIMIT}")
     if len(data) > room:
-        raise OSError(f"the files of this failure have {TOTAL_LIMIT >> 20} MiB already")
+        raise OSError(f"the files of this failure would exceed {TOTAL_LIMIT >> 20} MiB")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     local_file.write(directory / item.file, data)
-    return Kept(item.file, item.what, item.kind, len(data), words)
+    return Kept(item.file, item.description, item.kind, len(data), text)
 
 
 def _end_of(text: str) -> str:
     if len(text) <= TEXT_LIMIT:
         return text
     end = text[-TEXT_LIMIT:]
-    return f"[{len(text) - TEXT_LIMIT} characters before this are left out]\n" + end[end.find("\n") + 1 :]
+    return f"[{len(text) - TEXT_LIMIT} characters before this are omitted]\n" + end[end.find("\n") + 1 :]

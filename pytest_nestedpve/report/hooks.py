@@ -1,4 +1,4 @@
-"""The report of a pytest session: pytest-html's page, JUnit properties, the terminal's summary.
+"""pytest hooks that report: pytest-html's page, JUnit properties, the terminal's summary.
 
 One object per process. Under xdist the workers run the phases and mark their test reports with the run's
 directory; the controller writes.
@@ -34,7 +34,7 @@ RUN_DIRECTORY = "nestedpve_run_directory"
 
 
 class ReportListener(Listener):
-    """Keeps a run's page current: it is written after each phase, so a killed session leaves one, too."""
+    """Writes a run's page after each phase, so the page of a killed session exists, too."""
 
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
@@ -47,9 +47,9 @@ class ReportListener(Listener):
 
 
 class SessionReport:
-    """pytest hooks. `run_directory()` is the run of this process, None before there is one.
+    """pytest hooks. `run_directory()` is the directory of this process's run, None before the run is created.
 
-    `mask` hides its secrets; `finishing_command()` finishes a teardown that left something.
+    `mask` hides secrets; `finishing_command()` destroys leftovers; `rerun_command()` is pytest with the host.
     """
 
     def __init__(
@@ -59,39 +59,39 @@ class SessionReport:
         *,
         mask: Callable[[str], str] = str,
         finishing_command: Callable[[], str] = str,
-        again: Callable[[], str] = lambda: "pytest",
+        rerun_command: Callable[[], str] = lambda: "pytest",
     ) -> None:
         self._config = config
-        self._own = run_directory
+        self._run_directory = run_directory
         self._mask = mask
         self._finishing_command = finishing_command
-        self._again = again
-        self._seen: dict[Path, None] = {}
+        self._rerun_command = rerun_command
+        self._directories: dict[Path, None] = {}
 
     def directories(self) -> list[Path]:
         """The directories of all runs of the session, in the order in which they were seen."""
-        own = self._own()
-        found = dict(self._seen)
-        if own is not None:
-            found.setdefault(own, None)
-        return list(found)
+        current = self._run_directory()
+        directories = dict(self._directories)
+        if current is not None:
+            directories.setdefault(current, None)
+        return list(directories)
 
     def reports(self) -> list[tuple[Path, RunReport]]:
-        """The runs with what their logs say; a log that cannot be read is passed over."""
+        """(directory, report) of each run; one whose log cannot be read is omitted."""
         from pytest_nestedpve.report.audit_model import read_audit
 
-        found = []
+        reports = []
         for directory in self.directories():
             with contextlib.suppress(OSError):
-                found.append((directory, read_audit(directory / "audit.jsonl")))
-        return found
+                reports.append((directory, read_audit(directory / "audit.jsonl")))
+        return reports
 
     # -- tests --------------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        directory = self._own()
+        directory = self._run_directory()
         if directory is not None:
             setattr(report, RUN_DIRECTORY, str(directory))
         return report
@@ -99,13 +99,13 @@ class SessionReport:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         directory = getattr(report, RUN_DIRECTORY, None)
         if isinstance(directory, str):
-            self._seen.setdefault(Path(directory), None)
+            self._directories.setdefault(Path(directory), None)
 
     # -- JUnit and the terminal -----------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        """What `record_testsuite_property` would say, also for the runs of xdist's workers."""
+        """Record the runs' properties as `record_testsuite_property` does, for xdist's workers too."""
         from _pytest.junitxml import xml_key
 
         xml = self._config.stash.get(xml_key, None)
@@ -123,18 +123,18 @@ class SessionReport:
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         from pytest_nestedpve.report.summary import summary_lines
 
-        found = self.reports()
-        if not found:
+        reports = self.reports()
+        if not reports:
             return
         terminalreporter.write_sep("=", "nested PVE")
-        for directory, report in found:
+        for directory, report in reports:
             page = directory / "report.html"
             try:
                 page = write_report(directory)
             except OSError as error:
                 terminalreporter.write_line(f"the report could not be written: {error}")
             for line in summary_lines(
-                report, page, finishing_command=self._finishing_command(), again=self._again()
+                report, page, finishing_command=self._finishing_command(), rerun_command=self._rerun_command()
             ):
                 terminalreporter.write_line(self._mask(line))
 
@@ -144,10 +144,10 @@ class SessionReport:
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
         from pytest_nestedpve.report.html import section
 
-        found = self.reports()
-        if found:
-            links = [self._link(directory / "report.html") for directory, _ in found]
-            prefix.append(self._mask(section([report for _, report in found], links)))
+        reports = self.reports()
+        if reports:
+            links = [self._link(directory / "report.html") for directory, _ in reports]
+            prefix.append(self._mask(section([report for _, report in reports], links)))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_header(self, cells: list[str]) -> None:
@@ -155,19 +155,19 @@ class SessionReport:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_row(self, report: pytest.TestReport, cells: list[str]) -> None:
-        # pytest-html 4 puts the test's id into its page as it is.
+        # pytest-html 4 does not escape the test's id.
         raw, safe = report.nodeid, escape(report.nodeid)
         if raw != safe:
             cells[:] = [cell.replace(raw, safe) if 'class="col-testId"' in cell else cell for cell in cells]
         if cells:
-            cells.insert(-1, f'<td class="col-phase">{escape(phase_text(report))}</td>')
+            cells.insert(-1, f'<td class="col-phase">{escape(format_phase(report))}</td>')
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_table_html(self, data: list[str]) -> None:
-        data[:] = [self._mask(each) if isinstance(each, str) else each for each in data]
+        data[:] = [self._mask(line) if isinstance(line, str) else line for line in data]
 
     def _link(self, page: Path) -> str:
-        """Where `page` is, seen from pytest-html's report."""
+        """The path of `page`, relative to pytest-html's report."""
         import os
 
         target = getattr(self._config.option, "htmlpath", None)
@@ -177,22 +177,22 @@ class SessionReport:
         return os.path.relpath(page, base)
 
 
-def phase_text(report: pytest.TestReport) -> str:
-    """What the column says: `12 s`, `0.3 s, found done`, `done by tests/…`; empty without phases."""
+def format_phase(report: pytest.TestReport) -> str:
+    """The text of the column: `12 s`, `0.3 s, found done`, `done by tests/…`; empty without phases."""
     properties = {str(name): value for name, value in getattr(report, "user_properties", ())}
     if PROPERTY_PHASE not in properties and PROPERTY_SECONDS not in properties:
         return ""
     from pytest_nestedpve.report.timeline import duration
 
-    words = []
+    parts = []
     with contextlib.suppress(TypeError, ValueError):
         if PROPERTY_SECONDS in properties:
-            words.append(duration(float(properties[PROPERTY_SECONDS])))
+            parts.append(duration(float(properties[PROPERTY_SECONDS])))
     if properties.get(PROPERTY_STATUS) == "proved":
-        words.append("found done")
+        parts.append("found done")
     if properties.get(PROPERTY_STATUS) == "attached":
-        words.append("attached")
-    by = properties.get(PROPERTY_DONE_BY)
-    if by and by != report.nodeid:
-        words.append(f"done by {by}")
-    return ", ".join(word for word in words if word)
+        parts.append("attached")
+    done_by = properties.get(PROPERTY_DONE_BY)
+    if done_by and done_by != report.nodeid:
+        parts.append(f"done by {done_by}")
+    return ", ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""The report as HTML: a page of its own, or a section of pytest-html's. What came from outside is escaped."""
+"""The report as HTML: a complete page, or a section of pytest-html's page. All values are escaped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 VERDICTS = {
-    "passed": "passed, and nothing is left",
-    "tests": "set up, tests failed, and nothing is left",
+    "passed": "passed, no leftovers",
+    "tests": "set up, tests failed, no leftovers",
     "failed": "failed",
     "interrupted": "interrupted",
-    "left": "something is left",
+    "left": "leftovers on the host",
     "kept": "kept for later sessions",
-    "up": "not taken down",
+    "up": "no teardown",
 }
 
 WORDS = {
@@ -56,29 +56,29 @@ def _clock(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def _render(template: str, reports: Sequence[RunReport], **more: Any) -> str:
+def _render(template: str, reports: Sequence[RunReport], **values: Any) -> str:
     from markupsafe import Markup
 
     def picture(report: RunReport) -> Markup:
-        # timeline() escapes what it is given.
+        # timeline() escapes its values.
         return Markup(timeline((*report.steps, *report.teardown_steps), report.ended or 0.0))
 
     return (
         _templates()
         .get_template(template)
-        .render(reports=reports, picture=picture, verdicts=VERDICTS, words=WORDS, did=did, **more)
+        .render(reports=reports, picture=picture, verdicts=VERDICTS, words=WORDS, describe=describe, **values)
     )
 
 
-def did(step: Step) -> str:
+def describe(step: Step) -> str:
     """One line: what the step did."""
     if step.did:
         return step.did
-    shown = [f"{name} {step.facts[name]}" for name in _HEADLINE.get(step.name, ()) if step.facts.get(name)]
-    return ", ".join(shown)
+    facts = [f"{name} {step.facts[name]}" for name in _HEADLINE.get(step.name, ()) if step.facts.get(name)]
+    return ", ".join(facts)
 
 
-#: Facts that make up the line of a step which says nothing itself.
+#: Facts in the line of a step that recorded no text `did`.
 _HEADLINE = {
     "provision": ("name", "vmid", "node", "storage"),
     "wait_ip": ("ip",),
@@ -93,10 +93,10 @@ _HEADLINE = {
 
 
 def standalone(report: RunReport) -> str:
-    """A complete HTML page for one run, without anything from elsewhere."""
+    """A complete HTML page for one run, without external resources."""
     return _render("page.html.j2", [report])
 
 
 def section(reports: Sequence[RunReport], links: Sequence[str] = ()) -> str:
-    """HTML for pytest-html's summary, a section per run. `links` are paths of their pages, in that order."""
+    """HTML for pytest-html's summary, a section per run. `links` are the paths of their pages, in order."""
     return _render("embedded.html.j2", reports, links=list(links) + [""] * (len(reports) - len(links)))

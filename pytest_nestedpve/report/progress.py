@@ -1,4 +1,4 @@
-"""What the current phase is at, live: one updated line on a terminal, plain lines now and then elsewhere."""
+"""The progress of the current phase: one updated line on a terminal, otherwise a plain line at intervals."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 
     from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 
-FRESH = 1.0
+LIVE_INTERVAL = 1.0
 """Seconds between two updates of the line on a terminal."""
-PLAIN = 5.0
-"""Seconds between two plain lines, at least; a phase that ends sooner prints none."""
-QUIET = 30.0
-"""Seconds after which a plain line is printed although nothing new is known."""
+PLAIN_INTERVAL = 5.0
+"""Least seconds between two plain lines; a phase that ends sooner prints none."""
+REPEAT_INTERVAL = 30.0
+"""Seconds after which a plain line is printed although its text has not changed."""
 
 
 class ProgressListener(Listener):
-    """A listener of the phases that writes past pytest's capturing; silent in xdist workers and with -q.
+    """Writes the progress of phases, bypassing pytest's capturing; silent in xdist workers and with -q.
 
-    It writes from a thread of its own to a copy of the terminal's descriptor: the capturing is never touched
-    from another thread.
+    Its thread writes to a copy of the terminal's descriptor: only the main thread uses pytest's capturing.
     """
 
     def __init__(self, config: pytest.Config, usual: Mapping[str, float] | None = None) -> None:
@@ -46,8 +45,8 @@ class ProgressListener(Listener):
         self._live = False
         self._phase: Phase | None = None
         self._text = ""
-        self._said = ""
-        self._began = self._printed = 0.0
+        self._printed_text = ""
+        self._began = self._printed_at = 0.0
         self._written = False
         if self._reporter is not None and config.get_verbosity() >= 0:
             self._open()
@@ -58,7 +57,7 @@ class ProgressListener(Listener):
         manager = self._config.pluginmanager.getplugin("capturemanager")
         with (
             manager.global_and_fixture_disabled() if manager else contextlib.nullcontext(),
-            # Only where the reporter writes to a real file; in-process runs of pytest write elsewhere.
+            # Fails if the reporter does not write to a real file, as in an in-process run of pytest.
             contextlib.suppress(OSError, ValueError, AttributeError),
         ):
             self._out = os.dup(sys.stdout.fileno())
@@ -66,22 +65,22 @@ class ProgressListener(Listener):
             self._live = os.isatty(self._out) and os.environ.get("TERM", "") not in ("", "dumb")
             self._config.add_cleanup(self.close)
 
-    # -- what the runner tells ------------------------------------------------------------------
+    # -- called by the runner of phases -----------------------------------------------------------
 
     def phase_started(self, phase: Phase) -> None:
-        """Begin to show `phase`."""
+        """Show `phase` from now on."""
         if self._out < 0:
             return
         with self._lock:
-            self._phase, self._text, self._said = phase, "", ""
-            self._began = self._printed = time.monotonic()
+            self._phase, self._text, self._printed_text = phase, "", ""
+            self._began = self._printed_at = time.monotonic()
             self._written = False
         self._stop.clear()
-        self._thread = threading.Thread(target=self._tick, name="nested-pve-progress", daemon=True)
+        self._thread = threading.Thread(target=self._refresh, name="nested-pve-progress", daemon=True)
         self._thread.start()
 
     def phase_finished(self, ended: PhaseEnded) -> None:
-        """Stop to show it, and put pytest's line back as it was."""
+        """Stop showing the phase, and restore pytest's line."""
         del ended
         if self._out < 0:
             return
@@ -92,18 +91,18 @@ class ProgressListener(Listener):
         with self._lock:
             self._phase = None
             if self._written:
-                # In verbose mode pytest goes on behind the name of the test, so it has to be there again.
+                # In verbose mode pytest continues the line of the test's name, so that name is printed again.
                 prefix = getattr(self._reporter, "currentfspath", None)
                 self._write(("\r\x1b[K" if self._live else "") + (prefix if isinstance(prefix, str) else ""))
                 self._written = False
 
     def progress(self, text: str) -> None:
-        """`text` says what the phase is at."""
+        """Set the text behind the phase, such as the running task."""
         with self._lock:
             self._text = " ".join(text.split())
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Stop the thread and close the descriptor."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -113,8 +112,8 @@ class ProgressListener(Listener):
 
     # -- the line ------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        while not self._stop.wait(FRESH):
+    def _refresh(self) -> None:
+        while not self._stop.wait(LIVE_INTERVAL):
             with self._lock:
                 if self._phase is None:
                     continue
@@ -130,33 +129,33 @@ class ProgressListener(Listener):
 
     def _show_plain(self) -> None:
         now = time.monotonic()
-        since = now - self._printed
-        if since < PLAIN or (self._text == self._said and since < QUIET):
+        since = now - self._printed_at
+        if since < PLAIN_INTERVAL or (self._text == self._printed_text and since < REPEAT_INTERVAL):
             return
         self._write(("" if self._written else "\n") + self._line() + "\n")
-        self._printed, self._said, self._written = now, self._text, True
+        self._printed_at, self._printed_text, self._written = now, self._text, True
 
     def _line(self) -> str:
         assert self._phase is not None
         phase = self._phase
         usual = self._usual.get(phase.name, phase.usual)
-        return progress_line(phase.name, time.monotonic() - self._began, usual, self._text)
+        return format_progress(phase.name, time.monotonic() - self._began, usual, self._text)
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "replace")
-        # A terminal that is gone must not fail the phase.
+        # A closed terminal must not fail the phase.
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(self._out, data) :]
 
 
-def progress_line(phase: str, elapsed: float, usual: float | None, text: str) -> str:
+def format_progress(phase: str, elapsed: float, usual: float | None, text: str) -> str:
     """`  ensure_pve 35 s of about 1 min 30 s: TASK install proxmox-ve`."""
     expected = f" of about {duration(usual)}" if usual else ""
-    printable = "".join(each if each.isprintable() else "?" for each in text)
+    printable = "".join(char if char.isprintable() else "?" for char in text)
     return f"  {phase} {duration(round(elapsed))}{expected}" + (f": {printable}" if printable else "")
 
 
 def clip(text: str, width: int) -> str:
-    """At most `width` characters of `text`, marked where something is missing."""
+    """At most `width` characters of `text`, with an ellipsis where it is cut."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"

@@ -1,4 +1,4 @@
-"""User properties of a test that ran phases; the reports show them."""
+"""Names of the user properties of a test that ran phases; reports show them."""
 
 PROPERTY_PHASE = "nested_pve_phase"
 PROPERTY_SECONDS = "nested_pve_seconds"

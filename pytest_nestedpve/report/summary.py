@@ -1,4 +1,4 @@
-"""What the terminal says at the end: what happened, and after a failure how to log in, go on and clean up."""
+"""The summary on the terminal: the result, and after a failure how to log in, resume and clean up."""
 
 from __future__ import annotations
 
@@ -15,77 +15,77 @@ if TYPE_CHECKING:
 
 
 def summary_lines(
-    report: RunReport, page: Path, *, finishing_command: str = "", again: str = "pytest"
+    report: RunReport, page: Path, *, finishing_command: str = "", rerun_command: str = "pytest"
 ) -> list[str]:
     """Lines for the terminal's summary. `page` is the run's HTML report, beside its ssh_config and audit log.
 
-    `finishing_command` finishes a teardown that left something; `again` is pytest with the same host.
+    `finishing_command` destroys leftovers; `rerun_command` is pytest with the same host.
     """
     executed = sum(step.status == "done" for step in report.steps)
     proved = sum(step.status == "proved" for step in report.steps)
-    taken = sum(step.status == "attached" for step in report.steps)
-    found = (f", {proved} found done" if proved else "") + (f", {taken} attached" if taken else "")
+    attached = sum(step.status == "attached" for step in report.steps)
+    others = (f", {proved} found done" if proved else "") + (f", {attached} attached" if attached else "")
     lines = [
         f"run {report.run or page.parent.name}: {VERDICTS[report.verdict]}; "
-        f"{executed} phase{'' if executed == 1 else 's'} done{found}, in {duration(report.seconds)}",
+        f"{executed} phase{'' if executed == 1 else 's'} done{others}, in {duration(report.seconds)}",
         f"report: {page}",
     ]
     if report.failed is not None:
-        lines += ["", *failure_lines(report, page.parent, finishing_command, again)]
+        lines += ["", *failure_lines(report, page.parent, finishing_command, rerun_command)]
     else:
         lines += [*symptom_lines(report), *artifact_lines(report, page.parent)]
     return lines
 
 
 def symptom_lines(report: RunReport) -> list[str]:
-    """What was recognised, with explanation and fix."""
+    """Lines on the known symptoms of a run, with explanation and fix."""
     lines = []
     for symptom in report.symptoms:
-        place = f" (after {symptom.phase})" if symptom.phase != getattr(report.failed, "name", None) else ""
-        lines += known_lines(f"{place}: {symptom.title}", symptom)
+        suffix = f" (after {symptom.phase})" if symptom.phase != getattr(report.failed, "name", None) else ""
+        lines += recognised_lines(f"{suffix}: {symptom.title}", symptom)
     return lines
 
 
-def known_lines(title: str, seen: KnownSymptom | Recognised) -> list[str]:
-    """One symptom that was recognised."""
+def recognised_lines(title: str, symptom: KnownSymptom | Recognised) -> list[str]:
+    """Lines on one recognised symptom."""
     return [
         f"known{title}",
-        f"    seen:  {seen.line}   in {seen.where}",
-        f"    means: {seen.explanation}",
-        f"    fix:   {seen.fix}",
+        f"    seen:  {symptom.line}   in {symptom.where}",
+        f"    means: {symptom.explanation}",
+        f"    fix:   {symptom.fix}",
     ]
 
 
 def artifact_lines(report: RunReport, run_directory: Path) -> list[str]:
-    """Where what was collected lies."""
+    """Lines with the directories of collected files."""
     lines = []
-    for each in report.artifacts:
-        if each.files:
-            count = len(each.files)
-            what = f"{count} file{'s' * (count != 1)}: logs and states after {each.phase}"
-            lines.append(f"files:    {run_directory / each.directory} ({what})")
+    for collection in report.artifacts:
+        if collection.files:
+            count = len(collection.files)
+            content = f"{count} file{'s' * (count != 1)}: logs and states after {collection.phase}"
+            lines.append(f"files:    {run_directory / collection.directory} ({content})")
     return lines
 
 
 def failure_lines(
-    report: RunReport, run_directory: Path, finishing_command: str, again: str = "pytest"
+    report: RunReport, run_directory: Path, finishing_command: str, rerun_command: str = "pytest"
 ) -> list[str]:
-    """The first cause, and what to type next."""
+    """Lines with the first cause, and with the commands to log in, resume and clean up."""
     step = report.failed
     assert step is not None
-    first, *rest = step.cause.splitlines() or ["no reason was given"]
+    first, *rest = step.cause.splitlines() or ["no cause was recorded"]
     config = shlex.quote(str(run_directory / "ssh_config"))
-    reach = "the outer host's web interface"
+    login = "the outer host's web interface"
     if (run_directory / "ssh_config").exists():
-        reach = f"ssh -F {config} nested"
-    clean = "nothing to do, the teardown proved that nothing is left"
-    if report.left or not report.proved_empty:
+        login = f"ssh -F {config} nested"
+    clean = "nothing to do, the teardown proved that there are no leftovers"
+    if report.leftovers or not report.proved_empty:
         clean = finishing_command or f"pytest --nested-destroy-only --nested-run {report.run}"
-    attached = "--nested-attach" in again
-    keep = f"{again} --nested-keep=on-failure -k {step.name}   leaves it as it failed; then {reach}"
-    then = [
-        *([f"log in:   {reach if attached else keep}"] if not attached or "ssh -F" in reach else []),
-        f"go on:    {again} -k {step.name}   does what it needs first",
+    attached = "--nested-attach" in rerun_command
+    keep = f"{rerun_command} --nested-keep=on-failure -k {step.name}   keeps the failed state; then {login}"
+    commands = [
+        *([f"log in:   {login if attached else keep}"] if not attached or "ssh -F" in login else []),
+        f"resume:   {rerun_command} -k {step.name}   runs the phases before it first",
         f"clean up: {clean}",
     ]
     return [
@@ -94,6 +94,6 @@ def failure_lines(
         *([f"    … {len(rest) - 20} more lines in the report"] if len(rest) > 20 else []),
         *symptom_lines(report),
         *artifact_lines(report, run_directory),
-        # Of a kept environment the session itself says how to log in, go on and clean up.
-        *([] if report.was_kept else then),
+        # For a kept environment the session itself prints these commands.
+        *([] if report.was_kept else commands),
     ]

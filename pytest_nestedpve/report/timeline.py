@@ -1,7 +1,6 @@
-"""The timeline of a run as inline SVG: one row per phase, in pixels where text is, in percent where time is.
+"""The timeline of a run as inline SVG, one row per phase: heights in pixels, horizontal positions in percent.
 
-Percent positions make the picture as wide as its place without scaling the letters, so it reads the same on a
-telephone and on a screen.
+Percent positions adapt the width to the page without scaling the text, so it is readable on a telephone too.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _TOP = 18
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in words: `0.4 s`, `12 s`, `3 min 05 s`."""
+    """Seconds as text: `0.4 s`, `12 s`, `3 min 05 s`."""
     if seconds is None:
         return "not finished"
     if seconds < 10:
@@ -41,7 +40,7 @@ def tick_distance(span: float) -> float:
 
 
 def timeline(steps: Sequence[Step], ended: float) -> str:
-    """SVG markup; empty when there is nothing to draw. `ended` (epoch seconds) closes bars that are open."""
+    """SVG markup; empty without steps. `ended` (epoch seconds) is the end of bars of unfinished steps."""
     if not steps:
         return ""
     begin = min(step.start for step in steps)
@@ -66,7 +65,7 @@ def timeline(steps: Sequence[Step], ended: float) -> str:
         left = 100 * (step.start - begin) / span
         width = min(100 - left, max(0.4, 100 * seconds / span))
         title = f"{step.name}: {step.status}, {duration(step.seconds)}"
-        # The label begins where the bar does, or ends where it ends when it would run out of the picture.
+        # The label starts at the start of its bar, or ends at its end if it would be cut off.
         x, anchor = (left, "start") if left < 55 else (min(100.0, left + width), "end")
         parts.append(
             f'<g class="{escape(step.status, quote=True)}"><title>{escape(title)}</title>'

@@ -1,4 +1,4 @@
-"""How long phases take on a host: what earlier runs took there, from their audit logs; nothing is guessed."""
+"""The usual duration of phases on a host, from the audit logs of earlier runs on it; never estimated."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ if TYPE_CHECKING:
     from pytest_nestedpve.report.audit_model import Step
 
 RUNS = 5
-"""How many of the newest runs are looked at."""
+"""Number of the newest runs to read."""
 
 
 def usual_times(run_dir: Path, host: str) -> dict[str, float]:
-    """Seconds by phase: the median of what the newest runs below `run_dir` on `host` took to do it.
+    """Seconds by phase: the median of its duration in the newest runs below `run_dir` on `host`.
 
-    All labs count as one host. Phases of teardowns are in it, one that no run did is not; logs that cannot
-    be read are none.
+    All labs count as one host. Phases of teardowns are included. Logs that cannot be read are ignored.
     """
     from pytest_nestedpve.report.audit_model import read_audit
 
-    found: dict[str, list[float]] = {}
-    seen = 0
+    durations: dict[str, list[float]] = {}
+    count = 0
     for log in _newest_first(run_dir):
-        if seen == RUNS:
+        if count == RUNS:
             break
         try:
             run = read_audit(log, whole=True)
         except OSError:
             continue
-        done = [step for step in run.steps if _took(step)]
-        if not done or _kind(run.host) != _kind(host):
+        done = [step for step in run.steps if _is_timed(step)]
+        if not done or _host_key(run.host) != _host_key(host):
             continue
-        seen += 1
-        for step in (*done, *filter(_took, run.teardown_steps)):
-            found.setdefault(step.name, []).append(step.seconds or 0.0)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+        count += 1
+        for step in (*done, *filter(_is_timed, run.teardown_steps)):
+            durations.setdefault(step.name, []).append(step.seconds or 0.0)
+    return {name: statistics.median(seconds) for name, seconds in durations.items()}
 
 
-def _took(step: Step) -> bool:
+def _is_timed(step: Step) -> bool:
     return step.status == "done" and step.seconds is not None
 
 
@@ -53,5 +52,5 @@ def _newest_first(run_dir: Path) -> list[Path]:
     return [log for _, log in sorted(dated, reverse=True)]
 
 
-def _kind(host: str) -> str:
+def _host_key(host: str) -> str:
     return host.partition(":")[0] if host.startswith("lab:") else host

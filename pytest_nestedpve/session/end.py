@@ -29,7 +29,7 @@ def finish(run: OpenRun) -> None:
             if failed:
                 from pytest_nestedpve.report import failure
 
-                failure.after_tests(run.environment)
+                failure.examine_tests(run.environment)
             if _is_kept(run):
                 _keep(run)
             elif runner.acted:
@@ -122,7 +122,7 @@ def _conclude(run: OpenRun) -> None:
     if lines and state.kept is None:
         from pytest_nestedpve.report import failure
 
-        failure.after_teardown(env, lines, collect=state.guard.first is None)
+        failure.examine_teardown(env, lines, collect=state.guard.first is None)
     state.remark(*env.remarks)
     state.tally.record_leftovers(bool(lines))
     with contextlib.suppress(Exception):

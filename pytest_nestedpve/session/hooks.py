@@ -332,7 +332,7 @@ class SessionHooks:
             from pytest_nestedpve.session import end
 
             end.report(state, nested.open_run, reporter, nested.finishing_command())
-        for line in state.destroy_job.known() if state.destroy_job is not None else ():
+        for line in state.destroy_job.known_symptoms() if state.destroy_job is not None else ():
             reporter.write_line(line)
         for line in state.tally.hooks:
             reporter.write_line(f"nested-pve: {line}", red=True)

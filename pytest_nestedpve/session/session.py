@@ -60,7 +60,7 @@ class NestedSession:
             self._run_directory,
             mask=self._mask,
             finishing_command=self.finishing_command,
-            again=lambda: rerun_commands.command_to_repeat(self.settings),
+            rerun_command=lambda: rerun_commands.command_to_repeat(self.settings),
         )
         self.config.pluginmanager.register(report, "nestedpve-report")
 

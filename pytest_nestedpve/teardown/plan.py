@@ -1,4 +1,4 @@
-"""The plan of --nested-destroy-only: leftovers of earlier runs, a verdict on each, and its execution."""
+"""The plan of --nested-destroy-only: a verdict on each leftover of earlier runs, and the execution."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.pve.host import PveHost
 
 WIDTH = 4
+"""Leftovers destroyed at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _destroy_unmarked(host: PveHost, settings: Settings, row: Row) -> dict[Row, 
     return {row: unmarked.destroy_unmarked(host, settings, row)}
 
 
-# -- marked: runs by their pools -----------------------------------------------------------------
+# -- runs, by their pools ------------------------------------------------------------------------
 
 
 def _run_pools(host: PveHost) -> list[_RunPool]:
@@ -120,9 +121,9 @@ def _with_pool_parent(settings: Settings, pool: str) -> Settings:
 
 def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) -> list[Row]:
     verdict, reason = _verdict(pool, now, named=settings.run_id == pool.run)
-    own = _with_pool_parent(settings, pool.pool)
+    settings = _with_pool_parent(settings, pool.pool)
     lease = pool.lease
-    blank = Row(
+    pool_row = Row(
         vmid=None,
         node=host.node,
         name=f"pool {pool.pool}",
@@ -136,27 +137,27 @@ def _rows_of_run(host: PveHost, settings: Settings, pool: _RunPool, now: int) ->
     )
     names = {guest.vmid: guest.name for guest in qemu.list_guests(host.api)}
     rows = []
-    for vm in discover(host, own, pool.run):
+    for vm in discover(host, settings, pool.run):
         row = replace(
-            blank,
+            pool_row,
             vmid=vm.vmid,
             node=vm.node,
             name=names.get(vm.vmid) or f"VM {vm.vmid}",
             bare=vm.bare,
         )
-        rows.append(_proved(host, own, row, vm) if verdict == "destroy" else row)
-    return rows or [blank]
+        rows.append(_prove_row(host, settings, row, vm) if verdict == "destroy" else row)
+    return rows or [pool_row]
 
 
-def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -> Row:
-    """The row, kept if the VM is not proved to be the run's."""
+def _prove_row(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -> Row:
+    """The row, with the verdict "keep" unless the VM is proved to be the run's."""
     if candidate.bare is not None:
         audit = settings.run_dir / str(row.run) / "audit.jsonl"
         leftover = killed_tasks.find_leftover(host, candidate.node, candidate.vmid, task_ids(audit))
         if leftover is not None and leftover.ours:
             return replace(row, reason=leftover.reason)
         if leftover is not None:
-            return row.kept(leftover.reason, owed=candidate.pooled)
+            return row.kept(leftover.reason, is_leftover=candidate.pooled)
     try:
         proof = prove(host.api, settings, candidate, str(row.run))
     except NodeUnreachable as e:
@@ -165,37 +166,37 @@ def _proved(host: PveHost, settings: Settings, row: Row, candidate: Candidate) -
     if proof.config is not None and isinstance(proof.config.get("name"), str):
         row = replace(row, name=proof.config["name"])
     if not proof.ok and not proof.gone:
-        # It keeps the run's pool from being removed, which a session's own teardown reports as left.
-        return row.kept(f"not proved to be the run's: {proof.reason}", owed=candidate.pooled)
+        # The VM blocks the removal of the run's pool; a session's own teardown reports that as a leftover.
+        return row.kept(f"not proved to be the run's: {proof.reason}", is_leftover=candidate.pooled)
     if proof.status not in ("", "stopped") and not settings.force_stop:
         return row.kept("it runs, and force_stop is off")
     return row
 
 
 def _verdict(pool: _RunPool, now: int, *, named: bool) -> tuple[str, str]:
-    """Whether to destroy a run, by its lease and by the lock of a session on this client; and why."""
-    lease, alive = pool.lease, SessionLock.alive(pool.run)
-    if alive:
+    """("destroy" | "keep", reason) for a run, by its lease and by the lock of a session on this machine."""
+    lease, is_alive = pool.lease, SessionLock.alive(pool.run)
+    if is_alive:
         return "keep", "a session on this machine is working on it"
     if lease is None:
         if named:
-            return "destroy", "it was named, and its pool names no owner"
-        return "keep", "its pool's comment is no lease; --nested-run names it"
+            return "destroy", "selected by --nested-run, and its pool names no owner"
+        return "keep", "its pool's comment is no lease; select it with --nested-run to destroy it"
     if lease.expired(now):
-        return "destroy", f"its lease expired {_ago(now - min(lease.expires, lease.hard))} ago"
-    mine = lease.client == client_hash() and lease.owner == owner()
-    if mine and lease.state == "kept":
+        return "destroy", f"its lease expired {_format_age(now - min(lease.expires, lease.hard))} ago"
+    is_mine = lease.client == client_hash() and lease.owner == owner()
+    if is_mine and lease.state == "kept":
         return "destroy", "kept by you"
-    if mine and alive is False:
+    if is_mine and is_alive is False:
         return "destroy", "its session on this machine has exited"
     if named:
-        return "destroy", f"it was named; its owner is {lease.owner}"
-    whose = "yours, perhaps with a session on another machine" if mine else f"{lease.owner}'s"
-    left = _ago(min(lease.expires, lease.hard) - now)
-    return "keep", f"{lease.state} run, {whose}; its lease lasts {left} more; --nested-run names it"
+        return "destroy", f"selected by --nested-run; its owner is {lease.owner}"
+    whose = "yours, perhaps with a session on another machine" if is_mine else f"{lease.owner}'s"
+    remaining = _format_age(min(lease.expires, lease.hard) - now)
+    return "keep", f"{lease.state} run, {whose}; lease expires in {remaining}; --nested-run destroys it"
 
 
-def _ago(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{int(seconds // size)} {unit}"
@@ -223,7 +224,7 @@ def _destroy_run(
             if row.vmid is None:
                 outcomes[row] = Outcome(0, row.node, "left" if leftovers else "gone", leftovers)
             elif row.vmid in remaining and outcomes[row].result == "gone":
-                outcomes[row] = Outcome(row.vmid, row.node, "left", "found again afterwards")
+                outcomes[row] = Outcome(row.vmid, row.node, "left", "still found after its destruction")
             elif leftovers and outcomes[row].result == "gone":
                 reason = f"destroyed, but: {leftovers}"
                 outcomes[row] = replace(outcomes[row], result="left", reason=reason)

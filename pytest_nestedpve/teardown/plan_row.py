@@ -10,8 +10,9 @@ from typing import Any
 class Row:
     """A VM that may be a leftover, or the pool of a run without VMs (`vmid` is None).
 
-    `verdict` is "destroy" or "keep", with the `reason`. `ask`: it has no marker, so its destruction needs a
-    confirmation. `owed`: it should be destroyed, but is kept. Times: epoch seconds of the host's clock.
+    `verdict` is "destroy" or "keep", with the `reason`. `needs_confirmation`: the VM has no marker.
+    `is_leftover`: the verdict is "keep", but the VM should be destroyed. Times: epoch seconds of the host's
+    clock.
     """
 
     vmid: int | None
@@ -23,8 +24,8 @@ class Row:
     expires: int | None
     verdict: str
     reason: str
-    ask: bool = False
-    owed: bool = False
+    needs_confirmation: bool = False
+    is_leftover: bool = False
     digest: str = ""
     pool: str | None = None
     bare: str | None = None
@@ -34,6 +35,6 @@ class Row:
         keys = ("vmid", "node", "name", "run", "owner", "created", "expires", "verdict", "reason")
         return {**{key: getattr(self, key) for key in keys}, "outcome": outcome}
 
-    def kept(self, reason: str, *, owed: bool = True) -> Row:
+    def kept(self, reason: str, *, is_leftover: bool = True) -> Row:
         """The row with the verdict "keep"."""
-        return replace(self, verdict="keep", reason=reason, owed=owed)
+        return replace(self, verdict="keep", reason=reason, is_leftover=is_leftover)

@@ -185,7 +185,7 @@ def rows(host: PveHost, settings: Settings) -> list[Row]:
 def _row(host: PveHost, settings: Settings, pool: str, template: str, deed: Deed | None) -> Row:
     row = Row(None, host.node, f"pool {pool}", template, None, None, None, "keep", "", pool=pool)
     if deed is None or deed.template != template:
-        return row.kept("its pool's comment does not name its VM: remove it by hand", owed=False)
+        return row.kept("its pool's comment does not name its VM: remove it by hand", is_leftover=False)
     listed = read_pool(host.api, pool)
     members = listed.members if listed else ()
     node = next((node for _, vmid, node in members if vmid == deed.vmid), None)
@@ -195,7 +195,7 @@ def _row(host: PveHost, settings: Settings, pool: str, template: str, deed: Deed
         row = replace(row, vmid=deed.vmid, node=node, name=name)
     if settings.run_id != template:
         if not _was_interrupted(deed):
-            return row.kept(f"a template; `--nested-run {template}` removes it", owed=False)
+            return row.kept(f"a template; `--nested-run {template}` removes it", is_leftover=False)
         row = replace(row, verdict="destroy", reason="its creation was interrupted")
     else:
         row = replace(row, verdict="destroy", reason="it was named")

@@ -312,7 +312,7 @@ def test_a_dry_run_says_what_would_be_done_and_asks_nobody(attached: Attached) -
     assert plan["provision"] == plan["wait_ip"] == "attached"
     assert plan["setup_network"] == "probed; done if need be"
     assert plan["setup_repos"] == "probed; not done"
-    assert "then what was made inside is destroyed" in result.output
+    assert "then everything created inside is destroyed" in result.output
     assert not (attached.project.path / "asked").exists()
 
 

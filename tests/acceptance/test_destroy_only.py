@@ -1,4 +1,4 @@
-"""--nested-destroy-only: what killed sessions left goes, item by item; what is somebody else's stays."""
+"""--nested-destroy-only: leftovers of killed sessions are destroyed, one item each; foreign VMs are kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def killed(killed_once: Project, tmp_path: Path) -> Project:
-    """A copy of it: nothing in it says where it is."""
+    """A copy of that project, which contains no absolute path."""
     return Project(shutil.copytree(killed_once.path, tmp_path / "project", symlinks=True))
 
 
@@ -48,20 +48,20 @@ def run_id(project: Project) -> str:
 
 
 def rows(project: Project, result: Result) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((project.path / "out.json").read_text())
+    plan: list[dict[str, Any]] = json.loads((project.path / "out.json").read_text())
     assert all(
         set(row)
         == {"vmid", "node", "name", "run", "owner", "created", "expires", "verdict", "reason", "outcome"}
-        for row in found
+        for row in plan
     ), result.output
-    return found
+    return plan
 
 
 def lease(project: Project, **changes: Any) -> None:
     """Change the lease of the only run on the host."""
-    pool, (comment, _) = next(each for each in project.host().pools().items() if "npve-" in each[0])
-    found = {k: v for k, v in json.loads(comment).items() if k != "v"}
-    project.host().set_pool(pool, dataclasses.replace(Lease(**found), **changes).to_text())
+    pool, (comment, _) = next(pool for pool in project.host().pools().items() if "npve-" in pool[0])
+    fields = {k: v for k, v in json.loads(comment).items() if k != "v"}
+    project.host().set_pool(pool, dataclasses.replace(Lease(**fields), **changes).to_text())
 
 
 def stranger(project: Project, vmid: int, **config: Any) -> None:
@@ -70,7 +70,7 @@ def stranger(project: Project, vmid: int, **config: Any) -> None:
     project.host().broadcast()
 
 
-def test_what_a_killed_session_left_goes_and_the_second_time_there_is_nothing(killed: Project) -> None:
+def test_leftovers_of_a_killed_session_are_destroyed_and_a_second_call_finds_none(killed: Project) -> None:
     result = killed.run(ONLY, "-v", "--nested-json", "out.json", "--junitxml", "out.xml")
     assert result.ret == 0, result.output
     assert "1 passed" in result.output
@@ -84,7 +84,7 @@ def test_what_a_killed_session_left_goes_and_the_second_time_there_is_nothing(ki
     assert killed.run(ONLY).ret == 0
 
 
-def test_a_dry_run_prints_the_same_plan_and_touches_nothing(killed: Project) -> None:
+def test_a_dry_run_prints_the_same_plan_and_destroys_nothing(killed: Project) -> None:
     before = killed.host().state()
     result = killed.run(ONLY, "--nested-dry-run", "--nested-json", "out.json")
     assert result.ret == 0, result.output
@@ -95,7 +95,7 @@ def test_a_dry_run_prints_the_same_plan_and_touches_nothing(killed: Project) -> 
     assert killed.host().state() == before
 
 
-def test_a_live_session_is_never_touched_not_even_by_name(project: Project) -> None:
+def test_the_run_of_a_live_session_is_kept_even_if_selected(project: Project) -> None:
     process = project.start("-q", "test_steps.py", HANG="start_vm")
     try:
         project.wait_for(process, cmd="hanging")
@@ -111,7 +111,7 @@ def test_a_live_session_is_never_touched_not_even_by_name(project: Project) -> N
     assert project.left() == []
 
 
-def test_another_owners_run_stays_until_it_lapses_or_is_named(killed: Project) -> None:
+def test_another_owners_run_is_kept_until_it_expires_or_is_selected(killed: Project) -> None:
     (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
     lease(killed, owner="bob@elsewhere", client="0" * 16)
     result = killed.run(ONLY, "-v")
@@ -124,7 +124,7 @@ def test_another_owners_run_stays_until_it_lapses_or_is_named(killed: Project) -
     assert killed.left() == []
 
 
-def test_a_lapsed_lease_of_anybody_goes_unasked(killed: Project) -> None:
+def test_a_run_with_an_expired_lease_of_any_owner_is_destroyed(killed: Project) -> None:
     (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
     lease(killed, owner="bob@elsewhere", client="0" * 16, created=1000, expires=2000)
     result = killed.run(ONLY, "-v")
@@ -132,8 +132,8 @@ def test_a_lapsed_lease_of_anybody_goes_unasked(killed: Project) -> None:
     assert killed.left() == []
 
 
-def test_my_own_kept_run_goes(killed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a machine without a machine-id keeps one of its own.
+def test_my_own_kept_run_is_destroyed(killed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The directory in which a machine without a machine-id stores a generated one.
     monkeypatch.setenv("XDG_STATE_HOME", str(killed.path / "state"))
     (killed.path / "state" / "nested-pve" / "locks" / f"{run_id(killed)}.lock").unlink()
     lease(killed, state="kept", client=client_hash())
@@ -141,7 +141,7 @@ def test_my_own_kept_run_goes(killed: Project, monkeypatch: pytest.MonkeyPatch) 
     assert killed.left() == []
 
 
-def test_an_empty_pool_of_a_dead_run_goes_too(killed: Project) -> None:
+def test_the_empty_pool_of_an_exited_session_is_removed(killed: Project) -> None:
     api = killed.host().connect().api
     for vm in api.get("/cluster/resources", type="vm"):
         api.post(f"/nodes/father/qemu/{vm['vmid']}/status/stop")
@@ -159,17 +159,17 @@ def test_a_vm_that_cannot_be_destroyed_fails_and_is_status_1(killed: Project) ->
     result = killed.run(ONLY, "-v", "--nested-json", "out.json", "--junitxml", "out.xml", "-o", scale)
     assert result.ret == 1, result.output
     assert "1 failed" in result.output
-    assert "is still there: " in result.output
+    assert "still exists: " in result.output
     assert "Traceback" not in result.output
     assert rows(killed, result)[0]["outcome"] == "left"
-    # What is known of it, wherever the failure is told.
-    for told in (result.output, (killed.path / "out.xml").read_text()):
-        assert "known: linked clones still need that disk" in told
-        assert "destroy them first, then pytest --nested-destroy-only" in told
+    # The known symptom is in each report of the failure.
+    for report in (result.output, (killed.path / "out.xml").read_text()):
+        assert "known: linked clones need that disk" in report
+        assert "destroy them first, then pytest --nested-destroy-only" in report
     assert result.output.count("known: ") == 1
 
 
-def test_one_of_ours_that_somebody_protected_stays_and_what_mends_it_is_said(killed: Project) -> None:
+def test_a_vm_of_ours_that_somebody_protected_is_kept_and_the_fix_is_printed(killed: Project) -> None:
     (vmid,) = killed.host().vms()
     killed.host().edit_vm(vmid, protection=1)
     stranger(killed, 99950, name="nested-pve-old", protection=1)
@@ -178,7 +178,7 @@ def test_one_of_ours_that_somebody_protected_stays_and_what_mends_it_is_said(kil
     assert "2 skipped" in result.output
     assert "known: the VM is protected" in result.output
     assert f"fix:   qm set {vmid} --protection 0" in result.output
-    # Nothing of the kind about a VM that nobody knows to be ours.
+    # No symptom is printed for a VM that is not proved to be ours.
     assert result.output.count("known: ") == 1
     assert any(line.startswith(f"vm {vmid}") for line in killed.left())
 
@@ -186,8 +186,10 @@ def test_one_of_ours_that_somebody_protected_stays_and_what_mends_it_is_said(kil
 @pytest.mark.parametrize(
     "why", ["nested_pve_vmid_range=98000-98009", "nested_pve_name_pattern=child-pve*", "no marker"]
 )
-def test_a_dead_run_whose_vm_is_not_proved_is_left_and_is_status_1(killed: Project, why: str) -> None:
-    """Other settings than those it was made with, or a VM that somebody rewrote: its pool stays with it."""
+def test_the_run_of_an_exited_session_whose_vm_is_not_proved_is_kept_and_is_status_1(
+    killed: Project, why: str
+) -> None:
+    """With other settings than at its creation, or a changed VM, VM and pool are kept."""
     options = ["-o", why] if "=" in why else []
     if not options:
         (vmid,) = killed.host().vms()
@@ -200,7 +202,7 @@ def test_a_dead_run_whose_vm_is_not_proved_is_left_and_is_status_1(killed: Proje
     assert killed.left() == before
 
 
-def test_an_interrupted_clean_up_ends_at_once_and_says_how_far_it_came(killed: Project) -> None:
+def test_an_interrupted_clean_up_ends_at_once_and_reports_its_outcomes(killed: Project) -> None:
     stranger(killed, 99950, name="nested-pve-old")
     killed.slow(qmdestroy=600)
     mine = next(vmid for vmid in killed.host().vms() if vmid != 99950)
@@ -220,7 +222,7 @@ def test_an_interrupted_clean_up_ends_at_once_and_says_how_far_it_came(killed: P
     assert {row["vmid"]: row["outcome"] for row in rows(killed, result)} == {mine: "left", 99950: "left"}
 
 
-def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> None:
+def test_an_unmarked_vm_with_a_matching_name_and_id_needs_a_confirmation(project: Project) -> None:
     stranger(project, 99950, name="nested-pve-old")
     stranger(project, 99951, name="nested-pve-noted", description="mine, Alice")
     stranger(project, 99952, name="web", memory=512)
@@ -244,7 +246,7 @@ def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> No
 
 
 @pytest.mark.parametrize(
-    ("typed", "status", "goes"),
+    ("typed", "status", "destroyed"),
     [
         (b"y\n", 0, True),
         (b"yes\n", 0, True),
@@ -255,24 +257,24 @@ def test_an_unmarked_vm_that_looks_like_ours_needs_a_yes(project: Project) -> No
     ],
     ids=["y", "yes", "n", "nothing", "end of file", "Ctrl-C"],
 )
-def test_on_a_terminal_it_is_asked_and_only_a_yes_is_one(
-    project: Project, typed: bytes, status: int, goes: bool
+def test_on_a_terminal_only_a_yes_confirms(
+    project: Project, typed: bytes, status: int, destroyed: bool
 ) -> None:
     stranger(project, 99950, name="nested-pve-old")
     stranger(project, 99953, name="nested-pve-boots", onboot=1)
     before = {vmid: project.host().configuration(vmid) for vmid in (99950, 99953)}
-    found, output = on_terminal(
+    returned, output = on_terminal(
         project.command(ONLY, "-v"),
         cwd=project.path,
         env=project.environ(TERM="dumb"),
         answers={"Destroy them? [y/N] ": typed},
     )
-    assert found == status, output
+    assert returned == status, output
     assert "99950 nested-pve-old on father" in output
-    assert "99953 nested-pve-boots on father" not in output  # it stays anyway, so that is not asked
+    assert "99953 nested-pve-boots on father" not in output  # it is kept anyway and needs no confirmation
     assert "Traceback" not in output
-    assert (99950 not in project.host().vms()) is goes
-    kept = (99953,) if goes else (99950, 99953)
+    assert (99950 not in project.host().vms()) is destroyed
+    kept = (99953,) if destroyed else (99950, 99953)
     assert {vmid: project.host().configuration(vmid) for vmid in kept} == {v: before[v] for v in kept}
 
 
@@ -299,7 +301,7 @@ def test_a_context_file_adds_candidates_beyond_pattern_and_range(project: Projec
     assert project.left() == []
 
 
-def test_with_force_stop_off_a_running_vm_stays_and_is_named(killed: Project) -> None:
+def test_with_force_stop_off_a_running_vm_is_kept_and_named(killed: Project) -> None:
     result = killed.run(ONLY, "-v", "-o", "nested_pve_force_stop=false")
     assert result.ret == 1, result.output
     assert "it runs, and force_stop is off" in result.output
@@ -315,7 +317,7 @@ def test_no_test_is_collected_or_imported_and_addopts_do_not_matter(killed: Proj
     assert "must not be imported" not in result.output
 
 
-def test_the_memory_of_failed_tests_is_not_touched(killed: Project) -> None:
+def test_the_cache_of_failed_tests_is_unchanged(killed: Project) -> None:
     cache = killed.path / ".pytest_cache" / "v" / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     (cache / "lastfailed").write_text('{"test_x.py::test_x": true}')
@@ -341,7 +343,7 @@ def test_no_host_or_an_unusable_one_is_status_4(project: Project) -> None:
         ("ipcc_send_rec[1] failed: Connection refused", "expected the API of the outer host to answer root"),
     ],
 )
-def test_a_host_that_is_no_pve_or_a_sick_one_is_status_4_and_says_what_to_do(
+def test_a_host_that_is_no_pve_or_is_broken_is_status_4_with_the_action(
     project: Project, words: str, says: str
 ) -> None:
     project.host().fault("GET", "/pools", text=words, times=10)

@@ -1,4 +1,4 @@
-"""--nested-doctor: what is missing and the command that mends it, what a run would use; only ever reads."""
+"""--nested-doctor: missing items with the commands that fix them, and the choices of a run; read only."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ def project(tmp_path: Path) -> Project:
 
 def rows(project: Project, *args: str) -> tuple[Result, list[State]]:
     result = project.run(DOCTOR, "--pve-host", "father", "--nested-json", "out.json", *args)
-    found: list[State] = json.loads((project.path / "out.json").read_text())
-    return result, found
+    findings: list[State] = json.loads((project.path / "out.json").read_text())
+    return result, findings
 
 
-def checks(found: list[State], level: str) -> dict[str, State]:
-    return {row["what"]: row for row in found if row["row"] == "check" and row["level"] == level}
+def checks(findings: list[State], level: str) -> dict[str, State]:
+    return {row["what"]: row for row in findings if row["row"] == "check" and row["level"] == level}
 
 
-def test_a_host_as_it_should_be_is_status_0_and_says_what_would_be_used_and_why(project: Project) -> None:
-    result, found = rows(project)
+def test_a_usable_host_is_status_0_and_the_choices_of_a_run_are_printed_with_reasons(
+    project: Project,
+) -> None:
+    result, findings = rows(project)
     assert result.ret == 0, result.output
     assert "nothing is missing" in result.output
-    assert not checks(found, "missing")
-    assert not checks(found, "unknown")
-    chosen = {row["what"]: (row["value"], row["why"]) for row in found if row["row"] == "choice"}
+    assert not checks(findings, "missing")
+    assert not checks(findings, "unknown")
+    chosen = {row["what"]: (row["value"], row["why"]) for row in findings if row["row"] == "choice"}
     assert chosen["node"][0] == "father"
     assert chosen["disk"] == ("local (qcow2), 64 GiB", "the only one with content images")
     assert chosen["bridge"] == ("vmbr0", "the default bridge")
@@ -53,7 +55,7 @@ def test_a_host_as_it_should_be_is_status_0_and_says_what_would_be_used_and_why(
         assert value.split()[0] in result.output
 
 
-def test_no_test_is_collected_and_nothing_of_pytests_own_lines_is_in_the_way(project: Project) -> None:
+def test_no_test_is_collected_and_pytests_own_lines_are_not_printed(project: Project) -> None:
     project.write(test_broken="import nosuch_module\n")
     result = project.run(DOCTOR)
     assert result.ret == 0, result.output
@@ -61,7 +63,7 @@ def test_no_test_is_collected_and_nothing_of_pytests_own_lines_is_in_the_way(pro
         assert word not in result.output
 
 
-def test_only_reads_are_sent_and_the_host_is_as_it_was(project: Project) -> None:
+def test_only_reads_are_sent_and_the_host_is_unchanged(project: Project) -> None:
     project.host().connect().api.post("/nodes/father/qemu", vmid=99950, name="somebodys")
     project.host().storage("local", content="iso")
     project.host().broadcast()
@@ -71,7 +73,7 @@ def test_only_reads_are_sent_and_the_host_is_as_it_was(project: Project) -> None
     result = project.run(DOCTOR, "-n", "3")
     assert result.ret == 1, result.output
     sent, shell = project.host().calls(), project.host().commands()
-    assert len(sent) == len(set(sent)) > 6  # nothing is asked twice
+    assert len(sent) == len(set(sent)) > 6  # no call is sent twice
     assert [call for call in sent if not call.startswith("GET ")] == []
     reads = {"id", "cat", "test", "date", "if", "/usr/sbin/sshd"}
     assert {line.split()[0] for line in shell} <= reads
@@ -217,7 +219,7 @@ MISSING: list[tuple[Callable[[StandinHost], None], tuple[str, ...], str, list[st
     MISSING,
     ids=[f"{row[0].__name__}-{row[2]}".replace(" ", "-") for row in MISSING],
 )
-def test_what_is_missing_is_told_with_the_command_that_mends_it(
+def test_a_missing_item_is_reported_with_the_command_that_fixes_it(
     project: Project,
     change: Callable[[StandinHost], None],
     args: tuple[str, ...],
@@ -225,9 +227,9 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(
     command: list[str],
 ) -> None:
     change(project.host())
-    result, found = rows(project, *args)
+    result, findings = rows(project, *args)
     assert result.ret == 1, result.output
-    missing = checks(found, "missing")
+    missing = checks(findings, "missing")
     assert list(missing) == [what], result.output
     assert all(missing[what][key] for key in ("expected", "found", "advice"))
     lines = [shlex.split(line) for line in missing[what]["commands"]]
@@ -242,34 +244,34 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(
     assert "1 missing" in result.output
 
 
-def test_checks_go_on_after_one_that_failed_and_all_is_told_at_once(project: Project) -> None:
+def test_checks_continue_after_a_failed_one_and_all_findings_are_reported(project: Project) -> None:
     for change in (not_nested, two_bridges, no_forwarding, one_core):
         change(project.host())
     project.host().storage("local", content="images")
     project.host().fault("GET", "/nodes/father/status", text="500 got timeout", times=9)
-    result, found = rows(project)
+    result, findings = rows(project)
     assert result.ret == 1
-    missing = checks(found, "missing")
+    missing = checks(findings, "missing")
     assert list(missing) == ["forwarding", "nested virtualisation", "cores", "snippets", "image", "bridge"]
     assert "got timeout" in missing["cores"]["found"]
-    assert "memory" in checks(found, "unknown")  # its answer is the one that failed
-    # One after the other, no command takes back what the one before gave.
-    given = [line for row in missing.values() for line in row["commands"] if "pvesm set" in line]
-    assert set(given) == {"ssh father 'pvesm set local --content images,import,snippets'"}
+    assert "memory" in checks(findings, "unknown")  # its answer is the one that failed
+    # Run in order, no command reverts an earlier one.
+    commands = [line for row in missing.values() for line in row["commands"] if "pvesm set" in line]
+    assert set(commands) == {"ssh father 'pvesm set local --content images,import,snippets'"}
 
 
-def test_an_unreachable_host_is_status_4_and_what_can_be_learnt_is_shown(project: Project) -> None:
+def test_an_unreachable_host_is_status_4_and_checks_of_this_machine_are_shown(project: Project) -> None:
     (project.path / "conftest.py").write_text("")
-    result, found = (
+    result, findings = (
         project.run(DOCTOR, "--pve-host", "nowhere.invalid", "--nested-json", "out.json"),
         json.loads((project.path / "out.json").read_text()),
     )
     assert result.ret == 4, result.output
     assert "Traceback" not in result.output
-    assert "this machine" in checks(found, "ok")
-    assert checks(found, "missing")["SSH"]["commands"] == ["ssh nowhere.invalid true"]
-    assert len(checks(found, "unknown")) > 10
-    assert "the host cannot be used as it is" in result.output
+    assert "this machine" in checks(findings, "ok")
+    assert checks(findings, "missing")["SSH"]["commands"] == ["ssh nowhere.invalid true"]
+    assert len(checks(findings, "unknown")) > 10
+    assert "this host cannot be used" in result.output
 
 
 def test_without_a_host_it_is_status_4_and_names_both_choices(project: Project) -> None:
@@ -284,7 +286,7 @@ def test_a_lab_that_does_not_run_is_not_started(project: Project) -> None:
     (project.path / "conftest.py").write_text("")
     cache = project.path / "cache"
     result = project.run(DOCTOR, "--pve-host", "lab:nosuchlab", NESTED_PVE_CACHE=str(cache))
-    assert result.ret in (0, 1), result.output  # by whether this machine can have one
+    assert result.ret in (0, 1), result.output  # 1 if no lab can run on this machine
     assert "nestedpve-lab start nosuchlab" in result.output or "nestedpve-lab install" in result.output
     assert not list(cache.glob("labs/*"))
 
@@ -303,7 +305,7 @@ def test_a_lab_that_does_not_run_is_not_started(project: Project) -> None:
         ["-k", "network"],
     ],
 )
-def test_what_does_not_go_with_it_is_refused(project: Project, args: list[str]) -> None:
+def test_options_that_conflict_with_the_doctor_are_refused(project: Project, args: list[str]) -> None:
     result = project.run(DOCTOR, *args)
     assert result.ret == 4, result.output
     assert DOCTOR in result.output
@@ -311,7 +313,7 @@ def test_what_does_not_go_with_it_is_refused(project: Project, args: list[str]) 
     assert project.host().calls() == []
 
 
-def test_what_a_project_says_about_its_tests_is_set_aside(project: Project) -> None:
+def test_a_projects_options_for_tests_do_not_matter(project: Project) -> None:
     (project.path / "pytest.ini").write_text(
         "[pytest]\naddopts = -n 2 --maxfail=1 --junitxml=report.xml -v --lf\n"
     )
@@ -323,15 +325,15 @@ def test_what_a_project_says_about_its_tests_is_set_aside(project: Project) -> N
     assert "16 GiB for 2 workers" in " ".join(result.output.split())
 
 
-def test_runs_that_have_lapsed_are_a_warning_with_the_command(project: Project) -> None:
+def test_expired_runs_are_a_warning_with_the_command(project: Project) -> None:
     lease = {
         "v": 1, "owner": "bob@elsewhere", "client": "0" * 16, "session": "1" * 16, "state": "live",
         "created": 1000, "expires": 2000, "hard": 3000,
     }  # fmt: skip
     project.host().set_pool("npve-0123456789ab", json.dumps(lease))
-    result, found = rows(project)
+    result, findings = rows(project)
     assert result.ret == 0, result.output
-    warning = checks(found, "warning")["runs"]
+    warning = checks(findings, "warning")["runs"]
     assert "0123456789ab (bob@elsewhere's, live)" in warning["found"]
     assert warning["commands"] == ["pytest --pve-host father --nested-destroy-only"]
     assert "nothing is missing, 1 warning" in result.output
@@ -340,9 +342,9 @@ def test_runs_that_have_lapsed_are_a_warning_with_the_command(project: Project) 
 def test_secrets_are_masked_on_the_terminal_and_in_the_file(project: Project) -> None:
     profile = "[nested-pve]\nhttp_proxy = http://user:hunter22@proxy port\n"
     project.host().file(PROFILE).write_text(profile)
-    result, found = rows(project)
+    result, findings = rows(project)
     assert result.ret == 1, result.output
-    assert "profile" in checks(found, "missing")
+    assert "profile" in checks(findings, "missing")
     assert "hunter22" not in result.output + (project.path / "out.json").read_text()
 
 
@@ -356,7 +358,7 @@ def test_a_narrow_terminal_breaks_no_command_and_no_line_is_too_long(project: Pr
     )
     assert status == 1
     assert "\x1b[31m" in output  # colours
-    # What was shown while it was looked at is taken back.
+    # The name of the running check is erased.
     seen = re.sub(r"[^\n]*\r\x1b\[2K", "", output.replace("\r\n", "\n"))
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
     assert "..." not in plain
@@ -387,7 +389,11 @@ def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: st
     if scope == "run":
         args += ["-o", "nested_pve_scope=run"]
     elif scope == "one file":
-        args += ["--dist", "loadscope", "test_steps.py"]  # the other workers get nothing that needs one
+        args += [
+            "--dist",
+            "loadscope",
+            "test_steps.py",
+        ]  # the other workers get no test that needs a nested PVE
     result = project.run(*args)
     words = " ".join(result.output.split())
     if scope != "worker":
@@ -395,5 +401,5 @@ def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: st
         assert "for a nested PVE each" not in words
         return
     assert result.ret == 4, result.output
-    assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; found 18 GiB available of 20 GiB" in words
+    assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; findings 18 GiB available of 20 GiB" in words
     assert "pytest --pve-host father -n 2" in words

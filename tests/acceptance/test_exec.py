@@ -56,13 +56,13 @@ def test_reads(nested_pve):
 
 @pytest.fixture
 def ready(project: Project) -> Project:
-    """A project whose nested PVE has what other programs are told of it."""
+    """A project whose nested PVE has the token and files for other programs."""
     project.write(conftest=CONFTEST + READY, test_reader=READER)
     return project
 
 
 def read(path: Path) -> dict[str, str]:
-    """What `env -0` wrote."""
+    """The variables that `env -0` wrote."""
     pairs = (part.partition("=") for part in path.read_text().split("\0") if part)
     return {name: value for name, _, value in pairs}
 
@@ -102,7 +102,7 @@ def test_the_command_gets_every_variable_and_no_credentials_of_another_pve(ready
     known = Path(seen["NESTED_KNOWN_HOSTS"]).read_text()
     assert f"[127.0.0.1]:{seen['NESTED_SSH_PORT']} ssh-ed25519 " in known
     for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        # The system's roots are still there.
+        # The system's roots are still trusted.
         assert Path(seen[variable]).read_text().count("BEGIN CERTIFICATE") > 1
         assert "\nours\n" in Path(seen[variable]).read_text()
 
@@ -113,7 +113,7 @@ def test_the_command_gets_every_variable_and_no_credentials_of_another_pve(ready
     written = {name: sourced[name] for name in sourced if name not in ("PWD", "OLDPWD", "_", "SHLVL")}
     assert written == {name: seen[name] for name in written}
     assert {"NESTED_NODE", "NESTED_IP", "PM_API_URL", "PROXMOX_URL", "PROXMOXER_HOST"} <= set(written)
-    # docker run --env-file takes each line as it is.
+    # docker run --env-file reads each line without unquoting.
     literal = dict(
         line.split("=", 1) for line in (ready.path / "kept").read_text().splitlines() if line[0] != "#"
     )
@@ -126,7 +126,7 @@ def read_bytes(data: bytes) -> dict[str, str]:
 
 
 def ended(file: Path) -> bool:
-    """Whether the process that the file names runs no more; one that nobody has buried yet does not."""
+    """Whether the process named in the file has exited, or is a zombie."""
     status = Path("/proc", file.read_text().strip(), "stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
 
@@ -140,7 +140,7 @@ def test_the_command_is_not_run_when_the_set_up_fails(ready: Project, place: str
     assert not (ready.path / "nested.env").exists()
 
 
-def test_a_signal_reaches_the_command_first_and_then_the_teardown_comes(ready: Project) -> None:
+def test_a_signal_reaches_the_command_first_and_the_teardown_follows(ready: Project) -> None:
     for name, signum in (("TERM", signal.SIGTERM), ("INT", signal.SIGINT)):
         trap = f"trap 'sleep 0.3; echo ended by {name}; exit 7' {name}"
         script = f"{trap}; echo up; while :; do sleep 0.05; done"
@@ -159,7 +159,7 @@ def test_a_signal_reaches_the_command_first_and_then_the_teardown_comes(ready: P
         assert events.index("exec_end") < events.index("teardown")
 
 
-def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(ready: Project) -> None:
+def test_a_command_that_does_not_exit_is_killed_with_its_children(ready: Project) -> None:
     script = "trap '' TERM INT; sleep 300 & echo $! >child; echo up; while :; do sleep 1; done"
     process = ready.start("--nested-exec", script, "-q", "-o", "nested_pve_timeout_scale=0.02")
     ready.wait_for(process, event="exec_start")
@@ -173,7 +173,7 @@ def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(ready: P
     assert ended(ready.path / "child")
 
 
-def test_what_the_command_left_in_the_background_ends_with_it(ready: Project) -> None:
+def test_background_processes_of_the_command_end_with_it(ready: Project) -> None:
     result = ready.run("--nested-exec", "sleep 300 & echo $! >child; exit 3", "-q")
     assert result.ret == 3, result.output
     assert ended(ready.path / "child")
@@ -185,17 +185,17 @@ def at_terminal(project: Project, command: str, answers: dict[str, bytes]) -> tu
 
 
 def test_on_a_terminal_the_command_reads_from_it(ready: Project) -> None:
-    status, said = at_terminal(ready, "echo ask; read answer; echo got-$answer; exit 3", {"ask": b"this\n"})
-    assert "got-this" in said
-    assert status == 3, said
+    status, output = at_terminal(ready, "echo ask; read answer; echo got-$answer; exit 3", {"ask": b"this\n"})
+    assert "got-this" in output
+    assert status == 3, output
 
 
-def test_on_a_terminal_ctrl_c_goes_to_the_command_and_ctrl_z_does_not_stop_it(ready: Project) -> None:
+def test_on_a_terminal_ctrl_c_reaches_the_command_and_ctrl_z_does_not_stop_it(ready: Project) -> None:
     script = "echo up; n=0; while :; do sleep 0.1; n=$((n+1)); echo still-$n; done"
-    status, said = at_terminal(ready, script, {"up": b"\x1a", "still-5": b"\x03"})
-    assert status == 130, said
-    assert "the command ended with status 130" in said
-    assert "Traceback" not in said
+    status, output = at_terminal(ready, script, {"up": b"\x1a", "still-5": b"\x03"})
+    assert status == 130, output
+    assert "the command ended with status 130" in output
+    assert "Traceback" not in output
 
 
 def test_no_test_is_collected_or_imported_and_addopts_do_not_matter(ready: Project) -> None:
@@ -209,7 +209,7 @@ def test_no_test_is_collected_or_imported_and_addopts_do_not_matter(ready: Proje
     assert (ready.path / "times").read_text() == "x\n"
 
 
-def test_the_shape_that_a_project_s_fixtures_say_is_the_commands_too(ready: Project) -> None:
+def test_the_fixtures_of_a_project_set_the_options_for_the_command_too(ready: Project) -> None:
     more = """
 @pytest.fixture(scope="session")
 def nested_pve_cores():
@@ -228,14 +228,14 @@ def pytest_nestedpve_phase_finished(phase, environment):
     assert "cores-3\n" in result.output
 
 
-def test_a_limit_for_tests_is_not_the_commands(ready: Project) -> None:
+def test_a_limit_for_tests_does_not_apply_to_the_command(ready: Project) -> None:
     ready.plugins = ("pytest_timeout",)
     result = ready.run("--nested-exec", "sleep 1.5; echo through", "--timeout", "0.5")
     assert result.ret == 0, result.output
     assert "through" in result.output
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(ready: Project) -> None:
+def test_a_dry_run_prints_the_plan_and_runs_nothing(ready: Project) -> None:
     result = ready.run("--nested-exec", "touch ran", "--nested-dry-run")
     assert result.ret == 0, result.output
     assert all(re.search(rf"^  {name} +to do", result.output, re.MULTILINE) for name in PHASES)
@@ -243,7 +243,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(ready: Project) -> N
     assert not (ready.path / "ran").exists()
 
 
-def test_something_left_makes_a_good_command_a_bad_session_and_no_other_status_is_changed(
+def test_leftovers_fail_the_session_of_a_good_command_and_change_no_other_status(
     tmp_path: Path, ready: Project
 ) -> None:
     del tmp_path
@@ -257,7 +257,7 @@ def test_something_left_makes_a_good_command_a_bad_session_and_no_other_status_i
         assert ready.run("--nested-destroy-only").ret == 0
 
 
-def test_a_kept_environment_stays_and_the_file_goes_with_the_ports_that_it_names(ready: Project) -> None:
+def test_the_environment_is_kept_and_the_file_is_removed_with_its_ports(ready: Project) -> None:
     arguments = ["--nested-exec", "test -s nested.env && exit 3", "--nested-env-file", "nested.env"]
     result = ready.run(*arguments, "--nested-keep")
     assert result.ret == 3, result.output
@@ -282,7 +282,7 @@ def test_a_kept_environment_stays_and_the_file_goes_with_the_ports_that_it_names
         (["--nested-env-file", "x", "-n2"], "--nested-env-file cannot be used with xdist"),
     ],
 )
-def test_what_cannot_be_meant_is_status_4_before_anything_is_touched(
+def test_contradicting_options_are_status_4_before_a_host_is_used(
     ready: Project, arguments: list[str], says: str
 ) -> None:
     ready.plugins = ("xdist",)
@@ -302,7 +302,7 @@ def test_without_a_host_the_command_is_not_run(project: Project) -> None:
     assert not (project.path / "ran").exists()
 
 
-def test_in_an_ordinary_session_the_file_is_there_for_the_first_user_and_gone_in_the_end(
+def test_in_a_session_of_tests_the_file_exists_from_the_first_user_to_the_end(
     ready: Project,
 ) -> None:
     stale = "# Variables of nested-pve run 0123456789ab: they end with it, and so does this file.\nOLD=1\n"
@@ -313,33 +313,33 @@ def test_in_an_ordinary_session_the_file_is_there_for_the_first_user_and_gone_in
     assert "OLD" not in (ready.path / "copy").read_text()
 
 
-def test_the_file_is_there_for_a_later_user_who_wants_more_than_the_first(ready: Project) -> None:
+def test_the_file_is_written_for_a_later_test_that_needs_more_phases(ready: Project) -> None:
     first = "@pytest.mark.nested_pve(upto='wait_ip')\ndef test_part(nested_pve):\n    pass\n"
     ready.write(test_reader=f"import pytest\n\n{first}\n{READER}")
     result = ready.run("--nested-env-file", "nested.env", "test_reader.py")
     assert result.ret == 0, result.output
 
 
-def test_with_the_steps_alone_the_file_is_there_after_the_last_one(ready: Project) -> None:
+def test_with_the_steps_alone_the_file_is_written_after_the_last_one(ready: Project) -> None:
     ready.write(test_zlast="import os\n\ndef test_after():\n    assert os.path.exists('nested.env')\n")
     result = ready.run("--nested-env-file", "nested.env", "test_steps.py", "test_zlast.py")
     assert result.ret == 0, result.output
     assert not (ready.path / "nested.env").exists()
 
 
-def test_what_somebody_put_in_the_place_of_the_file_stays(ready: Project) -> None:
+def test_a_foreign_file_in_its_place_is_kept(ready: Project) -> None:
     command = "echo MINE=1 >other; mv other nested.env"
     result = ready.run("--nested-exec", command, "--nested-env-file", "nested.env")
     assert result.ret == 0, result.output
     assert (ready.path / "nested.env").read_text() == "MINE=1\n"
 
 
-def test_the_token_stands_in_no_log_report_or_output(ready: Project) -> None:
+def test_no_log_report_or_output_contains_the_token(ready: Project) -> None:
     ready.plugins = ("pytest_html.plugin", "pytest_metadata.plugin")
     result = ready.run(
         "--nested-exec", "exit 3", "-vv", "--nested-env-file", "nested.env",
         "--html", "page.html", "--self-contained-html", "--junitxml", "out.xml",
-        PYTHONDONTWRITEBYTECODE="1",  # the test's own conftest.py has it, and would have it compiled
+        PYTHONDONTWRITEBYTECODE="1",  # the conftest.py contains the token, and so would its bytecode
     )  # fmt: skip
     assert result.ret == 3, result.output
     assert SECRET not in result.output

@@ -1,4 +1,4 @@
-"""After a failure the terminal and the report say what is known of it, and files that help lie in the run."""
+"""After a failure, terminal and report show known symptoms, and the run's directory has collected files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acceptance.conftest import Project
 
 pytestmark = pytest.mark.thorough
 
-# A guest whose agent answers, and a host that can be told to say something wrong, or nothing at all.
+# A guest whose agent answers, and a host that can be configured to fail with a message, or to hang.
 HOST = """
 
 import html
@@ -21,7 +21,7 @@ from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.host import PveHost
 
 SECRET = "hunter2-of-the-mirror"
-SAID = {
+OUTPUTS = {
     "journalctl": "nested systemd[1]: Started ssh\\n" + (HERE / "journal").read_text()
         if (HERE / "journal").exists() else "nested systemd[1]: Started ssh\\n",
     "cloud-init.log": "util.py[DEBUG]: fetched with " + SECRET + "\\n",
@@ -46,7 +46,7 @@ class Guest:
         self._hang()
         if path.endswith("/agent/exec-status"):
             script = self.asked[int(params["pid"]) - 1]
-            text = next((said for word, said in SAID.items() if word in script), "")
+            text = next((output for word, output in OUTPUTS.items() if word in script), "")
             return {"result": {"exited": 1, "exitcode": 0, "out-data": text}}
         return self.api.get(path, **params)
 
@@ -89,23 +89,23 @@ def pytest_nestedpve_phase_finished(phase, status, seconds, facts, cause):
 
 @pytest.fixture
 def broken(project: Project) -> Project:
-    """A project whose host and phases can be told to fail in certain words."""
+    """A project whose host and phases can be configured to fail with a message."""
     path = project.path / "conftest.py"
     text = path.read_text()
     path.write_text(text[: text.index("def pytest_nestedpve_host")] + HOST)
     return project
 
 
-def say(project: Project, words: str, **env: str) -> str:
-    (project.path / "says").write_text(words)
+def fail(project: Project, message: str, **env: str) -> str:
+    (project.path / "says").write_text(message)
     result = project.run("test_steps.py", "-o", "console_output_style=classic", **env)
     assert result.ret == 1, result.output
     return result.output
 
 
 def run_directory(project: Project) -> Path:
-    (found,) = (project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")
-    return found.parent
+    (log,) = (project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")
+    return log.parent
 
 
 def events(project: Project, name: str) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def events(project: Project, name: str) -> list[dict[str, Any]]:
     return [line for line in log if line["event"] == name]
 
 
-#: As PVE 9.2.11 said it: recordings power-038, ownL-035, tasks-025.
+#: Messages of PVE 9.2.11: recordings power-038, ownL-035, tasks-025.
 RECORDED = {
     "task UPID:father:0000103E:00083967:6B04D31A:qmstart:102:root@pam: ended: bridge 'vmbr9' does not "
     "exist": (
@@ -121,7 +121,7 @@ RECORDED = {
         "-o nested_pve_bridge=NAME",
     ),
     "post /nodes/father/storage/local/download-url: storage 'local' is not configured for content-type "
-    "'import'": ("the storage does not take that content", "pvesm set local --content"),
+    "'import'": ("the storage is not configured for that content", "pvesm set local --content"),
     "trying to acquire lock...\ncan't lock file '/var/lock/qemu-server/lock-103.conf' - got timeout": (
         "the VM's lock file was held too long",
         "qm stop 103 --overrule-shutdown 1",
@@ -132,7 +132,7 @@ RECORDED = {
 @pytest.mark.parametrize("words", RECORDED, ids=["bridge", "content", "lock"])
 def test_a_known_failure_is_explained_at_the_end_and_in_the_report(broken: Project, words: str) -> None:
     title, fix = RECORDED[words]
-    output = say(broken, words)
+    output = fail(broken, words)
     end = output[output.index("first cause, in ensure_pve") :]
     assert f"known: {title}" in end
     assert "means: " in end
@@ -146,22 +146,22 @@ def test_a_known_failure_is_explained_at_the_end_and_in_the_report(broken: Proje
 
 
 def test_an_unknown_failure_is_given_no_explanation(broken: Project) -> None:
-    output = say(broken, "something that nobody has seen before")
+    output = fail(broken, "something that nobody has seen before")
     assert "known: " not in output
     assert events(broken, "symptom") == []
 
 
-def test_what_only_the_guests_journal_says_is_recognised_too(broken: Project) -> None:
+def test_a_symptom_in_the_guests_journal_alone_is_recognised(broken: Project) -> None:
     (broken.path / "journal").write_text(
         "nested pmxcfs[812]: [main] crit: Unable to resolve node name 'nested' to a non-loopback IP address\n"
     )
-    output = say(broken, "playbook pve-install.yml failed (ansible-playbook ended with 2)")
+    output = fail(broken, "playbook pve-install.yml failed (ansible-playbook ended with 2)")
     assert "known: the node's name resolves to a loopback address" in output
     assert "in nested-journal.txt" in output
 
 
-def test_what_helps_lies_in_the_run_masked_and_for_its_owner_only(broken: Project) -> None:
-    output = say(broken, "bridge 'vmbr9' does not exist")
+def test_collected_files_are_masked_and_readable_by_their_owner_only(broken: Project) -> None:
+    output = fail(broken, "bridge 'vmbr9' does not exist")
     folder = run_directory(broken) / "artifacts" / "failure-ensure_pve"
     files = {path.name: path.read_text() for path in folder.iterdir()}
     assert {
@@ -181,28 +181,28 @@ def test_what_helps_lies_in_the_run_masked_and_for_its_owner_only(broken: Projec
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert f"files:    {folder}" in output
-    (told,) = events(broken, "artifacts")
-    assert {each["file"] for each in told["files"]} == files.keys()
-    # No screen and no serial console on this host; the report says so.
+    (collected,) = events(broken, "artifacts")
+    assert {file["file"] for file in collected["files"]} == files.keys()
+    # This host has no screen and no serial console; the report lists them as missing.
     assert {"screen of the nested VM", "serial console of the nested VM"} <= {
-        each["what"] for each in told["missing"]
+        item["what"] for item in collected["missing"]
     }
     page = (run_directory(broken) / "report.html").read_text()
     assert 'href="artifacts/failure-ensure_pve/nested-journal.txt"' in page
-    assert "not there: screen of the nested VM" in page
+    assert "not collected: screen of the nested VM" in page
 
 
-def test_a_host_that_falls_silent_delays_the_end_by_no_more_than_the_limit(broken: Project) -> None:
+def test_a_host_that_stops_answering_delays_the_end_by_no_more_than_the_limit(broken: Project) -> None:
     started = time.monotonic()
-    output = say(broken, "bridge 'vmbr9' does not exist", SILENT="1", NESTED_PVE_TIMEOUT_SCALE="0.1")
+    output = fail(broken, "bridge 'vmbr9' does not exist", SILENT="1", NESTED_PVE_TIMEOUT_SCALE="0.1")
     assert "known: the bridge does not exist on that node" in output
-    (told,) = events(broken, "artifacts")
-    assert told["files"] == []
-    assert told["ms"] < 3500, "more than the 30 s for everything, scaled to a tenth"
+    (collected,) = events(broken, "artifacts")
+    assert collected["files"] == []
+    assert collected["ms"] < 3500, "more than the 30 s for everything, scaled to a tenth"
     assert time.monotonic() - started < 30
 
 
-def test_a_failed_test_leaves_files_too_and_no_explanation(broken: Project) -> None:
+def test_files_are_collected_after_a_failed_test_without_explanation(broken: Project) -> None:
     (broken.path / "test_mine.py").write_text("def test_mine(nested_pve):\n    assert nested_pve.vmid == 0\n")
     result = broken.run("test_mine.py")
     assert result.ret == 1
@@ -210,9 +210,9 @@ def test_a_failed_test_leaves_files_too_and_no_explanation(broken: Project) -> N
     assert (folder / "nested-journal.txt").exists()
     assert "logs and states after tests" in result.output
     assert events(broken, "symptom") == []
-    # The run was set up and went, and the record of it does not say that all was well.
-    assert "set up, tests failed, and nothing is left" in result.output
-    assert "set up, tests failed, and nothing is left" in (run_directory(broken) / "report.html").read_text()
+    # The run was set up and torn down, but its verdict is not "passed".
+    assert "set up, tests failed, no leftovers" in result.output
+    assert "set up, tests failed, no leftovers" in (run_directory(broken) / "report.html").read_text()
 
 
 def test_a_run_without_failure_collects_nothing(broken: Project) -> None:
@@ -222,8 +222,8 @@ def test_a_run_without_failure_collects_nothing(broken: Project) -> None:
     assert events(broken, "artifacts") == events(broken, "symptom") == []
 
 
-def test_what_a_teardown_leaves_is_explained_too(project: Project) -> None:
-    """A VM that somebody protects under the session stays, and the end says why and what mends it."""
+def test_leftovers_of_a_teardown_are_explained_too(project: Project) -> None:
+    """A VM that somebody protects during the session remains; the summary has the reason and the fix."""
     (project.path / "test_mine.py").write_text(
         "def test_mine(nested_pve):\n"
         "    path = f'/nodes/{nested_pve.host.node}/qemu/{nested_pve.vmid}/config'\n"

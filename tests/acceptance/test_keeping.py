@@ -182,7 +182,7 @@ def test_a_dry_run_says_what_is_done_in_the_kept_run_and_what_becomes_of_it(proj
     assert plan.pop("setup_ssh") == "taken as done"
     assert [name for name, what in plan.items() if what == "done, if unchanged"] == list(PHASES[1:6])
     assert [name for name, what in plan.items() if what.startswith("to do")] == ["preflight", *PHASES[7:11]]
-    assert "going on with the kept run" in result.output
+    assert "resuming the kept run" in result.output
     assert "then everything is kept" in result.output
     assert "then everything is destroyed; " in project.run(*args).output
     assert "destroyed, unless something failed; " in project.run("--nested-keep=on-failure", *args).output

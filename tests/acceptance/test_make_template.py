@@ -43,7 +43,7 @@ def project(tmp_path: Path) -> Project:
 
 def made_by(output: str) -> tuple[str, int]:
     """The template that a session says it made, as --nested-run calls it; and its id."""
-    found = re.search(r"made the template nested-pve-(template-[0-9a-f]{12}) \(VM (\d+)\)", output)
+    found = re.search(r"created the template nested-pve-(template-[0-9a-f]{12}) \(VM (\d+)\)", output)
     assert found is not None, output
     return found[1], int(found[2])
 
@@ -97,7 +97,7 @@ def test_an_environment_that_was_kept_is_neither_used_for_it_nor_lost(project: P
 def test_a_set_up_that_fails_makes_no_template_and_leaves_nothing(project: Project, fails: str) -> None:
     result = project.run(MAKE, FAIL=fails)
     assert result.ret != 0
-    assert "made the template" not in result.output
+    assert "created the template" not in result.output
     assert project.left() == []
 
 
@@ -131,5 +131,5 @@ def test_what_does_not_go_with_it_is_refused_before_anything_is_touched(
 def test_a_dry_run_says_so_and_makes_nothing(project: Project) -> None:
     result = project.run(MAKE, "--nested-dry-run")
     assert result.ret == 0, result.output
-    assert "becomes a template" in result.output
+    assert "converted to a template" in result.output
     assert project.done() == []

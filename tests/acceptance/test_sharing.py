@@ -31,17 +31,17 @@ def test_user(nested_pve, nested_pve_run, number):
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
-    made = make_project(tmp_path / "project")
-    made.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])), test_users=USERS)
-    (made.path / "playbooks").mkdir()
-    made.plugins = ("xdist",)
-    yield made
-    assert made.left() == []
-    assert not list((made.path / "state" / "nested-pve" / "locks").glob("*"))
+    project = make_project(tmp_path / "project")
+    project.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])), test_users=USERS)
+    (project.path / "playbooks").mkdir()
+    project.plugins = ("xdist",)
+    yield project
+    assert project.left() == []
+    assert not list((project.path / "state" / "nested-pve" / "locks").glob("*"))
 
 
 def seen(project: Project) -> list[set[str]]:
-    """The runs, VMs and processes that the users saw."""
+    """The runs, VMs and processes that the tests recorded."""
     rows = [line.split() for line in (project.path / "seen").read_text().splitlines()]
     return [set(column) for column in zip(*rows, strict=True)]
 
@@ -56,7 +56,7 @@ def test_the_workers_share_one_vm_that_is_set_up_once(project: Project) -> None:
     assert len(project.audits()) == 1
 
 
-def test_by_default_each_worker_has_its_own(project: Project) -> None:
+def test_by_default_each_worker_has_its_own_vm(project: Project) -> None:
     result = project.run("-n2", "test_users.py", "--pve-host", "father")
     assert result.ret == 0, result.output
     runs, _, workers = seen(project)
@@ -85,16 +85,16 @@ def test_a_phase_that_failed_in_one_worker_is_not_tried_in_the_other(project: Pr
 def test_a_run_on_which_a_test_of_any_worker_failed_is_not_called_passed(
     project: Project, failing: str
 ) -> None:
-    """Whichever of the two leaves first."""
+    """In either order in which the two workers leave."""
     (project.path / "test_users.py").unlink()
     for name in ("test_a", "test_b"):
         project.write(**{name: f"def {name}(nested_pve):\n    assert {name != failing}\n"})
     result = project.run(*SHARE, "--dist", "loadfile", "test_a.py", "test_b.py")
     assert result.ret == 1, result.output
-    assert "set up, tests failed, and nothing is left" in result.output
+    assert "set up, tests failed, no leftovers" in result.output
 
 
-def test_a_worker_that_dies_takes_nothing_with_it(project: Project) -> None:
+def test_a_worker_that_crashes_does_not_affect_the_shared_environment(project: Project) -> None:
     project.write(
         test_users=USERS + "    if number == 3 and not os.path.exists('died'):\n"
         "        open('died', 'w').close()\n        os._exit(9)\n"
@@ -108,7 +108,7 @@ def test_a_worker_that_dies_takes_nothing_with_it(project: Project) -> None:
     assert project.left() == []
 
 
-def test_a_phase_in_which_a_worker_died_is_done_by_the_other(project: Project) -> None:
+def test_a_phase_in_which_a_worker_crashed_is_done_by_the_other(project: Project) -> None:
     conftest = (project.path / "conftest.py").read_text()
     dies = '            raise PveError(phase.name + " went wrong on purpose")\n'
     assert dies in conftest
@@ -120,7 +120,7 @@ def test_a_phase_in_which_a_worker_died_is_done_by_the_other(project: Project) -
     assert project.done().count("setup_ssh") == 2, project.done()
 
 
-def test_a_shared_environment_can_be_kept_and_gone_on_with(project: Project) -> None:
+def test_a_shared_environment_can_be_kept_and_resumed(project: Project) -> None:
     result = project.run(*SHARE, "--nested-keep", "test_users.py")
     assert result.ret == 0, result.output
     assert "is kept until" in result.output
@@ -148,7 +148,7 @@ def test_a_kept_environment_outlives_workers_whose_preflight_failed(project: Pro
     assert project.run(*SHARE, "test_users.py").ret == 0
 
 
-def test_a_shared_environment_is_kept_with_the_shape_that_fixtures_gave_it(project: Project) -> None:
+def test_a_shared_environment_is_kept_with_the_options_set_by_fixtures(project: Project) -> None:
     conftest = (project.path / "conftest.py").read_text()
     fixture = "def nested_pve_cores():\n    return int(os.environ['CORES'])\n"
     project.write(conftest=f"{conftest}\nimport pytest\n\n@pytest.fixture(scope='session')\n{fixture}")
@@ -168,7 +168,9 @@ def test_a_shared_environment_is_kept_with_the_shape_that_fixtures_gave_it(proje
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: signal.Signals) -> None:
+def test_there_are_no_leftovers_after_the_controller_is_interrupted(
+    project: Project, number: signal.Signals
+) -> None:
     project.write(
         test_users=USERS + "    nested_pve_run.environment.audit.write('call', phase='test', cmd='hanging')\n"
         "    import threading; threading.Event().wait(8)\n"
@@ -184,14 +186,14 @@ def test_nothing_is_left_when_the_controller_is_ended(project: Project, number: 
     assert project.left() == []
 
 
-def test_a_clean_state_cannot_be_had_of_a_shared_environment(project: Project) -> None:
+def test_the_clean_state_is_refused_in_a_shared_environment(project: Project) -> None:
     project.write(test_users="def test_clean(nested_pve_clean):\n    pass\n")
     result = project.run(*SHARE, "test_users.py")
     assert result.ret == 1
     assert "the workers share one environment (nested_pve_scope = run)" in result.output
 
 
-def test_a_shared_environment_that_nobody_needs_is_not_made(project: Project) -> None:
+def test_a_shared_environment_that_no_test_needs_is_not_created(project: Project) -> None:
     project.write(test_users="def test_nothing():\n    pass\n")
     result = project.run(*SHARE, "test_users.py")
     assert result.ret == 0, result.output

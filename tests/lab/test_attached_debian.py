@@ -109,7 +109,7 @@ def test_lasting_changes_are_reported_and_no_leftovers_remain(sessions: Sessions
     assert (
         "plain is not restored: setup_network changed its network configuration" in sessions.selected.stdout
     )
-    assert "and nothing is left" in sessions.selected.stdout
+    assert "no leftovers" in sessions.selected.stdout
     assert "npve-" not in sessions.leftovers
     assert "nested" not in sessions.leftovers
     assert ".ansible" not in sessions.leftovers

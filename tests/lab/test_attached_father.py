@@ -145,7 +145,7 @@ def test_a_selected_set_up_is_undone_and_the_vm_inside_destroyed(attaching: Atta
     done = attaching.run("-k", "setup_repos or leaf or sync or chain or uses_it")
     assert done.ret == 0, done.output
     assert done.output.count("PASSED") == 7, done.output
-    assert "nothing is left" in done.output
+    assert "no leftovers" in done.output
     assert done.after == done.before
 
 

@@ -55,7 +55,7 @@ def test_the_serial_console_is_read_from_the_hosts_log(failed: FailedSession) ->
     why = {entry["what"]: entry["why"] for entry in event["missing"]}
     if "nested-console.log" not in failed.files:
         assert "is there, and empty" in why["serial console of the nested VM"]
-    assert "QEMU's monitor gave no picture" in why["screen of the nested VM"]
+    assert "QEMU's monitor wrote no picture" in why["screen of the nested VM"]
 
 
 def test_the_artifacts_hold_cloud_inits_logs(failed: FailedSession) -> None:

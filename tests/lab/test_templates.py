@@ -147,7 +147,7 @@ def history(hand_lab: HandLab, tmp_path_factory: pytest.TempPathFactory) -> Hist
 @pytest.mark.thorough
 def test_creating_a_template_leaves_nothing_but_the_template(history: History) -> None:
     assert "1 passed" in history.created
-    assert "and nothing is left" in history.created
+    assert "no leftovers" in history.created
     assert history.config["template"] == "1"
     assert history.config["name"] == f"nested-pve-{history.template}"
     assert not {"cicustom", "sshkeys"} & set(history.config)

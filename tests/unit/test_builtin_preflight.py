@@ -422,12 +422,12 @@ def test_the_doctor_creates_no_token_on_a_host_with_https(host: MemoryHost) -> N
     from pytest_nestedpve.config.settings import Settings
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.pve.transports import HostApi
-    from pytest_nestedpve.session.modes.doctor import only_reading
+    from pytest_nestedpve.session.modes.doctor import reading_only
     from pytest_nestedpve.setup.checks.context import Context
     from pytest_nestedpve.setup.checks.run_checks import CHECKS, DOCTOR_CHECKS, run_checks
 
     ssh = host.connect().ssh
-    read_only = only_reading(PveHost("father", ssh, HostApi(ssh)))
+    read_only = reading_only(PveHost("father", ssh, HostApi(ssh)))
     results = run_checks(Context(read_only, Settings(), by_https=True), checks=(*CHECKS, *DOCTOR_CHECKS))
     assert [finding.what for finding in results.of("missing")] == ["PVE"]  # this host has no pvesh
     with host.open() as model:

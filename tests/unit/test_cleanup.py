@@ -60,13 +60,13 @@ def test_a_plain_look_alike_may_go_once_somebody_says_yes(host: PveHost, setting
     stranger(host)
     row = row_of(host, settings)
     assert row is not None
-    assert (row.verdict, row.ask) == ("destroy", True)
+    assert (row.verdict, row.needs_confirmation) == ("destroy", True)
 
 
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"onboot": 1}, "starts with the host"),
+        ({"onboot": 1}, "starts at boot of the host"),
         ({"tags": "production"}, "tag production"),
         ({"description": "the router"}, "description"),
         ({"description": 'nestedpve: {"v":9}'}, "malformed"),
@@ -74,7 +74,7 @@ def test_a_plain_look_alike_may_go_once_somebody_says_yes(host: PveHost, setting
         ({"protection": 1}, "protected"),
         ({"lock": "backup"}, "locked"),
         ({"template": 1}, "template"),
-        ({"meta": "creation-qemu=10.0.13"}, "age is not known"),
+        ({"meta": "creation-qemu=10.0.13"}, "age is unknown"),
         ({"meta": "creation-qemu=10.0.13,ctime=1500000000"}, "older than 7 days"),
     ],
     ids=lambda value: str(value)[:40],
@@ -95,7 +95,7 @@ def test_a_look_alike_that_means_something_to_somebody_stays(
     ("where", "entry", "why"),
     [
         ("backup", {"id": "b", "vmid": f"101,{VMID}"}, "names it"),
-        ("backup", {"id": "b", "all": 1}, "takes all VMs"),
+        ("backup", {"id": "b", "all": 1}, "includes all VMs"),
         ("replication", {"id": f"{VMID}-0", "guest": VMID}, "names it"),
         ("ha", f"vm:{VMID}", "HA"),
     ],
@@ -144,7 +144,7 @@ def test_an_id_of_the_context_file_waives_pattern_and_range_and_nothing_else(
     stranger(host, 201, name="from-earlier", onboot=1)
     rows = {row.vmid: row for row in plan(host, settings, extra=frozenset({200, 201, 202}))}
     assert set(rows) == {200, 201}
-    assert (rows[200].verdict, rows[200].ask) == ("destroy", True)
+    assert (rows[200].verdict, rows[200].needs_confirmation) == ("destroy", True)
     assert rows[201].verdict == "keep"
 
 

@@ -374,7 +374,7 @@ def test_the_plan_has_a_vm_on_an_offline_node(env: Environment, host: MemoryHost
         model.state["offset"] = 30 * 86400.0
         model.state["others"]["father2"]["online"] = False
     rows = plan.plan(env.outer, env.settings)
-    assert [(row.vmid, row.verdict, row.owed) for row in rows] == [(vmid, "keep", True)]
+    assert [(row.vmid, row.verdict, row.is_leftover) for row in rows] == [(vmid, "keep", True)]
     assert "father2 cannot be reached" in rows[0].reason
 
 

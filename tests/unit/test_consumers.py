@@ -162,7 +162,7 @@ def test_the_error_for_a_missing_token_names_the_phase_that_creates_it(env: Env,
         nested.environ("bpg")
 
 
-def test_the_token_is_in_no_repr(env: Env, nested: NestedPve) -> None:
+def test_no_repr_contains_the_token(env: Env, nested: NestedPve) -> None:
     api = tool_environment.Api("127.0.0.1", 1, TOKEN, Path("ca"), {})
     assert TOKEN.partition("=")[2] not in repr(api) + repr(nested) + repr(env.run)
 

@@ -1,4 +1,4 @@
-"""Long phases say what they are at, and leave pytest's own lines alone."""
+"""Long phases show their progress, and pytest's own lines are unchanged."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 import pytest
 from terminals import on_terminal
 
-from pytest_nestedpve.report.progress import clip, progress_line
+from pytest_nestedpve.report.progress import clip, format_progress
 
 PLUGIN = """
 import threading, pytest
 from pytest_nestedpve.report import progress
 from pytest_nestedpve.environment.phases import Phase, PhaseEnded
 
-progress.FRESH, progress.PLAIN, progress.QUIET = 0.05, 0.1, 0.2
+progress.LIVE_INTERVAL, progress.PLAIN_INTERVAL, progress.REPEAT_INTERVAL = 0.05, 0.1, 0.2
 phase = Phase(name="ensure_pve", title="install", do=lambda env: None, usual=90.0)
 
 @pytest.fixture(scope="session")
-def shown(request):
+def listened(request):
     listener = progress.ProgressListener(request.config)
     listener.phase_started(phase)
     listener.progress("TASK install\\x1b[31m proxmox-ve")
     threading.Event().wait(0.5)
     listener.phase_finished(PhaseEnded(phase, "done", 0.5))
 """
-TEST = "def test_one(shown): print('captured')\ndef test_two(shown): pass\n"
+TEST = "def test_one(listened): print('captured')\ndef test_two(listened): pass\n"
 
 
 @pytest.fixture
@@ -58,18 +58,18 @@ def test_without_a_terminal_there_are_plain_lines(project: Path) -> None:
     assert "test_it.py::test_one PASSED" in out
 
 
-def test_on_a_terminal_one_line_is_updated_and_then_gone(project: Path) -> None:
+def test_on_a_terminal_one_line_is_updated_and_then_erased(project: Path) -> None:
     out = run(project, "-v", tty=True)
     assert "\r\x1b[K  ensure_pve" in out
     assert re.search(r"\x1b\[Ktest_it\.py::test_one .*PASSED", out)
     assert "\x1b[31m proxmox" not in out
 
 
-def test_quiet_is_quiet(project: Path) -> None:
+def test_with_q_there_is_no_progress(project: Path) -> None:
     assert "ensure_pve" not in run(project, "-q")
 
 
-def test_a_worker_of_xdist_stays_silent(project: Path) -> None:
+def test_a_worker_of_xdist_shows_no_progress(project: Path) -> None:
     out = run(project, "-n", "1", "-v")
     assert "ensure_pve" not in out
     assert "2 passed" in out
@@ -77,4 +77,4 @@ def test_a_worker_of_xdist_stays_silent(project: Path) -> None:
 
 def test_the_line_is_cut_to_the_terminal() -> None:
     assert clip("abcdef", 4) == "abc…"
-    assert progress_line("wait_ip", 3.2, None, "") == "  wait_ip 3.0 s"
+    assert format_progress("wait_ip", 3.2, None, "") == "  wait_ip 3.0 s"

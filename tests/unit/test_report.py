@@ -1,4 +1,4 @@
-"""The report is told from the audit log alone, so it survives whatever ended the session."""
+"""The report is built from the audit log alone, so it exists however the session ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = "3fa9c2d41b07"
 
 
 class Log:
-    """A log with a clock of its own."""
+    """Entries of an audit log, with a simulated clock."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
@@ -44,7 +44,7 @@ class Log:
         return directory
 
 
-def whole() -> Log:
+def passed_run() -> Log:
     log = Log()
     log.add("call", host="father", phase="preflight", cmd="get /version", rc=0, ms=40)
     log.phase("preflight", 1.5)
@@ -72,7 +72,7 @@ def whole() -> Log:
     return log.add("teardown", phase="destroy", status="clean", host="father")
 
 
-def broken() -> Log:
+def failed_run() -> Log:
     log = Log()
     log.phase("preflight", 1)
     log.phase("setup_network", 4, "failed", cause="vmbr0 has no address\nexpected one within 60 s")
@@ -80,7 +80,7 @@ def broken() -> Log:
 
 
 def test_the_log_becomes_steps_in_order_with_what_each_did() -> None:
-    report = whole().report()
+    report = passed_run().report()
     assert [(step.name, step.status, step.seconds) for step in report.steps] == [
         ("preflight", "done", 1.5),
         ("provision", "done", 3.0),
@@ -93,29 +93,29 @@ def test_the_log_becomes_steps_in_order_with_what_each_did() -> None:
     ]
     assert (report.run, report.host, report.pve_version) == (RUN, "father", "9.2.1")
     assert report.verdict == "passed"
-    installed = report.steps[2]
-    assert (installed.calls, installed.call_seconds) == (1, 0.5)
-    assert installed.playbooks[0].name == "pve-install.yml"
-    assert installed.playbooks[0].recap[0].changed == 9
+    ensure_pve = report.steps[2]
+    assert (ensure_pve.calls, ensure_pve.call_seconds) == (1, 0.5)
+    assert ensure_pve.playbooks[0].name == "pve-install.yml"
+    assert ensure_pve.playbooks[0].recap[0].changed == 9
     assert [(line.what, line.outcome) for line in report.teardown[::2]] == [
         ("VM 99901", "found"),
         ("VM 99901", "destroyed"),
     ]
 
 
-def test_clean_inside_is_no_proof_that_the_host_is_clean() -> None:
-    log = whole()
+def test_a_clean_nested_pve_does_not_prove_a_clean_host() -> None:
+    log = passed_run()
     del log.entries[-2:]
     report = log.report()
     assert not report.proved_empty
     assert report.teardown_steps[-1].status == "interrupted"
-    assert "before the teardown proved that nothing is left" in standalone(report)
+    assert "before the teardown proved that there are no leftovers" in standalone(report)
 
 
 def test_a_run_whose_log_ends_inside_a_phase_is_reported_as_interrupted(tmp_path: Path) -> None:
-    log = whole()
+    log = passed_run()
     log.entries = log.entries[:8]
-    log.write(tmp_path, cut=7)  # its writer was killed in the middle of a line
+    log.write(tmp_path, cut=7)  # the process was killed while it wrote a line
     report = read_audit(tmp_path / "audit.jsonl")
     assert report.steps[-1].status == "interrupted"
     assert report.verdict == "interrupted"
@@ -131,8 +131,8 @@ def test_an_interrupt_is_not_shown_as_a_failure() -> None:
     assert log.report().verdict == "interrupted"
 
 
-def test_what_is_left_is_named_with_the_command_that_finishes_the_job() -> None:
-    log = whole()
+def test_leftovers_are_listed_with_the_command_that_destroys_them() -> None:
+    log = passed_run()
     log.add("leak", vmid=99901, reason="VM is locked (backup)")
     report = log.report()
     assert report.verdict == "left"
@@ -145,13 +145,13 @@ def test_what_is_left_is_named_with_the_command_that_finishes_the_job() -> None:
 class Elements(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
-def test_nothing_from_outside_becomes_markup() -> None:
+def test_values_from_hosts_and_logs_are_escaped() -> None:
     evil = "<script>alert(1)</script>\"' onload=x <b>"
     log = Log()
     log.add("call", host=evil, phase=evil)
@@ -165,33 +165,32 @@ def test_nothing_from_outside_becomes_markup() -> None:
     for page in (standalone(log.report()), section([log.report()], ['javascript:"<b>'])):
         elements = Elements()
         elements.feed(page)
-        tags = {tag for tag, _ in elements.found}
-        assert "script" not in tags
-        assert "b" not in {tag for tag, attributes in elements.found if "onload" in attributes}
-        assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
+        assert "script" not in {tag for tag, _ in elements.tags}
+        assert "b" not in {tag for tag, attributes in elements.tags if "onload" in attributes}
+        assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
         assert "<script>" not in page
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_fits_a_telephone() -> None:
-    page = standalone(whole().report())
+def test_the_page_has_no_external_resources_and_fits_a_telephone() -> None:
+    page = standalone(passed_run().report())
     elements = Elements()
     elements.feed(page)
-    assert not {"link", "script", "img"} & {tag for tag, _ in elements.found}
-    assert not [tag for tag, attributes in elements.found if "src" in attributes]
+    assert not {"link", "script", "img"} & {tag for tag, _ in elements.tags}
+    assert not [tag for tag, attributes in elements.tags if "src" in attributes]
     assert 'name="viewport"' in page
-    pictures = [attributes for tag, attributes in elements.found if tag == "svg"]
+    pictures = [attributes for tag, attributes in elements.tags if tag == "svg"]
     assert [picture["width"] for picture in pictures] == ["100%"]
     assert "prefers-color-scheme: dark" in page
 
 
 def test_the_page_is_for_its_owner_only(tmp_path: Path) -> None:
-    page = write_report(whole().write(tmp_path))
+    page = write_report(passed_run().write(tmp_path))
     assert stat.S_IMODE(page.stat().st_mode) == 0o600
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["audit.jsonl", "report.html"]
 
 
-def test_the_report_of_a_killed_run_can_be_made_by_hand(tmp_path: Path) -> None:
-    whole().write(tmp_path)
+def test_the_report_of_a_killed_run_can_be_written_by_hand(tmp_path: Path) -> None:
+    passed_run().write(tmp_path)
     command = [sys.executable, "-m", "pytest_nestedpve.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / "report.html")
@@ -200,16 +199,18 @@ def test_the_report_of_a_killed_run_can_be_made_by_hand(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
-def test_odd_log_lines_are_passed_over(tmp_path: Path) -> None:
+def test_malformed_log_lines_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl").write_text('\n{"event": 3}\n[]\nnull\n{"event":"phase_end"}\n\x00{\n')
     assert standalone(read_audit(tmp_path / "audit.jsonl"))
-    odd = build([{"event": "phase_end", "phase": "a", "ms": "x", "facts": 3, "ts": "yesterday"}])
-    assert odd.steps[0].seconds == 0.0
+    malformed = build([{"event": "phase_end", "phase": "a", "ms": "x", "facts": 3, "ts": "yesterday"}])
+    assert malformed.steps[0].seconds == 0.0
 
 
-def test_after_a_failure_the_summary_says_cause_log_in_go_on_and_clean_up(tmp_path: Path) -> None:
+def test_the_summary_of_a_failure_has_the_cause_and_commands_to_log_in_resume_and_clean_up(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "ssh_config").write_text("")
-    log = broken()
+    log = failed_run()
     log.add("teardown", phase="destroy", status="clean")
     text = "\n".join(summary_lines(log.report(), tmp_path / "report.html"))
     assert "first cause, in setup_network: vmbr0 has no address" in text
@@ -222,14 +223,14 @@ def test_after_a_failure_the_summary_says_cause_log_in_go_on_and_clean_up(tmp_pa
             log.report(),
             tmp_path / "report.html",
             finishing_command="pytest --xyz",
-            again="pytest --pve-host father",
+            rerun_command="pytest --pve-host father",
         )
     )
     assert "clean up: pytest --xyz" in text
-    assert "go on:    pytest --pve-host father -k setup_network" in text
+    assert "resume:   pytest --pve-host father -k setup_network" in text
 
 
-def test_durations_read_well() -> None:
+def test_durations_are_formatted_with_suitable_units() -> None:
     assert [duration(s) for s in (None, 0.04, 9.94, 59.4, 59.6, 185, 3700)] == [
         "not finished",
         "0.0 s",
@@ -241,13 +242,13 @@ def test_durations_read_well() -> None:
     ]
 
 
-def test_the_timeline_stays_inside_its_picture() -> None:
-    report = whole().report()
+def test_the_bars_of_the_timeline_are_inside_the_picture() -> None:
+    report = passed_run().report()
     assert timeline((), 0) == ""
     picture = timeline((*report.steps, *report.teardown_steps), report.ended or 0)
     elements = Elements()
     elements.feed(picture)
-    bars = [attributes for tag, attributes in elements.found if tag == "rect"]
+    bars = [attributes for tag, attributes in elements.tags if tag == "rect"]
     assert len(bars) == 6
     for bar in bars:
         x, width = (float(str(bar[name]).rstrip("%")) for name in ("x", "width"))

@@ -1,4 +1,4 @@
-"""The report of a whole session: pytest-html's page, JUnit, the terminal, also behind xdist."""
+"""The report of a session: pytest-html's page, JUnit, the terminal, also with xdist."""
 
 from __future__ import annotations
 
@@ -65,25 +65,25 @@ def run(project: Path, *arguments: str, **env: str) -> str:
     return done.stdout
 
 
-def page_of_the_run(project: Path) -> Path:
-    (found,) = (project / ".nested-pve" / "runs").glob("*/report.html")
-    return found
+def find_page(project: Path) -> Path:
+    (page,) = (project / ".nested-pve" / "runs").glob("*/report.html")
+    return page
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
-def test_the_run_stands_in_every_report(project: Path, workers: tuple[str, ...]) -> None:
+def test_every_report_names_the_run(project: Path, workers: tuple[str, ...]) -> None:
     out = run(project, "-k", "preflight", *workers)
-    page = page_of_the_run(project)
+    page = find_page(project)
     assert f"report: {page}" in out
     html = (project / "out" / "page.html").read_text()
     assert "looked at &lt;i&gt;everything" in html
     assert f'href="../.nested-pve/runs/{page.parent.name}/report.html"' in html
     properties = {
-        each.attrib["name"]: each.attrib["value"]
-        for each in ElementTree.parse(project / "junit.xml").iterfind("testsuite/properties/property")
+        element.attrib["name"]: element.attrib["value"]
+        for element in ElementTree.parse(project / "junit.xml").iterfind("testsuite/properties/property")
     }
     assert properties == {"nested_pve_run": page.parent.name, "nested_pve_host": "father"}
-    assert "passed, and nothing is left" in page.read_text()
+    assert "passed, no leftovers" in page.read_text()
 
 
 def test_ids_are_escaped_and_secrets_masked_in_pytest_htmls_page(project: Path) -> None:
@@ -93,17 +93,17 @@ def test_ids_are_escaped_and_secrets_masked_in_pytest_htmls_page(project: Path) 
     assert "hunter2-secret" not in html
 
 
-def test_a_failure_says_cause_and_what_to_type(project: Path) -> None:
+def test_a_failure_is_reported_with_its_cause_and_commands(project: Path) -> None:
     out = run(project, FAIL="1")
     assert "first cause, in preflight: <b>no bridge</b>" in out
     assert "    expected vmbr0" in out
-    assert "go on:    pytest --pve-host father -k preflight" in out
+    assert "resume:   pytest --pve-host father -k preflight" in out
     assert "clean up: nothing to do" in out
     html = (project / "out" / "page.html").read_text()
     assert "&lt;b&gt;no bridge&lt;/b&gt;" in html
 
 
-def test_a_project_that_does_not_use_the_plugin_sees_nothing_of_it(tmp_path: Path) -> None:
+def test_a_project_that_does_not_use_the_plugin_has_no_output_of_it(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
     out = run(tmp_path)
     assert "nested" not in "\n".join(line for line in out.splitlines() if not line.startswith("plugins"))

@@ -1,4 +1,4 @@
-"""The table of known symptoms: each is recognised in its own words, none in those of a healthy run."""
+"""The table of known symptoms: each is recognised in its example, none in the output of a healthy run."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ ROOT = Path(__file__).parent.parent.parent
 DATA = ROOT / "tests" / "data"
 
 
-def names(found: tuple[Recognised, ...]) -> list[str]:
-    return [each.symptom.name for each in found]
+def names(recognised: tuple[Recognised, ...]) -> list[str]:
+    return [match.symptom.name for match in recognised]
 
 
-def everywhere(words: str) -> list[Text]:
-    """The same words in every kind of text."""
-    return [Text(kind, kind, words) for kind in KINDS]
+def everywhere(content: str) -> list[Text]:
+    """The same content in every kind of text."""
+    return [Text(kind, kind, content) for kind in KINDS]
 
 
-def test_the_table_is_large_and_its_names_are_its_own() -> None:
-    known = [each.name for each in table()]
+def test_the_table_is_large_and_its_names_are_unique() -> None:
+    known = [symptom.name for symptom in table()]
     assert len(known) >= 36
     assert len(known) == len(set(known))
-    assert len({each.explanation for each in table()}) == len(known)
+    assert len({symptom.explanation for symptom in table()}) == len(known)
 
 
-@pytest.mark.parametrize("symptom", table(), ids=lambda each: each.name)
-def test_a_symptom_is_recognised_in_its_own_words_and_named_first(symptom: Symptom) -> None:
+@pytest.mark.parametrize("symptom", table(), ids=lambda symptom: symptom.name)
+def test_a_symptom_is_recognised_in_its_example_and_comes_first(symptom: Symptom) -> None:
     phase = symptom.phases[0] if symptom.phases else "provision"
     for kind in symptom.kinds:
-        found = recognise([Text(kind, "here", symptom.example)], phase)
-        assert names(found)[:1] == [symptom.name], kind
-        assert found[0].line
-        assert found[0].where == "here"
-        # Every placeholder of the pattern is filled in, or shown as what it is.
-        assert "{" not in found[0].explanation + found[0].fix.replace("{print", "")
+        recognised = recognise([Text(kind, "here", symptom.example)], phase)
+        assert names(recognised)[:1] == [symptom.name], kind
+        assert recognised[0].line
+        assert recognised[0].where == "here"
+        # Every placeholder is replaced by its value, or by its name in capitals.
+        assert "{" not in recognised[0].explanation + recognised[0].fix.replace("{print", "")
     assert names(recognise(everywhere(symptom.example), phase))[:1] == [symptom.name]
 
 
 def root_only(name: str) -> str:
-    """What port 8006 said of the parameters, as it is told."""
-    said = json.loads(HTTPS[name]["stdout"].split("\r\n\r\n", 1)[1])["errors"]
-    return "\n".join(f"{parameter}: {why}" for parameter, why in said.items())
+    """The parameter errors of a recorded answer of port 8006, as the API client formats them."""
+    errors = json.loads(HTTPS[name]["stdout"].split("\r\n\r\n", 1)[1])["errors"]
+    return "\n".join(f"{parameter}: {why}" for parameter, why in errors.items())
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "content"),
     [
         ("task-interrupted", "TASK ERROR: received interrupt"),
         ("task-interrupted", "task UPID:father:1:2:3:qmshutdown:103:root@pam: ended: broken pipe "),
@@ -76,36 +76,35 @@ def root_only(name: str) -> str:
         ("worker-killed", "unable to read tail (got 0 bytes)"),
     ],
 )
-def test_a_symptom_is_recognised_in_its_other_words(name: str, words: str) -> None:
-    """Those of the same kind of failure, as the client types them."""
-    assert names(recognise([Text("error", "here", words)]))[:1] == [name]
+def test_a_symptom_is_recognised_in_other_messages_of_the_same_failure(name: str, content: str) -> None:
+    assert names(recognise([Text("error", "here", content)]))[:1] == [name]
 
 
-def test_a_key_that_one_node_misses_of_another_is_not_this_machines_known_hosts() -> None:
+def test_a_host_key_missing_on_a_node_is_not_a_problem_of_this_machines_known_hosts() -> None:
     from_node = "father2 is not reached: no login from node to node, as PVE itself makes them, at father2 "
-    for words in (
+    for content in (
         "proxy handler failed: Host key verification failed.",
         f"{from_node}(10.0.0.2): Host key verification failed. / lost; `pvecm updatecerts` on both mends it",
     ):
-        (found,) = recognise([Text("error", "here", words)])
-        assert found.symptom.name == "node-host-key"
-        assert "pvecm updatecerts" in found.fix
+        (recognised,) = recognise([Text("error", "here", content)])
+        assert recognised.symptom.name == "node-host-key"
+        assert "pvecm updatecerts" in recognised.fix
 
 
-def _recorded(name: str) -> list[dict[str, str]]:
+def _read_recording(name: str) -> list[dict[str, str]]:
     lines = (DATA / name).read_text(encoding="utf-8").splitlines()[1:]
     return [json.loads(line) for line in lines]
 
 
-def test_what_pve_says_when_all_is_well_is_no_symptom() -> None:
-    healthy = _recorded("healthy-recorded.jsonl")
+def test_answers_of_a_healthy_pve_contain_no_symptom() -> None:
+    healthy = _read_recording("healthy-recorded.jsonl")
     assert len(healthy) > 200
     for answer in healthy:
         for phase in ("provision", "leaf_wait_ip"):
             assert names(recognise(everywhere(answer["stdout"]), phase)) == [], answer["id"]
 
 
-#: What a first boot and an installation that end well say among other things.
+#: Lines of a successful first boot and installation.
 GOOD_BOOT = """\
 cloud-init[412]: Cloud-init v. 25.1.4 finished. Datasource DataSourceNoCloud [seed=/dev/sr0]
 status: done
@@ -128,82 +127,86 @@ nested : ok=31   changed=19   unreachable=0    failed=0    skipped=4    rescued=
 """
 
 
-def test_what_a_good_boot_and_a_good_playbook_say_is_no_symptom() -> None:
+def test_a_good_boot_and_a_good_playbook_contain_no_symptom() -> None:
     for phase in ("ensure_pve", "setup_network", "leaf_wait_ip"):
         assert names(recognise(everywhere(GOOD_BOOT), phase)) == []
 
 
-@pytest.mark.parametrize("symptom", table(), ids=lambda each: each.name)
-def test_an_example_that_names_a_recording_is_what_was_recorded(symptom: Symptom) -> None:
-    """Word by word, wherever the recording is among those kept here."""
+@pytest.mark.parametrize("symptom", table(), ids=lambda symptom: symptom.name)
+def test_a_symptom_is_recognised_in_the_recording_that_it_names(symptom: Symptom) -> None:
+    """If that recording is in the repository."""
     files = ("recorded_answers.jsonl", "recorded_failures.jsonl", "standin-recorded.jsonl")
-    kept = {each["id"]: each for name in files for each in _recorded(name) if "id" in each}
+    kept = {answer["id"]: answer for name in files for answer in _read_recording(name) if "id" in answer}
     assert re.search(r"recording [a-zA-Z]+-\d+|facts of PVE 9\.2, \d+|field notes \d+", symptom.source)
     for name in re.findall(r"recording ([a-zA-Z]+-\d+)", symptom.source):
         if name not in kept or symptom.name == "authorized-keys-replaced":
             continue
-        said = kept[name]["stdout"] + kept[name]["stderr"]
-        assert any(symptom.pattern.search(line) for line in (said, *symptom.example.splitlines()))
-        assert symptom.pattern.search(said) is not None, name
+        output = kept[name]["stdout"] + kept[name]["stderr"]
+        assert any(symptom.pattern.search(line) for line in (output, *symptom.example.splitlines()))
+        assert symptom.pattern.search(output) is not None, name
 
 
 def test_every_setting_that_a_fix_names_exists() -> None:
     settings = {f"nested_pve_{key.name}" for key in KEYS}
     named = {
-        word for each in table() for word in re.findall(r"nested_pve_\w+", f"{each.fix} {each.explanation}")
+        word
+        for symptom in table()
+        for word in re.findall(r"nested_pve_\w+", f"{symptom.fix} {symptom.explanation}")
     }
     assert named <= settings, named - settings
     assert len(named) > 8
 
 
-@pytest.mark.parametrize("symptom", table(), ids=lambda each: each.name)
-def test_a_fix_says_what_to_type_or_to_set(symptom: Symptom) -> None:
+@pytest.mark.parametrize("symptom", table(), ids=lambda symptom: symptom.name)
+def test_a_fix_contains_a_command_or_a_setting(symptom: Symptom) -> None:
     programs = (
         "append apt-get cloud-init curl date df dpkg export find getent ha-manager ip journalctl mkdir pvecm "
         "pvesh pvesm pveum pytest qemu-img qm rm sha256sum ssh sshd systemctl uptime"
     )
-    typed = rf"\b(?:{'|'.join(programs.split())})\b|nested_pve_\w+|\.qcow2"
-    assert re.search(typed, symptom.fix), symptom.fix
+    command = rf"\b(?:{'|'.join(programs.split())})\b|nested_pve_\w+|\.qcow2"
+    assert re.search(command, symptom.fix), symptom.fix
     assert len(symptom.title) < 80
     assert symptom.explanation.endswith((".", ")"))
 
 
-def test_the_most_specific_comes_first_and_no_more_than_three() -> None:
-    words = "\n".join(each.example for each in table() if "error" in each.kinds)
-    found = recognise([Text("error", "here", words)], "provision")
-    assert len(found) == 3
-    assert not any(each.symptom.general for each in found)
+def test_at_most_three_symptoms_are_recognised_the_most_specific_first() -> None:
+    content = "\n".join(symptom.example for symptom in table() if "error" in symptom.kinds)
+    recognised = recognise([Text("error", "here", content)], "provision")
+    assert len(recognised) == 3
+    assert not any(match.symptom.general for match in recognised)
     start = "kvm: Host doesn't support requested features\nTASK ERROR: start failed: QEMU exited with code 1"
     assert names(recognise([Text("task", "task", start)])) == ["cpu-feature", "qemu-ended"]
 
 
-def test_what_the_error_itself_says_comes_before_what_a_log_says() -> None:
-    found = recognise(
+def test_a_symptom_in_the_error_comes_before_one_in_a_log() -> None:
+    recognised = recognise(
         [
             Text("error", "error", "snapshot feature is not available"),
             Text("task", "log", "bridge 'vmbr9' does not exist"),
         ]
     )
-    assert names(found) == ["no-snapshots", "bridge-missing"]
+    assert names(recognised) == ["no-snapshots", "bridge-missing"]
 
 
-def test_a_log_is_not_taken_for_a_complaint_of_pve() -> None:
-    """A journal may quote anything: only what a guest itself complains of is looked for in it."""
+def test_messages_of_pve_are_not_searched_for_in_a_journal() -> None:
+    """A journal may quote anything: it is searched for messages of the guest only."""
     assert recognise([Text("journal", "journal", "echo bridge 'vmbr9' does not exist")]) == ()
 
 
-def test_what_gets_into_a_command_is_one_plain_word() -> None:
-    (found,) = recognise([Text("error", "here", "storage 'x' is not configured for content-type 'import'")])
-    assert "pvesm set x --content iso,vztmpl,backup,import" in found.fix
-    (found,) = recognise(
+def test_only_one_plain_word_is_inserted_into_a_command() -> None:
+    (recognised,) = recognise(
+        [Text("error", "here", "storage 'x' is not configured for content-type 'import'")]
+    )
+    assert "pvesm set x --content iso,vztmpl,backup,import" in recognised.fix
+    (recognised,) = recognise(
         [Text("task", "here", "WARN: failed to get path and owner of volume 'a:1/$(reboot)': no")]
     )
-    assert "pvesm free VOLUME" in found.fix
-    assert "reboot" not in found.fix
+    assert "pvesm free VOLUME" in recognised.fix
+    assert "reboot" not in recognised.fix
 
 
 @pytest.mark.parametrize(
-    "words",
+    "content",
     [
         "",
         "\x00\x1b[31m",
@@ -214,19 +217,19 @@ def test_what_gets_into_a_command_is_one_plain_word() -> None:
         "cfs-lock '/etc/pve/x' " * 15_000,
     ],
 )
-def test_no_text_can_break_the_look(words: str) -> None:
-    assert recognise(everywhere(words), "provision") == ()
+def test_no_text_can_break_the_search(content: str) -> None:
+    assert recognise(everywhere(content), "provision") == ()
 
 
 def test_colours_and_a_long_line_do_not_hide_a_symptom() -> None:
-    words = "x" * 5000 + " \x1b[0;31mbridge 'vmbr9' does\x1b[0m not exist" + "y" * 5000
-    (found,) = recognise([Text("ansible", "here", words)])
-    assert found.symptom.name == "bridge-missing"
-    assert len(found.line) < 320
-    assert "bridge 'vmbr9' does not exist" in found.line
+    content = "x" * 5000 + " \x1b[0;31mbridge 'vmbr9' does\x1b[0m not exist" + "y" * 5000
+    (recognised,) = recognise([Text("ansible", "here", content)])
+    assert recognised.symptom.name == "bridge-missing"
+    assert len(recognised.line) < 320
+    assert "bridge 'vmbr9' does not exist" in recognised.line
 
 
-def test_the_tables_are_read_only_when_something_failed() -> None:
+def test_the_tables_are_read_only_after_a_failure() -> None:
     import subprocess
     import sys
 
@@ -239,18 +242,18 @@ def test_the_tables_are_read_only_when_something_failed() -> None:
     assert symptoms.table() is symptoms.table()
 
 
-def _cell(words: str) -> str:
-    return re.sub(r"\{(\w+)\}", lambda group: group[1].upper(), words).replace("|", "\\|")
+def _format_cell(text: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda group: group[1].upper(), text).replace("|", "\\|")
 
 
-def test_the_page_on_failures_lists_the_table_as_it_is() -> None:
+def test_the_page_on_failures_lists_the_table_unchanged() -> None:
     page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
     rows = [
-        f"| {_cell(each.title)} | {_cell(each.explanation)} | {_cell(each.fix)} | {_cell(each.source)} |"
-        for each in table()
+        f"| {' | '.join(map(_format_cell, (row.title, row.explanation, row.fix, row.source)))} |"
+        for row in table()
     ]
-    found = page[page.index("## Known symptoms") :].split("|---|---|---|---|\n")[1].splitlines()
-    assert found == rows, "docs/failures.md should end with:\n" + "\n".join(rows)
+    listed = page[page.index("## Known symptoms") :].split("|---|---|---|---|\n")[1].splitlines()
+    assert listed == rows, "docs/failures.md should end with:\n" + "\n".join(rows)
     assert "failures.md" in (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
 
 
@@ -258,10 +261,10 @@ def test_the_page_on_failures_names_every_file_and_limit() -> None:
     from pytest_nestedpve.report import artifacts, collect
 
     page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
-    for file, *_ in artifacts.QUESTIONS:
+    for file, *_ in artifacts.GUEST_FILES:
         assert f"nested-{file}" in page
-    one, inside = collect.ITEM, collect.ITEM + artifacts.REACH
-    assert f"{one:.0f} seconds for each file ({inside:.0f} for a file from a guest)" in page
+    item, guest_item = collect.ITEM, collect.ITEM + artifacts.REACH
+    assert f"{item:.0f} seconds for each file ({guest_item:.0f} for a file from a guest)" in page
     assert f"{collect.BUDGET:.0f} for all together" in page
     assert f"{collect.TOTAL_LIMIT >> 20} MiB in all" in page
     assert f"last {artifacts.TASKS} tasks" in page

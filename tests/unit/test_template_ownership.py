@@ -89,7 +89,7 @@ def test_a_clean_up_that_does_not_name_a_template_leaves_it(env: Environment, me
     deed = template(env)
     before = memory.configuration(deed.vmid)
     (row,) = rows(env)
-    assert (row.vmid, row.verdict, row.owed) == (deed.vmid, "keep", False)
+    assert (row.vmid, row.verdict, row.is_leftover) == (deed.vmid, "keep", False)
     assert f"--nested-run {deed.template}" in row.reason
     assert clean_up(env) == {}
     assert clean_up(env, env.run.id) == {}

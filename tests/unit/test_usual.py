@@ -1,4 +1,4 @@
-"""What a phase usually takes is what earlier runs took on that host, and nothing is guessed."""
+"""The usual duration of a phase is that of earlier runs on the same host, never a guess."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def log(runs: Path, name: str, host: str, ms: float, *, age: int = 0, status: st
     os.utime(path, (1_000_000 - age, 1_000_000 - age))
 
 
-def test_it_is_the_median_of_what_earlier_runs_took_on_the_same_host(tmp_path: Path) -> None:
+def test_the_usual_time_is_the_median_of_earlier_runs_on_the_same_host(tmp_path: Path) -> None:
     log(tmp_path, "a", "father", 4000)
     log(tmp_path, "b", "father", 9000)
     log(tmp_path, "c", "father", 5000)
@@ -43,18 +43,18 @@ def test_a_teardown_has_a_usual_time_too(tmp_path: Path) -> None:
     log(tmp_path, "a", "father", 4000)
     with (tmp_path / "a" / "audit.jsonl").open("a") as out:
         out.write("\n")
-        for event, more in (("phase_start", {}), ("phase_end", {"status": "done", "ms": 3000})):
-            line = {"ts": 110.0, "run": "a", "event": event, "phase": "destroy", **more}
+        for event, fields in (("phase_start", {}), ("phase_end", {"status": "done", "ms": 3000})):
+            line = {"ts": 110.0, "run": "a", "event": event, "phase": "destroy", **fields}
             out.write(json.dumps(line) + "\n")
     assert usual_times(tmp_path, "father") == {"provision": 4.0, "destroy": 3.0}
 
 
-def test_labs_are_one_host(tmp_path: Path) -> None:
+def test_all_labs_count_as_one_host(tmp_path: Path) -> None:
     log(tmp_path, "a", "lab:one", 4000)
     assert usual_times(tmp_path, "lab") == {"provision": 4.0}
 
 
-def test_a_phase_that_failed_or_was_only_proved_says_nothing(tmp_path: Path) -> None:
+def test_a_failed_or_proved_phase_does_not_count(tmp_path: Path) -> None:
     log(tmp_path, "a", "father", 4000, status="failed")
     log(tmp_path, "b", "father", 20, status="proved")
     assert usual_times(tmp_path, "father") == {}
@@ -67,6 +67,6 @@ def test_only_the_newest_runs_count(tmp_path: Path) -> None:
     assert usual_times(tmp_path, "father") == {"provision": 1.0}
 
 
-def test_without_earlier_runs_nothing_is_known(tmp_path: Path) -> None:
+def test_without_earlier_runs_there_are_no_usual_times(tmp_path: Path) -> None:
     assert usual_times(tmp_path / "missing", "father") == {}
     assert [phase.name for phase in default_phases() if phase.usual is not None] == []

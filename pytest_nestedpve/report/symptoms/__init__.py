@@ -1,7 +1,6 @@
-"""Known symptoms: words of a failed set-up, what they mean, and what mends it.
+"""Known symptoms: patterns in the texts of a failure, each with an explanation and a fix.
 
-The tables are data, beside this module, and are read only when something failed. Knows nothing of hosts,
-of pytest or of where the texts come from.
+The tables are TOML files in this directory, read only after a failure. Independent of hosts and of pytest.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-#: Kinds of text: what the harness or PVE's answer says; a task's log; a playbook's output; what the guest's
-#: serial console, journal and cloud-init say; configurations and states, which complain of nothing.
+#: Kinds of text: messages of this plugin or of PVE; a task's log; a playbook's output; the guest's serial
+#: console, journal and cloud-init logs; configurations and states, which contain no messages.
 KINDS = ("error", "task", "ansible", "console", "journal", "cloud-init", "state")
 #: The files of the table, the most specific symptoms first in each.
 TABLES = ("host.toml", "guest.toml", "client.toml")
-#: How many of those recognised are shown.
+#: Number of recognised symptoms that are shown.
 SHOWN = 3
 
-_SAID = ("error", "task", "ansible")
+_MESSAGES = ("error", "task", "ansible")
 _KEYS = {"name", "title", "pattern", "explanation", "fix", "source", "example", "kinds", "phases", "general"}
 _TEXT_LIMIT = 300_000
 _WORD = re.compile(r"[\w./:@+-]{1,120}\Z")
 
 
 class TableError(ValueError):
-    """An entry of the table cannot be used as it is."""
+    """An entry of the table is not well-formed."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Symptom:
     """One entry: `pattern` (searched line by line, `^` is a line's start) in texts of the `kinds`.
 
     `fix` is a command or a setting; `{group}` in it and in `explanation` is a named group of the pattern.
-    `phases`: recognised only when one of these failed; empty, in all. `general` ones, consequences of
-    something else as often as not, come after the others. `example` is real text in which it is recognised.
+    `phases`: recognised only after one of these failed; empty: after any. A `general` symptom, often only a
+    consequence of another, comes after the others. `example` is real text that the pattern matches.
     """
 
     name: str
@@ -47,23 +46,23 @@ class Symptom:
     fix: str
     source: str
     example: str
-    kinds: tuple[str, ...] = _SAID
+    kinds: tuple[str, ...] = _MESSAGES
     phases: tuple[str, ...] = ()
     general: bool = False
 
 
 @dataclass(frozen=True)
 class Text:
-    """Something in which symptoms are looked for: its kind, where it stands, and the words."""
+    """A text to search for symptoms: its kind, its source (such as a file name), and its content."""
 
     kind: str
     where: str
-    words: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """A symptom that was seen: in which line, and where; `explanation` and `fix` are for this case."""
+    """A recognised symptom: its line, the source `where`, and `explanation` and `fix` for this case."""
 
     symptom: Symptom
     line: str
@@ -77,27 +76,27 @@ def table() -> tuple[Symptom, ...]:
     """All entries, the most specific first. Raises TableError when one is not well-formed."""
     import tomllib
 
-    found: list[Symptom] = []
+    entries: list[Symptom] = []
     for name in TABLES:
         text = files(__package__).joinpath(name).read_text(encoding="utf-8")
-        found += [_entry(raw) for raw in tomllib.loads(text)["symptom"]]
-    return tuple(sorted(found, key=lambda each: each.general))
+        entries += [_parse(raw) for raw in tomllib.loads(text)["symptom"]]
+    return tuple(sorted(entries, key=lambda symptom: symptom.general))
 
 
-def _entry(raw: dict[str, Any]) -> Symptom:
+def _parse(raw: dict[str, Any]) -> Symptom:
     name = raw.get("name", "?")
     if missing := {"name", "title", "pattern", "explanation", "fix", "source", "example"} - raw.keys():
         raise TableError(f"symptom {name}: {', '.join(sorted(missing))} is missing")
-    if further := raw.keys() - _KEYS:
-        raise TableError(f"symptom {name}: {', '.join(sorted(further))} is not known")
-    kinds = tuple(raw.get("kinds", _SAID))
+    if unknown := raw.keys() - _KEYS:
+        raise TableError(f"symptom {name}: {', '.join(sorted(unknown))} is unknown")
+    kinds = tuple(raw.get("kinds", _MESSAGES))
     if not set(kinds) <= set(KINDS):
         raise TableError(f"symptom {name}: expected kinds among {', '.join(KINDS)}; found {kinds}")
     try:
         pattern = re.compile(raw["pattern"], re.MULTILINE)
     except re.error as e:
         raise TableError(f"symptom {name}: {e}") from e
-    words = {key: " ".join(str(raw[key]).split()) for key in ("title", "explanation", "fix", "source")}
+    texts = {key: " ".join(str(raw[key]).split()) for key in ("title", "explanation", "fix", "source")}
     return Symptom(
         name=name,
         pattern=pattern,
@@ -105,31 +104,31 @@ def _entry(raw: dict[str, Any]) -> Symptom:
         kinds=kinds,
         phases=tuple(raw.get("phases", ())),
         general=bool(raw.get("general", False)),
-        **words,
+        **texts,
     )
 
 
 def recognise(texts: Iterable[Text], phase: str = "", *, most: int = SHOWN) -> tuple[Recognised, ...]:
-    """What is recognised in `texts` of the failed `phase`, at most `most`, the most specific first.
+    """The symptoms in `texts` of the failed `phase`, at most `most`, the most specific first.
 
-    Of two equally specific the one in the earlier text comes first: hand the cause over before the logs.
-    Never fails on a text, whatever is in it.
+    Of two equally specific symptoms the one in the earlier text comes first: pass the cause before the logs.
+    No text makes it fail.
     """
-    given = [(text, _readable(text.words)) for text in texts]
-    found: list[tuple[tuple[bool, int, int], Recognised]] = []
-    for place, symptom in enumerate(table()):
+    readable = [(text, _clean(text.content)) for text in texts]
+    ranked: list[tuple[tuple[bool, int, int], Recognised]] = []
+    for number, symptom in enumerate(table()):
         if symptom.phases and phase not in symptom.phases:
             continue
-        for nearness, (text, words) in enumerate(given):
-            match = symptom.pattern.search(words) if text.kind in symptom.kinds else None
+        for distance, (text, content) in enumerate(readable):
+            match = symptom.pattern.search(content) if text.kind in symptom.kinds else None
             if match is not None:
-                found.append(((symptom.general, nearness, place), _seen(symptom, match, text.where)))
+                ranked.append(((symptom.general, distance, number), _describe(symptom, match, text.where)))
                 break
-    return tuple(each for _, each in sorted(found, key=lambda pair: pair[0])[:most])
+    return tuple(recognised for _, recognised in sorted(ranked, key=lambda pair: pair[0])[:most])
 
 
-def _seen(symptom: Symptom, match: re.Match[str], where: str) -> Recognised:
-    # Commands are made of it: only what is one plain word gets into them.
+def _describe(symptom: Symptom, match: re.Match[str], where: str) -> Recognised:
+    # The values become part of commands: only one plain word is inserted.
     groups = {
         name: value if value and _WORD.match(value) else name.upper()
         for name, value in match.groupdict().items()
@@ -140,18 +139,18 @@ def _seen(symptom: Symptom, match: re.Match[str], where: str) -> Recognised:
     if len(line) > 300:
         before = max(0, match.start() - start - 60)
         line = ("…" if before else "") + line[before : before + 300] + "…"
-    explanation, fix = (_filled(text, groups) for text in (symptom.explanation, symptom.fix))
+    explanation, fix = (_fill(text, groups) for text in (symptom.explanation, symptom.fix))
     return Recognised(symptom, " ".join(line.split()), where, explanation, fix)
 
 
-def _filled(text: str, groups: dict[str, str]) -> str:
+def _fill(text: str, groups: dict[str, str]) -> str:
     for name, value in groups.items():
         text = text.replace("{" + name + "}", value)
     return text
 
 
-def _readable(words: str) -> str:
-    if len(words) > _TEXT_LIMIT:
-        words = words[: _TEXT_LIMIT // 2] + "\n" + words[-_TEXT_LIMIT // 2 :]
-    words = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", words.replace("\r\n", "\n"))
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", words)
+def _clean(content: str) -> str:
+    if len(content) > _TEXT_LIMIT:
+        content = content[: _TEXT_LIMIT // 2] + "\n" + content[-_TEXT_LIMIT // 2 :]
+    content = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", content.replace("\r\n", "\n"))
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", content)

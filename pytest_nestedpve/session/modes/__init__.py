@@ -1,4 +1,4 @@
-"""What a session does instead of, or beside, running tests: one module per mode.
+"""Modes of a session other than running tests, or in addition to it: one module and one option per mode.
 
-Each mode is an option, such as --nested-doctor. What a mode does on a host is in the rooms below.
+The work of a mode on a host is done by the packages setup/ and teardown/.
 """

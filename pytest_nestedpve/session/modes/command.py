@@ -1,5 +1,5 @@
-"""A command of the user on the user's terminal, as a shell would run it: a process group of its own, in the
-foreground where there is one, and the first to get a signal."""
+"""A user's command on the user's terminal, run as a shell would: in its own process group, in the foreground
+of the terminal if pytest is, and the first to receive a signal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from pytest_nestedpve.pve.deadline import Deadline, scaled
 
-TO_END = 60.0
-"""Seconds (nominal) that the command has to end after a signal; then it is killed."""
-REST = 5.0
-"""Seconds (nominal) that what it left running in its group has to end after a TERM."""
-_BLOWS = 3  # as many signals kill it at once
+COMMAND_EXIT = 60.0
+"""Seconds (nominal) for the command to exit after a signal; then it is killed."""
+GROUP_EXIT = 5.0
+"""Seconds (nominal) for processes left in the command's group to exit after a SIGTERM."""
+_KILL_AT = 3  # the number of the signal that kills the command at once
 
 
 class Command:
-    """`/bin/sh -c TEXT`, once. `deliver` may be called from a signal handler of the main thread."""
+    """One run of `/bin/sh -c TEXT`. `deliver` may be called from a signal handler of the main thread."""
 
     def __init__(self, text: str, *, folder: Path, environ: Mapping[str, str]) -> None:
         self.text = text
@@ -33,12 +33,12 @@ class Command:
         self._process: subprocess.Popen[bytes] | None = None
         self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._signals: list[int] = []
-        self._pending: int | None = None  # came before there was a group to send it to
+        self._pending: int | None = None  # received before the process group existed
 
     def run(self) -> int:
-        """Run it to its end. The exit status as a shell tells it: 128 + n for the signal n that ended it.
+        """Run the command until it exits. Returns its exit status, 128 + n after the signal n.
 
-        Raises OSError when it cannot be started.
+        Raises OSError if it cannot be started.
         """
         try:
             with _terminal() as terminal:
@@ -48,27 +48,27 @@ class Command:
                     ["/bin/sh", "-c", self.text],
                     cwd=self._folder,
                     env=dict(self._environ),
-                    # Who is in the background of a terminal cannot read from it.
+                    # A background process of a terminal cannot read from it.
                     stdin=subprocess.DEVNULL if terminal is None and os.isatty(0) else None,
                     process_group=0,
                 )
                 try:
                     if terminal is not None:
-                        _to_front(terminal, process.pid)
+                        _move_to_foreground(terminal, process.pid)
                     if self._pending is not None:
                         self._send(self._pending)
                     status = self._wait(process)
                 finally:
-                    self._end_rest(process)
+                    self._end_group(process)
             return 128 - status if status < 0 else status
         finally:
             for end in self._wake:
                 os.close(end)
 
     def deliver(self, signum: int) -> None:
-        """Pass a signal on to the whole group; the third one kills it."""
+        """Send a signal to the whole process group; the third signal is sent as SIGKILL."""
         self._signals.append(signum)
-        self._send(signal.SIGKILL if len(self._signals) >= _BLOWS else signum)
+        self._send(signal.SIGKILL if len(self._signals) >= _KILL_AT else signum)
         with contextlib.suppress(OSError):
             os.write(self._wake[1], b"!")
 
@@ -90,7 +90,7 @@ class Command:
                 watched.register(fd, select.POLLIN)
             while True:
                 if self._signals and limit is None:
-                    limit = Deadline(TO_END)
+                    limit = Deadline(COMMAND_EXIT)
                 if limit is not None and limit.expired:
                     self._send(signal.SIGKILL)
                 ready = {fd for fd, _ in watched.poll(None if limit is None else 100)}
@@ -102,19 +102,19 @@ class Command:
             os.close(ended)
 
     @staticmethod
-    def _end_rest(process: subprocess.Popen[bytes]) -> None:
-        """Nothing of the group goes on working on an environment that is being taken down."""
+    def _end_group(process: subprocess.Popen[bytes]) -> None:
+        """End the remaining processes of the group: the environment is destroyed next."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, signum)
             except (ProcessLookupError, PermissionError):
                 break
             process.poll()
-            _until(lambda: not _alive(process.pid), scaled(REST))
+            _wait_until(lambda: not _is_alive(process.pid), scaled(GROUP_EXIT))
         process.wait()
 
 
-def _alive(group: int) -> bool:
+def _is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -124,7 +124,7 @@ def _alive(group: int) -> bool:
     return True
 
 
-def _until(done: Callable[[], bool], seconds: float) -> None:
+def _wait_until(done: Callable[[], bool], seconds: float) -> None:
     pause, last = threading.Event(), time.monotonic() + seconds
     while not done() and time.monotonic() < last:
         pause.wait(0.02)
@@ -132,36 +132,36 @@ def _until(done: Callable[[], bool], seconds: float) -> None:
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[int | None]:
-    """The terminal of standard input, if this process is in its foreground; at the end it is again."""
+    """Yield the terminal of standard input if this process is in its foreground, else None."""
     try:
-        front = os.tcgetpgrp(0)
+        foreground = os.tcgetpgrp(0)
     except OSError:
         yield None
         return
-    if front != os.getpgrp():
+    if foreground != os.getpgrp():
         yield None
         return
     attributes = termios.tcgetattr(0)
     try:
-        # No Ctrl-Z: nobody could bring the command back, and the lease of its environment would lapse.
+        # No Ctrl-Z: nothing could continue the command, and the lease of its environment would expire.
         keys = [*attributes[6]]
         keys[termios.VSUSP] = b"\0"
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSANOW, [*attributes[:6], keys])
         yield 0
     finally:
-        # From the background this would stop the process otherwise.
+        # In the background, tcsetpgrp and tcsetattr would stop this process with SIGTTOU.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         with contextlib.suppress(OSError):
-            os.tcsetpgrp(0, front)
+            os.tcsetpgrp(0, foreground)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSADRAIN, attributes)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _to_front(terminal: int, group: int) -> None:
+def _move_to_foreground(terminal: int, group: int) -> None:
     with contextlib.suppress(OSError):
         os.tcsetpgrp(terminal, group)
-    # It may have read from the terminal, and been stopped for it, before that.
+    # The command may have been stopped by SIGTTIN: it read from the terminal while in the background.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGCONT)

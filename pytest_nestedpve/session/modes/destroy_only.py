@@ -1,4 +1,4 @@
-"""--nested-destroy-only: a test item per candidate VM, so that terminal, HTML and JUnit show its end."""
+"""--nested-destroy-only: one test item per candidate VM, so terminal, HTML and JUnit show its outcome."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from pytest_nestedpve.teardown.plan_row import Row
 
 NODE = "nested-pve"
-# What chooses among tests, or remembers their outcomes, has nothing to do with these items.
-_PLUGINS = ("lfplugin", "nfplugin", "stepwiseplugin")
-_TESTS_ONLY: tuple[tuple[str, Any], ...] = (
+# Plugins that select tests or record their outcomes: they do not apply to these items.
+_SELECTING_PLUGINS = ("lfplugin", "nfplugin", "stepwiseplugin")
+_TEST_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("numprocesses", None),
     ("dist", "no"),
     ("distload", False),
@@ -35,22 +35,22 @@ _TESTS_ONLY: tuple[tuple[str, Any], ...] = (
 
 
 def neutralise(config: pytest.Config) -> None:
-    """Take back what a project's addopts say about tests: workers, --maxfail, reruns."""
-    for name, value in _TESTS_ONLY:
+    """Reset the options for tests that a project's addopts may set: workers, --maxfail, reruns."""
+    for name, value in _TEST_OPTIONS:
         if hasattr(config.option, name):
             setattr(config.option, name, value)
 
 
-def set_aside(config: pytest.Config) -> None:
-    """Have no plugin choose among the items, or remember them in place of tests."""
-    for name in _PLUGINS:
+def unregister_selecting_plugins(config: pytest.Config) -> None:
+    """Unregister the plugins that would deselect these items, or record them in place of tests."""
+    for name in _SELECTING_PLUGINS:
         plugin = config.pluginmanager.get_plugin(name)
         if plugin is not None:
             config.pluginmanager.unregister(plugin)
 
 
 class Job:
-    """The plan and its execution: all of it at the first item that is to go, then told one by one."""
+    """The plan and its outcomes: the first item to destroy executes all of it, each item reports its own."""
 
     def __init__(
         self, nested: NestedSession, host: PveHost | None, settings: Settings, rows: list[Row]
@@ -62,12 +62,12 @@ class Job:
         self._outcomes: dict[Row, Outcome] | None = None
 
     def outcome(self, row: Row) -> tuple[str, str]:
-        """("gone" | "foreign" | "left", reason) of a row that is to be destroyed."""
+        """("gone" | "foreign" | "left", reason) of a row with the verdict "destroy"."""
         if self._outcomes is None:
             with self.nested.state.unlimited():
                 self._execute()
-        found = (self._outcomes or {}).get(row)
-        return (found.result, found.reason) if found is not None else ("left", "it was not reached")
+        outcome = (self._outcomes or {}).get(row)
+        return (outcome.result, outcome.reason) if outcome is not None else ("left", "it was not reached")
 
     def _execute(self) -> None:
         from pytest_nestedpve.environment.phases import Phase, PhaseEnded
@@ -75,97 +75,99 @@ class Job:
         from pytest_nestedpve.teardown.plan import execute
         from pytest_nestedpve.teardown.teardown import destroying
 
-        # As they come: an interrupted session still writes what became of those that were reached.
+        # Filled during the execution: an interrupted session still writes the outcomes known so far.
         outcomes: dict[Row, Outcome] = {}
         self._outcomes = outcomes
         total = sum(row.verdict == "destroy" and row.vmid is not None for row in self.rows)
-        shown, phase = ProgressListener(self.nested.config), Phase("destroy", "clean-up", lambda _env: None)
+        progress = ProgressListener(self.nested.config)
+        phase = Phase("destroy", "clean-up", lambda _env: None)
 
-        def told(row: Row, outcome: Outcome) -> None:
+        def record(row: Row, outcome: Outcome) -> None:
             outcomes[row] = outcome
-            shown.progress(destroying(total, sum(each.result == "gone" for each in outcomes.copy().values())))
+            gone = sum(outcome.result == "gone" for outcome in outcomes.copy().values())
+            progress.progress(destroying(total, gone))
 
         assert self._host is not None
-        shown.phase_started(phase)
-        shown.progress(destroying(total))
+        progress.phase_started(phase)
+        progress.progress(destroying(total))
         try:
-            execute(self._host, self.settings, self.rows, told)
+            execute(self._host, self.settings, self.rows, record)
         finally:
-            shown.phase_finished(PhaseEnded(phase, "done", 0.0))
-            shown.close()
+            progress.phase_finished(PhaseEnded(phase, "done", 0.0))
+            progress.close()
 
-    def known(self) -> list[str]:
-        """Known symptoms of runs' VMs that are not touched, of which no item's failure tells."""
-        stays = [row for row in self.rows if row.run is not None and row.verdict == "keep"]
-        return [line for row in stays for line in known(row, row.reason)]
+    def known_symptoms(self) -> list[str]:
+        """Lines on known symptoms of the runs' VMs that are kept: no failed item shows those."""
+        kept = [row for row in self.rows if row.run is not None and row.verdict == "keep"]
+        return [line for row in kept for line in known_symptoms(row, row.reason)]
 
     def write(self) -> None:
-        """The rows with their outcomes, for --nested-json."""
+        """Write the rows with their outcomes to --nested-json."""
         path = self.settings.json_file
         if path is None:
             return
-        done = self._outcomes or {}
-        out = []
+        outcomes = self._outcomes or {}
+        entries = []
         for row in self.rows:
-            found = done.get(row)
-            if found is not None:
-                outcome = found.result
+            outcome = outcomes.get(row)
+            if outcome is not None:
+                result = outcome.result
             else:
-                outcome = "kept" if row.verdict == "keep" else "planned" if self.settings.dry_run else "left"
-            out.append(row.public(outcome))
-        path.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+                result = "kept" if row.verdict == "keep" else "planned" if self.settings.dry_run else "left"
+            entries.append(row.public(result))
+        path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
-def known(row: Row, reason: str) -> list[str]:
-    """What is recognised in the reason why it stays, as the end of a session shows it. Never fails."""
-    from pytest_nestedpve.report.summary import known_lines
+def known_symptoms(row: Row, reason: str) -> list[str]:
+    """Lines on the known symptoms in the reason why a VM still exists. Never fails."""
+    from pytest_nestedpve.report.summary import recognised_lines
     from pytest_nestedpve.report.symptoms import Text, recognise
 
     with contextlib.suppress(Exception):
         what = row.name if row.vmid is None else f"VM {row.vmid}"
-        words = f"{what} on {row.node}: {reason}"
-        found = recognise([Text("error", "why it stays", words)], "destroy")
-        return [line for each in found for line in known_lines(f": {each.symptom.title}", each)]
+        text = Text("error", "the reason why it still exists", f"{what} on {row.node}: {reason}")
+        matches = recognise([text], "destroy")
+        return [line for match in matches for line in recognised_lines(f": {match.symptom.title}", match)]
     return []
 
 
-class NotGone(Exception):
-    """A VM that should be gone is still there."""
+class StillExists(Exception):
+    """A VM that should have been destroyed still exists."""
 
 
 class DestroyItem(pytest.Item):
-    """One row: PASSED when it is gone, SKIPPED when it stays, FAILED when it should have gone."""
+    """One row: PASSED if destroyed, SKIPPED if kept, FAILED if it still exists and should not."""
 
     row: Row
     job: Job
 
     def runtest(self) -> None:
         if self.row.verdict == "keep":
-            self._stay(self.row.reason)
+            self._skip(self.row.reason)
         result, reason = self.job.outcome(self.row)
         if result == "foreign":
-            self._stay(reason)
+            self._skip(reason)
         if result != "gone":
-            raise NotGone(reason)
+            raise StillExists(reason)
 
-    def _stay(self, reason: str) -> None:
+    def _skip(self, reason: str) -> None:
         raise pytest.skip.Exception(reason, _use_item_location=True)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, NotGone):
-            lines = (f"{self.name} is still there: {excinfo.value}", *known(self.row, str(excinfo.value)))
-            return "\n".join(lines)
+        if isinstance(excinfo.value, StillExists):
+            lines = [f"{self.name} still exists: {excinfo.value}"]
+            return "\n".join(lines + known_symptoms(self.row, str(excinfo.value)))
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        # Where a summary names a file, name the VM.
+        # pytest's summary names the VM where it would name a test file.
         return self.config.rootpath / self.name, 0, self.name
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:
-    """Make the plan and its items. Raises pytest.UsageError when the host cannot be used."""
+    """Compute the plan and create its items. Raises pytest.UsageError if the host cannot be used."""
     config = session.config
-    set_aside(config)
+    unregister_selecting_plugins(config)
     where = nested.settings.host or "the outer host"
     try:
         job = _plan(nested)
@@ -176,7 +178,7 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
         ) from e
     except ApiError as e:
         raise pytest.UsageError(
-            f"nested-pve: expected the API of {where} to answer root, found: {e}; mend that on the host first"
+            f"nested-pve: expected the API of {where} to answer root, found: {e}; fix that on the host first"
         ) from e
     except PveError as e:
         raise pytest.UsageError(f"nested-pve: {e}") from e
@@ -188,9 +190,10 @@ def collect(session: pytest.Session, nested: NestedSession) -> None:
         job.rows = _confirmed(config, nested.settings, job.rows)
         session.items = [_item(session, job, row) for row in job.rows]
         nested.state.tally.record_leftovers(
-            any(row.owed for row in job.rows), "something stays that should be gone, or was not confirmed"
+            any(row.is_leftover for row in job.rows),
+            "a leftover still exists, or its destruction was not confirmed",
         )
-        _say(config, f"nested-pve: {len(job.rows) or 'no'} candidate{'s' * (len(job.rows) != 1)}")
+        _write_line(config, f"nested-pve: {len(job.rows) or 'no'} candidate{'s' * (len(job.rows) != 1)}")
     session.testscollected = len(session.items)
 
 
@@ -206,7 +209,7 @@ def _plan(nested: NestedSession) -> Job:
         if settings.context_file
         else frozenset()
     )
-    if settings.host is not None and settings.host.split(":")[0] == "lab" and not _lab_runs(settings.host):
+    if settings.host is not None and settings.host.split(":")[0] == "lab" and not _is_lab_up(settings.host):
         return Job(nested, None, settings, [])
     host = nested.connect()
     try:
@@ -216,15 +219,15 @@ def _plan(nested: NestedSession) -> Job:
     return Job(nested, host, settings, plan.plan(host, settings, extra=extra))
 
 
-def _lab_runs(name: str) -> bool:
-    """Whether there is such a lab; this never starts one."""
+def _is_lab_up(name: str) -> bool:
+    """Whether the lab of that name runs; never starts one."""
     from pytest_nestedpve.config import hosts
 
     return hosts.lab_runs(name)
 
 
 def _item(session: pytest.Session, job: Job, row: Row) -> DestroyItem:
-    # Names come from the host; an id is shown by reports that do not escape it.
+    # Names come from the host, and some reports show a node id without escaping it.
     name = re.sub(r"[^A-Za-z0-9._ -]", "_", row.name)
     label = name if row.vmid is None else f"{row.vmid} {name}"
     item: DestroyItem = DestroyItem.from_parent(session, name=label, nodeid=f"{NODE}::{label}")
@@ -236,25 +239,26 @@ def _item(session: pytest.Session, job: Job, row: Row) -> DestroyItem:
 
 
 def _confirmed(config: pytest.Config, settings: Settings, rows: Sequence[Row]) -> list[Row]:
-    """The rows, those without a marker confirmed by --nested-yes or at the terminal, or else kept."""
-    asked = [row for row in rows if row.ask and row.verdict == "destroy"]
-    if not asked or settings.yes:
+    """The rows; a row without a marker is kept unless --nested-yes or a yes at the terminal confirms it."""
+    unmarked = [row for row in rows if row.needs_confirmation and row.verdict == "destroy"]
+    if not unmarked or settings.yes:
         return list(rows)
-    if not _ask(config, asked):
+    if not _confirm(config, unmarked):
         return [
-            row.kept(f"{row.reason}; not confirmed (--nested-yes)") if row in asked else row for row in rows
+            row.kept(f"{row.reason}; not confirmed (--nested-yes)") if row in unmarked else row
+            for row in rows
         ]
     return list(rows)
 
 
-def _ask(config: pytest.Config, rows: Sequence[Row]) -> bool:
+def _confirm(config: pytest.Config, rows: Sequence[Row]) -> bool:
     manager = config.pluginmanager.getplugin("capturemanager")
     if manager is not None:
         manager.suspend_global_capture(in_=True)
     try:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             return False
-        print("\nThese VMs carry no marker of this tool, but look like its own:")
+        print("\nThese VMs have no marker of nested-pve, but match by name and id or by the context file:")
         for row in rows:
             print(f"  {row.vmid} {row.name} on {row.node}")
         return input("Destroy them? [y/N] ").strip().lower() in ("y", "yes")
@@ -265,7 +269,7 @@ def _ask(config: pytest.Config, rows: Sequence[Row]) -> bool:
             manager.resume_global_capture()
 
 
-def _say(config: pytest.Config, text: str) -> None:
+def _write_line(config: pytest.Config, text: str) -> None:
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(text)
@@ -275,9 +279,9 @@ def _show(config: pytest.Config, rows: Sequence[Row]) -> None:
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
     if reporter is None:
         return
-    reporter.write_sep("-", "nested-pve: dry run, nothing is touched")
+    reporter.write_sep("-", "nested-pve: dry run, nothing is destroyed")
     for row in rows:
-        what = "ask, then destroy" if row.ask and row.verdict == "destroy" else row.verdict
-        reporter.write_line(f"  {row.vmid or '-':>9} {row.name:<40} {what:<18} {row.reason}")
+        action = "ask, then destroy" if row.needs_confirmation and row.verdict == "destroy" else row.verdict
+        reporter.write_line(f"  {row.vmid or '-':>9} {row.name:<40} {action:<18} {row.reason}")
     if not rows:
-        reporter.write_line("nothing of this tool is there: nothing to do")
+        reporter.write_line("no leftovers of nested-pve on this host: nothing to do")

@@ -1,4 +1,4 @@
-"""When the file of --nested-env-file is written."""
+"""Hooks that write the file of --nested-env-file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EnvFileHooks:
-    """Writes the file once all is set up: before the first user's own fixtures, or after the last step."""
+    """Writes the file after the set-up: before the first test's own fixtures, or after the last step."""
 
     def __init__(self, nested: NestedSession, path: Path) -> None:
         self._nested = nested
@@ -30,8 +30,8 @@ class EnvFileHooks:
             self._write()
         return result
 
-    # For a later user who wants more than the first. Registered before the hooks that do the set-up, so that
-    # it is called after them.
+    # For a later test that needs more phases than the first. Registered before the hooks that run the phases,
+    # so pytest calls it after them.
     def pytest_runtest_setup(self) -> None:
         self._write()
 

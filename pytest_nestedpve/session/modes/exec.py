@@ -1,4 +1,4 @@
-"""--nested-exec: in place of all tests one item, which runs a command against the ready environment."""
+"""--nested-exec: one item instead of tests, which runs a command against the complete environment."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from pytest_nestedpve.session.session import NestedSession
 
 FIXTURES = ("nested_pve_run", "nested_pve")
-# Of this pytest process alone; a pytest in the command is another one.
-_OWN = frozenset({"PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"})
+# Variables of this pytest process: a pytest started by the command must not inherit them.
+_PYTEST = frozenset({"PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"})
 
 
-class NotZero(Exception):
-    """The command ended with another status than 0."""
+class CommandFailed(Exception):
+    """The command exited with a status other than 0."""
 
 
-class Place(pytest.Collector):
-    """Stands where a test has its file, so that the item has an id like any other."""
+class ItemParent(pytest.Collector):
+    """The parent of an item without a test file: gives the item a node id like those of tests."""
 
     def collect(self) -> list[pytest.Item | pytest.Collector]:
         return []
 
 
 class ExecItem(pytest.Function):
-    """PASSED when the command ended with status 0; its status becomes that of the session."""
+    """PASSED if the command exited with status 0; the session exits with the status of the command."""
 
     nested: NestedSession
 
@@ -44,44 +44,46 @@ class ExecItem(pytest.Function):
         nested = self.nested
         text = nested.settings.exec_command
         assert text is not None
-        offered = cast("NestedPve", self.funcargs["nested_pve"])
-        kept = {name: value for name, value in os.environ.items() if name not in FOREIGN | _OWN}
+        nested_pve = cast("NestedPve", self.funcargs["nested_pve"])
+        inherited = {name: value for name, value in os.environ.items() if name not in FOREIGN | _PYTEST}
         command = Command(
             text,
             folder=self.config.invocation_params.dir,
-            environ={**kept, **offered.environ()},
+            environ={**inherited, **nested_pve.environ()},
         )
         status = _run(nested, command)
         nested.state.tally.record_command(status)
         if nested.guard.first is not None:
             raise Interrupted(nested.guard.first)
         if status:
-            raise NotZero(f"the command ended with status {status}: {text}")
+            raise CommandFailed(f"the command ended with status {status}: {text}")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         del style
-        return str(excinfo.value) if isinstance(excinfo.value, NotZero) else super().repr_failure(excinfo)
+        return (
+            str(excinfo.value) if isinstance(excinfo.value, CommandFailed) else super().repr_failure(excinfo)
+        )
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.config.rootpath / destroy_only.NODE, 0, self.name
 
 
 def neutralise(config: pytest.Config) -> None:
-    """Take back what a project's addopts say about tests; the command runs once."""
+    """Reset the options for tests that a project's addopts may set; the command runs once."""
     destroy_only.neutralise(config)
     if hasattr(config.option, "reruns"):
-        config.option.reruns = 0  # None would leave the word to the ini file
+        config.option.reruns = 0  # with None the ini file's value would apply
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:
-    """Make the item; no test is collected or imported."""
-    destroy_only.set_aside(session.config)
+    """Create the item; no test is collected or imported."""
+    destroy_only.unregister_selecting_plugins(session.config)
 
     def run(nested_pve: NestedPve) -> None:
         del nested_pve
 
-    place = Place.from_parent(session, name=destroy_only.NODE, nodeid=destroy_only.NODE)
-    item: ExecItem = ExecItem.from_parent(place, name="exec", callobj=run)
+    parent = ItemParent.from_parent(session, name=destroy_only.NODE, nodeid=destroy_only.NODE)
+    item: ExecItem = ExecItem.from_parent(parent, name="exec", callobj=run)
     # A project's autouse fixtures are for its tests.
     item.fixturenames[:] = FIXTURES
     item.nested = nested
@@ -100,13 +102,13 @@ def _run(nested: NestedSession, command: Command) -> int:
             status = command.run()
         return status
     finally:
-        took = round((time.monotonic() - started) * 1000, 1)
-        audit.write("exec_end", phase="exec", rc=status, ms=took)
+        milliseconds = round((time.monotonic() - started) * 1000, 1)
+        audit.write("exec_end", phase="exec", rc=status, ms=milliseconds)
 
 
 @contextmanager
 def _on_terminal(nested: NestedSession) -> Iterator[None]:
-    """With the descriptors that pytest was started with, input too, and on a line of its own."""
+    """Suspend pytest's capturing of input and output, and begin a new line on the terminal."""
     plugins = nested.config.pluginmanager
     manager: Any = plugins.getplugin("capturemanager")
     if manager is not None:

@@ -1,4 +1,4 @@
-"""--nested-make-template: in place of all tests one item, which makes a template of the nested VM."""
+"""--nested-make-template: one item instead of tests, which converts the nested VM to a template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TemplateItem(pytest.Function):
-    """PASSED when the template is there."""
+    """PASSED if the template was created."""
 
     nested: NestedSession
 
@@ -30,15 +30,15 @@ class TemplateItem(pytest.Function):
         audit.write("template_start", phase="make_template")
         try:
             with nested.state.unlimited():
-                made = make_template.create_template(environment)
+                template = make_template.create_template(environment)
         except PveError as error:
             audit.write("template_end", phase="make_template", status="failed", cause=str(error))
             raise Failed(f"nested-pve: {error}", pytrace=False) from error
-        audit.write("template_end", phase="make_template", status="done", vmid=made.vmid)
+        audit.write("template_end", phase="make_template", status="done", vmid=template.vmid)
         nested.state.remark(
-            f"made the template {made.name} (VM {made.vmid}); sessions that clone it set",
-            f"    nested_pve_template = {made.name}",
-            f"this removes it: {rerun_commands.command_to_destroy(nested.settings, made.template)}",
+            f"created the template {template.name} (VM {template.vmid}); to clone it in later sessions, set",
+            f"    nested_pve_template = {template.name}",
+            f"to delete it: {rerun_commands.command_to_destroy(nested.settings, template.template)}",
         )
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
@@ -46,17 +46,17 @@ class TemplateItem(pytest.Function):
 
 
 def collect(session: pytest.Session, nested: NestedSession) -> None:
-    """Make the item; no test is collected or imported. Raises pytest.UsageError without the phases for it."""
+    """Create the item; collect and import no test. Raises pytest.UsageError if a phase for it is missing."""
     from pytest_nestedpve.setup.make_template import AFTER
 
-    destroy_only.set_aside(session.config)
+    destroy_only.unregister_selecting_plugins(session.config)
     nested.state.last_phase(AFTER)
 
     def run(nested_pve: NestedPve) -> None:
         del nested_pve
 
-    place = exec.Place.from_parent(session, name=destroy_only.NODE, nodeid=destroy_only.NODE)
-    item: TemplateItem = TemplateItem.from_parent(place, name="make-template", callobj=run)
+    parent = exec.ItemParent.from_parent(session, name=destroy_only.NODE, nodeid=destroy_only.NODE)
+    item: TemplateItem = TemplateItem.from_parent(parent, name="make-template", callobj=run)
     # A project's autouse fixtures are for its tests.
     item.fixturenames[:] = exec.FIXTURES
     item.add_marker(pytest.mark.nested_pve(upto=AFTER))
