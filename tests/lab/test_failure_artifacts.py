@@ -54,7 +54,7 @@ def test_the_serial_console_is_read_from_the_hosts_log(failed: FailedSession) ->
     (event,) = failed.events("artifacts")
     why = {entry["what"]: entry["why"] for entry in event["missing"]}
     if "nested-console.log" not in failed.files:
-        assert "is there, and empty" in why["serial console of the nested VM"]
+        assert "serial device is empty" in why["serial console of the nested VM"]
     assert "QEMU's monitor wrote no picture" in why["screen of the nested VM"]
 
 
