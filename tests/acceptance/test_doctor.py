@@ -401,5 +401,5 @@ def test_preflight_checks_the_memory_for_all_workers(project: Project, scope: st
         assert "for a nested PVE each" not in words
         return
     assert result.ret == 4, result.output
-    assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; findings 18 GiB available of 20 GiB" in words
+    assert "24 GiB for 3 workers, 8 GiB for a nested PVE each; found 18 GiB available of 20 GiB" in words
     assert "pytest --pve-host father -n 2" in words
