@@ -160,6 +160,11 @@ class StandinHost:
         with self.on():
             faults.add(faults.parse({**rule, "text": text, "times": times, "seconds": seconds}))
 
+    def faults(self) -> list[dict[str, Any]]:
+        """The fault rules that still apply."""
+        with self.on():
+            return [faults.shown(rule) for rule in faults.rules()]
+
     def clear_faults(self) -> None:
         with self.on():
             faults.clear()
