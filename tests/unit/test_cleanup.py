@@ -1,4 +1,4 @@
-"""What --nested-destroy-only would take: rules that err on keeping."""
+"""Which VMs --nested-destroy-only destroys: the rules keep a VM in doubt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_host import MemoryHost
+from standin_host import StandinHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.ownership.create import create_marked
@@ -22,6 +22,7 @@ from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.teardown.plan import execute, plan
 from pytest_nestedpve.teardown.plan_row import Row
 
+STANDIN = True
 VMID = 99950
 NAME = "nested-pve-old"
 
@@ -33,32 +34,28 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 @pytest.fixture
-def host(memory: MemoryHost) -> PveHost:
-    return memory.connect()
+def outer(host: StandinHost) -> PveHost:
+    return host.connect()
 
 
-def stranger(host: PveHost, vmid: int = VMID, **config: Any) -> None:
-    given = {"vmid": vmid, "name": NAME, "scsi0": "local:4", **config}
-    host.api.post("/nodes/father/qemu", **{key: value for key, value in given.items() if value is not None})
+def create_look_alike(outer: PveHost, vmid: int = VMID, **config: Any) -> None:
+    """Create a VM of somebody else, with the name of ours unless `config` has another one."""
+    options = {"vmid": vmid, "name": NAME, "scsi0": "local:4", **config}
+    outer.api.post("/nodes/father/qemu", **options)
 
 
 def row_of(
-    host: PveHost, settings: Settings, vmid: int = VMID, extra: frozenset[int] = frozenset()
+    outer: PveHost, settings: Settings, vmid: int = VMID, extra: frozenset[int] = frozenset()
 ) -> Row | None:
-    return next((row for row in plan(host, settings, extra=extra) if row.vmid == vmid), None)
-
-
-def now(memory: MemoryHost) -> int:
-    with memory.open() as model:
-        return int(model.now)
+    return next((row for row in plan(outer, settings, extra=extra) if row.vmid == vmid), None)
 
 
 # -- without a marker ----------------------------------------------------------------------------
 
 
-def test_a_plain_look_alike_may_go_once_somebody_says_yes(host: PveHost, settings: Settings) -> None:
-    stranger(host)
-    row = row_of(host, settings)
+def test_a_plain_look_alike_is_destroyed_after_a_confirmation(outer: PveHost, settings: Settings) -> None:
+    create_look_alike(outer)
+    row = row_of(outer, settings)
     assert row is not None
     assert (row.verdict, row.needs_confirmation) == ("destroy", True)
 
@@ -79,190 +76,184 @@ def test_a_plain_look_alike_may_go_once_somebody_says_yes(host: PveHost, setting
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_look_alike_that_means_something_to_somebody_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings, config: dict[str, Any], why: str
+def test_a_look_alike_with_signs_of_use_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings, config: dict[str, Any], why: str
 ) -> None:
-    stranger(host)
-    with memory.open() as model:
-        model.state["vms"][str(VMID)]["config"].update(config)
-    row = row_of(host, settings)
+    create_look_alike(outer)
+    host.edit_vm(VMID, **config)
+    row = row_of(outer, settings)
     assert row is not None
     assert row.verdict == "keep"
     assert why in row.reason
 
 
-@pytest.mark.parametrize(
-    ("where", "entry", "why"),
-    [
-        ("backup", {"id": "b", "vmid": f"101,{VMID}"}, "names it"),
-        ("backup", {"id": "b", "all": 1}, "includes all VMs"),
-        ("replication", {"id": f"{VMID}-0", "guest": VMID}, "names it"),
-        ("ha", f"vm:{VMID}", "HA"),
-    ],
-    ids=str,
-)
-def test_a_look_alike_that_others_count_on_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings, where: str, entry: Any, why: str
-) -> None:
-    stranger(host)
-    with memory.open() as model:
-        model.state[where].append(entry)
-    row = row_of(host, settings)
-    assert row is not None
-    assert row.verdict == "keep"
-    assert why in row.reason
-
-
-def test_a_look_alike_in_a_pool_or_with_a_snapshot_stays(host: PveHost, settings: Settings) -> None:
-    host.api.post("/pools", poolid="prod")
-    stranger(host, 99951, pool="prod")
-    stranger(host, 99952)
-    host.api.post("/nodes/father/qemu/99952/snapshot", snapname="precious")
-    for vmid, why in ((99951, "pool prod"), (99952, "snapshots")):
-        row = row_of(host, settings, vmid)
-        assert row is not None
-        assert row.verdict == "keep"
-        assert why in row.reason
-
-
-def test_what_is_out_of_range_or_named_otherwise_is_no_candidate(host: PveHost, settings: Settings) -> None:
-    stranger(host, 99899)
-    stranger(host, 99951, name="database")
-    stranger(host, 99952, name=None)
-    assert [row.vmid for row in plan(host, settings)] == []
-
-
-def test_in_the_range_any_only_marked_vms_are_candidates(host: PveHost, settings: Settings) -> None:
-    stranger(host)
-    assert plan(host, dataclasses.replace(settings, vmid_ranges=((100, 999_999_999),))) == []
-
-
-def test_an_id_of_the_context_file_waives_pattern_and_range_and_nothing_else(
-    host: PveHost, settings: Settings
-) -> None:
-    stranger(host, 200, name="from-earlier")
-    stranger(host, 201, name="from-earlier", onboot=1)
-    rows = {row.vmid: row for row in plan(host, settings, extra=frozenset({200, 201, 202}))}
-    assert set(rows) == {200, 201}
-    assert (rows[200].verdict, rows[200].needs_confirmation) == ("destroy", True)
-    assert rows[201].verdict == "keep"
-
-
-def test_a_look_alike_that_changed_since_it_was_judged_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings
-) -> None:
-    stranger(host)
-    rows = plan(host, settings)
-    with memory.open() as model:
-        model.state["vms"][str(VMID)]["config"]["description"] = "mine, do not touch"
-    before = memory.configuration(VMID)
-    outcomes = execute(host, settings, rows)
-    assert [each.result for each in outcomes.values()] == ["foreign"]
-    assert memory.configuration(VMID) == before
-
-
-def pooled(model: Any) -> None:
-    model.state["pools"]["prod"] = {"comment": "", "vms": [VMID]}
+Change = Callable[[StandinHost], None]
+CHANGES: dict[str, Change] = {
+    "backup": lambda host: host.backup_job("b", vmid=f"101,{VMID}"),
+    "backup of all": lambda host: host.backup_job("b", all=1),
+    "replication": lambda host: host.replication_job(f"{VMID}-0", guest=VMID),
+    "HA": lambda host: host.manage_by_ha(VMID),
+    "pool": lambda host: host.set_pool("prod", vms=[VMID]),
+}
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (pooled, "in the pool prod"),
-        (lambda model: model.state["backup"].append({"id": "b", "vmid": str(VMID)}), "job names it"),
-        (lambda model: model.state["replication"].append({"id": "r", "guest": VMID}), "job names it"),
-        (lambda model: model.state["ha"].append(f"vm:{VMID}"), "HA"),
+        ("backup", "names it"),
+        ("backup of all", "includes all VMs"),
+        ("replication", "names it"),
+        ("HA", "HA"),
     ],
-    ids=["pool", "backup", "replication", "HA"],
+)
+def test_a_look_alike_in_a_backup_replication_or_ha_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings, change: str, why: str
+) -> None:
+    create_look_alike(outer)
+    CHANGES[change](host)
+    row = row_of(outer, settings)
+    assert row is not None
+    assert row.verdict == "keep"
+    assert why in row.reason
+
+
+def test_a_look_alike_in_a_pool_or_with_a_snapshot_is_kept(outer: PveHost, settings: Settings) -> None:
+    outer.api.post("/pools", poolid="prod")
+    create_look_alike(outer, 99951, pool="prod")
+    create_look_alike(outer, 99952, scsi0="local:4,format=qcow2")
+    outer.api.post("/nodes/father/qemu/99952/snapshot", snapname="precious")
+    for vmid, why in ((99951, "pool prod"), (99952, "snapshots")):
+        row = row_of(outer, settings, vmid)
+        assert row is not None
+        assert row.verdict == "keep"
+        assert why in row.reason
+
+
+def test_a_vm_out_of_range_or_with_another_name_is_no_candidate(outer: PveHost, settings: Settings) -> None:
+    create_look_alike(outer, 99899)
+    create_look_alike(outer, 99951, name="database")
+    create_look_alike(outer, 99952, name=None)
+    assert [row.vmid for row in plan(outer, settings)] == []
+
+
+def test_in_the_range_any_only_marked_vms_are_candidates(outer: PveHost, settings: Settings) -> None:
+    create_look_alike(outer)
+    assert plan(outer, dataclasses.replace(settings, vmid_ranges=((100, 999_999_999),))) == []
+
+
+def test_an_id_of_the_context_file_waives_only_name_pattern_and_range(
+    outer: PveHost, settings: Settings
+) -> None:
+    create_look_alike(outer, 200, name="from-earlier")
+    create_look_alike(outer, 201, name="from-earlier", onboot=1)
+    rows = {row.vmid: row for row in plan(outer, settings, extra=frozenset({200, 201, 202}))}
+    assert set(rows) == {200, 201}
+    assert (rows[200].verdict, rows[200].needs_confirmation) == ("destroy", True)
+    assert rows[201].verdict == "keep"
+
+
+def test_a_look_alike_that_changed_since_the_plan_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings
+) -> None:
+    create_look_alike(outer)
+    rows = plan(outer, settings)
+    host.edit_vm(VMID, description="mine, do not touch")
+    before = host.configuration(VMID)
+    outcomes = execute(outer, settings, rows)
+    assert [outcome.result for outcome in outcomes.values()] == ["foreign"]
+    assert host.configuration(VMID) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("pool", "in the pool prod"),
+        ("backup", "job names it"),
+        ("replication", "job names it"),
+        ("HA", "HA"),
+    ],
 )
 @pytest.mark.parametrize("when", ["before it is touched", "while it is stopped"])
-def test_a_look_alike_that_others_began_to_count_on_stays(
-    host: PveHost,
-    memory: MemoryHost,
+def test_a_look_alike_that_gets_a_pool_job_or_ha_after_the_plan_is_kept(
+    outer: PveHost,
+    host: StandinHost,
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Any], None],
+    change: str,
     why: str,
     when: str,
 ) -> None:
-    """None of this changes the digest of its configuration."""
-    stranger(host)
-    qemu.start(host.api, "father", VMID)
-    rows = plan(host, settings)
-    before = memory.configuration(VMID)
+    """A pool, a job or HA does not change the digest of the VM's configuration."""
+    create_look_alike(outer)
+    qemu.start(outer.api, "father", VMID)
+    rows = plan(outer, settings)
+    before = host.configuration(VMID)
     stop, stops = qemu.stop, []
 
-    def stopped(*given: Any, **more: Any) -> Any:
-        stops.append(given)
-        with memory.open() as model:
-            change(model)
-        return stop(*given, **more)
+    def change_and_stop(*arguments: Any, **options: Any) -> Any:
+        stops.append(arguments)
+        CHANGES[change](host)
+        return stop(*arguments, **options)
 
     if when == "before it is touched":
-        with memory.open() as model:
-            change(model)
+        CHANGES[change](host)
     else:
-        monkeypatch.setattr(qemu, "stop", stopped)
-    (outcome,) = execute(host, settings, rows).values()
+        monkeypatch.setattr(qemu, "stop", change_and_stop)
+    (outcome,) = execute(outer, settings, rows).values()
     assert outcome.result == "foreign"
     assert why in outcome.reason
-    assert memory.configuration(VMID) == before
+    assert host.configuration(VMID) == before
     assert len(stops) == (when == "while it is stopped")
-    with memory.open() as model:
-        assert model.state["vms"][str(VMID)]["running"] == (when == "before it is touched")
+    assert host.is_running(VMID) == (when == "before it is touched")
 
 
-def test_volumes_that_a_look_alike_leaves_are_told(
-    host: PveHost, memory: MemoryHost, settings: Settings
+def test_left_over_volumes_of_a_look_alike_are_reported(
+    outer: PveHost, host: StandinHost, settings: Settings
 ) -> None:
-    stranger(host)
+    create_look_alike(outer)
     named, other = f"local:{VMID}/vm-{VMID}-disk-0.raw", f"local:{VMID}/vm-{VMID}-disk-7.raw"
-    with memory.open() as model:
-        assert named in model.state["volumes"]
-        model.state["sticky"].append(named)
-        model.state["volumes"][other] = dict(model.state["volumes"][named])
-    (outcome,) = execute(host, settings, plan(host, settings)).values()
+    assert named in host.volumes()
+    host.fault(volume=named, text="unlink failed", times=1000)
+    host.volume(other)
+    (outcome,) = execute(outer, settings, plan(outer, settings)).values()
     assert outcome.result == "left"
     assert named in outcome.reason
-    # It may have been there before the VM, which is not known to be ours.
+    # It may be older than the VM, which is not known to be ours.
     assert f"{other} (no configuration names it)" in outcome.reason
-    with memory.open() as model:
-        assert str(VMID) not in model.state["vms"]
-        assert {named, other} <= set(model.state["volumes"])
+    assert VMID not in host.vms()
+    assert {named, other} <= set(host.volumes())
 
 
-def test_a_volume_that_a_destroy_forgot_goes_after_it(
-    host: PveHost, memory: MemoryHost, settings: Settings
+def test_a_volume_that_a_destroy_left_without_a_warning_is_removed_after_it(
+    outer: PveHost, host: StandinHost, settings: Settings
 ) -> None:
-    stranger(host)
+    create_look_alike(outer)
     volid = f"local:{VMID}/vm-{VMID}-disk-0.raw"
-    rows = plan(host, settings)
-    with memory.open() as model:
-        model.state["forgotten"] = [volid]
-    assert [each.result for each in execute(host, settings, rows).values()] == ["gone"]
-    with memory.open() as model:
-        assert volid not in model.state["volumes"]
+    rows = plan(outer, settings)
+    host.fault(volume=volid, do="drop")
+    assert [outcome.result for outcome in execute(outer, settings, rows).values()] == ["gone"]
+    assert host.faults() == []
+    assert volid not in host.volumes()
 
 
 def test_no_delete_queues_behind_a_task_of_a_look_alike(
-    host: PveHost, memory: MemoryHost, settings: Settings
+    outer: PveHost, host: StandinHost, settings: Settings
 ) -> None:
-    stranger(host)
-    rows = plan(host, settings)
-    with memory.open() as model:
-        model.state["delays"]["*"] = 60
-    upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
-    outcomes = list(execute(host, settings, rows).values())
-    assert [each.result for each in outcomes] == ["left"]
+    create_look_alike(outer)
+    rows = plan(outer, settings)
+    host.slow(all=60)
+    upid = str(outer.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
+    outcomes = list(execute(outer, settings, rows).values())
+    assert [outcome.result for outcome in outcomes] == ["left"]
     assert upid in outcomes[0].reason
-    assert memory.configuration(VMID)
+    assert host.configuration(VMID)
 
 
 # -- runs ----------------------------------------------------------------------------------------
 
 
-def a_run(
-    host: PveHost,
+def create_run(
+    outer: PveHost,
     settings: Settings,
     root: Path,
     *,
@@ -270,121 +261,116 @@ def a_run(
     client: str | None = None,
     owner: str | None = None,
 ) -> tuple[Run, int]:
-    """A run with one VM, its session gone without a trace on this machine."""
+    """Create a run with one VM, without a trace of its session on this machine; the run and its VM's id."""
     run = Run.create(settings, root)
     run = dataclasses.replace(run, client=client or run.client, owner=owner or run.owner)
-    create_pool(host.api, run, settings, when)
-    # An id is drawn; not one that a test gives to somebody else's.
+    create_pool(outer.api, run, settings, when)
+    # The id is drawn from a range that no look-alike of a test is in.
     drawn = dataclasses.replace(settings, vmid_ranges=((VMID + 10, VMID + 49),))
-    return run, create_marked(host, run, drawn).vmid
+    return run, create_marked(outer, run, drawn).vmid
 
 
-def test_a_run_whose_lease_lapsed_goes_and_a_live_one_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_run_with_an_expired_lease_is_destroyed_and_a_live_one_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    _, dead = a_run(host, settings, tmp_path, when=now(memory) - 4000)
-    live, alive = a_run(host, settings, tmp_path, when=now(memory))
-    rows = plan(host, settings)
-    assert {row.vmid: row.verdict for row in rows} == {dead: "destroy", alive: "keep"}
-    before = memory.configuration(alive)
-    assert [each.result for each in execute(host, settings, rows).values()] == ["gone"]
-    assert memory.configuration(alive) == before
-    with memory.open() as model:
-        assert list(model.state["pools"]) == [pool_name(settings, live)]
+    _, expired_vm = create_run(outer, settings, tmp_path, when=int(host.now()) - 4000)
+    live, live_vm = create_run(outer, settings, tmp_path, when=int(host.now()))
+    rows = plan(outer, settings)
+    assert {row.vmid: row.verdict for row in rows} == {expired_vm: "destroy", live_vm: "keep"}
+    before = host.configuration(live_vm)
+    assert [outcome.result for outcome in execute(outer, settings, rows).values()] == ["gone"]
+    assert host.configuration(live_vm) == before
+    assert list(host.pools()) == [pool_name(settings, live)]
 
 
-def test_the_hosts_clock_decides_not_the_clients(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_lease_expires_by_the_hosts_clock(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    _, vmid = a_run(host, settings, tmp_path, when=now(memory))
-    with memory.open() as model:
-        model.state["offset"] += 4000
-    row = row_of(host, settings, vmid)
+    _, vmid = create_run(outer, settings, tmp_path, when=int(host.now()))
+    host.advance(4000)
+    row = row_of(outer, settings, vmid)
     assert row is not None
     assert "expired" in row.reason
 
 
-def test_a_session_that_holds_its_lock_is_never_touched_not_even_lapsed_and_named(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_run_whose_session_holds_its_lock_is_kept_though_expired_and_named(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    run, vmid = a_run(host, settings, tmp_path, when=now(memory) - 90_000)
+    run, vmid = create_run(outer, settings, tmp_path, when=int(host.now()) - 90_000)
     lock = SessionLock(run.id)
     lock.acquire()
-    row = row_of(host, dataclasses.replace(settings, run_id=run.id), vmid)
+    row = row_of(outer, dataclasses.replace(settings, run_id=run.id), vmid)
     lock.release()
     assert row is not None
     assert row.verdict == "keep"
 
 
-def test_a_free_lock_proves_a_session_of_this_client_dead_and_of_another_nothing(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_free_lock_proves_the_exit_of_a_session_of_this_client_only(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    mine, mine_vm = a_run(host, settings, tmp_path, when=now(memory))
-    other, other_vm = a_run(host, settings, tmp_path, when=now(memory), client="f" * 16, owner="bob@desk")
+    now = int(host.now())
+    mine, mine_vm = create_run(outer, settings, tmp_path, when=now)
+    other, other_vm = create_run(outer, settings, tmp_path, when=now, client="f" * 16, owner="bob@desk")
     for run in (mine, other):
         lock = SessionLock(run.id)
         lock.acquire()
         lock.release(remove=False)
-    verdicts = {row.vmid: row.verdict for row in plan(host, settings)}
+    verdicts = {row.vmid: row.verdict for row in plan(outer, settings)}
     assert verdicts == {mine_vm: "destroy", other_vm: "keep"}
-    named = row_of(host, dataclasses.replace(settings, run_id=other.id), other_vm)
+    named = row_of(outer, dataclasses.replace(settings, run_id=other.id), other_vm)
     assert named is not None
     assert named.verdict == "destroy"
 
 
-def test_my_kept_run_goes_and_another_persons_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_kept_run_of_this_user_is_destroyed_and_one_of_another_user_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    mine, mine_vm = a_run(host, settings, tmp_path, when=now(memory))
-    other, other_vm = a_run(host, settings, tmp_path, when=now(memory), owner="bob@desk")
+    mine, mine_vm = create_run(outer, settings, tmp_path, when=int(host.now()))
+    other, other_vm = create_run(outer, settings, tmp_path, when=int(host.now()), owner="bob@desk")
     for run in (mine, other):
-        renew(host.api, run, settings, now(memory), state="kept")
-    assert {row.vmid: row.verdict for row in plan(host, settings)} == {mine_vm: "destroy", other_vm: "keep"}
+        renew(outer.api, run, settings, int(host.now()), state="kept")
+    assert {row.vmid: row.verdict for row in plan(outer, settings)} == {mine_vm: "destroy", other_vm: "keep"}
 
 
 @pytest.mark.parametrize("comment", ["", "{}", "somebody's", '{"v":1,"expires":0}', "[" * 2000])
-def test_a_pool_whose_lease_cannot_be_read_stays(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path, comment: str
+def test_a_run_whose_lease_is_unreadable_is_kept(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path, comment: str
 ) -> None:
-    run, vmid = a_run(host, settings, tmp_path, when=now(memory) - 90_000)
-    with memory.open() as model:
-        model.state["pools"][pool_name(settings, run)]["comment"] = comment
-    row = row_of(host, settings, vmid)
+    run, vmid = create_run(outer, settings, tmp_path, when=int(host.now()) - 90_000)
+    host.set_pool(pool_name(settings, run), comment)
+    row = row_of(outer, settings, vmid)
     assert row is not None
     assert row.verdict == "keep"
 
 
-def test_a_foreign_vm_in_a_dead_runs_pool_stays_and_keeps_the_pool(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path
+def test_a_foreign_vm_in_the_pool_of_an_expired_run_is_kept_with_the_pool(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path
 ) -> None:
-    run, vmid = a_run(host, settings, tmp_path, when=now(memory) - 4000)
-    stranger(host, 500, name="database", pool=pool_name(settings, run))
-    before = memory.configuration(500)
-    rows = plan(host, settings)
+    run, vmid = create_run(outer, settings, tmp_path, when=int(host.now()) - 4000)
+    create_look_alike(outer, 500, name="database", pool=pool_name(settings, run))
+    before = host.configuration(500)
+    rows = plan(outer, settings)
     assert {row.vmid: row.verdict for row in rows} == {vmid: "destroy", 500: "keep"}
-    execute(host, settings, rows)
-    assert memory.configuration(500) == before
-    with memory.open() as model:
-        assert list(model.state["vms"]) == ["500"]
-        assert list(model.state["pools"]) == [pool_name(settings, run)]
+    execute(outer, settings, rows)
+    assert host.configuration(500) == before
+    assert host.vms() == [500]
+    assert list(host.pools()) == [pool_name(settings, run)]
 
 
 @pytest.mark.parametrize("logged", [True, False], ids=["in our log", "of somebody"])
-def test_what_a_killed_create_left_is_told_once_and_goes_only_with_its_task_in_a_log(
-    host: PveHost, memory: MemoryHost, settings: Settings, tmp_path: Path, logged: bool
+def test_a_killed_create_is_listed_once_and_destroyed_only_if_a_log_has_its_task(
+    outer: PveHost, host: StandinHost, settings: Settings, tmp_path: Path, logged: bool
 ) -> None:
-    runs = [a_run(host, settings, tmp_path, when=now(memory) - 4000)[0] for _ in range(2)]
-    with memory.open() as model:
-        model.state["delays"]["qmcreate"] = 60
-    upid = host.api.post("/nodes/father/qemu", vmid=VMID, name=NAME)
-    with memory.open() as model:
-        model.kill(next(task for task in model.state["tasks"] if task["upid"] == upid))
+    runs = [create_run(outer, settings, tmp_path, when=int(host.now()) - 4000)[0] for _ in range(2)]
+    host.slow(qmcreate=60)
+    upid = outer.api.post("/nodes/father/qemu", vmid=VMID, name=NAME)
+    host.kill_task(upid)
+    host.clear_faults()
     if logged:
         audit = AuditLog(runs[1].directory.audit, runs[1].id)
         audit.task(upid)
         audit.close()
-    rows = [row for row in plan(host, settings) if row.vmid == VMID]
+    rows = [row for row in plan(outer, settings) if row.vmid == VMID]
     assert [row.verdict for row in rows] == ["destroy" if logged else "keep"]
-    execute(host, settings, plan(host, settings))
-    with memory.open() as model:
-        assert (str(VMID) in model.state["vms"]) is not logged
+    execute(outer, settings, plan(outer, settings))
+    assert (VMID in host.vms()) is not logged
