@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +9,12 @@ import pytest
 from jinja2 import Environment as Jinja
 from ruamel.yaml import YAML
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from memory_host import MemoryHost
-from standin_environment import environments
-
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import deadline
 from pytest_nestedpve.setup.ansible import playbooks
 from pytest_nestedpve.setup.ansible.runner import PlaybookResult
 
+STANDIN = True
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
 LIMITS = {
     name: str(value)
@@ -48,7 +43,7 @@ def test_a_limit_of_a_role_is_multiplied_by_the_factor(name: str) -> None:
 
 @pytest.mark.usefixtures("doubled")
 def test_a_playbook_gets_the_factor_as_a_variable_that_may_be_overridden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    env: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received: list[dict[str, object]] = []
 
@@ -57,9 +52,7 @@ def test_a_playbook_gets_the_factor_as_a_variable_that_may_be_overridden(
         return PlaybookResult(playbook.name, 0, {}, (), (), playbook)
 
     monkeypatch.setattr(playbooks, "run_playbook", record)
-    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
-        env = make()
-        env.facts = {"provision": {"vmid": 7, "name": "n1"}, "wait_ip": {"ip": "192.0.2.1"}}
-        playbooks.run(env, Path("some.yml"), {"a": 1}, timeout=5)
-        playbooks.run(env, Path("some.yml"), {"nested_pve_timeout_scale": 3}, timeout=5)
+    env.facts = {"provision": {"vmid": 7, "name": "n1"}, "wait_ip": {"ip": "192.0.2.1"}}
+    playbooks.run(env, Path("some.yml"), {"a": 1}, timeout=5)
+    playbooks.run(env, Path("some.yml"), {"nested_pve_timeout_scale": 3}, timeout=5)
     assert received == [{"nested_pve_timeout_scale": 2.0, "a": 1}, {"nested_pve_timeout_scale": 3}]
