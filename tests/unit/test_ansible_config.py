@@ -6,16 +6,15 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_host import MemoryHost
-from standin_environment import environments
+from standin_environment import Make, environments
+from standin_host import StandinHost
 
 from pytest_nestedpve.config.parsers import Text, variables
-from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.setup.ansible import playbooks
 from pytest_nestedpve.setup.ansible.ansible_cfg import AnsibleConfig, UnusableConfig, find, read
 from pytest_nestedpve.setup.ansible.runner import (
@@ -26,6 +25,7 @@ from pytest_nestedpve.setup.ansible.runner import (
     run_playbook,
 )
 
+STANDIN = True
 LOCAL = Inventory(
     (InventoryHost("here", {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),),
     {"proxmox": ("here",)},
@@ -33,8 +33,8 @@ LOCAL = Inventory(
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Callable[..., Environment]]:
-    with environments(MemoryHost(tmp_path / "host.json"), tmp_path) as make:
+def environment(tmp_path: Path, host: StandinHost) -> Iterator[Make]:
+    with environments(host, tmp_path) as make:
         yield make
 
 
@@ -314,11 +314,11 @@ def test_a_node_is_in_the_configured_groups_with_its_variables() -> None:
 
 
 def test_options_that_do_not_apply_are_remarked_once_in_a_session(
-    tmp_path: Path, memory: Callable[..., Environment], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, environment: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ANSIBLE_CONFIG", raising=False)
     write(tmp_path / "ansible.cfg", "[ssh_connection]\nssh_args = -C\n")
-    env = memory()
+    env = environment()
     for _ in range(2):
         playbooks.remark_overridden(env, {"ansible_ssh_extra_args": "-v", "other": 1})
     assert env.remarks == [
@@ -328,8 +328,8 @@ def test_options_that_do_not_apply_are_remarked_once_in_a_session(
     ]
 
 
-def test_the_page_lists_the_variables_of_a_playbook(memory: Callable[..., Environment]) -> None:
-    env = memory(host="father")
+def test_the_page_lists_the_variables_of_a_playbook(environment: Make) -> None:
+    env = environment(host="father")
     env.facts = {"provision": {"vmid": 7}, "leaf_wait_ip": {"ip": "192.0.2.2"}}
     (host,) = nested_inventory("n1", address="192.0.2.1", extra=playbooks.node_variables(env)).hosts
     page = Path(__file__).parents[2] / "docs" / "own-playbooks-and-phases.md"
