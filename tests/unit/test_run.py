@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_host import MemoryHost
+from standin_host import StandinHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.pve.errors import PveError
@@ -26,6 +26,7 @@ from pytest_nestedpve.run.identity import Run, client_hash
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.run.masking import MASK, Masker
 
+STANDIN = True
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"
 
 
@@ -226,9 +227,11 @@ def test_lines_of_several_threads_are_not_mixed(run: Run, audit: AuditLog) -> No
     assert len([json.loads(line) for line in run.directory.audit.read_text().splitlines()]) == 400
 
 
-def test_tasks_of_a_run_are_read_from_an_incomplete_log(run: Run, audit: AuditLog, tmp_path: Path) -> None:
-    host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
-    upid = host.api.post("/nodes/father/qemu", vmid=500, name="x")
+def test_tasks_of_a_run_are_read_from_an_incomplete_log(
+    run: Run, audit: AuditLog, tmp_path: Path, host: StandinHost
+) -> None:
+    api = host.connect().logged(audit.calls("father")).api
+    upid = api.post("/nodes/father/qemu", vmid=500, name="x")
     with run.directory.audit.open("a") as log:
         log.write('{"event":"task","upid":"UPID:father:1')
     assert task_ids(run.directory.audit) == {upid}
@@ -236,15 +239,15 @@ def test_tasks_of_a_run_are_read_from_an_incomplete_log(run: Run, audit: AuditLo
 
 
 def test_a_failed_call_is_logged_without_the_values_of_its_parameters(
-    run: Run, audit: AuditLog, tmp_path: Path
+    run: Run, audit: AuditLog, host: StandinHost
 ) -> None:
-    host = MemoryHost(tmp_path / "host.json").connect().logged(audit.calls("father"))
+    api = host.connect().logged(audit.calls("father")).api
     with pytest.raises(PveError):
-        host.api.put("/nodes/father/qemu/500/config", cipassword="geheim")
+        api.put("/nodes/father/qemu/500/config", cipassword="geheim")
     line = json.loads(run.directory.audit.read_text())
     assert (line["event"], line["transport"], line["cmd"]) == (
         "call",
-        "memory",
+        "stand-in",
         "put /nodes/father/qemu/500/config cipassword",
     )
     assert "does not exist" in line["error"]
