@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_host import MemoryHost
 from standin_environment import Make, environments
+from standin_host import GIB, StandinHost
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.ownership.create import create_marked
@@ -20,23 +20,26 @@ from pytest_nestedpve.setup import snapshots
 from pytest_nestedpve.setup.clone import clone_marked
 from pytest_nestedpve.setup.preflight import PreflightError, preflight
 
+STANDIN = True
 DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
 KINDS = {kind["name"]: kind for kind in DATA["kinds"]}
-GIB = 1024**3
 
 
 @pytest.fixture
-def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+def environment(tmp_path: Path, host: StandinHost) -> Iterator[Make]:
     with environments(host, tmp_path) as make:
         yield make
 
 
-def with_storage(host: MemoryHost, kind: dict[str, Any], **changed: Any) -> str:
-    entry = {**kind["config"], **kind["entry"], **changed}
-    name = str(entry.pop("storage"))
-    with host.open() as model:
-        model.state["storages"][name] = entry
-    return name
+def define_storage(host: StandinHost, kind: dict[str, Any], name: str, avail: int) -> None:
+    """A storage of a kind, with `avail` bytes free: its entries are those of the data file."""
+    config = {key: value for key, value in kind["config"].items() if key not in ("storage", "type", "digest")}
+    host.storage(name, kind["config"]["type"], **config)
+    entry = {**kind["entry"], "storage": name, "avail": avail}
+    host.change_answers(
+        "GET", "/nodes/father/storage",
+        lambda rows: [entry if row["storage"] == name else row for row in rows],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda kind: kind["name"])
@@ -90,38 +93,37 @@ def test_a_storage_is_used_only_if_it_is_enabled_and_active(
 
 @pytest.mark.parametrize("kind", DATA["kinds"], ids=lambda kind: kind["name"])
 def test_preflight_requires_the_space_that_a_disk_allocates(
-    environment: Make, host: MemoryHost, kind: dict[str, Any]
+    environment: Make, host: StandinHost, kind: dict[str, Any]
 ) -> None:
-    name = with_storage(host, kind, avail=60 * GIB, storage="chosen")
-    env = environment(storage=name, disk=64)
+    define_storage(host, kind, "requested", 60 * GIB)
+    env = environment(storage="requested", disk=64)
     if not kind["at_once"]:
         facts = preflight(env)
-        assert (facts["storage"], facts["format"]) == (name, kind["format"])
+        assert (facts["storage"], facts["format"]) == ("requested", kind["format"])
         return
     with pytest.raises(PreflightError, match=r"64 GiB free on .*takes its space at once"):
         preflight(env)
 
 
-def template(env: Environment, host: MemoryHost, *, linked: bool | None) -> int:
+def template(env: Environment, host: StandinHost, *, linked: bool | None) -> int:
     """A template with one disk; `linked`: whether its storage reports linked clones, None for no answer."""
     api = env.outer.api
     create_pool(api, env.run, env.settings, 1_800_000_000)
     api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0="local:8,format=qcow2")
     api.post("/nodes/father/qemu/500/template")
-    with host.open() as model:
-        model.state["features"] = {} if linked is None else {"500": {"clone": int(linked)}}
-        model.state["commands"].clear()
+    if linked is None:
+        host.fault("GET", "/nodes/father/qemu/500/feature", text="No 'GET' handler defined for this", times=9)
+    else:
+        host.report(feature={"500": {"clone": {"hasFeature": int(linked)}}})
+    host.forget_calls()
     return 500
 
 
-def clones(host: MemoryHost) -> list[str]:
-    with host.open() as model:
-        return [
-            call for call in map(str, model.state["commands"]) if call.startswith("POST") and "/clone" in call
-        ]
+def clones(host: StandinHost) -> list[str]:
+    return [call for call in host.calls() if call.startswith("POST") and "/clone" in call]
 
 
-def test_a_template_is_cloned_linked_if_its_storage_can(environment: Make, host: MemoryHost) -> None:
+def test_a_template_is_cloned_linked_if_its_storage_can(environment: Make, host: StandinHost) -> None:
     env = environment()
     created = clone_marked(
         env.outer, env.run, env.settings, template(env, host, linked=True), storage="local"
@@ -131,7 +133,7 @@ def test_a_template_is_cloned_linked_if_its_storage_can(environment: Make, host:
 
 
 def test_a_template_whose_storage_has_no_linked_clones_is_copied_at_once(
-    environment: Make, host: MemoryHost
+    environment: Make, host: StandinHost
 ) -> None:
     env = environment()
     vmid = template(env, host, linked=False)
@@ -142,7 +144,7 @@ def test_a_template_whose_storage_has_no_linked_clones_is_copied_at_once(
     ]
 
 
-def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: MemoryHost) -> None:
+def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: StandinHost) -> None:
     env = environment()
     vmid = template(env, host, linked=None)
     # Recorded: snapshot-033.
@@ -154,10 +156,11 @@ def test_a_refused_linked_clone_becomes_a_copy(environment: Make, host: MemoryHo
     assert "base-500" not in host.configuration(created.vmid)
 
 
-def nested(env: Environment) -> int:
+def nested(env: Environment, disk: str = "local:8,format=qcow2") -> int:
+    """Create the nested VM with that disk; its id."""
     create_pool(env.outer.api, env.run, env.settings, 1_800_000_000)
     created = create_marked(env.outer, env.run, env.settings)
-    qemu.configure(env.outer.api, created.node, created.vmid, scsi0="local:8,format=qcow2")
+    qemu.configure(env.outer.api, created.node, created.vmid, scsi0=disk)
     env.facts["provision"] = {
         "vmid": created.vmid,
         "node": created.node,
@@ -167,44 +170,37 @@ def nested(env: Environment) -> int:
     return created.vmid
 
 
-def test_no_snapshot_is_tried_if_the_vm_has_none(environment: Make, host: MemoryHost) -> None:
+def test_no_snapshot_is_tried_if_the_vm_has_none(environment: Make, host: StandinHost) -> None:
     env = environment()
     vmid = nested(env)
-    with host.open() as model:
-        model.state["features"] = {str(vmid): {"snapshot": 0}}
-        model.state["commands"].clear()
+    host.report(feature={str(vmid): {"snapshot": {"hasFeature": 0}}})
+    host.forget_calls()
     assert snapshots.take(env, "npve_wait_ip", "after wait_ip") is False
-    with host.open() as model:
-        assert not [call for call in model.state["commands"] if call.startswith("POST")]
+    assert not [call for call in host.calls() if call.startswith("POST")]
 
 
 def test_a_rollback_to_an_older_snapshot_deletes_the_runs_younger_ones(
-    environment: Make, host: MemoryHost
+    environment: Make, host: StandinHost
 ) -> None:
     env = environment()
-    nested(env)
-    with host.open() as model:
-        model.state["newest_only"] = True
+    host.storage("tank", "zfspool", "images")
+    nested(env, "tank:8")
     for name in ("npve_first", "npve_second", "npve_third"):
         assert snapshots.take(env, name, name)
-        with host.open() as model:
-            model.state["offset"] += 5
+        host.advance(5)
     snapshots.roll_back(env, "npve_first")
     assert snapshots.list_snapshots(env) == ["npve_first"]
 
 
 def test_a_younger_foreign_snapshot_remains_and_prevents_the_rollback(
-    environment: Make, host: MemoryHost
+    environment: Make, host: StandinHost
 ) -> None:
     env = environment()
-    vmid = nested(env)
-    with host.open() as model:
-        model.state["newest_only"] = True
+    host.storage("tank", "zfspool", "images")
+    vmid = nested(env, "tank:8")
     snapshots.take(env, "npve_first", "ours")
-    with host.open() as model:
-        model.state["offset"] += 5
+    host.advance(5)
     env.outer.api.post(f"/nodes/father/qemu/{vmid}/snapshot", snapname="by_hand")
     with pytest.raises(PveError, match="is not most recent snapshot"):
         snapshots.roll_back(env, "npve_first")
-    with host.open() as model:
-        assert set(model.state["vms"][str(vmid)]["snapshots"]) == {"npve_first", "by_hand"}
+    assert set(host.guest(vmid).snapshots) == {"npve_first", "by_hand"}
