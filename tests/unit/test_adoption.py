@@ -1,15 +1,13 @@
-"""A VM that a project's tool created is adopted into the run; one that existed before is refused."""
+"""A VM that a project's tool created becomes the run's; one that the tool only named does not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_host import MemoryApi, MemoryHost
-from standin_environment import environments
+from standin_host import StandinHost
 
 from pytest_nestedpve import setup
 from pytest_nestedpve.config.settings import Settings
@@ -23,52 +21,43 @@ from pytest_nestedpve.pve.qemu import configure, create_diskless, destroy, start
 from pytest_nestedpve.setup.own_vm import NotAdopted, VmRequest, provision_phase, replace_provision
 from pytest_nestedpve.teardown.teardown import teardown
 
+STANDIN = True
 FOREIGN = 99950
 NET = "virtio,bridge=vmbr0"
 Create = Callable[[Environment, VmRequest], Any]
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> MemoryHost:
-    return MemoryHost(tmp_path / "host.json")
-
-
-@pytest.fixture
-def env(host: MemoryHost, tmp_path: Path) -> Iterator[Environment]:
-    with environments(host, tmp_path) as make:
-        environment = make()
-        yield environment
-        environment.close()
-
-
-def create_vm(host: MemoryHost, vmid: int, **options: Any) -> None:
-    """Create a VM without a marker."""
-    options = {"name": "nested-pve-of-somebody", "net0": NET, **options}
-    create_diskless(host.connect().api, "father", vmid, **options)
+def create_foreign(host: StandinHost, vmid: int, **options: Any) -> None:
+    """Create a VM that is not the run's; an option of None is left out."""
+    options = {"name": "nested-pve-foreign", "net0": NET, **options}
+    host.create_vm(vmid, **options)
 
 
 def tofu(env: Environment, request: VmRequest) -> dict[str, Any]:
-    """A project's tool: creates a VM with the requested name and id."""
+    """Create a VM with the requested name and id, as a project's tool does."""
     create_diskless(env.outer.api, request.node, request.vmid, name=request.name, net0=NET, tags="tofu")
     configure(env.outer.api, request.node, request.vmid, scsi0="local:1")
     return {"node": request.node, "vmid": request.vmid}
 
 
-def do(env: Environment, create: Create) -> dict[str, Any]:
+def run_create(env: Environment, create: Create) -> dict[str, Any]:
     return dict(provision_phase(create).do(env) or {})
 
 
-def vms(host: MemoryHost) -> dict[str, Any]:
-    with host.open() as model:
-        return {vmid: (vm["config"], model.pool_of(int(vmid))) for vmid, vm in model.state["vms"].items()}
+def guests(host: StandinHost) -> dict[int, Any]:
+    """Configuration and pool of each VM by its id; nothing of a container but its id."""
+    vms = {vmid: (host.config(vmid), host.pool_of(vmid)) for vmid in host.vms()}
+    return {**dict.fromkeys(host.containers()), **vms}
 
 
-def test_the_vm_of_a_tool_is_adopted_and_destroyed_with_the_run(env: Environment, host: MemoryHost) -> None:
-    create_vm(host, FOREIGN)
-    before = vms(host)
-    facts = do(env, tofu)
+def test_a_vm_created_by_the_tool_is_the_runs_and_destroyed_with_it(
+    env: Environment, host: StandinHost
+) -> None:
+    create_foreign(host, FOREIGN)
+    before = guests(host)
+    facts = run_create(env, tofu)
     vmid = facts["vmid"]
-    config = vms(host)[str(vmid)][0]
+    config = host.config(vmid)
     assert parse_marker(config["description"]) is not None
     assert config["tags"] == f"nestedpve;npve-{env.run.id};tofu"
     assert facts["mac"] == config["net0"].split("=")[1].split(",")[0].lower()
@@ -78,23 +67,23 @@ def test_the_vm_of_a_tool_is_adopted_and_destroyed_with_the_run(env: Environment
     assert pool.vmids == {vmid}
     report = teardown(env)
     assert (report.destroyed, report.left) == ((f"VM {vmid}",), ())
-    assert vms(host) == before
+    assert guests(host) == before
 
 
-def test_the_tools_description_is_kept_above_the_marker(env: Environment, host: MemoryHost) -> None:
+def test_the_tools_description_is_kept_above_the_marker(env: Environment, host: StandinHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        create_vm(host, request.vmid, description="made by tofu\n\ndo not edit\n")
+        create_foreign(host, request.vmid, description="created by tofu\n\ndo not edit\n")
         return {"node": request.node, "vmid": str(request.vmid)}
 
-    facts = do(env, create)
-    described = vms(host)[str(facts["vmid"])][0]["description"]
-    assert described.startswith("made by tofu\n\ndo not edit\nnestedpve: {")
+    facts = run_create(env, create)
+    description = host.config(facts["vmid"])["description"]
+    assert description.startswith("created by tofu\n\ndo not edit\nnestedpve: {")
 
 
-def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) -> None:
+def test_a_tool_may_write_the_marker_itself(env: Environment, host: StandinHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
         uuid = f"uuid={request.uuid}"
-        create_vm(
+        create_foreign(
             host,
             request.vmid,
             name=request.name,
@@ -104,53 +93,56 @@ def test_a_tool_may_write_the_marker_itself(env: Environment, host: MemoryHost) 
         )
         return {"node": request.node, "vmid": request.vmid}
 
-    facts = do(env, create)
-    assert vms(host)[str(facts["vmid"])][0]["description"].count("nestedpve:") == 1
+    facts = run_create(env, create)
+    assert host.config(facts["vmid"])["description"].count("nestedpve:") == 1
 
 
-def test_a_running_vm_is_adopted(env: Environment) -> None:
+def test_a_vm_that_runs_already_is_adopted(env: Environment) -> None:
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         answer = tofu(env, request)
         start(env.outer.api, request.node, request.vmid)
         return answer
 
-    do(env, create)
+    run_create(env, create)
     assert teardown(env).left == ()
 
 
-def answer_with(vmid: int) -> Create:
+def name_vm(vmid: int) -> Create:
+    """A tool that creates nothing and names that VM."""
     return lambda _env, request: {"node": request.node, "vmid": vmid}
 
 
-def test_a_vm_that_existed_before_is_refused_and_kept(env: Environment, host: MemoryHost) -> None:
-    """Name and range match: only the inventory shows that the VM is foreign."""
-    create_vm(host, FOREIGN, name="nested-pve-production")
-    before = vms(host)
+def test_a_vm_that_existed_before_is_refused_and_kept(env: Environment, host: StandinHost) -> None:
+    """Name and id range fit: only the inventory of before shows that the VM is not the run's."""
+    create_foreign(host, FOREIGN, name="nested-pve-production")
+    before = guests(host)
     with pytest.raises(NotAdopted, match="that id was in use before"):
-        do(env, answer_with(FOREIGN))
-    assert vms(host) == before
+        run_create(env, name_vm(FOREIGN))
+    assert guests(host) == before
     assert teardown(env).destroyed == ()
-    assert vms(host) == before
+    assert guests(host) == before
 
 
-def test_a_new_vm_under_an_id_that_was_in_use_is_refused(env: Environment, host: MemoryHost) -> None:
-    create_vm(host, FOREIGN)
+def test_a_vm_created_again_with_an_id_that_was_in_use_is_refused(
+    env: Environment, host: StandinHost
+) -> None:
+    create_foreign(host, FOREIGN)
 
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         destroy(env.outer.api, request.node, FOREIGN)
-        create_vm(host, FOREIGN, name=request.name)
+        create_foreign(host, FOREIGN, name=request.name)
         return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="that id was in use before"):
-        do(env, create)
+        run_create(env, create)
     teardown(env)
-    assert str(FOREIGN) in vms(host)
+    assert FOREIGN in guests(host)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "range": ({}, 4711, "outside the range"),
     "name": ({"name": "database"}, FOREIGN, "does not match the pattern"),
-    "no name": ({"name": ""}, FOREIGN, "does not match the pattern"),
+    "no name": ({"name": None}, FOREIGN, "does not match the pattern"),
     "protected": ({"protection": 1}, FOREIGN, "it is protected"),
     "a copy": (
         {"description": 'nestedpve: {"v":1,"run":"0123456789ab","vmid":99901,'
@@ -161,21 +153,23 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_new_vm_that_is_not_adopted_is_not_changed(env: Environment, host: MemoryHost, what: str) -> None:
-    options, vmid, reason = REFUSED[what]
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_new_vm_that_may_not_be_ours_is_refused_and_unchanged(
+    env: Environment, host: StandinHost, case: str
+) -> None:
+    options, vmid, reason = REFUSED[case]
     host.connect().api.post("/pools", poolid="production")
 
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        create_vm(host, vmid, **options)
+        create_foreign(host, vmid, **options)
         return {"node": request.node, "vmid": vmid}
 
     with pytest.raises(NotAdopted, match=reason):
-        do(env, create)
-    after = vms(host)
-    assert "npve-" not in str(after[str(vmid)])
+        run_create(env, create)
+    before = guests(host)
+    assert "npve-" not in str(before[vmid])
     assert teardown(env).destroyed == ()
-    assert vms(host) == after
+    assert guests(host) == before
 
 
 @pytest.mark.parametrize(
@@ -183,103 +177,109 @@ def test_a_new_vm_that_is_not_adopted_is_not_changed(env: Environment, host: Mem
 )
 def test_an_answer_that_names_no_vm_is_refused(env: Environment, answer: Any) -> None:
     with pytest.raises(NotAdopted, match="expected a"):
-        do(env, lambda _env, _request: answer)
+        run_create(env, lambda _env, _request: answer)
 
 
-def test_a_vm_that_is_absent_or_on_another_node_is_refused(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_that_does_not_exist_or_is_on_another_node_is_refused(
+    env: Environment, host: StandinHost
+) -> None:
     with pytest.raises(NotAdopted, match="does not exist"):
-        do(env, answer_with(FOREIGN))
+        run_create(env, name_vm(FOREIGN))
 
     def create(_env: Environment, _request: VmRequest) -> dict[str, Any]:
-        create_vm(host, FOREIGN)
+        create_foreign(host, FOREIGN)
         return {"node": "mother", "vmid": FOREIGN}
 
+    with pytest.raises(NotAdopted, match="hostname lookup 'mother' failed"):
+        run_create(env, create)
+    host.forget_vm(FOREIGN)
+    host.join("mother")
     with pytest.raises(NotAdopted, match="does not exist"):
-        do(env, create)
+        run_create(env, create)
 
 
-def test_a_container_is_refused(env: Environment, host: MemoryHost) -> None:
+def test_a_container_is_refused(env: Environment, host: StandinHost) -> None:
     def create(_env: Environment, request: VmRequest) -> dict[str, Any]:
-        create_vm(host, FOREIGN)
-        with host.open() as model:
-            model.state["vms"][str(FOREIGN)]["kind"] = "lxc"
+        host.container(FOREIGN, hostname="nested-pve-foreign")
         return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted, match="does not exist"):
-        do(env, create)
-    assert "npve" not in str(vms(host))
+        run_create(env, create)
+    assert "npve" not in str(guests(host))
+    assert (host.containers(), host.pool_of(FOREIGN)) == ([FOREIGN], None)
 
 
-def test_a_vm_that_is_replaced_before_it_is_marked_is_not_marked(
-    env: Environment, host: MemoryHost, monkeypatch: pytest.MonkeyPatch
+def test_a_vm_replaced_between_its_check_and_its_marking_is_not_marked(
+    env: Environment, host: StandinHost
 ) -> None:
-    """The tool's VM is destroyed, and another one created under its id: PVE's digest distinguishes them."""
-    original = MemoryApi.put
+    """The tool's VM disappeared and a foreign one has its id: PVE's digest differs."""
 
-    def put(self: MemoryApi, path: str, /, **params: Any) -> Any:
-        if path.endswith("/config") and "description" in params:
-            vmid = int(path.split("/")[-2])
-            with host.open() as model:
-                model.forget(vmid)
-            create_vm(host, vmid)
-        return original(self, path, **params)
+    def create(env: Environment, request: VmRequest) -> dict[str, Any]:
+        answer = tofu(env, request)
 
-    monkeypatch.setattr(MemoryApi, "put", put)
+        def replace_vm() -> None:
+            host.forget_vm(request.vmid)
+            create_foreign(host, request.vmid)
+
+        host.before("PUT", f"/nodes/father/qemu/{request.vmid}/config", replace_vm)
+        return answer
+
     with pytest.raises(PveError, match="checksum mismatch"):
-        do(env, tofu)
-    monkeypatch.undo()
-    after = vms(host)
-    assert "npve" not in str(after)
+        run_create(env, create)
+    before = guests(host)
+    assert "npve" not in str(before)
     assert teardown(env).destroyed == ()
-    assert vms(host) == after
+    assert guests(host) == before
 
 
 @pytest.mark.parametrize("end", [PveError("no"), KeyboardInterrupt()])
-def test_the_vm_of_a_tool_that_failed_afterwards_is_destroyed(
-    env: Environment, host: MemoryHost, end: BaseException
+def test_a_tool_that_fails_after_creating_its_vm_leaves_nothing(
+    env: Environment, host: StandinHost, end: BaseException
 ) -> None:
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         tofu(env, request)
-        create_vm(host, FOREIGN, name="nested-pve-of-somebody")
+        create_foreign(host, FOREIGN, name="nested-pve-foreign")
         raise end
 
     with pytest.raises(type(end)):
-        do(env, create)
-    assert any("99950 (nested-pve-of-somebody)" in line for line in env.remarks)
+        run_create(env, create)
+    assert any("99950 (nested-pve-foreign)" in line for line in env.remarks)
     assert len(teardown(env).destroyed) == 1
-    assert list(vms(host)) == [str(FOREIGN)]
+    assert list(guests(host)) == [FOREIGN]
 
 
-def test_the_vm_of_a_tool_that_returns_a_foreign_one_is_destroyed(env: Environment, host: MemoryHost) -> None:
-    create_vm(host, FOREIGN)
+def test_the_vm_of_a_tool_that_names_another_one_is_destroyed(env: Environment, host: StandinHost) -> None:
+    create_foreign(host, FOREIGN)
 
     def create(env: Environment, request: VmRequest) -> dict[str, Any]:
         tofu(env, request)
         return {"node": request.node, "vmid": FOREIGN}
 
     with pytest.raises(NotAdopted):
-        do(env, create)
+        run_create(env, create)
     assert len(teardown(env).destroyed) == 1
-    assert list(vms(host)) == [str(FOREIGN)]
+    assert list(guests(host)) == [FOREIGN]
 
 
-def test_in_a_kept_run_the_former_vm_is_destroyed_when_a_new_one_is_created(
-    env: Environment, host: MemoryHost
+class Created:
+    """A created VM as `prove` expects it."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.vmid, self.node = int(facts["vmid"]), str(facts["node"])
+
+
+def test_a_vm_is_proved_and_replaced_when_a_kept_run_creates_it_again(
+    env: Environment, host: StandinHost
 ) -> None:
     phase = provision_phase(tofu)
     first = dict(phase.do(env) or {})
     env.facts["provision"] = first
     assert phase.probe is not None
     assert phase.probe(env) == first
-    env.resumed = True  # and its lease is renewed
+    env.resumed = True  # and its lease is being renewed
     second = dict(phase.do(env) or {})
-    assert list(vms(host)) == [str(second["vmid"])]
-    assert not prove(env.outer.api, env.settings, Location(first), env.run).ok
-
-
-class Location:
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.vmid, self.node = int(facts["vmid"]), str(facts["node"])
+    assert list(guests(host)) == [second["vmid"]]
+    assert not prove(env.outer.api, env.settings, Created(first), env.run).ok
 
 
 def test_a_request_has_the_values_of_the_settings(env: Environment) -> None:
@@ -291,7 +291,7 @@ def test_a_request_has_the_values_of_the_settings(env: Environment) -> None:
         requests.append(request)
         return tofu(env, request)
 
-    do(env, create)
+    run_create(env, create)
     (request,) = requests
     assert (request.cores, request.memory, request.disk, request.bridge) == (3, 4096, 40, "vmbr7")
     assert request.pool == f"ci/npve-{env.run.id}"
@@ -300,7 +300,7 @@ def test_a_request_has_the_values_of_the_settings(env: Environment) -> None:
     assert request.public_key.startswith("ssh-ed25519 ")
 
 
-def test_the_phase_replaces_provision_in_the_list() -> None:
+def test_the_tools_phase_replaces_provision_in_the_list_of_phases() -> None:
     phases: list[Phase] = list(setup.default_phases())
     names = [phase.name for phase in phases]
     replace_provision(phases, tofu, title="by tofu", timeout=99)
