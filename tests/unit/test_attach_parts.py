@@ -1,4 +1,4 @@
-"""An attached PVE, without a host: selected steps, ssh_config, awaited results, and the undo scripts."""
+"""Attached PVE, without one: selection of steps, ssh configuration, the scripts that undo changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from memory_host import MemoryHost
 from standin_environment import environments
+from standin_host import StandinHost
 
 from pytest_nestedpve.config.settings import Settings
 from pytest_nestedpve.environment.attached import StepNotSelected, steps_by_name
@@ -25,11 +25,12 @@ from pytest_nestedpve.setup.checks.finding import Finding
 from pytest_nestedpve.setup.clean_state import CleanState, NoSnapshots
 from pytest_nestedpve.setup.phases import default_phases
 
+STANDIN = True
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 
 
 @pytest.mark.parametrize(
-    ("keyword", "expected"),
+    ("keyword", "selected"),
     [
         ("", set()),
         ("setup_network", {"setup_network"}),
@@ -47,12 +48,12 @@ NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
         ("   ", set()),
     ],
 )
-def test_only_an_expression_that_names_a_step_selects_it(keyword: str, expected: set[str]) -> None:
-    assert steps_by_name(NAMES, "test_", keyword, ["tests"]) == expected
+def test_only_an_expression_that_names_a_step_selects_it(keyword: str, selected: set[str]) -> None:
+    assert steps_by_name(NAMES, "test_", keyword, ["tests"]) == selected
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("argument", "selected"),
     [
         ("test_steps.py::test_setup_ssh", {"setup_ssh"}),
         ("a/test_steps.py::test_setup_ssh", {"setup_ssh"}),
@@ -62,22 +63,22 @@ def test_only_an_expression_that_names_a_step_selects_it(keyword: str, expected:
         ("test_steps.py", set()),
     ],
 )
-def test_only_a_node_id_selects_by_name(argument: str, expected: set[str]) -> None:
-    assert steps_by_name(NAMES, "test_", "", [argument]) == expected
+def test_of_all_arguments_only_a_node_id_selects_a_step(argument: str, selected: set[str]) -> None:
+    assert steps_by_name(NAMES, "test_", "", [argument]) == selected
 
 
-def test_only_steps_of_the_session_are_selected() -> None:
+def test_a_step_that_is_not_collected_is_not_selected() -> None:
     assert steps_by_name(["setup_ssh"], "test_", "setup", []) == {"setup_ssh"}
 
 
-def test_a_phase_of_a_project_without_a_probe_is_done_only_if_selected() -> None:
-    project_phase = Phase("our_agent", "install our agent", lambda _env: None)
-    (phase,) = permitted([project_phase], "pve1", frozenset({"our_agent"}))
+def test_a_projects_phase_without_a_probe_runs_only_if_selected() -> None:
+    agent = Phase("our_agent", "install our agent", lambda _env: None)
+    (phase,) = permitted([agent], "pve1", frozenset({"our_agent"}))
     assert phase.guard is not None
     phase.guard.check("our_agent", None, probed=False)
-    (phase,) = permitted([project_phase], "pve1", frozenset())
+    (phase,) = permitted([agent], "pve1", frozenset())
     assert phase.guard is not None
-    with pytest.raises(StepNotSelected, match="found: it has no probe"):
+    with pytest.raises(StepNotSelected, match="found: it has no probe, so its state is unknown"):
         phase.guard.check("our_agent", None, probed=False)
 
 
@@ -103,15 +104,15 @@ def test_a_project_cannot_replace_the_phases_that_describe_an_attached_pve() -> 
     assert phase.do is attached_phases()[1].do
 
 
-PROVIDED = {"image": "setup_repos"}
+IMAGE_AWAITED = {"image": "setup_repos"}
 
 
-def missing(*names: str) -> list[Finding]:
+def findings(*names: str) -> list[Finding]:
     return [Finding(name, "it", "none") for name in names]
 
 
 @pytest.mark.parametrize(
-    ("settings", "content", "selected", "lacking", "expected"),
+    ("settings", "content", "selected", "missing", "awaited"),
     [
         ({}, "images", {"ensure_pve"}, ["PVE", "bridge"], {"PVE": "ensure_pve"}),
         ({}, "images", {"setup_network"}, ["bridge", "snippets"], {"bridge": "setup_network"}),
@@ -130,23 +131,27 @@ def missing(*names: str) -> list[Finding]:
         ({"image": "tank:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local-lvm:vm-9-disk-0"}, "iso", {"setup_repos"}, ["image"], {}),
         ({"image": "local:iso/debian-13.img"}, "iso", {"setup_repos"}, ["image"], {}),
-        ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
-        ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
-        ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], PROVIDED),
+        ({"image": "local:import/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], IMAGE_AWAITED),
+        ({"image": "https://a.example/d.qcow2#sha256:00"}, "iso", {"setup_repos"}, ["image"], IMAGE_AWAITED),
+        ({"image": "/srv/debian-13.qcow2"}, "iso", {"setup_repos"}, ["image"], IMAGE_AWAITED),
         ({}, "iso", set(), ["storage", "snippets", "image", "bridge", "PVE"], {}),
         ({}, "iso", {"ensure_pve", "setup_network", "setup_repos"}, ["version", "space", "VM id"], {}),
     ],
 )
-def test_a_selected_step_is_expected_to_provide_its_own_results_only(
-    settings: dict[str, str], content: str, selected: set[str], lacking: list[str], expected: dict[str, str]
+def test_what_a_selected_step_provides_is_awaited_and_nothing_else(
+    settings: dict[str, str],
+    content: str,
+    selected: set[str],
+    missing: list[str],
+    awaited: dict[str, str],
 ) -> None:
-    seen: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         settings=Settings(**settings),  # type: ignore[arg-type]
         storages=[{"storage": "local", "content": content, "active": 1, "enabled": 1}],
     )
-    assert awaited_results(seen, frozenset(selected), missing(*lacking)) == expected
-    seen.storages[0]["active"] = 0
-    assert "setup_repos" not in awaited_results(seen, frozenset(selected), missing(*lacking)).values()
+    assert awaited_results(context, frozenset(selected), findings(*missing)) == awaited
+    context.storages[0]["active"] = 0
+    assert "setup_repos" not in awaited_results(context, frozenset(selected), findings(*missing)).values()
 
 
 @pytest.mark.parametrize(
@@ -158,10 +163,9 @@ def test_a_selected_step_is_expected_to_provide_its_own_results_only(
     ids=["broken", "plain"],
 )
 def test_a_broken_pve_is_not_reported_as_absent(
-    host: MemoryHost, tmp_path: Path, installed: bool, text: str, state: str, change: str
+    host: StandinHost, tmp_path: Path, installed: bool, text: str, state: str, change: str
 ) -> None:
-    with host.open() as model:
-        model.state["installed"] = installed
+    host.login(installed=installed)
     host.fault("GET", "/version", text=text, times=99)
     with environments(host, tmp_path) as make:
         env = make(attach="pve1", host="pve1")
@@ -173,8 +177,8 @@ def test_a_broken_pve_is_not_reported_as_absent(
         assert env.remarks[-1] == f"father is not restored: ensure_pve {change}"
 
 
-def at_address(address: str) -> Any:
-    """A plain Debian whose sshd accepted the login at that address."""
+def plain_host(address: str) -> Any:
+    """The environment of a plain Debian whose sshd accepted the login at that address."""
     answer = CommandResult("", 0, f"{address}\n".encode(), b"", 0.1)
     return SimpleNamespace(
         facts={"preflight": {"awaited": {"PVE": "ensure_pve"}}},
@@ -185,23 +189,23 @@ def at_address(address: str) -> Any:
 @pytest.mark.parametrize(
     "address", ["127.0.0.1", "127.8.0.1", "0.0.0.0", "::1", "fe80::1%eth0", "2001:db8::7", ""]
 )
-def test_an_address_that_others_cannot_reach_is_refused(address: str) -> None:
+def test_an_address_that_other_hosts_cannot_use_is_refused(address: str) -> None:
     with pytest.raises(PveError, match=r"expected the login at plain .* give --nested-attach") as failed:
-        attached._address(at_address(address))
+        attached._address(plain_host(address))
     assert f"found {address!r};" in str(failed.value)
 
 
-def test_the_address_of_a_plain_debian_is_the_one_of_the_login() -> None:
-    assert attached._address(at_address("192.0.2.9")) == "192.0.2.9"
+def test_the_address_of_a_plain_debian_is_the_one_of_the_ssh_login() -> None:
+    assert attached._address(plain_host("192.0.2.9")) == "192.0.2.9"
 
 
 def ssh_options(config: Path, name: str) -> dict[str, list[str]]:
-    """The options that ssh itself reads from a configuration."""
-    output = subprocess.run(
+    """The options of ssh for a host name with that configuration file, as `ssh -G` prints them."""
+    printed = subprocess.run(
         ["ssh", "-G", "-F", config, name], capture_output=True, text=True, check=True
     ).stdout
     options: dict[str, list[str]] = {}
-    for line in output.splitlines():
+    for line in printed.splitlines():
         key, _, value = line.partition(" ")
         options.setdefault(key, []).append(value)
     return options
@@ -234,7 +238,7 @@ def test_a_proxy_command_is_not_expanded_twice(tmp_path: Path) -> None:
     assert ssh_options(config, "nested")["proxycommand"] == ["nc 10.0.0.5 22 100%%"]
 
 
-def test_a_name_of_the_users_ssh_config_is_not_redefined(tmp_path: Path) -> None:
+def test_a_host_name_of_the_users_ssh_configuration_is_not_replaced(tmp_path: Path) -> None:
     block = ssh_block(SshTarget("10.0.0.5", alias="father"), "father", "10.0.0.5", tmp_path)
     assert block[0] == "Host nested"
 
@@ -243,12 +247,10 @@ def test_a_name_of_the_users_ssh_config_is_not_redefined(tmp_path: Path) -> None
 
 
 def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: StandinHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    host = MemoryHost(tmp_path / "host.json")
-    areas = {"guests": "before"}
-    monkeypatch.setattr(CleanState, "_fingerprint", lambda _self: dict(areas))
+    state_of_pve = {"guests": "as before"}
+    monkeypatch.setattr(CleanState, "_fingerprint", lambda _self: dict(state_of_pve))
     with environments(host, tmp_path) as make:
         env = make(attach="pve1", host="pve1")
         assert env.inner is env.outer
@@ -256,53 +258,54 @@ def test_a_clean_state_is_proved_or_refused_and_never_rolled_back(
         state.record(fresh=True)
         state.restore()
         assert state.result == "proved unchanged"
-        areas["guests"] = "after"
+        state_of_pve["guests"] = "others"
         with pytest.raises(
             NoSnapshots, match=r"the attached PVE was changed \(guests\), and an attached PVE"
         ):
             state.restore()
-    with host.open() as model:
-        assert not [call for call in model.state["commands"] if not call.startswith("GET")]
+    assert not [call for call in host.calls() if not call.startswith("GET")]
 
 
-# -- the undo scripts, on local files ---------------------------------------------------------------
+# -- undoing: the scripts of the package, on local files ------------------------------------------------
 
 
 def run(script: str, *words: str) -> int:
     return subprocess.run(["sh", "-c", script, "sh", *words], check=False).returncode
 
 
-def test_a_line_is_removed_from_the_target_of_a_link_and_the_link_remains(tmp_path: Path) -> None:
-    real = tmp_path / "priv" / "authorized_keys"
-    real.parent.mkdir()
-    real.write_text(
+def test_a_line_is_removed_from_the_target_of_a_link_and_the_link_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "priv" / "authorized_keys"
+    target.parent.mkdir()
+    target.write_text(
         "ssh-ed25519 AAAAmine alice\nssh-ed25519 AAAAthe+run/key nested-pve run\nssh-rsa AAAAb bob\n"
     )
     link = tmp_path / "authorized_keys"
-    link.symlink_to(real)
+    link.symlink_to(target)
     assert run(attached_undo._REMOVE_LINES, "AAAAthe+run/key", "yes", str(link)) == 0
     assert link.is_symlink()
-    assert real.read_text() == "ssh-ed25519 AAAAmine alice\nssh-rsa AAAAb bob\n"
-    assert [path.name for path in real.parent.iterdir()] == ["authorized_keys"]
+    assert target.read_text() == "ssh-ed25519 AAAAmine alice\nssh-rsa AAAAb bob\n"
+    assert [path.name for path in target.parent.iterdir()] == ["authorized_keys"]
 
 
-@pytest.mark.parametrize(("existed", "remains"), [("yes", True), ("no", False)])
-def test_an_emptied_file_is_deleted_if_it_was_new(tmp_path: Path, existed: str, remains: bool) -> None:
+@pytest.mark.parametrize(("existed", "kept"), [("yes", True), ("no", False)])
+def test_an_emptied_file_is_removed_if_it_did_not_exist_before(
+    tmp_path: Path, existed: str, kept: bool
+) -> None:
     file = tmp_path / "known_hosts"
     file.write_text("leaf ssh-ed25519 AAAA\n")
     assert run(attached_undo._REMOVE_LINES, "^leaf ", existed, str(file)) == 0
-    assert file.exists() == remains
+    assert file.exists() == kept
 
 
-def test_existing_files_are_restored_and_new_ones_deleted(tmp_path: Path) -> None:
+def test_a_file_that_existed_is_restored_and_a_new_one_removed(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    old.write_text("as it was")
+    old.write_text("as before")
     old.chmod(0o640)
     files = [str(old), str(new)]
     assert run(attached_undo._SAVE, ".npve-x", *files) == 0
     old.write_text("ours")
     new.write_text("ours")
     assert run(attached_undo._RESTORE, ".npve-x", *files) == 0
-    assert old.read_text() == "as it was"
+    assert old.read_text() == "as before"
     assert old.stat().st_mode & 0o777 == 0o640
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
