@@ -26,6 +26,7 @@ import standin_machines
 from standin_connections import StandinApi, StandinSsh
 
 from pytest_nestedpve.lab.node.api import faults
+from pytest_nestedpve.lab.node.api.errors import PveFailure
 from pytest_nestedpve.lab.node.handlers import pools, users
 from pytest_nestedpve.lab.node.machine import disks
 from pytest_nestedpve.lab.node.machine.alive import holding
@@ -389,7 +390,10 @@ class StandinHost:
             self.report(node, storage={name: MEASURED["storage"]["local"]})
 
     def _make_folder(self, name: str, *, shared: bool) -> None:
-        place = volumes.folder(name)
+        try:
+            place = volumes.folder(name)
+        except PveFailure:  # the storage is disabled, or another node's
+            return
         if shared and not place.exists():
             (self.path / "shared" / name).mkdir(parents=True, exist_ok=True)
             place.parent.mkdir(parents=True, exist_ok=True)
