@@ -408,11 +408,14 @@ class StandinHost:
         return sorted(found)
 
     def volume(self, volid: str, size: int = GIB, node: str | None = None) -> None:
-        """A volume, empty; an image or a snippet is a file of that size."""
+        """A volume, empty, or a linked clone of its base; an image or a snippet is a file of that size."""
+        base, _, clone = volid.rpartition("/vm-")[0].rpartition("/")
         with self.on(node):
             file = volumes.path(volid)
             file.parent.mkdir(parents=True, exist_ok=True)
-            if volumes.kind(volid) == "images":
+            if clone and "/base-" in base:
+                disks.linked_clone(volumes.path(base), file)
+            elif volumes.kind(volid) == "images":
                 disks.create(file, size, volumes.file_format(file.name))
             else:
                 with file.open("wb") as opened:

@@ -1,4 +1,4 @@
-"""The volumes of a run's VMs go with them, and no other volume does."""
+"""A teardown removes the volumes of the run's VMs and no other volume."""
 
 from __future__ import annotations
 
@@ -6,205 +6,214 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from memory_host import MemoryHost
-from memory_model import volume
 from standin_environment import ours
+from standin_host import StandinHost
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.pve.tasks import TaskResult
+from pytest_nestedpve.teardown import destroy
 from pytest_nestedpve.teardown.teardown import teardown
 from pytest_nestedpve.teardown.volumes import Volumes
 
+STANDIN = True
 pytestmark = pytest.mark.usefixtures("pool")
 
 
-def test_a_volume_that_stays_is_reported(env: Environment, memory: MemoryHost) -> None:
-    vmid = ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    with memory.open() as model:
-        model.state["sticky"].append(volid)
+def disk_of(vmid: int, storage: str = "local", number: int = 0) -> str:
+    """The id of a disk that is named for the VM."""
+    return f"{storage}:{vmid}/vm-{vmid}-disk-{number}.qcow2"
+
+
+def disks(host: StandinHost) -> list[str]:
+    """The ids of all disks of VMs on the first node."""
+    return [volid for volid in host.volumes() if "/vm-" in volid]
+
+
+def leave_with_warning(host: StandinHost, volid: str) -> None:
+    """Have a destroy leave the volume with a warning; it can be removed afterwards."""
+    host.fault(volume=volid, task="qmdestroy", text="unlink failed", times=1000)
+
+
+def is_warned(host: StandinHost, vmid: int) -> bool:
+    """Whether the destroy of the VM ended with a warning, which is success (recorded: destroy-034)."""
+    return [task.status for task in host.tasks("qmdestroy") if task.id == str(vmid)] == ["WARNINGS: 1"]
+
+
+def after_each_destroy(monkeypatch: pytest.MonkeyPatch, action: Callable[[TaskResult], None]) -> None:
+    """Call `action` with the result of each destroy before the teardown gets it."""
+    destroy_vm = qemu.destroy
+
+    def destroy_and_act(*arguments: Any, **options: Any) -> TaskResult:
+        result = destroy_vm(*arguments, **options)
+        action(result)
+        return result
+
+    monkeypatch.setattr(qemu, "destroy", destroy_and_act)
+
+
+def test_a_volume_that_cannot_be_removed_is_reported(env: Environment, host: StandinHost) -> None:
+    volid = disk_of(ours(env))
+    host.fault(volume=volid, text="unlink failed", times=1000)
     report = teardown(env)
     assert any(volid in line for line in report.left), report
+    assert disks(host) == [volid]
 
 
-def warned(memory: MemoryHost, vmid: int) -> bool:
-    """Whether the destroy of the VM ended with a warning, which is success (recorded: destroy-034)."""
-    with memory.open() as model:
-        tasks = [each for each in model.state["tasks"] if each["id"] == str(vmid)]
-    return [each["exit"] for each in tasks if each["type"] == "qmdestroy"] == ["WARNINGS: 1"]
-
-
-def after_each_destroy(monkeypatch: pytest.MonkeyPatch, then: Callable[[TaskResult], None]) -> None:
-    """Have `then` called between the end of a destroy and what is made of it."""
-    destroy = qemu.destroy
-
-    def both(*given: Any, **more: Any) -> TaskResult:
-        done = destroy(*given, **more)
-        then(done)
-        return done
-
-    monkeypatch.setattr(qemu, "destroy", both)
-
-
-def test_a_volume_that_a_destroy_left_with_a_warning_is_found_and_removed(
-    env: Environment, memory: MemoryHost
-) -> None:
+def test_a_volume_that_a_destroy_left_with_a_warning_is_removed(env: Environment, host: StandinHost) -> None:
     vmid, other = ours(env), ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    with memory.open() as model:
-        model.state["busy"].append(volid)
+    leave_with_warning(host, disk_of(vmid))
     report = teardown(env)
-    assert warned(memory, vmid)
-    assert not warned(memory, other)
+    assert is_warned(host, vmid)
+    assert not is_warned(host, other)
     assert report.left == ()
     assert sorted(report.destroyed) == sorted([f"VM {vmid}", f"VM {other}"])
-    with memory.open() as model:
-        assert [each for each in model.state["volumes"] if "/vm-" in each] == []
-        sent = [each for each in model.state["commands"] if each.startswith("DELETE") and "/content/" in each]
-    # The one that went by itself is not asked for again.
-    assert sent == [f"DELETE /nodes/father/storage/local/content/{volid}"]
+    assert disks(host) == []
+    # The volume that the destroy removed is not removed a second time.
+    removals = [call for call in host.calls() if call.startswith("DELETE") and "/content/" in call]
+    assert removals == [f"DELETE /nodes/father/storage/local/content/{disk_of(vmid)}"]
 
 
 @pytest.mark.parametrize(
-    "who", ["shared storage", "listed for it", "taken", "being taken", "taken elsewhere"]
+    "case", ["shared storage", "listed for the id", "id in use", "id in creation", "id in use elsewhere"]
 )
-def test_a_volume_left_with_a_warning_that_is_not_surely_ours_stays_and_is_told(
-    env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch, who: str
+def test_a_left_over_volume_that_may_belong_to_another_vm_is_kept_and_reported(
+    env: Environment, host: StandinHost, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     vmid = ours(env)
-    named = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
     # Of a guest of another cluster that has the same id; of another VM of this host; ours, perhaps.
-    stays, why = {
-        "shared storage": (f"san:{vmid}/vm-{vmid}-disk-7.qcow2", "shared storage"),
-        "listed for it": ("local:500/vm-500-disk-0.raw", "not named for it"),
-        "taken elsewhere": (named, "the id is in use again, on father2"),
-    }.get(who, (named, "the id is in use again"))
-    with memory.open() as model:
-        model.state["busy"].append(named)
-        if who == "shared storage":
-            model.state["storages"]["san"] = {**model.state["storages"]["local"], "shared": 1, "path": "/san"}
-        if stays != named:
-            model.state["volumes"][stays] = volume("images", "raw", 1, vmid)
+    volid, why = {
+        "shared storage": (disk_of(vmid, "san", 7), "shared storage"),
+        "listed for the id": (disk_of(500), "not named for it"),
+        "id in use elsewhere": (disk_of(vmid), "the id is in use again, on father2"),
+    }.get(case, (disk_of(vmid), "the id is in use again"))
+    leave_with_warning(host, disk_of(vmid))
+    if case == "shared storage":
+        host.storage("san", shared=1)
+    if volid != disk_of(vmid):
+        host.volume(volid)
+    if case == "listed for the id":
+        host.change_answers(
+            "GET",
+            "/nodes/father/storage/local/content",
+            lambda rows: [row | ({"vmid": vmid} if row["volid"] == volid else {}) for row in rows],
+        )
 
-    def take(done: TaskResult) -> None:
-        assert done.warnings
-        with memory.open() as model:
-            node = "father2" if who == "taken elsewhere" and model.join("father2") else "father"
-            if "taken" in who:
-                model.begin_create(node, {"vmid": vmid})
-            if who.startswith("taken"):
-                model.end_create(vmid, {"name": "somebodys"})
+    def use_id(result: TaskResult) -> None:
+        assert result.warnings
+        if case == "id in use elsewhere":
+            host.join("father2")
+            host.create_vm(vmid, "father2", name="somebodys")
+        elif case == "id in creation":
+            host.slow(qmcreate=60)
+            host.create_vm(vmid)
+            assert host.config(vmid)["lock"] == "create"
+        elif case == "id in use":
+            host.create_vm(vmid, name="somebodys")
 
-    after_each_destroy(monkeypatch, take)
+    after_each_destroy(monkeypatch, use_id)
+    monkeypatch.setattr(destroy, "UNKNOWN_TASK", 0.2)  # the create of somebody else does not end
     report = teardown(env)
-    assert any(f"{stays} (" in line and why in line for line in report.left), report
-    assert warned(memory, vmid)
-    with memory.open() as model:
-        assert (str(vmid) in model.state["vms"]) == ("taken" in who)
-        left = {each for each in model.state["volumes"] if "/vm-" in each}
-    assert left == {stays}
+    assert any(f"{volid} (" in line and why in line for line in report.left), report
+    assert is_warned(host, vmid)
+    assert (vmid in host.vms()) == case.startswith("id in")
+    assert disks(host) == [volid]
 
 
 LOCKED = "error during cfs-locked 'storage-local' operation: got lock request timeout"
 
 
-def test_the_removal_of_a_volume_waits_for_a_lock_and_asks_again_whose_the_id_is(
-    env: Environment, memory: MemoryHost
+def test_the_removal_of_a_volume_waits_for_a_lock_and_checks_the_id_before_each_attempt(
+    env: Environment, host: StandinHost
 ) -> None:
     vmid = ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    with memory.open() as model:
-        model.state["busy"].append(volid)
-    memory.fault("DELETE", "/nodes/father/storage/local/content/.*", text=LOCKED, times=2)
+    leave_with_warning(host, disk_of(vmid))
+    host.fault("DELETE", "/nodes/father/storage/local/content/**", text=LOCKED, times=2)
     assert teardown(env).left == ()
-    with memory.open() as model:
-        assert volid not in model.state["volumes"]
+    assert disk_of(vmid) not in host.volumes()
+    removal = f"DELETE /nodes/father/storage/local/content/{disk_of(vmid)}"
+    check = f"GET /nodes/father/qemu/{vmid}/config"
+    assert [call for call in host.calls() if call in (check, removal)][-6:] == [check, removal] * 3
 
 
-def test_a_disk_of_who_took_the_id_is_no_volume_of_ours_that_was_left(
-    env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_of_another_vm_that_got_the_id_is_not_removed(
+    env: Environment, host: StandinHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vmid = ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
 
-    def take(_done: TaskResult) -> None:
-        with memory.open() as model:
-            model.begin_create("father", {"vmid": vmid})
-            model.end_create(vmid, {"name": "somebodys", "scsi0": "local:1,format=qcow2"})
-            assert model.state["vms"][str(vmid)]["config"]["scsi0"].startswith(volid)
+    def use_id(_result: TaskResult) -> None:
+        host.create_vm(vmid, name="somebodys", scsi0="local:1,format=qcow2")
+        assert host.config(vmid)["scsi0"].startswith(disk_of(vmid))
 
-    after_each_destroy(monkeypatch, take)
+    after_each_destroy(monkeypatch, use_id)
     report = teardown(env)
     assert report.left == ()
-    with memory.open() as model:
-        assert volid in model.state["volumes"]
-        assert str(vmid) in model.state["vms"]
+    assert disk_of(vmid) in host.volumes()
+    assert vmid in host.vms()
 
 
-def test_nothing_is_removed_when_nobody_can_say_whether_the_id_is_free(
-    env: Environment, memory: MemoryHost, monkeypatch: pytest.MonkeyPatch
+def test_no_volume_is_removed_when_it_is_not_known_whether_the_id_is_free(
+    env: Environment, host: StandinHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vmid = ours(env)
-    volid = f"local:{vmid}/vm-{vmid}-disk-0.qcow2"
-    with memory.open() as model:
-        model.state["busy"].append(volid)
+    leave_with_warning(host, disk_of(vmid))
     sweep = Volumes.sweep
 
-    def unsure(*given: Any) -> Any:
-        memory.fault("GET", f"/nodes/father/qemu/{vmid}/config", text="the host is busy", times=1)
-        yield from sweep(*given)
+    def sweep_with_fault(*arguments: Any) -> Any:
+        host.fault("GET", f"/nodes/father/qemu/{vmid}/config", text="the host is busy")
+        yield from sweep(*arguments)
 
-    monkeypatch.setattr(Volumes, "sweep", unsure)
+    monkeypatch.setattr(Volumes, "sweep", sweep_with_fault)
     report = teardown(env)
-    assert any(f"{volid} (" in line and "the host is busy" in line for line in report.left), report
-    with memory.open() as model:
-        assert volid in model.state["volumes"]
+    line = f"{disk_of(vmid)} ("
+    assert any(line in left and "the host is busy" in left for left in report.left), report
+    assert disk_of(vmid) in host.volumes()
 
 
-def test_a_sick_storage_of_somebody_elses_holds_up_no_teardown(env: Environment, memory: MemoryHost) -> None:
+def test_a_broken_storage_without_volumes_of_the_run_delays_no_teardown(
+    env: Environment, host: StandinHost
+) -> None:
     ours(env)
-    with memory.open() as model:
-        model.state["storages"]["nas"] = {**model.state["storages"]["local"], "path": "/mnt/nas"}
-    memory.fault("GET", "/nodes/father/storage/nas/content", text="storage 'nas' is not online", times=1000)
+    host.storage("nas", path="/mnt/nas")
+    host.fault("GET", "/nodes/father/storage/nas/content", text="storage 'nas' is not online", times=1000)
     assert teardown(env).left == ()
-    with memory.open() as model:
-        assert model.state["vms"] == {}
+    assert host.vms() == []
 
 
-def test_a_volume_that_no_configuration_names_goes_with_its_vm(env: Environment, memory: MemoryHost) -> None:
+def test_a_volume_that_no_configuration_names_is_removed_with_its_vm(
+    env: Environment, host: StandinHost
+) -> None:
     vmid = ours(env)
-    theirs = "local:99800/vm-99800-disk-0.raw"
-    with memory.open() as model:
-        for volid, owner in ((f"local:{vmid}/vm-{vmid}-disk-7.raw", vmid), (theirs, 99_800)):
-            model.state["volumes"][volid] = {"content": "images", "format": "raw", "size": 1, "vmid": owner}
+    foreign = "local:99800/vm-99800-disk-0.raw"
+    host.volume(disk_of(vmid, number=7))
+    host.volume(foreign)
     assert teardown(env).left == ()
-    with memory.open() as model:
-        assert [volid for volid in model.state["volumes"] if "/vm-" in volid] == [theirs]
+    assert disks(host) == [foreign]
 
 
-def test_a_base_goes_after_its_clones(env: Environment, memory: MemoryHost) -> None:
+def test_a_base_is_destroyed_after_its_clones(env: Environment, host: StandinHost) -> None:
     base, clone = ours(env), ours(env)
-    volid = f"local:{base}/vm-{base}-disk-0.qcow2"
-    with memory.open() as model:
-        config = model.state["vms"][str(clone)]["config"]
-        linked = f"{volid}/{clone}/vm-{clone}-disk-0.qcow2"
-        model.state["volumes"][linked] = model.state["volumes"].pop(config["scsi0"].split(",")[0])
-        config["scsi0"] = linked
+    env.outer.api.post(f"/nodes/father/qemu/{base}/template")
+    host.edit_vm(base, template=None)
+    linked = f"local:{base}/base-{base}-disk-0.qcow2/{clone}/vm-{clone}-disk-0.qcow2"
+    host.remove_volume(disk_of(clone))
+    host.volume(linked)
+    host.edit_vm(clone, scsi0=linked)
+    with pytest.raises(PveError, match="still in use by linked clone"):
+        qemu.destroy(env.outer.api, "father", base)
     report = teardown(env)
     assert (sorted(report.destroyed), report.left) == (sorted([f"VM {base}", f"VM {clone}"]), ())
 
 
-def test_an_unnamed_volume_on_a_shared_storage_is_told_and_stays(
-    env: Environment, memory: MemoryHost
+def test_a_volume_on_a_shared_storage_that_no_configuration_names_is_kept_and_reported(
+    env: Environment, host: StandinHost
 ) -> None:
     vmid = ours(env)
-    volid = f"san:{vmid}/vm-{vmid}-disk-7.qcow2"
-    with memory.open() as model:
-        model.state["storages"]["san"] = dict(model.state["storages"]["local"], shared=1, path="/mnt/san")
-        model.state["volumes"][volid] = {"content": "images", "format": "qcow2", "size": 1, "vmid": vmid}
+    volid = disk_of(vmid, "san", 7)
+    host.storage("san", shared=1)
+    host.volume(volid)
     report = teardown(env)
     assert any(volid in line and "shared storage" in line for line in report.left), report
-    with memory.open() as model:
-        assert volid in model.state["volumes"]
-        assert str(vmid) not in model.state["vms"]
+    assert volid in host.volumes()
+    assert vmid not in host.vms()
