@@ -1,11 +1,13 @@
-"""Whatever happens in whatever order: nothing of others is changed, and what is called gone is gone."""
+"""Any events in any order: nothing of others is changed, and a VM that is reported gone is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import random
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from hypothesis import HealthCheck
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from memory_host import MemoryHost
-from memory_model import Model
 from standin_environment import environments, ours
+from standin_host import StandinHost
 
 from pytest_nestedpve.ownership.marker import Marker, new_uuid, uuid_of
 from pytest_nestedpve.ownership.pool import create_pool, pool_name
 from pytest_nestedpve.pve import qemu
+from pytest_nestedpve.pve.api import Api
 from pytest_nestedpve.pve.deadline import set_scale
 from pytest_nestedpve.pve.errors import PveError
 from pytest_nestedpve.run.identity import RUN_ID
@@ -33,7 +35,7 @@ WHICH = st.integers(0, 9)
 
 
 class Everything(RuleBasedStateMachine):
-    """A cluster of two nodes, a run, the people beside it, and what goes wrong."""
+    """A cluster of two nodes, a run, other users of the cluster, and failures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,240 +47,239 @@ class Everything(RuleBasedStateMachine):
         patch.setattr("pytest_nestedpve.ownership.create.random.SystemRandom", lambda: random.Random(7))
         set_scale(0.02)
         self.ends.callback(set_scale, 1.0)
-        self.memory = MemoryHost(folder / "host.json")
-        with self.memory.open() as model:
-            model.join("father2")
-        self.env = self.ends.enter_context(environments(self.memory, folder))()
+        self.host = StandinHost(folder / "host")
+        self.ends.callback(self.host.close)
+        self.host.join("father2")
+        self.env = self.ends.enter_context(environments(self.host, folder))()
         self.api, self.pool = self.env.outer.api, pool_name(self.env.settings, self.env.run)
         assert RUN_ID.match(self.env.run.id)
         self.number = 99_990
         self.killed: set[int] = set()  # ids of which a killed create of ours left its lock
+        self.busy: list[str] = []  # volumes that a destroy of their VM cannot remove
         self.theirs: dict[int, str] = {}
         self.uuids: set[str] = set()
 
     def teardown(self) -> None:
         try:
             self.the_session_ends()
-            self.what_is_somebody_elses_is_as_it_was()
+            self.everything_of_others_is_unchanged()
         finally:
             self.env.close()
             self.ends.close()
 
-    # -- what is there ------------------------------------------------------------------------
+    # -- queries ------------------------------------------------------------------------------
 
-    def mine(self, model: Model) -> list[int]:
-        """The ids of our VMs, by uuids that nobody else has."""
-        vms = model.state["vms"].items()
-        return sorted(int(vmid) for vmid, vm in vms if uuid_of(vm["config"]) in self.uuids)
+    def mine(self) -> list[int]:
+        """The ids of our VMs, by uuids that no other VM has."""
+        return [vmid for vmid in self.host.vms() if uuid_of(self.host.config(vmid)) in self.uuids]
 
-    def one(self, which: int) -> int | None:
-        with self.memory.open() as model:
-            found = self.mine(model)
-        return found[which % len(found)] if found else None
+    def select(self, which: int) -> int | None:
+        vmids = self.mine()
+        return vmids[which % len(vmids)] if vmids else None
 
     def remember(self) -> None:
-        """Whatever is not ours is somebody's, as it is now."""
-        with self.memory.open() as model:
-            others = {int(vmid) for vmid in model.state["vms"]} - set(self.mine(model)) - self.killed
-            self.theirs = {vmid: self.seen(model, vmid) for vmid in others}
+        """Note the present state of every VM that is not ours."""
+        others = set(self.host.vms()) - set(self.mine()) - self.killed
+        self.theirs = self.describe(others)
 
-    def seen(self, model: Model, vmid: int) -> str:
-        """A VM, its place in pools and its volumes, as text."""
-        sites = (model.state, *model.state["others"].values())
-        volumes = sorted(volid for site in sites for volid in site["volumes"] if f"/vm-{vmid}-" in volid)
-        return json.dumps([model.state["vms"].get(str(vmid)), model.pool_of(vmid), volumes], sort_keys=True)
+    def describe(self, vmids: Iterable[int]) -> dict[int, str]:
+        """VMs as text: configuration, node, power, pool and volumes."""
+        volumes, existing = self.volumes(), set(self.host.vms())
+        texts = {}
+        for vmid in vmids:
+            properties: list[Any] = [place for owner, *place in volumes if owner == vmid]
+            if vmid in existing:
+                guest = self.host.guest(vmid)
+                properties += [guest.text(), guest.node, self.host.is_running(vmid)]
+            texts[vmid] = json.dumps([*properties, self.host.pool_of(vmid)])
+        return texts
+
+    def volumes(self) -> list[tuple[int, str, str]]:
+        """The volumes of VMs: id of the VM, node, volume."""
+        volids = [(node, volid) for node in NODES for volid in self.host.volumes(node)]
+        owners = [re.search(r"/(?:vm|base)-(\d+)-", volid) for _, volid in volids]
+        return [(int(owner[1]), *place) for owner, place in zip(owners, volids, strict=True) if owner]
 
     def next_id(self) -> int:
-        """An id of the range that nobody had."""
-        with self.memory.open() as model:
-            used = {task["id"] for task in model.state["tasks"]} | set(model.state["vms"])
+        """An id of the range that no VM has had."""
+        used = {task.id for task in self.host.tasks()} | set(map(str, self.host.vms()))
         self.number = next(vmid for vmid in range(self.number - 1, 0, -1) if str(vmid) not in used)
         return self.number
 
-    def pooled(self) -> None:
-        with self.memory.open() as model:
-            there = self.pool in model.state["pools"]
-        if not there:
-            # Its lease lapsed long ago, so that a clean-up may take the run as well.
-            with self.memory.open() as model:
-                now = int(model.now)
-            create_pool(self.api, self.env.run, self.env.settings, now - 90_000)
+    def ensure_pool(self) -> None:
+        if self.pool not in self.host.pools():
+            # Its lease expired long ago, so that a clean-up may destroy the run as well.
+            create_pool(self.api, self.env.run, self.env.settings, int(self.host.now()) - 90_000)
+
+    def clear_faults(self) -> None:
+        """Clear the faults of calls; busy volumes remain busy."""
+        self.host.clear_faults()
+        for volid in self.busy:
+            self.make_busy(volid)
+
+    def make_busy(self, volid: str) -> None:
+        self.host.fault(volume=volid, task="qmdestroy", text="unlink failed", times=1000)
+
+    def kill_create(self, api: Api, vmid: int, **options: Any) -> None:
+        self.host.fault(task="qmcreate", vmid=vmid, do="delay", seconds=60)
+        self.host.kill_task(api.post("/nodes/father/qemu", vmid=vmid, **options))
 
     # -- the run ------------------------------------------------------------------------------
 
     @initialize(several=st.integers(1, 2))
-    def some_are_there(self, several: int) -> None:
+    def the_run_begins(self, several: int) -> None:
         for number in range(several):
             self.create(lost=False, running=number == 1)
 
     @rule(lost=st.booleans(), running=st.booleans())
     def create(self, lost: bool, running: bool) -> None:
-        with self.memory.open() as model:
-            model.state["faults"].clear()  # they are for the end
-        self.pooled()
+        self.clear_faults()  # they are for the teardown
+        self.ensure_pool()
         if lost:
-            self.memory.fault("POST", "/nodes/father/qemu", do="lose")
+            self.host.fault("POST", "/nodes/father/qemu", do="drop")
         vmid = ours(self.env, running=running)
-        with self.memory.open() as model:
-            self.uuids.add(str(uuid_of(model.state["vms"][str(vmid)]["config"])))
+        self.uuids.add(str(uuid_of(self.host.config(vmid))))
 
     @rule()
     def a_create_is_killed(self) -> None:
-        self.pooled()
+        self.ensure_pool()
         vmid = self.next_id()
-        with self.memory.open() as model:
-            model.state["faults"].clear()
-            model.state["delays"]["qmcreate"] = 60
-        self.api.post("/nodes/father/qemu", vmid=vmid, name="nested-pve-x", pool=self.pool)
-        with self.memory.open() as model:
-            model.kill(model.state["tasks"][-1])
-            model.state["delays"].clear()
+        self.clear_faults()
+        # By the environment's connection, which logs the task as one of the run.
+        self.kill_create(self.api, vmid, name="nested-pve-x", pool=self.pool)
         self.killed.add(vmid)
 
-    # -- people beside it ---------------------------------------------------------------------
+    # -- other users --------------------------------------------------------------------------
 
     @rule(
         looks=st.sampled_from(["", "pool", "marker", "locked", "running", "database"]),
         node=st.sampled_from(NODES),
     )
-    def somebody_makes_one(self, looks: str, node: str) -> None:
+    def somebody_creates_a_vm(self, looks: str, node: str) -> None:
         vmid, options = self.next_id(), {"name": "nested-pve-other", "scsi0": "local:4"}
         if looks == "database":
             options["name"] = looks
         if looks in ("pool", "marker"):
-            self.pooled()
+            self.ensure_pool()
             options["pool"] = self.pool
         if looks == "marker":
             options["description"] = Marker(self.env.run.id, vmid, new_uuid()).to_text()
-        api = self.memory.connect().api
+        api = self.host.connect().api
         api.post(f"/nodes/{node}/qemu", vmid=vmid, **options)
         if looks == "running":
             qemu.start(api, node, vmid)
         if looks == "locked":
-            with self.memory.open() as model:
-                model.state["vms"][str(vmid)]["config"]["lock"] = "backup"
+            self.host.edit_vm(vmid, lock="backup")
         self.remember()
 
     @rule()
     def somebodys_create_is_killed(self) -> None:
-        vmid = self.next_id()
-        with self.memory.open() as model:
-            model.begin_create("father", {"vmid": vmid})
-            model.fork("qmcreate", str(vmid), {"do": "wait"})
-            model.kill(model.state["tasks"][-1])
+        self.kill_create(self.host.connect().api, self.next_id())
         self.remember()
 
     @rule(which=WHICH, fresh=st.booleans())
-    def somebody_takes_the_id(self, which: int, fresh: bool) -> None:
-        vmid = self.one(which)
+    def somebody_reuses_an_id(self, which: int, fresh: bool) -> None:
+        vmid = self.select(which)
         if vmid is None:
             return
-        with self.memory.open() as model:
-            vm = model.state["vms"][str(vmid)]
-            node = vm["node"]
-            model.drop_volumes(vm)
-            model.forget(vmid)
-            model.begin_create(node, {"vmid": vmid})
-            model.end_create(vmid, {"name": "nested-pve-mine", "scsi0": "local:2"})
-            model.state["vms"][str(vmid)]["born"] -= 0 if fresh else 60
+        node = self.host.guest(vmid).node
+        self.host.forget_vm(vmid)
+        for volid in self.host.volumes(node):
+            if f"/vm-{vmid}-" in volid and volid not in self.busy:
+                self.host.remove_volume(volid, node)
+        self.host.create_vm(vmid, node, name="nested-pve-mine", scsi0="local:2")
+        if not fresh:
+            self.host.broadcast()
         self.remember()
 
     @rule(which=WHICH)
     def somebody_clones_ours(self, which: int) -> None:
-        vmid, new = self.one(which), self.next_id()
-        with self.memory.open() as model:
-            vm = model.state["vms"].get(str(vmid))
-            if vm is not None and not vm["config"].get("lock"):
-                model.clone(vm["node"], int(vmid or 0), {"newid": new, "name": "nested-pve-copy"})
-        self.remember()
+        vmid, new = self.select(which), self.next_id()
+        if vmid is not None and "lock" not in self.host.config(vmid):
+            path = f"/nodes/{self.host.guest(vmid).node}/qemu/{vmid}/clone"
+            self.host.connect().api.post(path, newid=new, name="nested-pve-copy")
+            assert new in self.host.vms()
+            self.remember()
 
     @rule(which=WHICH, lock=st.sampled_from(LOCKS))
-    def a_lock_stays(self, which: int, lock: str) -> None:
-        self.change(which, lock=lock)
+    def a_lock_is_left_over(self, which: int, lock: str) -> None:
+        self.edit(which, lock=lock)
 
     @rule(which=WHICH)
     def ours_is_protected(self, which: int) -> None:
-        self.change(which, protection=1)
+        self.edit(which, protection=1)
 
-    def change(self, which: int, **config: Any) -> None:
-        vmid = self.one(which)
-        with self.memory.open() as model:
-            if vmid is not None:
-                model.state["vms"][str(vmid)]["config"].update(config)
+    def edit(self, which: int, **options: Any) -> None:
+        vmid = self.select(which)
+        if vmid is not None:
+            self.host.edit_vm(vmid, **options)
 
     @rule(which=WHICH)
-    def one_moves(self, which: int) -> None:
-        vmid = self.one(which)
-        with self.memory.open() as model:
-            if vmid is not None:
-                there = model.state["vms"][str(vmid)]["node"]
-                model.migrate(vmid, NODES[there == "father"])
+    def ours_is_migrated(self, which: int) -> None:
+        vmid = self.select(which)
+        if vmid is not None:
+            self.host.migrate(vmid, NODES[self.host.guest(vmid).node == "father"])
 
-    # -- what goes wrong ----------------------------------------------------------------------
+    # -- failures -----------------------------------------------------------------------------
 
     @rule(
         call=st.sampled_from([
-            ("DELETE", r"/nodes/[^/]+/qemu/\d+"), ("POST", r".*/status/stop"), ("GET", r".*/config"),
-            ("GET", r"/pools"), ("DELETE", "/pools"), ("GET", r".*/tasks"), ("GET", r".*/content"),
-            ("PUT", r".*/config"),
+            ("DELETE", "/nodes/*/qemu/*"), ("POST", "**/status/stop"), ("GET", "**/config"),
+            ("GET", "/pools"), ("DELETE", "/pools"), ("GET", "**/tasks"), ("GET", "**/content"),
+            ("PUT", "**/config"),
         ]),
-        do=st.sampled_from(["fail", "lose"]),
+        do=st.sampled_from(["fail", "drop"]),
     )  # fmt: skip
-    def an_answer_goes_wrong(self, call: tuple[str, str], do: str) -> None:
-        self.memory.fault(*call, do=do, text="got timeout, perhaps")
+    def a_call_fails(self, call: tuple[str, str], do: str) -> None:
+        self.host.fault(*call, do=do, text="got timeout, perhaps")
 
     @rule(which=WHICH)
-    def a_destroy_leaves_a_volume(self, which: int) -> None:
-        vmid = self.one(which)
-        with self.memory.open() as model:
-            model.state["busy"].append(f"local:{vmid}/vm-{vmid}-disk-0.qcow2")
+    def a_volume_is_busy(self, which: int) -> None:
+        vmid = self.select(which)
+        if vmid is not None:
+            self.busy.append(f"local:{vmid}/vm-{vmid}-disk-0.qcow2")
+            self.make_busy(self.busy[-1])
 
     # -- the end ------------------------------------------------------------------------------
 
     @rule()
     def the_session_ends(self) -> None:
-        with self.memory.open() as model:
-            before = set(map(str, self.mine(model)))
+        before = set(self.mine())
         try:
             report = teardown(self.env)
         except PveError:
-            return  # the host could not be asked; nothing is claimed
-        told = " ".join(report.left)
-        with self.memory.open() as model:
-            stay = before & set(map(str, self.mine(model)))
-        assert {vmid for vmid in stay if f"VM {vmid} " not in told} == set(), report
-        self.over(clean=not report.left)
+            return  # the host did not answer; nothing is reported gone
+        text = " ".join(report.left)
+        remaining = before & set(self.mine())
+        assert {vmid for vmid in remaining if f"VM {vmid} " not in text} == set(), report
+        self.check_end(clean=not report.left)
 
     @precondition(lambda self: self.uuids or self.killed)
     @rule()
     def only_a_clean_up(self) -> None:
-        settings, host = self.env.settings, self.memory.connect()
+        settings, host = self.env.settings, self.host.connect()
         try:
             rows = [row for row in plan(host, settings) if row.run is not None]
         except PveError:
             return
         outcomes = execute(host, settings, rows)
-        going = all(row.verdict == "destroy" for row in rows)
-        self.over(clean=bool(rows) and going and all(each.result == "gone" for each in outcomes.values()))
+        complete = all(row.verdict == "destroy" for row in rows)
+        complete = complete and all(outcome.result == "gone" for outcome in outcomes.values())
+        self.check_end(clean=bool(rows) and complete)
 
-    def over(self, *, clean: bool) -> None:
-        with self.memory.open() as model:
-            model.state["faults"].clear()
-            self.killed &= {int(vmid) for vmid in model.state["vms"]}
-            if not clean:
-                return
-            assert self.mine(model) == []
-            assert self.killed == set()
-            sites = (model.state, *model.state["others"].values())
-            volumes = {volid for site in sites for volid in site["volumes"] if "/vm-" in volid}
-            theirs = {volid for volid in volumes if any(f"/vm-{vmid}-" in volid for vmid in self.theirs)}
-            assert volumes == theirs
-        assert self.pool not in [each["poolid"] for each in self.api.get("/pools")]
+    def check_end(self, *, clean: bool) -> None:
+        self.clear_faults()
+        self.killed &= set(self.host.vms())
+        if not clean:
+            return
+        assert self.mine() == []
+        assert self.killed == set()
+        assert [place for owner, *place in self.volumes() if owner not in self.theirs] == []
+        assert self.pool not in self.host.pools()
 
     @invariant()
-    def what_is_somebody_elses_is_as_it_was(self) -> None:
-        with self.memory.open() as model:
-            assert {vmid: self.seen(model, vmid) for vmid in self.theirs} == self.theirs
+    def everything_of_others_is_unchanged(self) -> None:
+        assert self.describe(self.theirs) == self.theirs
 
 
 TestEverything = Everything.TestCase
