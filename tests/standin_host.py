@@ -392,7 +392,7 @@ class StandinHost:
     def _make_folder(self, name: str, *, shared: bool) -> None:
         try:
             place = volumes.folder(name)
-        except PveFailure:  # the storage is disabled, or another node's
+        except PveFailure:  # the storage is disabled, or restricted to other nodes
             return
         if shared and not place.exists():
             (self.path / "shared" / name).mkdir(parents=True, exist_ok=True)
@@ -518,7 +518,7 @@ class StandinHost:
         with self.on():
             return next(each.name for each in members.every() if each.address == address)
 
-    def report(self, node: str | None = None, **changed: Any) -> None:
+    def report(self, node: str | None = None, /, **changed: Any) -> None:
         """Have a node report this instead of what it measures (`lab/node/state/reported.py`)."""
         with self.on(node):
             known = dict(reported.everything())
@@ -553,9 +553,9 @@ class StandinHost:
         if due:
             self.broadcast()
 
-    def bridges(self, **addresses: str) -> None:
-        """The bridges of the first node, by their names, each with its address or with none."""
-        self._interfaces(self.name, addresses)
+    def bridges(self, node: str | None = None, /, **addresses: str) -> None:
+        """The bridges of a node, by their names, each with its address or with none."""
+        self._interfaces(node or self.name, addresses)
 
     def _interfaces(self, node: str, addresses: Mapping[str, str]) -> None:
         root = self._root(node)

@@ -190,3 +190,16 @@ def test_an_action_comes_before_the_next_call_that_fits(host: StandinHost) -> No
 def test_an_answer_can_be_another_one(host: StandinHost) -> None:
     host.change_answers("GET", "/version", lambda answer: {**answer, "version": None})
     assert host.connect().api.get("/version")["version"] is None
+
+
+def test_a_vm_is_available_on_the_nodes_that_have_all_of_its_volumes(host: StandinHost) -> None:
+    for node in ("father2", "father3"):
+        host.join(node)
+    host.storage("nas", "nfs", "images", shared=1)
+    host.storage("san", "nfs", "images", shared=1, nodes="father,father3")
+    api, disks = host.connect().api, ("nas:1", "san:1", "local:1")
+    for number, expected in enumerate((["father", "father2", "father3"], ["father", "father3"], ["father"])):
+        options = {f"scsi{index}": disk for index, disk in enumerate(disks[: number + 1])}
+        host.create_vm(100 + number, **options)
+        answer = api.get(f"{QEMU}/{100 + number}/feature", feature="copy")
+        assert answer == {"hasFeature": 1, "nodes": expected}

@@ -9,7 +9,7 @@ from ..api.access import Caller
 from ..api.errors import PveFailure, Unsupported
 from ..api.tree import api, task
 from ..machine import disks, machine
-from ..state import clock, guests, locks, output, reported, volumes
+from ..state import clock, guests, locks, members, output, paths, reported, volumes
 from ..state.guests import Guest
 from .power import agent_enabled, boot, off
 
@@ -46,14 +46,25 @@ def _drives(guest: Guest) -> dict[str, str]:
 
 @api("GET", "/nodes/{node}/qemu/{vmid}/feature")
 def feature(caller: Caller, params: dict[str, Any]) -> Any:
-    drives = list(_drives(guests.load(params["vmid"])).values())
+    guest = guests.load(params["vmid"])
+    drives = list(_drives(guest).values())
     able = {
         "snapshot": all(map(_can_be_kept, drives)),
         "clone": all(volumes.path(volid).name.startswith("base-") for volid in drives),
         "copy": True,
     }
-    answer = {"hasFeature": int(able[params["feature"]]), "nodes": [params["node"]]}
+    answer = {"hasFeature": int(able[params["feature"]]), "nodes": _common_nodes(guest)}
     return answer | reported.of("feature", str(params["vmid"])).get(params["feature"], {})
+
+
+def _common_nodes(guest: Guest) -> list[str]:
+    """The nodes that have all volumes of the VM: only this one if a volume is local."""
+    nodes = {member.name for member in members.every()}
+    for value in guest.drives().values():
+        storage, separator, _ = value.removeprefix("file=").split(",")[0].partition(":")
+        if separator:
+            nodes &= {*volumes.nodes(storage)} if volumes.shared(storage) else {paths.node()}
+    return sorted(nodes)
 
 
 def _can_be_kept(volid: str) -> bool:
