@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from memory_host import MemoryHost
-from memory_model import volume
 from standin_environment import Make, environments
+from standin_host import GIB, IMAGE, NESTED, StandinHost
 
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.environment.facts import ProvisionFacts
@@ -34,22 +30,18 @@ from pytest_nestedpve.setup.preflight import PreflightError, preflight
 from pytest_nestedpve.teardown import plan
 from pytest_nestedpve.teardown.teardown import teardown
 
-NESTED = "/sys/module/kvm_intel/parameters/nested"
+STANDIN = True
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
+def host(memory: StandinHost) -> StandinHost:
     """Two nodes; the connection ends on father."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    host = MemoryHost(tmp_path / "host.json")
-    with host.open() as model:
-        model.state["files"] |= {NESTED: "Y\n", "/dev/kvm": ""}
-        model.join("father2")
-    return host
+    memory.join("father2")
+    return memory
 
 
 @pytest.fixture
-def environment(tmp_path: Path, host: MemoryHost) -> Iterator[Make]:
+def environment(tmp_path: Path, host: StandinHost) -> Iterator[Make]:
     with environments(host, tmp_path) as make:
         yield make
 
@@ -64,7 +56,7 @@ def env(environment: Make) -> Environment:
 def create_ours(env: Environment, node: str = "father", *, running: bool = True) -> int:
     host = env.outer.at(node)
     created = create_marked(host, env.run, env.settings)
-    qemu.configure(host.api, created.node, created.vmid, scsi0="local:8,format=qcow2")
+    qemu.configure(host.api, created.node, created.vmid, scsi0="local:8,format=qcow2", ide2="local:cloudinit")
     snippet = vendor_data.write_snippet(host, "local", env.run.id, "#cloud-config\n")
     qemu.configure(host.api, created.node, created.vmid, cicustom=f"vendor={snippet}")
     if running:
@@ -80,19 +72,15 @@ def create_ours(env: Environment, node: str = "father", *, running: bool = True)
     return created.vmid
 
 
-def move(host: MemoryHost, vmid: int, node: str) -> None:
-    with host.open() as model:
-        model.migrate(vmid, node)
+def check_no_leftovers(host: StandinHost) -> None:
+    assert (host.vms(), host.pools()) == ([], {})
+    assert {node: host.volumes(node) for node in host.nodes()} == {node: [IMAGE] for node in host.nodes()}
 
 
-def check_no_leftovers(host: MemoryHost) -> None:
-    with host.open() as model:
-        assert model.state["vms"] == {}
-        assert model.state["pools"] == {}
-        for node in ("father", *model.state["others"]):
-            volumes = model.site(node)["volumes"]
-            assert not [name for name in volumes if "/vm-" in name], (node, volumes)
-            assert not [path for path in model.site(node)["files"] if "npve-" in path], node
+def report_memory(host: StandinHost, node: str, used: int) -> None:
+    """Have the cluster report that so many bytes of the node's memory are in use."""
+    host.report(node, node={"mem": used})
+    host.broadcast()
 
 
 # -- the cluster's own answers -------------------------------------------------------------------------
@@ -139,33 +127,32 @@ def test_ssh_between_nodes_checks_host_keys_and_quotes_the_command(env: Environm
     assert recorder.command[-2:] == ["root@10.77.7.12", "rm -- 'a b; reboot'"]
 
 
-def test_a_node_that_refuses_the_login_is_reported_with_the_fix(env: Environment, host: MemoryHost) -> None:
-    with host.open() as model:
-        model.state["others"]["father2"]["ssh"] = False
+def test_a_node_that_refuses_the_login_is_reported_with_the_fix(env: Environment, host: StandinHost) -> None:
+    host.set_logins("father2", False)
     with pytest.raises(NodeUnreachable, match=r"father2 \(10.77.7.12\).*pvecm updatecerts"):
         env.outer.at("father2").run(["true"])
 
 
 def test_an_unknown_node_is_an_error(env: Environment) -> None:
-    with pytest.raises(NodeUnreachable, match=r"it has: father2, father\Z"):
+    with pytest.raises(NodeUnreachable, match=r"it has: father, father2\Z"):
         env.outer.at("father3")
 
 
 # -- migrated VMs --------------------------------------------------------------------------------------
 
 
-def test_a_migrated_vm_is_proved_on_its_new_node(env: Environment, host: MemoryHost) -> None:
+def test_a_migrated_vm_is_proved_on_its_new_node(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
     created = ProvisionFacts.read(env.facts["provision"]).vm
-    move(host, vmid, "father2")
+    host.migrate(vmid, "father2")
     proof = prove(env.outer.api, env.settings, created, env.run)
     assert (proof.ok, proof.node, proof.gone) == (True, "father2", False)
 
 
-def test_a_vm_that_migrates_while_it_is_read_is_proved(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_that_migrates_while_it_is_read_is_proved(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
     created = ProvisionFacts.read(env.facts["provision"]).vm
-    host.fault("GET", f"/nodes/father/qemu/{vmid}/status/current", do="migrate", text=f"{vmid}:father2")
+    host.before("GET", f"/nodes/father/qemu/{vmid}/status/current", lambda: host.migrate(vmid, "father2"))
     assert prove(env.outer.api, env.settings, created, env.run).ok
 
 
@@ -178,10 +165,10 @@ def test_only_a_vm_on_no_node_is_gone(env: Environment) -> None:
 
 @pytest.mark.parametrize("to", ["father", "father2"])
 def test_a_migration_between_provision_and_teardown_causes_no_leftovers(
-    env: Environment, host: MemoryHost, to: str
+    env: Environment, host: StandinHost, to: str
 ) -> None:
     vmid = create_ours(env, "father" if to == "father2" else "father2")
-    move(host, vmid, to)
+    host.migrate(vmid, to)
     report = teardown(env)
     assert report.left == ()
     assert report.destroyed == (f"VM {vmid}",)
@@ -203,45 +190,47 @@ def test_a_migration_between_provision_and_teardown_causes_no_leftovers(
 )
 @pytest.mark.parametrize("running", [True, False])
 def test_a_vm_that_migrates_during_its_destruction_is_destroyed(
-    env: Environment, host: MemoryHost, method: str, path: str, running: bool
+    env: Environment, host: StandinHost, method: str, path: str, running: bool
 ) -> None:
     vmid = create_ours(env, running=running)
-    host.fault(method, path.format(vmid), do="migrate", text=f"{vmid}:father2")
+    host.before(method, path.format(vmid), lambda: host.migrate(vmid, "father2"))
     assert teardown(env).left == ()
     check_no_leftovers(host)
 
 
-def test_a_vm_that_migrates_back_and_forth_is_destroyed(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_that_migrates_back_and_forth_is_destroyed(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
-    host.fault("POST", f"/nodes/father/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father2")
-    host.fault("POST", f"/nodes/father2/qemu/{vmid}/status/stop", do="migrate", text=f"{vmid}:father")
+    host.before("POST", f"/nodes/father/qemu/{vmid}/status/stop", lambda: host.migrate(vmid, "father2"))
+    host.before("POST", f"/nodes/father2/qemu/{vmid}/status/stop", lambda: host.migrate(vmid, "father"))
     assert teardown(env).left == ()
     check_no_leftovers(host)
 
 
-def test_a_running_migration_is_awaited_and_its_lock_not_removed(env: Environment, host: MemoryHost) -> None:
+def test_a_running_migration_is_awaited_and_its_lock_not_removed(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env, running=False)
-    with host.open() as model:
-        model.migrate(vmid, "father2")
-        model.state["vms"][str(vmid)]["config"]["lock"] = "migrate"
-        model.state["delays"]["qmigrate"] = 1.5
-        upid = model.fork("qmigrate", str(vmid), {"do": "nothing", "node": "father"})
-        model.state["commands"].clear()
+    host.migrate(vmid, "father2")
+    host.edit_vm(vmid, lock="migrate")
+    upid = host.add_task("qmigrate", vmid, None)
+    events: list[str] = []
+
+    def end_migration() -> None:
+        events.append("ended")
+        host.edit_task(upid, status="OK", endtime=int(host.now()))
+
+    host.before("DELETE", f"/nodes/father2/qemu/{vmid}", lambda: events.append("destroyed"))
+    timer = threading.Timer(1.5, end_migration)
+    timer.start()
     assert teardown(env).left == ()
-    with host.open() as model:
-        ended = next(task["end"] for task in model.state["tasks"] if task["upid"] == upid)
-        destroyed = [task["start"] for task in model.state["tasks"] if task["type"] == "qmdestroy"]
-        assert ended is not None
-        assert min(destroyed) >= ended
+    timer.join()
+    assert events == ["ended", "destroyed"]
     check_no_leftovers(host)
 
 
-def test_phases_use_the_current_node_of_the_vm(env: Environment, host: MemoryHost) -> None:
+def test_phases_use_the_current_node_of_the_vm(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env, running=False)
     env.facts["provision"]["storage"] = "local"
-    move(host, vmid, "father2")
-    with host.open() as model:  # its snippet is on a storage of its former node
-        model.state["vms"][str(vmid)]["config"].pop("cicustom")
+    host.migrate(vmid, "father2")
+    host.edit_vm(vmid, cicustom=None)  # its snippet is on a storage of its former node
     assert "started" in vm.start(env, vm.NESTED)["did"]
     assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
@@ -251,13 +240,13 @@ def test_phases_use_the_current_node_of_the_vm(env: Environment, host: MemoryHos
 
 @pytest.mark.parametrize("how", ["started", "rolled back"])
 def test_a_snippet_is_written_again_on_the_node_of_a_migrated_vm(
-    env: Environment, host: MemoryHost, how: str
+    env: Environment, host: StandinHost, how: str
 ) -> None:
     vmid = create_ours(env, running=False)
     snippet = qemu.guest_config(env.outer.api, "father", vmid)["cicustom"].partition("=")[2]
     env.facts["provision"]["snippet"] = snippet
     assert snapshots.take(env, "npve_provision", "")
-    move(host, vmid, "father2")
+    host.migrate(vmid, "father2")
     if how == "started":
         assert "started" in vm.start(env, vm.NESTED)["did"]
     else:
@@ -266,18 +255,17 @@ def test_a_snippet_is_written_again_on_the_node_of_a_migrated_vm(
         snapshots.roll_back(env, "npve_provision")
     assert vm.probe_start(env, vm.NESTED) is not None
     assert env.facts["provision"]["node"] == "father2"
-    with host.open() as model:
-        assert [name for name in model.site("father2")["files"] if env.run.id in name]
+    assert [volid for volid in host.volumes("father2") if env.run.id in volid]
     assert teardown(env).left == ()
     check_no_leftovers(host)
 
 
 def test_a_foreign_vm_with_the_same_id_on_another_node_is_not_touched(
-    env: Environment, host: MemoryHost
+    env: Environment, host: StandinHost
 ) -> None:
     vmid = create_ours(env, running=False)
     qemu.destroy(env.outer.api, "father", vmid)
-    env.outer.api.post("/nodes/father2/qemu", vmid=vmid, name="somebodys", scsi0="local:4")
+    host.create_vm(vmid, "father2", name="foreign", scsi0="local:4")
     before = host.configuration(vmid)
     with pytest.raises(GuestNotFound):
         vm.start(env, vm.NESTED)
@@ -290,29 +278,28 @@ def test_a_foreign_vm_with_the_same_id_on_another_node_is_not_touched(
 # -- foreign objects -----------------------------------------------------------------------------------
 
 
-def test_a_look_alike_on_the_other_node_remains(env: Environment, host: MemoryHost) -> None:
+def test_a_similar_vm_on_the_other_node_remains(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
     name = env.facts["provision"]["name"]
     other = 99998 if vmid != 99998 else 99997
     forged = Marker(env.run.id, vmid, new_uuid()).to_text()
-    env.outer.api.post("/nodes/father2/qemu", vmid=other, name=name, description=forged, scsi0="local:4")
+    host.create_vm(other, "father2", name=name, description=forged, scsi0="local:4")
     before = host.configuration(other)
     report = teardown(env)
     assert report.left == ()
     assert [line for line in report.kept if str(other) in line]
     assert host.configuration(other) == before
-    with host.open() as model:
-        assert f"local:{other}/vm-{other}-disk-0.raw" in model.site("father2")["volumes"]
+    assert f"local:{other}/vm-{other}-disk-0.raw" in host.volumes("father2")
 
 
-def test_an_id_in_use_on_the_other_node_is_not_selected(environment: Make) -> None:
+def test_an_id_in_use_on_the_other_node_is_not_selected(environment: Make, host: StandinHost) -> None:
     env = environment(vmid_ranges=((99901, 99902),))
     create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
-    env.outer.api.post("/nodes/father2/qemu", vmid=99901, name="theirs")
+    host.create_vm(99901, "father2", name="foreign")
     assert create_marked(env.outer, env.run, env.settings).vmid == 99902
 
 
-def test_after_a_conflict_on_the_other_node_the_next_id_is_used(environment: Make, host: MemoryHost) -> None:
+def test_after_a_conflict_on_the_other_node_the_next_id_is_used(environment: Make, host: StandinHost) -> None:
     env = environment(vmid_ranges=((99901, 99902),))
     create_pool(env.outer.api, env.run, env.settings, host_clock(env.outer))
     # Recorded: cluster-029.
@@ -326,25 +313,22 @@ def test_after_a_conflict_on_the_other_node_the_next_id_is_used(environment: Mak
 
 
 def test_a_foreign_volume_on_the_other_node_remains_and_is_reported(
-    env: Environment, host: MemoryHost
+    env: Environment, host: StandinHost
 ) -> None:
     vmid = create_ours(env)
     orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
-    with host.open() as model:
-        model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
-    move(host, vmid, "father2")
+    host.volume(orphan, node="father2")
+    host.migrate(vmid, "father2")
     report = teardown(env)
     assert len(report.left) == 1
     assert orphan in report.left[0]
-    with host.open() as model:
-        assert orphan in model.site("father2")["volumes"]
+    assert orphan in host.volumes("father2")
 
 
-def test_an_unreferenced_volume_of_the_vm_is_deleted(env: Environment, host: MemoryHost) -> None:
+def test_an_unreferenced_volume_of_the_vm_is_deleted(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env, "father2")
     orphan = f"local:{vmid}/vm-{vmid}-disk-7.raw"
-    with host.open() as model:
-        model.site("father2")["volumes"][orphan] = volume("images", "raw", 1 << 30, vmid)
+    host.volume(orphan, node="father2")
     assert teardown(env).left == ()
     check_no_leftovers(host)
 
@@ -352,62 +336,59 @@ def test_an_unreferenced_volume_of_the_vm_is_deleted(env: Environment, host: Mem
 # -- offline nodes ------------------------------------------------------------------------------------
 
 
-def test_a_vm_on_an_offline_node_is_reported_at_once_as_left_over(env: Environment, host: MemoryHost) -> None:
+def test_a_vm_on_an_offline_node_is_reported_at_once_as_left_over(
+    env: Environment, host: StandinHost
+) -> None:
     vmid = create_ours(env, "father2")
-    with host.open() as model:
-        model.state["others"]["father2"]["online"] = False
+    host.set_online("father2", False)
     spent = deadline.Deadline(20)
     report = teardown(env)
     assert not spent.expired, "an offline node is not awaited"
     assert report.destroyed == ()
     assert any(f"VM {vmid} on father2: its node father2 is offline" in line for line in report.left)
     assert any(pool_name(env.settings, env.run) in line for line in report.left)
-    with host.open() as model:
-        model.state["others"]["father2"]["online"] = True
+    host.set_online("father2", True)
     assert teardown(env).left == ()
     check_no_leftovers(host)
 
 
-def test_the_plan_has_a_vm_on_an_offline_node(env: Environment, host: MemoryHost) -> None:
+def test_the_plan_has_a_vm_on_an_offline_node(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env, "father2")
-    with host.open() as model:
-        model.state["offset"] = 30 * 86400.0
-        model.state["others"]["father2"]["online"] = False
+    host.advance(30 * 86400)
+    host.set_online("father2", False)
     rows = plan.plan(env.outer, env.settings)
     assert [(row.vmid, row.verdict, row.is_leftover) for row in rows] == [(vmid, "keep", True)]
     assert "father2 cannot be reached" in rows[0].reason
 
 
-def test_an_offline_node_does_not_prevent_teardown_on_another(env: Environment, host: MemoryHost) -> None:
+def test_an_offline_node_does_not_prevent_teardown_on_another(env: Environment, host: StandinHost) -> None:
     create_ours(env)
-    with host.open() as model:
-        model.state["others"]["father2"]["online"] = False
+    host.set_online("father2", False)
     assert teardown(env).left == ()
 
 
 def test_snippets_that_cannot_be_removed_on_the_other_node_are_reported(
-    env: Environment, host: MemoryHost
+    env: Environment, host: StandinHost
 ) -> None:
     vmid = create_ours(env, "father2")
-    with host.open() as model:
-        model.state["others"]["father2"]["ssh"] = False
+    host.set_logins("father2", False)
     report = teardown(env)
     assert report.destroyed == (f"VM {vmid}",)
     assert any("snippet local:snippets/npve-" in line and "father2" in line for line in report.left)
 
 
-def test_discovery_finds_a_vm_that_migrates_meanwhile(env: Environment, host: MemoryHost) -> None:
+def test_discovery_finds_a_vm_that_migrates_meanwhile(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
-    with host.open() as model:  # known by its marker only
-        model.state["pools"][pool_name(env.settings, env.run)]["vms"] = []
-    host.fault("GET", f"/nodes/father/qemu/{vmid}/config", do="migrate", text=f"{vmid}:father2")
+    # Identified by its marker only:
+    host.connect().api.put("/pools", poolid=pool_name(env.settings, env.run), vms=vmid, delete=1)
+    host.before("GET", f"/nodes/father/qemu/{vmid}/config", lambda: host.migrate(vmid, "father2"))
     assert [(vm.vmid, vm.node) for vm in discover(env.outer, env.settings, env.run.id)] == [(vmid, "father2")]
 
 
-def test_the_node_of_a_vm_is_read_from_the_cluster(env: Environment, host: MemoryHost) -> None:
+def test_the_node_of_a_vm_is_read_from_the_cluster(env: Environment, host: StandinHost) -> None:
     vmid = create_ours(env)
     assert node_of(env.outer.api, vmid) == "father"
-    move(host, vmid, "father2")
+    host.migrate(vmid, "father2")
     assert node_of(env.outer.api, vmid) == "father2"
     assert node_of(env.outer.api, 12345) is None
 
@@ -421,10 +402,10 @@ def choose(env: Environment) -> tuple[str, str]:
 
 
 def test_the_node_with_the_most_free_memory_is_selected_with_its_reason(
-    environment: Make, host: MemoryHost
+    environment: Make, host: StandinHost
 ) -> None:
-    with host.open() as model:
-        model.join("father3", mem=4 << 30)
+    host.join("father3")
+    report_memory(host, "father3", 4 * GIB)
     node, did = choose(environment())
     assert node == "father3"
     assert "most free memory of the suitable nodes (60.0 GiB of memory free)" in did
@@ -436,39 +417,37 @@ def test_among_equal_nodes_the_connected_one_is_selected(environment: Make) -> N
     assert choose(environment())[0] == "father"
 
 
-@pytest.mark.parametrize(
-    ("attributes", "settings", "why"),
-    [
-        (
-            {"bridges": {"vmbr1": "10.88.0.1/24"}},
-            {"bridge": "vmbr0"},
-            "bridge: no such bridge; existing: vmbr1",
-        ),
-        ({"storages": {}}, {}, "storage: no such storage"),
-        ({"volumes": {}}, {}, "image: none"),
-        ({"online": False}, {}, "it is offline"),
-        ({"ssh": False}, {}, "no login from node to node"),
-        ({"files": {NESTED: "N\n", "/dev/kvm": ""}}, {}, "nested virtualisation: N"),
-    ],
-    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
-)
+UNSUITABLE: dict[str, tuple[Callable[[StandinHost], object], str]] = {
+    "bridge": (
+        lambda host: host.bridges("father2", vmbr1="10.88.0.1/24"),
+        "bridge: no such bridge; existing: vmbr1",
+    ),
+    "storage": (lambda host: host.storage("local", nodes="father"), "storage: no such storage"),
+    "image": (lambda host: host.remove_volume(IMAGE, "father2"), "image: none"),
+    "offline": (lambda host: host.set_online("father2", False), "it is offline"),
+    "login": (lambda host: host.set_logins("father2", False), "no login from node to node"),
+    "nesting": (lambda host: host.file(NESTED, "father2").write_text("N\n"), "nested virtualisation: N"),
+}
+
+
+@pytest.mark.parametrize("defect", UNSUITABLE)
 def test_an_unsuitable_node_is_rejected_with_its_reason(
-    environment: Make, host: MemoryHost, attributes: dict[str, Any], settings: dict[str, Any], why: str
+    environment: Make, host: StandinHost, defect: str
 ) -> None:
-    with host.open() as model:
-        model.join("father2", **{"mem": 0, **attributes})
-    node, did = choose(environment(**settings))
+    report_memory(host, "father2", 0)
+    change, reason = UNSUITABLE[defect]
+    change(host)
+    node, did = choose(environment(**{"bridge": "vmbr0"} if defect == "bridge" else {}))
     assert node == "father"
-    assert why in did
+    assert reason in did
 
 
-def test_a_configured_storage_limits_the_choice_to_its_node(environment: Make, host: MemoryHost) -> None:
-    with host.open() as model:
-        model.site("father2")["storages"]["tank"] = {"type": "zfspool", "content": "images", "avail": 1 << 40}
-        model.site("father2")["mem"] = 60 << 30
+def test_a_configured_storage_limits_the_choice_to_its_node(environment: Make, host: StandinHost) -> None:
+    host.storage("tank", "zfspool", "images", nodes="father2")
+    report_memory(host, "father2", 60 * GIB)
     node, did = choose(environment(storage="tank"))
     assert node == "father2"
-    assert "father: storage: no such storage" in did
+    assert "father: storage: it is disabled or not active" in did
 
 
 def test_if_no_node_is_suitable_the_reason_of_each_is_reported(environment: Make) -> None:
@@ -479,10 +458,10 @@ def test_if_no_node_is_suitable_the_reason_of_each_is_reported(environment: Make
 
 
 def test_a_network_without_an_address_of_the_connected_node_is_a_warning(
-    environment: Make, host: MemoryHost
+    environment: Make, host: StandinHost
 ) -> None:
-    with host.open() as model:
-        model.join("father2", mem=0, bridges={"vmbr0": "10.99.0.1/24"})
+    host.bridges("father2", vmbr0="10.99.0.1/24")
+    report_memory(host, "father2", 0)
     env = environment()
     assert choose(env)[0] == "father2"
     assert any("through whose SSH server every login goes" in remark for remark in env.remarks)
@@ -490,52 +469,46 @@ def test_a_network_without_an_address_of_the_connected_node_is_a_warning(
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_template_on_shared_storage_may_be_cloned_to_another_node(
-    environment: Make, host: MemoryHost, shared: bool
+    environment: Make, host: StandinHost, shared: bool
 ) -> None:
-    with host.open() as model:
-        for node in ("father", "father2"):
-            nas = {"type": "nfs", "path": "/mnt/pve/nas", "content": "images", "shared": 1, "avail": 1 << 40}
-            model.site(node)["storages"]["nas"] = nas
-        model.site("father2")["mem"] = 0
-        nodes = ["father", "father2"] if shared else ["father"]
-        model.state["features"] = {"500": {"clone": 1, "nodes": nodes}}
+    host.storage("nas", "nfs", "images", shared=1)
+    report_memory(host, "father2", 0)
     env = environment(template="golden")
     api = env.outer.api
     disk = "nas:8,format=qcow2" if shared else "local:8"
     api.post("/nodes/father/qemu", vmid=500, name="golden", scsi0=disk)
     api.post("/nodes/father/qemu/500/template")
-    with host.open() as model:
-        model.state["offset"] += 30  # later than the cluster's broadcast
+    host.broadcast()
     env.facts["preflight"] = preflight(env)
     assert env.facts["preflight"]["node"] == ("father2" if shared else "father")
-    shape = vm.Shape("nas", "vmbr0", 2, 2048, 8, ("ssh-ed25519 AAAA",), template=500)
+    public_key = env.run.directory.ensure_key("a run")
+    shape = vm.Shape("nas", "vmbr0", 2, 2048, 8, (public_key,), template=500)
     created = vm.provision(env, vm.NESTED, shape)
     assert created["node"] == env.facts["preflight"]["node"]
     assert teardown(env).left == ()
 
 
-def test_the_vm_and_its_snippet_are_created_on_the_selected_node(environment: Make, host: MemoryHost) -> None:
-    with host.open() as model:
-        model.site("father2")["mem"] = 0
+def test_the_vm_and_its_snippet_are_created_on_the_selected_node(
+    environment: Make, host: StandinHost
+) -> None:
+    report_memory(host, "father2", 0)
     env = environment()
     env.facts["preflight"] = resources = preflight(env)
+    public_key = env.run.directory.ensure_key("a run")
     shape = vm.Shape(
-        resources["storage"], resources["bridge"], 2, 2048, 8, ("ssh-ed25519 AAAA",),
+        resources["storage"], resources["bridge"], 2, 2048, 8, (public_key,),
         image=resources["image"], format=resources["format"], snippets=resources["snippets"],
     )  # fmt: skip
     facts = vm.provision(env, vm.NESTED, shape)
     assert facts["node"] == "father2"
     env.facts["provision"] = dict(facts)
     vm.start(env, vm.NESTED)
-    snippet = f"/var/lib/vz/snippets/npve-{env.run.id}-vendor.yaml"
-    with host.open() as model:
-        assert snippet in model.site("father2")["files"]
-        assert snippet not in model.state["files"]
-        assert f"local:{facts['vmid']}/vm-{facts['vmid']}-disk-0.qcow2" in model.site("father2")["volumes"]
+    snippet = f"local:snippets/npve-{env.run.id}-vendor.yaml"
+    disk = f"local:{facts['vmid']}/vm-{facts['vmid']}-disk-0.qcow2"
+    assert {snippet, disk} <= {*host.volumes("father2")}
+    assert host.volumes() == [IMAGE]
     assert teardown(env).left == ()
-    with host.open() as model:
-        assert snippet not in model.site("father2")["files"]
-        assert not [name for name in model.site("father2")["volumes"] if "/vm-" in name]
+    check_no_leftovers(host)
 
 
 # -- ssh between nodes, with a shell -------------------------------------------------------------------
