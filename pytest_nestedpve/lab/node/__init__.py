@@ -1,4 +1,4 @@
-"""What runs on the nodes of a lab in place of Proxmox VE: its API, its commands, its machines.
+"""A replacement of Proxmox VE for the nodes of a lab: API, commands and machines.
 
-Delivered to the nodes as a package of its own, so it needs the standard library alone.
+Delivered to the nodes as a separate package, so it needs the standard library alone.
 """

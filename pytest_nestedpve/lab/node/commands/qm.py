@@ -185,18 +185,18 @@ def _import(values: dict[str, Any]) -> int:
         from ..handlers.config import add_unused
 
         print(f"importing disk '{source}' to VM {vmid} ...", flush=True)
-        made: list[str] = []
+        created: list[str] = []
         try:
             with locks.guest(vmid):
                 guest = guests.load(vmid)
                 guest.check_lock()
                 fmt = values.get("format", "raw")
                 volid = f"{storage}:{vmid}/{volumes.next_name(storage, vmid, fmt)}"
-                vm_options.copy_in(file, volid, fmt, announce=False, made=made)
+                vm_options.copy_in(file, volid, fmt, announce=False, created=created)
                 key = add_unused(guest, volid)
                 guest.save()
         except BaseException:
-            vm_options.take_back(made)
+            vm_options.remove_created(created)
             raise
         print(f"{key}: successfully imported disk '{volid}'", flush=True)
 

@@ -46,14 +46,14 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
     Guest(new, {"lock": "clone"}, node=target).save()
 
     def work() -> None:
-        made: list[str] = []
+        created: list[str] = []
         try:
             with locks.guest(vmid, timeout=1.0):
-                _clone(guests.load(vmid), source, new, params, made, full=full)
+                _clone(guests.load(vmid), source, new, params, created, full=full)
             if params.get("pool"):
                 pools.add_guest(params["pool"], new)
         except BaseException as e:
-            vm_options.take_back(made)
+            vm_options.remove_created(created)
             guests.remove(new, target)
             if isinstance(e, disks.DiskError):
                 raise PveFailure(f"clone failed: {e}") from e
@@ -64,12 +64,12 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
 
 def _source(guest: Guest, snapshot: str | None) -> dict[str, str]:
     if not snapshot or snapshot == "current":
-        return guests.clone_of(guest.conf)
+        return guests.copy_of(guest.conf)
     values = guest.snapshots.get(snapshot)
     if values is None:
         raise PveFailure(f"snapshot '{snapshot}' does not exist")
     kept = {key: value for key, value in values.items() if key not in ("description", "snaptime")}
-    return guests.clone_of(kept)
+    return guests.copy_of(kept)
 
 
 def _disks(conf: dict[str, str]) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _can_link(source: dict[str, str]) -> None:
 
 
 def _can_be_there(source: dict[str, str], target: str, storage: str | None) -> None:
-    """A clone is made on this node: another one has its disks only if they are shared."""
+    """A clone is created on this node: another one has its disks only if they are shared."""
     for value in _disks(source).values():
         for name in {volumes.split(value)[0], storage or volumes.split(value)[0]}:
             if not volumes.shared(name) or target not in volumes.nodes(name):
@@ -104,7 +104,7 @@ def _check_rights(caller: Caller, source: dict[str, str], storage: str | None) -
 
 
 def _clone(
-    guest: Guest, source: dict[str, str], new: int, params: dict[str, Any], made: list[str], *, full: bool
+    guest: Guest, source: dict[str, str], new: int, params: dict[str, Any], created: list[str], *, full: bool
 ) -> None:
     output.line(f"creating a clone of VM {guest.vmid} with ID {new}")
     conf = {k: v for k, v in source.items() if k not in NOT_COPIED and not re.fullmatch(r"unused\d+", k)}
@@ -114,15 +114,15 @@ def _clone(
             name, _ = volumes.split(volid)
             copy = f"{params.get('storage', name)}:{new}/vm-{new}-cloudinit.qcow2"
             output.line(f"create full clone of drive {key} ({volid})")
-            made.append(copy)
+            created.append(copy)
             volumes.allocate(copy, 4 * 1024**2, "qcow2")
             conf[key] = f"{copy},media=cdrom,size=4M"
         elif "media=cdrom" in value:
             continue
         elif full:
-            conf[key] = ",".join(filter(None, (_full(volid, new, key, params, made), rest)))
+            conf[key] = ",".join(filter(None, (_full(volid, new, key, params, created), rest)))
         else:
-            conf[key] = ",".join(filter(None, (_linked(volid, new, key, made), rest)))
+            conf[key] = ",".join(filter(None, (_linked(volid, new, key, created), rest)))
     for key in [key for key in conf if NETS.fullmatch(key)]:
         conf[key] = re.sub(
             r"=[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", f"={vm_options.new_mac()}", conf[key], count=1
@@ -140,7 +140,7 @@ def _clone(
     Guest(new, conf, node=params.get("target", paths.node())).save()
 
 
-def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str]) -> str:
+def _full(volid: str, new: int, key: str, params: dict[str, Any], created: list[str]) -> str:
     output.line(f"create full clone of drive {key} ({volid})")
     file = volumes.path(volid)
     about = disks.info(file)
@@ -148,7 +148,7 @@ def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str
     fmt = params.get("format") or about["format"]
     copy = f"{store}:{new}/{volumes.next_name(store, new, fmt)}"
     output.line(volumes.formatting(volumes.path(copy), about["size"], fmt))
-    made.append(copy)
+    created.append(copy)
     snapshot = params.get("snapname") if params.get("snapname") not in (None, "current") else None
     disks.full_clone(file, volumes.path(copy), fmt, snapshot)
     output.line(f"allocated target volume '{copy}'")
@@ -156,7 +156,7 @@ def _full(volid: str, new: int, key: str, params: dict[str, Any], made: list[str
     return copy
 
 
-def _linked(volid: str, new: int, key: str, made: list[str]) -> str:
+def _linked(volid: str, new: int, key: str, created: list[str]) -> str:
     output.line(f"create linked clone of drive {key} ({volid})")
     name, _ = volumes.split(volid)
     base = volumes.path(volid)
@@ -169,6 +169,6 @@ def _linked(volid: str, new: int, key: str, made: list[str]) -> str:
     target = volumes.path(copy)
     extra = f" backing_file={below} backing_fmt={about['format']}"
     output.line(volumes.formatting(target, about["size"], "qcow2", extra))
-    made.append(copy)
+    created.append(copy)
     disks.linked_clone(base, target, "qcow2")
     return copy

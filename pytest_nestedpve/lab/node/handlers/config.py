@@ -132,7 +132,7 @@ def _apply(
     guest: Guest, given: dict[str, str], deleted: list[str], revert: list[str], *, force: bool
 ) -> None:
     on = guests.running(guest.vmid)
-    guests.settle(guest)
+    guests.apply_pending(guest)
     for name in revert:
         guest.pending.pop(name, None)
     for name in deleted:
@@ -142,19 +142,19 @@ def _apply(
             guest.pending[name] = None
         else:
             delete_option(guest, name, force=force)
-    made: list[str] = []
+    created: list[str] = []
     try:
         drives = {name: value for name, value in given.items() if DRIVES.fullmatch(name)}
         for name in drives:
             _retire(guest, name)
-        vm_options.make_drives(guest, drives, made=made)
+        vm_options.create_drives(guest, drives, created=created)
     except BaseException:
-        vm_options.take_back(made)
+        vm_options.remove_created(created)
         raise
     for name, value in given.items():
         if name in drives:
             continue
-        value = vm_options.normal(name, value)
+        value = vm_options.normalized(name, value)
         if name == "template" and value == "0":
             guest.conf.pop("template", None)
         elif on and not AT_ONCE.fullmatch(name):

@@ -50,7 +50,7 @@ def migrate(caller: Caller, params: dict[str, Any]) -> Any:
     def work() -> None:
         begin = time.monotonic()
         with locks.guest(vmid):
-            guest = guests.settle(guests.load(vmid))
+            guest = guests.apply_pending(guests.load(vmid))
             guest.check_lock()
             guest.conf["lock"] = "migrate"
             guest.save()

@@ -64,7 +64,7 @@ def start_now(vmid: int, *, skip: bool = False) -> None:
 
 def boot(guest: Guest) -> None:
     """Apply what is pending, check what the machine needs, and start it (the caller has the lock)."""
-    guests.settle(guest)
+    guests.apply_pending(guest)
     paths.pause("start_s")
     spec = machine_spec(guest)
     if spec.memory * 1024**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -124,7 +124,7 @@ def off(vmid: int) -> None:
     """The machine is off now: pending values apply."""
     store().drop("runtime", vmid)
     if guests.here(vmid):
-        guests.settle(guests.load(vmid))
+        guests.apply_pending(guests.load(vmid))
 
 
 def _stop_now(vmid: int) -> None:

@@ -72,18 +72,18 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
     vm_options.check_storage(caller, vmid, given)
     for name in ("sshkeys", "net0"):
         if name in given:
-            vm_options.normal(name, given[name])
+            vm_options.normalized(name, given[name])
     _reserve(vmid, caller)
 
     def work() -> None:
-        made: list[str] = []
+        created: list[str] = []
         try:
             with locks.guest(vmid):
-                _create(caller, vmid, given, made)
+                _create(caller, vmid, given, created)
                 if pool is not None:
                     pools.add_guest(pool, vmid)
         except BaseException as e:
-            vm_options.take_back(made)
+            vm_options.remove_created(created)
             guests.remove(vmid)
             if isinstance(e, PveFailure):
                 raise PveFailure(f"unable to create VM {vmid} - {e.for_cli().rstrip()}") from e
@@ -116,14 +116,14 @@ def _reserve(vmid: int, caller: Caller) -> None:
         Guest(vmid, {"lock": "create"}).save()
 
 
-def _create(caller: Caller, vmid: int, given: dict[str, str], made: list[str]) -> None:
+def _create(caller: Caller, vmid: int, given: dict[str, str], created: list[str]) -> None:
     if "tags" in given:
         vm_options.check_tags(caller, vmid)
     guest = Guest(vmid)
-    vm_options.make_drives(guest, given, made=made)
+    vm_options.create_drives(guest, given, created=created)
     for name, value in given.items():
         if name not in guest.conf:
-            guest.conf[name] = vm_options.normal(name, value)
+            guest.conf[name] = vm_options.normalized(name, value)
     guest.conf.setdefault("smbios1", f"uuid={uuid.uuid4()}")
     if guest.conf.get("vmgenid", "1") == "1":
         guest.conf["vmgenid"] = str(uuid.uuid4())
@@ -234,7 +234,7 @@ def template(caller: Caller, params: dict[str, Any]) -> Any:
 
     def work() -> None:
         with locks.guest(vmid):
-            guest = guests.settle(guests.load(vmid))
+            guest = guests.apply_pending(guests.load(vmid))
             guest.conf["template"] = "1"
             for key, value in guest.drives().items():
                 volid = value.split(",")[0]

@@ -1,4 +1,4 @@
 """The state of a node: guests, volumes, tasks, locks, the cluster file system.
 
-Processes of guests are not here.
+The processes of guests belong to `machine`.
 """

@@ -1,6 +1,6 @@
-"""/cluster/resources: what pvestatd last broadcast, every ten seconds, not what is (facts 16, 56).
+"""/cluster/resources: the last broadcast of pvestatd, up to ten seconds old (facts 16, 56).
 
-A VM made since has no name and status "unknown"; a VM of an id used before shows the dead one's.
+A VM created since has no name and status "unknown"; a reused VM id shows the destroyed VM's values.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from . import clock, cluster_fs, guests, members, paths, vitals, volumes
 from .store import store
 
 CYCLE = 10.0
-OLD = 120.0  # after that without a broadcast everything is "unknown"
+OLD = 120.0  # seconds without a broadcast after which every status is "unknown"
 
 
 def tick() -> None:
-    """One broadcast of this node: what it and its guests are now."""
+    """Store one broadcast of this node: its status and that of its guests and storages."""
     db = store()
     rows = {}
     for guest in guests.every():
-        now = guests.status(guest, full=False)
+        status = guests.status(guest, full=False)
         if guests.paused(guest.vmid):
-            now["status"] = "paused"
+            status["status"] = "paused"
         rows[str(guest.vmid)] = {
-            "maxcpu": now["cpus"],
+            "maxcpu": status["cpus"],
             "diskread": 0,
             "diskwrite": 0,
             "template": 1 if guest.template else 0,
-            **{k: now[k] for k in ("cpu", "disk", "maxdisk", "maxmem", "mem", "memhost", "name")},
-            **{k: now[k] for k in ("netin", "netout", "status", "uptime")},
+            **{k: status[k] for k in ("cpu", "disk", "maxdisk", "maxmem", "mem", "memhost", "name")},
+            **{k: status[k] for k in ("netin", "netout", "status", "uptime")},
         }
     spaces = {}
     for name, about in volumes.storages().items():
@@ -41,8 +41,8 @@ def tick() -> None:
             with contextlib.suppress(OSError):
                 total, used, _ = volumes.usage(name)
                 spaces[name] = {"maxdisk": total, "disk": used}
-    told = {"time": clock.now(), "node": vitals.row(), "guests": rows, "storages": spaces}
-    db.put("broadcast", paths.node(), told)
+    message = {"time": clock.now(), "node": vitals.row(), "guests": rows, "storages": spaces}
+    db.put("broadcast", paths.node(), message)
 
 
 def guest_row(vmid: int, node: str, conf: dict[str, str], last: dict[str, Any]) -> dict[str, Any]:
@@ -58,18 +58,18 @@ def guest_row(vmid: int, node: str, conf: dict[str, str], last: dict[str, Any]) 
 
 
 def last() -> dict[str, Any]:
-    """What the nodes told last: of guests by their id, of nodes and each one's storages by the node."""
-    told: dict[str, Any] = {"guests": {}, "storages": {}, "nodes": {}}
-    for node, found in sorted(store().all("broadcast").items(), key=lambda each: float(each[1]["time"])):
-        if clock.now() - found["time"] <= OLD:
-            told["guests"] |= found["guests"]
-            told["storages"][node] = found["storages"]
-        told["nodes"][node] = found["node"]
-    return told
+    """The last broadcasts of all nodes: guests by VM id, node rows and storages by node name."""
+    merged: dict[str, Any] = {"guests": {}, "storages": {}, "nodes": {}}
+    for node, message in sorted(store().all("broadcast").items(), key=lambda entry: float(entry[1]["time"])):
+        if clock.now() - message["time"] <= OLD:
+            merged["guests"] |= message["guests"]
+            merged["storages"][node] = message["storages"]
+        merged["nodes"][node] = message["node"]
+    return merged
 
 
 def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
-    seen = last()
+    broadcasts = last()
     rows: list[dict[str, Any]] = []
 
     def may(path: str, *privs: str) -> bool:
@@ -82,7 +82,7 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
     if only in (None, "vm"):
         for guest in guests.everywhere():
             if may(f"/vms/{guest.vmid}", "VM.Audit"):
-                rows.append(guest_row(guest.vmid, guest.node, guest.conf, seen))
+                rows.append(guest_row(guest.vmid, guest.node, guest.conf, broadcasts))
         for vmid, body in guests.containers().items():
             if may(f"/vms/{vmid}", "VM.Audit"):
                 rows.append(container_row(vmid, body))
@@ -91,33 +91,33 @@ def resources(caller: Caller, only: str | None) -> list[dict[str, Any]]:
     if only in (None, "storage"):
         for name, about in volumes.storages().items():
             if may(f"/storage/{name}", "Datastore.Audit", "Datastore.AllocateSpace"):
-                rows += [_storage_row(node, name, about, seen) for node in volumes.nodes(name)]
+                rows += [_storage_row(node, name, about, broadcasts) for node in volumes.nodes(name)]
     if only in (None, "network") and may("/sdn/zones/localnetwork", "SDN.Audit"):
         rows += [
             {
-                "id": f"network/{each.name}/zone/localnetwork",
+                "id": f"network/{member.name}/zone/localnetwork",
                 "network": "localnetwork",
                 "network-type": "zone",
-                "node": each.name,
+                "node": member.name,
                 "status": "ok",
                 "type": "network",
             }
-            for each in members.every()
+            for member in members.every()
         ]
     return rows
 
 
 def node_rows(caller: Caller) -> list[dict[str, Any]]:
-    """The nodes in /cluster/resources and /nodes, another one as it told last; without Sys.Audit only that
-    they are there [ownA-004]."""
-    told, rows = last()["nodes"], []
-    for each in members.every():
-        row: dict[str, Any] = {"cgroup-mode": 2, "id": f"node/{each.name}", "level": "", "node": each.name}
-        row |= {"status": "online" if each.online else "offline", "type": "node"}
-        if caller.is_root or access.has(caller, f"/nodes/{each.name}", ["Sys.Audit"]):
-            known = vitals.row() if each.local else told.get(each.name, {})
-            kept = known if each.online else [key for key in known if key.startswith("max")]
-            row |= {key: known[key] for key in kept}
+    """The nodes in /cluster/resources and /nodes: other nodes by their last broadcast; without Sys.Audit only
+    name and status [ownA-004]."""
+    broadcast, rows = last()["nodes"], []
+    for node in members.every():
+        row: dict[str, Any] = {"cgroup-mode": 2, "id": f"node/{node.name}", "level": "", "node": node.name}
+        row |= {"status": "online" if node.online else "offline", "type": "node"}
+        if caller.is_root or access.has(caller, f"/nodes/{node.name}", ["Sys.Audit"]):
+            known = vitals.row() if node.local else broadcast.get(node.name, {})
+            shown_keys = known if node.online else [key for key in known if key.startswith("max")]
+            row |= {key: known[key] for key in shown_keys}
         rows.append(row)
     return rows
 
@@ -131,24 +131,24 @@ def container_row(vmid: int, body: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _storage_row(node: str, name: str, about: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    told = seen["storages"].get(node, {})
+def _storage_row(node: str, name: str, about: dict[str, Any], broadcasts: dict[str, Any]) -> dict[str, Any]:
+    space = broadcasts["storages"].get(node, {})
     row: dict[str, Any] = {
         "content": about.get("content", ""),
         "id": f"storage/{node}/{name}",
         "node": node,
         "plugintype": about["type"],
         "shared": int(about.get("shared", 0)),
-        "status": "available" if name in told else "unknown",
+        "status": "available" if name in space else "unknown",
         "storage": name,
         "type": "storage",
     }
-    row |= told.get(name, {})
+    row |= space.get(name, {})
     return row
 
 
 def serve() -> int:
-    """pvestatd.service: broadcast until told to end."""
+    """pvestatd.service: broadcast until SIGTERM or SIGINT."""
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     while True:

@@ -1,7 +1,7 @@
-"""/etc/pve: the cluster file system's part of a node. Its files are for people (and for certificates and
-keys); the state is in the database. While pve-cluster.service is down, /etc/pve is an empty directory.
+"""/etc/pve, the cluster file system. Its files are rendered for readers (and hold certificates and keys); the
+state is in the database. While pve-cluster.service is down, /etc/pve is an empty directory.
 
-Like pmxcfs it does not start while the node's own name leads to a loopback address.
+Like pmxcfs it does not start while the node's own name resolves to a loopback address.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from . import members, paths, reported
 
 
 def fs() -> Path:
-    """Where the files really lie; bound over /etc/pve while the service runs."""
+    """The directory with the files; bind-mounted on /etc/pve while the service runs."""
     return paths.cluster_dir() / "fs"
 
 
 def show(name: str, text: str, mode: int = 0o640) -> None:
-    """Render a file below /etc/pve; atomic."""
+    """Write a file below /etc/pve; atomic."""
     file = fs() / name
     if paths.in_process():
         _overwrite(file, text, mode)
@@ -42,7 +42,7 @@ def show(name: str, text: str, mode: int = 0o640) -> None:
 
 
 def _overwrite(file: Path, text: str, mode: int) -> None:
-    """The same without a rename, which makes some file systems wait for the disk; not atomic."""
+    """Write without a rename, which makes some file systems wait for the disk; not atomic."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def is_up() -> bool:
 
 
 def require() -> None:
-    """What every command says without pmxcfs."""
+    """Raise PveFailure with the error of every command while pmxcfs is down."""
     if not is_up():
         line = "ipcc_send_rec[{}] failed: Connection refused\n"
         raise PveFailure(
@@ -83,14 +83,14 @@ def require() -> None:
 
 
 def address() -> str | None:
-    """The address that the node's name leads to; None if it is none, or a loopback one."""
-    if (given := reported.everything().get("address")) is not None:
-        return str(given)
+    """The address that the node's name resolves to; None without one, or for a loopback address."""
+    if (configured := reported.everything().get("address")) is not None:
+        return str(configured)
     try:
-        found = socket.getaddrinfo(paths.node(), None, proto=socket.IPPROTO_TCP)
+        answers = socket.getaddrinfo(paths.node(), None, proto=socket.IPPROTO_TCP)
     except OSError:
         return None
-    for entry in sorted(found, key=lambda item: item[0] != socket.AF_INET):
+    for entry in sorted(answers, key=lambda item: item[0] != socket.AF_INET):
         text = str(entry[4][0]).split("%")[0]
         ip = ipaddress.ip_address(text)
         if ip.is_loopback:
@@ -101,32 +101,32 @@ def address() -> str | None:
 
 
 def prepare() -> None:
-    """The directories and links of a node's file system.
+    """Create the directories and links of a node's file system.
 
-    Links that differ from node to node lead, in a cluster's common directory, by way of the node itself.
+    The nodes of a cluster share the directory: links that differ between them point to /run/pve-local.
     """
     node = paths.node()
-    own = f"nodes/{node}"
+    local = f"nodes/{node}"
     if members.several():
-        own = str(paths.at("/run/pve-local"))
-        _link(Path(own), f"/etc/pve/nodes/{node}")
+        local = str(paths.at("/run/pve-local"))
+        _link(Path(local), f"/etc/pve/nodes/{node}")
     for name, mode in (("priv", 0o700), (f"nodes/{node}/qemu-server", 0o750), (f"nodes/{node}/lxc", 0o750)):
         (fs() / name).mkdir(parents=True, exist_ok=True)
         (fs() / name).chmod(mode)
     for link, target in (
-        ("local", own),
-        ("qemu-server", f"{own}/qemu-server"),
-        ("lxc", f"{own}/lxc"),
+        ("local", local),
+        ("qemu-server", f"{local}/qemu-server"),
+        ("lxc", f"{local}/lxc"),
     ):
         _link(fs() / link, target)
 
 
-def _link(place: Path, target: str) -> None:
-    if not place.is_symlink() or os.readlink(place) != target:
-        temporary = place.with_name(f".{place.name}.{paths.node()}")
+def _link(link: Path, target: str) -> None:
+    if not link.is_symlink() or os.readlink(link) != target:
+        temporary = link.with_name(f".{link.name}.{paths.node()}")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
-        temporary.replace(place)
+        temporary.replace(link)
 
 
 def serve() -> int:
@@ -154,11 +154,11 @@ def serve() -> int:
 
 
 def _notify(text: str) -> None:
-    place = os.environ.get("NOTIFY_SOCKET")
-    if not place:
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.connect("\0" + place[1:] if place.startswith("@") else place)
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
         channel.send(text.encode())
 
 
@@ -166,33 +166,33 @@ def _notify(text: str) -> None:
 
 
 def update_certificates(*, force: bool = False, silent: bool = False) -> None:
-    """Make what is missing: CA, node certificate, root's keys; with `force` a new node certificate."""
+    """Create missing CA, node certificate and root's keys; with `force` a new node certificate."""
     require()
     if force and not silent:
         print("(re)generate node files")
     with holding(paths.cluster_dir() / ".updatecerts.lock"):
-        _make_missing(force=force, silent=silent)
+        _create_missing(force=force, silent=silent)
 
 
-def _make_missing(*, force: bool, silent: bool) -> None:
+def _create_missing(*, force: bool, silent: bool) -> None:
     prepare()
     ca, key = fs() / "pve-root-ca.pem", fs() / "priv/pve-root-ca.key"
     if not ca.exists() or not key.exists():
-        _make_ca(key)
-    own = fs() / "nodes" / paths.node()
-    if force or not (own / "pve-ssl.pem").exists():
+        _create_ca(key)
+    node_dir = fs() / "nodes" / paths.node()
+    if force or not (node_dir / "pve-ssl.pem").exists():
         if force and not silent:
             print("generate new node certificate")
-        _make_certificate(own / "pve-ssl.pem", own / "pve-ssl.key", ca, key)
+        _create_certificate(node_dir / "pve-ssl.pem", node_dir / "pve-ssl.key", ca, key)
     _root_keys()
     if members.several():
         _known_hosts()
 
 
 def _openssl(*arguments: str) -> None:
-    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PveFailure(f"command 'openssl {arguments[0]}' failed: {done.stderr.strip()}")
+    process = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise PveFailure(f"command 'openssl {arguments[0]}' failed: {process.stderr.strip()}")
 
 
 def _new_key(file: Path, mode: int) -> None:
@@ -201,7 +201,7 @@ def _new_key(file: Path, mode: int) -> None:
     file.chmod(mode)
 
 
-def _make_ca(key: Path) -> None:
+def _create_ca(key: Path) -> None:
     _new_key(key, 0o600)
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "ca.cnf"
@@ -211,26 +211,26 @@ def _make_ca(key: Path) -> None:
             "[ca]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n"
             "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid:always\n"
         )
-        made = Path(work) / "ca.pem"
+        certificate = Path(work) / "ca.pem"
         _openssl(
             *("req", "-new", "-x509", "-days", "3650", "-sha256", "-config", str(config)),
-            *("-key", str(key), "-out", str(made)),
+            *("-key", str(key), "-out", str(certificate)),
         )
-        show("pve-root-ca.pem", made.read_text(), 0o644)
+        show("pve-root-ca.pem", certificate.read_text(), 0o644)
 
 
-def _make_certificate(file: Path, own_key: Path, ca: Path, ca_key: Path) -> None:
+def _create_certificate(file: Path, own_key: Path, ca: Path, ca_key: Path) -> None:
     node = paths.node()
     names = ["IP:127.0.0.1", "IP:::1", "DNS:localhost"]
-    if (found := address()) is not None:
-        names.append(f"IP:{found}")
+    if (ip := address()) is not None:
+        names.append(f"IP:{ip}")
     names.append(f"DNS:{node}")
     full = socket.getfqdn(node)
     if full != node and not full.startswith("localhost"):
         names.append(f"DNS:{full}")
     _new_key(own_key, 0o640)
     with tempfile.TemporaryDirectory() as work:
-        config, request, made = (Path(work) / name for name in ("x.cnf", "x.csr", "x.pem"))
+        config, request, certificate = (Path(work) / name for name in ("x.cnf", "x.csr", "x.pem"))
         config.write_text(
             "[req]\ndistinguished_name=dn\nprompt=no\n[dn]\n"
             f"OU=PVE Cluster Node\nO=Proxmox Virtual Environment\nCN={full}\n"
@@ -240,19 +240,19 @@ def _make_certificate(file: Path, own_key: Path, ca: Path, ca_key: Path) -> None
         )
         _openssl("req", "-new", "-config", str(config), "-key", str(own_key), "-out", str(request))
         _openssl(
-            *("x509", "-req", "-in", str(request), "-days", "730", "-sha256", "-out", str(made)),
+            *("x509", "-req", "-in", str(request), "-days", "730", "-sha256", "-out", str(certificate)),
             *("-CA", str(ca), "-CAkey", str(ca_key), "-set_serial", str(uuid.uuid4().int >> 64)),
             *("-extfile", str(config), "-extensions", "node"),
         )
-        show(str(file.relative_to(fs())), made.read_text(), 0o640)
+        show(str(file.relative_to(fs())), certificate.read_text(), 0o640)
 
 
 def _root_keys() -> None:
-    """root's key pair, and authorized_keys as a link into the cluster's file system, content kept."""
+    """Create root's key pair; turn authorized_keys into a link to the cluster's file, with all lines."""
     home = paths.at("/root/.ssh")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = home / "id_rsa"
-    if not own.exists():
+    key = home / "id_rsa"
+    if not key.exists():
         subprocess.run(
             [
                 "ssh-keygen",
@@ -266,12 +266,12 @@ def _root_keys() -> None:
                 "-C",
                 f"root@{paths.node()}",
                 "-f",
-                str(own),
+                str(key),
             ],
             check=True,
         )
-    kept = fs() / "priv/authorized_keys"
-    lines: list[str] = kept.read_text().splitlines() if kept.exists() else []
+    authorized = fs() / "priv/authorized_keys"
+    lines: list[str] = authorized.read_text().splitlines() if authorized.exists() else []
     link = home / "authorized_keys"
     if link.is_file() and not link.is_symlink():
         lines += link.read_text().splitlines()
@@ -287,7 +287,7 @@ def _root_keys() -> None:
 
 
 def _known_hosts() -> None:
-    """This node's host keys, for the other nodes: they know it by its name."""
+    """Write this node's host keys under its name, for the other nodes."""
     lines = []
     for file in sorted(paths.at("/etc/ssh").glob("ssh_host_*_key.pub")):
         lines.append(f"{paths.node()} {' '.join(file.read_text().split()[:2])}\n")

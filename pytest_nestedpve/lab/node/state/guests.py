@@ -1,4 +1,4 @@
-"""A guest's configuration: what is kept, what its .conf file looks like, what PVE shows of it."""
+"""A guest's configuration: the stored values, the .conf file, and the answers of the API."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Guest:
         parts = [_section(self.conf)]
         if self.pending:
             lines = {key: value for key, value in self.pending.items() if value is not None}
-            gone = sorted(key for key, value in self.pending.items() if value is None)
-            parts.append("[PENDING]\n" + (f"delete: {','.join(gone)}\n" if gone else "") + _section(lines))
+            unset = sorted(key for key, value in self.pending.items() if value is None)
+            parts.append("[PENDING]\n" + (f"delete: {','.join(unset)}\n" if unset else "") + _section(lines))
         for name in sorted(self.snapshots):
             parts.append(f"[{name}]\n" + _section(self.snapshots[name]))
         return "\n".join(parts)
@@ -77,7 +77,7 @@ class Guest:
 
 
 def encode(text: str) -> str:
-    """Text as PVE writes it into one line: all but printable ASCII without `%` and `:` escaped."""
+    """One line in PVE's encoding: everything but printable ASCII is escaped, and `%` and `:` too."""
     return quote(text, safe="".join(chr(c) for c in range(32, 127) if chr(c) not in "%:"))
 
 
@@ -101,13 +101,13 @@ def _read(vmid: int | str, body: dict[str, Any]) -> Guest:
 
 
 def here(vmid: int | str) -> bool:
-    """Whether this node has such a VM."""
+    """Whether the VM is on this node."""
     body = store().get("qemu", vmid)
     return body is not None and body["node"] == paths.node()
 
 
 def load(vmid: int | str, *, rc: int = 2) -> Guest:
-    """The guest, or PVE's "Configuration file … does not exist", which another node's VM is told too."""
+    """The VM of this node; PveFailure "Configuration file … does not exist" for no VM or another node's."""
     body = store().get("qemu", vmid)
     if body is None or body["node"] != paths.node():
         raise no_guest(paths.node(), vmid, rc=rc)
@@ -115,7 +115,7 @@ def load(vmid: int | str, *, rc: int = 2) -> Guest:
 
 
 def find(vmid: int | str, *, rc: int = 255) -> Guest:
-    """The same with the words of stop, shutdown, clone, reset, …"""
+    """`load` with the error message of stop, shutdown, clone, reset, …"""
     from ..api.errors import no_guest_found
 
     if not here(vmid):
@@ -125,31 +125,31 @@ def find(vmid: int | str, *, rc: int = 255) -> Guest:
 
 def everywhere() -> list[Guest]:
     """The VMs of all nodes."""
-    found = [_read(vmid, body) for vmid, body in store().all("qemu").items()]
-    return sorted(found, key=lambda guest: guest.vmid)
+    loaded = [_read(vmid, body) for vmid, body in store().all("qemu").items()]
+    return sorted(loaded, key=lambda guest: guest.vmid)
 
 
 def every() -> list[Guest]:
-    """This node's."""
+    """The VMs of this node."""
     return [guest for guest in everywhere() if guest.node == paths.node()]
 
 
 def containers(node: str = "*") -> dict[int, dict[str, str]]:
-    """Containers, of all nodes or one, each with its `node`: there are no commands for them, but a
-    configuration that somebody writes to /etc/pve/lxc/ID.conf takes the id and stands in the lists."""
+    """Containers of all nodes or one, with their `node`. No command creates them, but a configuration file
+    /etc/pve/lxc/ID.conf occupies the id and is listed."""
     from . import cluster_fs
 
-    found = {}
+    configurations = {}
     for file in sorted(cluster_fs.fs().glob(f"nodes/{node}/lxc/*.conf")):
         if file.stem.isdigit():
             lines = (line.partition(":") for line in file.read_text().splitlines() if ":" in line)
-            known = {key.strip(): value.strip() for key, _, value in lines}
-            found[int(file.stem)] = known | {"node": file.parent.parent.name}
-    return found
+            options = {key.strip(): value.strip() for key, _, value in lines}
+            configurations[int(file.stem)] = options | {"node": file.parent.parent.name}
+    return configurations
 
 
 def remove(vmid: int, node: str | None = None) -> None:
-    """Forget a VM that is on `node`, by default this one."""
+    """Delete the configuration of a VM on `node`, by default this node."""
     from . import cluster_fs
 
     with store().change() as db:
@@ -158,7 +158,7 @@ def remove(vmid: int, node: str | None = None) -> None:
     cluster_fs.hide(f"nodes/{node or paths.node()}/qemu-server/{vmid}.conf")
 
 
-# -- running or not
+# -- the state of the machine
 
 
 def running(vmid: int) -> bool:
@@ -169,8 +169,8 @@ def paused(vmid: int) -> bool:
     return running(vmid) and bool((store().get("runtime", vmid) or {}).get("paused"))
 
 
-def settle(guest: Guest) -> Guest:
-    """Pending values of a guest that is off are its values."""
+def apply_pending(guest: Guest) -> Guest:
+    """Turn pending values of a stopped guest into current ones."""
     if guest.pending and not running(guest.vmid):
         for key, value in guest.pending.items():
             if value is None:
@@ -182,11 +182,11 @@ def settle(guest: Guest) -> Guest:
     return guest
 
 
-# -- what calls show of it
+# -- answers of the API
 
 
 def typed(key: str, value: str) -> Any:
-    """The value with the JSON type the API gives it: numbers for integers and booleans, else strings."""
+    """The value with its JSON type in the API: numbers for integers and booleans, else strings."""
     method = schema.method("POST", "/nodes/{node}/qemu")
     definition = method.definition(key) if method else None
     if definition and definition.get("type") in ("integer", "boolean") and re.fullmatch(r"-?\d+", value):
@@ -203,14 +203,14 @@ def masked(key: str, value: str) -> str:
 
 
 def memory(conf: dict[str, str]) -> int:
-    """MiB."""
+    """The configured memory in MiB."""
     text = conf.get("memory", "512").removeprefix("current=")
     return int(text) if text.isdigit() else 512
 
 
 def boot_drive(guest: Guest) -> str | None:
-    """The drive that is booted from: the first in the boot order that is a disk."""
-    order = checks_order(guest.conf.get("boot", ""))
+    """The option of the drive to boot from: the first disk in the boot order."""
+    order = boot_order(guest.conf.get("boot", ""))
     for key in order:
         value = guest.conf.get(key, "")
         if DRIVES.fullmatch(key) and value and "media=cdrom" not in value:
@@ -218,7 +218,7 @@ def boot_drive(guest: Guest) -> str | None:
     return None
 
 
-def checks_order(boot: str) -> list[str]:
+def boot_order(boot: str) -> list[str]:
     match = re.search(r"order=([^,]*)", boot)
     return [part for part in match[1].split(";") if part] if match else []
 
@@ -229,11 +229,11 @@ def drive_bytes(value: str) -> int:
 
 
 def status(guest: Guest, *, full: bool = True) -> dict[str, Any]:
-    """`status/current` and a row of `/nodes/N/qemu`."""
-    on = running(guest.vmid)
+    """The answer of `status/current` (`full`), or a row of `/nodes/N/qemu`."""
+    is_running = running(guest.vmid)
     drive = boot_drive(guest)
     cores = int(guest.conf.get("cores", 1)) * int(guest.conf.get("sockets", 1))
-    now: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "cpu": 0,
         "cpus": int(guest.conf.get("vcpus", cores)),
         "disk": 0,
@@ -244,38 +244,38 @@ def status(guest: Guest, *, full: bool = True) -> dict[str, Any]:
         "name": guest.name,
         "netin": 0,
         "netout": 0,
-        "status": "running" if on else "stopped",
+        "status": "running" if is_running else "stopped",
         "uptime": 0,
         "vmid": guest.vmid,
     }
     if guest.lock:
-        now["lock"] = guest.lock
+        answer["lock"] = guest.lock
     if guest.conf.get("tags"):
-        now["tags"] = guest.conf["tags"]
+        answer["tags"] = guest.conf["tags"]
     if guest.template:
-        now["template"] = 1
+        answer["template"] = 1
     if guest.conf.get("serial0"):
-        now["serial"] = 1
+        answer["serial"] = 1
     if full:
-        now["qmpstatus"] = ("paused" if paused(guest.vmid) else "running") if on else "stopped"
-    if not on:
-        now.pop("serial", None)
-        return now
+        answer["qmpstatus"] = ("paused" if paused(guest.vmid) else "running") if is_running else "stopped"
+    if not is_running:
+        answer.pop("serial", None)
+        return answer
     started = machine.started_at(guest.vmid)
-    now["uptime"] = max(0, int(clock.now() - started)) if started else 0
-    now["mem"] = now["memhost"] = min(now["maxmem"], 96 * 1024**2)
+    answer["uptime"] = max(0, int(clock.now() - started)) if started else 0
+    answer["mem"] = answer["memhost"] = min(answer["maxmem"], 96 * 1024**2)
     if pid := machine.pid(guest.vmid):
-        now["pid"] = pid
+        answer["pid"] = pid
     if full:
         for what in ("cpufull", "cpusome", "iofull", "iosome", "memoryfull", "memorysome"):
-            now[f"pressure{what}"] = 0
+            answer[f"pressure{what}"] = 0
         nets = sorted(key for key in guest.conf if NETS.fullmatch(key))
         if nets:
-            now["nics"] = {f"tap{guest.vmid}i{key[3:]}": {"netin": 0, "netout": 0} for key in nets}
-    return now
+            answer["nics"] = {f"tap{guest.vmid}i{key[3:]}": {"netin": 0, "netout": 0} for key in nets}
+    return answer
 
 
-def clone_of(values: dict[str, str]) -> dict[str, str]:
+def copy_of(values: dict[str, str]) -> dict[str, str]:
     return copy.deepcopy(values)
 
 

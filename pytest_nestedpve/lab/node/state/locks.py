@@ -1,4 +1,4 @@
-"""The per-VM lock files, /var/lock/qemu-server/lock-ID.conf: `flock`, ten seconds, PVE's words."""
+"""The per-VM lock files, /var/lock/qemu-server/lock-ID.conf: `flock` with PVE's limit and messages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _held: dict[tuple[int, int, str, int], int] = {}  # depth: re-entrant as PVE's
 def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = False) -> Iterator[None]:
     """Hold the lock file of guest `vmid`.
 
-    Who has to wait says so ("trying to acquire lock..."): on stdout in a worker, else on stderr
-    [recordings concurrency-015 to 023]; `quiet` for callers without a terminal.
+    A wait prints "trying to acquire lock...", on stdout in a worker, else on stderr [recordings
+    concurrency-015 to 023]; `quiet` for callers without a terminal. PveFailure after `timeout` seconds.
     """
     key = (os.getpid(), threading.get_ident(), str(paths.root()), vmid)
     if _held.get(key):
@@ -39,14 +39,14 @@ def guest(vmid: int, *, timeout: float = WAIT, rc: int = 255, quiet: bool = Fals
             yield
         finally:
             _held.pop(key, None)
-            # Said explicitly: a process forked meanwhile (a machine's supervisor) may have a copy.
+            # Unlock explicitly: a process forked meanwhile (a machine's supervisor) may have a copy.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
 
 def _open(vmid: int) -> tuple[int, str]:
-    """The lock file's descriptor, and its name as the node's user sees it."""
+    """The lock file's descriptor, and its path on the node."""
     folder = paths.at("/var/lock/qemu-server")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"lock-{vmid}.conf"
@@ -54,7 +54,7 @@ def _open(vmid: int) -> tuple[int, str]:
 
 
 def hold(vmid: int, seconds: float) -> None:
-    """Hold the lock file of guest `vmid` from now on for `seconds`, in a process of its own."""
+    """Hold the lock file of guest `vmid` for `seconds`, in a detached process."""
     from .store import release
 
     descriptor, _ = _open(vmid)
@@ -75,18 +75,18 @@ def _acquire(descriptor: int, name: str, timeout: float, rc: int, quiet: bool) -
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
-    say = output.line if worker.current.get() is not None else output.error
+    print_line = output.line if worker.current.get() is not None else output.error
     if not quiet:
-        say("trying to acquire lock...")
+        print_line("trying to acquire lock...")
     end = time.monotonic() + timeout
-    nobody = threading.Event()
+    pause = threading.Event()
     while time.monotonic() < end:
-        nobody.wait(0.05)  # flock has no wait with a limit
+        pause.wait(0.05)  # flock has no wait with a limit
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
         if not quiet:
-            say(" OK")
+            print_line(" OK")
         return
     raise PveFailure(f"can't lock file '{name}' - got timeout", rc=rc)

@@ -1,4 +1,4 @@
-"""The nodes of the cluster, by corosync.conf; a node without that file stands alone.
+"""The nodes of the cluster, by corosync.conf; a node without that file is not in a cluster.
 
 A node is online while its cluster file system runs: it holds a lock in the directory that all nodes share.
 """
@@ -17,7 +17,7 @@ _NODE = re.compile(r"node \{\s*name: (\S+)\s*nodeid: (\d+)\s*quorum_votes: 1\s*r
 
 @dataclass(frozen=True)
 class Member:
-    """A node of the cluster. `address` is its own among the nodes; a node that stands alone has number 0."""
+    """A node of the cluster, its `address` there; a node without a cluster has number 0 and no address."""
 
     name: str
     number: int
@@ -29,7 +29,7 @@ class Member:
 
     @property
     def online(self) -> bool:
-        if paths.in_process():  # no process is such a node: the file alone decides
+        if paths.in_process():  # such a node has no process: the file alone decides
             return self.local or lock_file(self.name).exists()
         return self.local or held(lock_file(self.name))
 
@@ -42,15 +42,15 @@ def _text() -> str:
 
 
 def cluster() -> str | None:
-    """The cluster's name, None for a node that stands alone."""
-    found = re.search(r"cluster_name: (\S+)", _text())
-    return found[1] if found else None
+    """The cluster's name, None without a cluster."""
+    match = re.search(r"cluster_name: (\S+)", _text())
+    return match[1] if match else None
 
 
 def every() -> list[Member]:
-    """All nodes, this one first."""
-    found = [Member(name, int(number), address) for name, number, address in _NODE.findall(_text())]
-    return sorted(found, key=lambda each: not each.local) or [Member(paths.node(), 0, "")]
+    """All nodes, this node first."""
+    members = [Member(name, int(number), address) for name, number, address in _NODE.findall(_text())]
+    return sorted(members, key=lambda member: not member.local) or [Member(paths.node(), 0, "")]
 
 
 def several() -> bool:
@@ -58,11 +58,11 @@ def several() -> bool:
 
 
 def find(name: str) -> Member | None:
-    return next((each for each in every() if each.name == name), None)
+    return next((member for member in every() if member.name == name), None)
 
 
 def lock_file(name: str) -> Path:
-    """Held by the node's cluster file system."""
+    """The lock file that the node's cluster file system holds."""
     return paths.cluster_dir() / "online" / name
 
 

@@ -1,4 +1,4 @@
-"""Where the lines of a call are written: to the streams of this process, or of this thread's call."""
+"""Output of a call: to the streams of this process, or to those set for this thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a node keeps things, and what it is called. NESTEDPVE_NODE_ROOT moves everything (for tests), and so
+"""Paths, name and versions of a node. NESTEDPVE_NODE_ROOT replaces the root directory (for tests), and so
 does a `Place`, for the calls of one thread."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QEMU = "10.0.13"
 
 @dataclass(frozen=True)
 class Place:
-    """A node in this process: its directory and its name. A task runs inside of the call that starts it."""
+    """A node in this process: directory and name. A task runs inside the call that starts it."""
 
     root: Path
     node: str
@@ -32,7 +32,7 @@ _place: ContextVar[Place | None] = ContextVar("nestedpve_place", default=None)
 
 @contextlib.contextmanager
 def placed(place: Place) -> Iterator[None]:
-    """Calls of this thread are calls of the node at `place`."""
+    """Run this thread's calls on the node at `place`."""
     token = _place.set(place)
     try:
         yield
@@ -41,7 +41,7 @@ def placed(place: Place) -> Iterator[None]:
 
 
 def in_process() -> bool:
-    """Whether this call is one of a node that is no machine of its own."""
+    """Whether the call runs on a node in this process, set by `placed`."""
     return _place.get() is not None
 
 
@@ -51,12 +51,12 @@ def root() -> Path:
 
 
 def at(path: str) -> Path:
-    """The place of an absolute path of the node on this machine."""
+    """The path on this machine of an absolute path of the node."""
     return root() / path.lstrip("/")
 
 
 def shown(path: Path | str) -> str:
-    """The path as the node's user sees it."""
+    """The path on the node of a path on this machine: the reverse of `at`."""
     base = str(root())
     text = str(path)
     return text if base == "/" else "/" + text.removeprefix(base).lstrip("/")
@@ -70,7 +70,7 @@ def node() -> str:
 
 
 def cluster_dir() -> Path:
-    """What is the cluster's: nodes of one cluster have the very same directory."""
+    """The directory that the nodes of one cluster share."""
     return at("/var/lib/pve-cluster")
 
 
@@ -79,17 +79,17 @@ def database() -> Path:
 
 
 def pace_file() -> Path:
-    """How slow the node shall be (`nestedpve-lab set`); the guests that boot on it see the same file."""
+    """The delays set by `nestedpve-lab set`; shared with the guests that boot on the node."""
     return at("/etc/nestedpve-lab.json")
 
 
 def command_log() -> Path:
-    """A line for each start of one of PVE's commands."""
+    """The log with a line for each start of one of PVE's commands."""
     return at("/var/log/nestedpve-lab-commands.log")
 
 
 def delays() -> dict[str, float]:
-    """How slow the node shall be: seconds by `cli_delay_s`, `start_s`, `stop_s`, `destroy_s`."""
+    """The configured delays in seconds: `cli_delay_s`, `start_s`, `stop_s`, `destroy_s`."""
     try:
         loaded = json.loads(pace_file().read_text())
     except (OSError, ValueError):
@@ -98,7 +98,7 @@ def delays() -> dict[str, float]:
 
 
 def pause(name: str, share: float = 1.0) -> None:
-    """Be as slow as `nestedpve-lab set` wants; a wait that nothing wakes, for slowness is its purpose."""
+    """Wait for the `share` of the configured delay `name`."""
     import threading
 
     seconds = delays().get(name, 0.0) * share

@@ -1,9 +1,9 @@
-"""What a node reports instead of what it measures: for tests of what depends on it.
+"""Configured answers of a node in place of measured values, for tests.
 
 /etc/nestedpve-node.json, an object; without that file everything is measured.
 
-    clock_offset_s   seconds that its clock is ahead
-    address          the address that its name leads to
+    clock_offset_s   seconds that the node's clock is ahead
+    address          the address that the node's name resolves to
     version, memory, cpuinfo, node, cluster
                      objects whose members replace those of an answer: /version, the parts of
                      /nodes/N/status, the node's row in lists of nodes, the cluster's in /cluster/status
@@ -29,24 +29,24 @@ def file() -> Path:
 
 def everything() -> dict[str, Any]:
     """The file's content, {} without one."""
-    place = file()
+    path = file()
     try:
-        about = os.stat(place)
+        about = os.stat(path)
     except OSError:
         return {}
     version = (about.st_mtime_ns, about.st_size, about.st_ino)
-    known = _read.get(place)
-    if known is None or known[0] != version:
-        known = _read[place] = version, json.loads(place.read_text())
-    return known[1]
+    cached = _read.get(path)
+    if cached is None or cached[0] != version:
+        cached = _read[path] = version, json.loads(path.read_text())
+    return cached[1]
 
 
 def of(name: str, key: str | None = None) -> dict[str, Any]:
-    """What replaces members of an answer."""
-    found: dict[str, Any] = everything().get(name, {})
-    return found if key is None else found.get(key, {})
+    """The configured members of an answer, {} without any."""
+    members: dict[str, Any] = everything().get(name, {})
+    return members if key is None else members.get(key, {})
 
 
 def clock_offset() -> float:
-    """Seconds."""
+    """Seconds that the node's clock is ahead."""
     return float(everything().get("clock_offset_s", 0.0))

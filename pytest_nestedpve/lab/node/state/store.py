@@ -1,7 +1,7 @@
 """The state of a node, or of all nodes of a cluster: one SQLite file, a transaction per change.
 
-Documents (guests, storages, users, …) are JSON by key; what is asked by more than its key has columns.
-Who changes something does it inside `change()`; everybody else reads what is committed.
+Documents (guests, storages, users, …) are JSON by key; data queried by more than a key has columns. Changes
+happen inside `change()`; readers see committed data.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Store:
 
     @staticmethod
     def _connect(file: Path) -> sqlite3.Connection:
-        # Nodes of a cluster boot at the same moment: one makes it, the others find it made.
+        # Nodes of a cluster boot at the same moment: one creates the file, the others wait for it.
         with holding(file.with_name(".config.db.lock")) if not file.exists() else contextlib.nullcontext():
             new = not file.exists()
             db = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
-            # A node in this process is one of a test: its state needs not outlive a crash of the machine.
+            # A node in this process belongs to a test: its state need not survive a crash of the machine.
             db.execute(f"PRAGMA synchronous={'OFF' if paths.in_process() else 'NORMAL'}")
             if new:
                 file.chmod(0o600)
@@ -67,7 +67,7 @@ class Store:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Store]:
-        """A transaction; nested ones join the outer. Errors roll back and go on. Other threads wait."""
+        """A transaction; nested ones join the outer one. An error rolls it back. Other threads wait."""
         with self._lock:
             if self._depth:
                 yield self
@@ -109,7 +109,7 @@ class Store:
             return self._db.execute(sql, values).fetchall()
 
     def run(self, sql: str, *values: Any) -> int:
-        """Change by SQL (inside `change()`); how many rows it was."""
+        """Run a changing statement; the number of changed rows."""
         with self.change():
             return self._db.execute(sql, values).rowcount
 
@@ -125,7 +125,7 @@ class Store:
 
 MOST_OPEN = 16
 _open: dict[tuple[int, str], Store] = {}
-_inherited: list[Store] = []  # of the process that this one was forked from: not to be closed here
+_inherited: list[Store] = []  # the parent process's, inherited by a fork: not to be closed here
 _opening = threading.Lock()
 
 

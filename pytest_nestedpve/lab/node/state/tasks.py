@@ -1,8 +1,8 @@
 """The task engine: a worker process per task, a UPID, a log file, an exit status.
 
-A worker is forked and detached: it outlives who started it (recordings disconnect-*). In a command on
-the node (`sync`) the caller relays its output and waits; behind pveproxy the caller gets the UPID at once.
-Of a node in this process a task runs inside of the call that starts it, unless a fault rule makes it slow.
+A worker is forked and detached: it outlives its caller (recordings disconnect-*). In a command on the node
+(`sync`) the caller relays the worker's output and waits; behind pveproxy the caller gets the UPID at once.
+On a node in this process a task runs inside the call that starts it, unless a fault rule delays it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Upid:
 
 @dataclass(frozen=True)
 class Started:
-    """A task that was started. `status` is its exit status if it was awaited ("OK" or the error)."""
+    """A started task. `status` is its exit status if the caller waited ("OK" or the error)."""
 
     upid: str
     status: str | None = None
-    error: str | None = None  # the error's words with their line breaks
+    error: str | None = None  # the error message with its line breaks
     warnings: int = 0
 
 
@@ -74,7 +74,7 @@ def log_file(upid: str) -> Path:
 
 
 def start(kind: str, ident: str, user: str, work: Callable[[], Any], *, sync: bool) -> Started:
-    """Run `work` as a task. With `sync` its output goes to our stdout too, and its end is awaited."""
+    """Run `work` as a task. With `sync` copy its output to stdout and wait for its end."""
     rule = faults.on_task(kind, ident)
     if rule is not None:
         work = _faulty(rule, int(ident) if ident.isdigit() else None, work)
@@ -102,7 +102,7 @@ def _run_here(kind: str, ident: str, user: str, work: Callable[[], Any], sync: b
     with store().change() as db:
         number = db.rows("SELECT COALESCE(MAX(rowid), 0) FROM task")[0][0] + 0x1001
         upid = f"UPID:{node}:{number:08X}:{number << 4:08X}:{now:08X}:{kind}:{ident}:{user}:"
-        # No start of a process: what runs here ends with the call (`_settle`, `stop`).
+        # No process start time: the task ends with the call (see `_with_end`, `stop`).
         db.run(_INSERT, upid, node, os.getpid(), 0, now, kind, ident, user)
     file = log_file(upid)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _run_here(kind: str, ident: str, user: str, work: Callable[[], Any], sync: b
             line = _end(upid, status, log, sync)
     finally:
         worker.current.reset(token)
-    return Started(upid, *((line, None if _good(status) else status, running.warnings) if sync else ()))
+    return Started(upid, *((line, None if _is_success(status) else status, running.warnings) if sync else ()))
 
 
 class _Copy:
@@ -146,7 +146,7 @@ def _run_forked(kind: str, ident: str, user: str, work: Callable[[], Any], sync:
         try:
             os.close(read)
             if os.fork() == 0:
-                _be_worker(kind, ident, user, work, write, sync)
+                _run_worker(kind, ident, user, work, write, sync)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -178,7 +178,7 @@ def _follow(pipe: Any, sync: bool) -> Started:
             output.err().write(text)
         elif head[:1] == b"S":
             status = text
-            break  # the last word; a machine's supervisor may keep the pipe open
+            break  # the last message; a machine's supervisor may keep the pipe open
         elif head[:1] == b"E":
             error = text
         elif head[:1] == b"W":
@@ -201,7 +201,7 @@ def _exactly(pipe: Any, count: int) -> bytes:
 
 
 class _Tee:
-    """The worker's stdout or stderr: the log, and who started it as long as that one listens."""
+    """The worker's stdout or stderr: writes to the log, and to the caller while its pipe is open."""
 
     encoding = "utf-8"
     errors = "replace"
@@ -234,7 +234,7 @@ class _Tee:
 
 
 def process_start(pid: int) -> int | None:
-    """When process `pid` started, in ticks since boot; None if there is none (or only its corpse)."""
+    """When process `pid` started, in ticks since boot; None without such a process (or for a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -242,13 +242,13 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
-def _be_worker(
+def _run_worker(
     kind: str, ident: str, user: str, work: Callable[[], Any], pipe: int, sync: bool
 ) -> None:  # never returns
     os.setsid()
-    # Who has the UPID may stop the task, which is not ready for that yet.
+    # A caller with the UPID may stop the task before its handlers are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
-    # Nothing of who started us stays open: not its connection, not its locks.
+    # Close everything inherited from the caller: its connection, its locks.
     os.closerange(3, pipe)
     os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 4096)
     now = int(clock.now())
@@ -287,7 +287,7 @@ def _be_worker(
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             line = _end(upid, status, log, sync)
-            if not _good(status):
+            if not _is_success(status):
                 tee.send(b"E", status)
             elif running.warnings:
                 tee.send(b"W", str(running.warnings))
@@ -300,7 +300,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def _status_of(work: Callable[[], Any], log: Any, running: Worker) -> str:
-    """Do the work; how it ended."""
+    """Run the work; the exit status of the task."""
     try:
         work()
     except Interrupted:
@@ -313,14 +313,14 @@ def _status_of(work: Callable[[], Any], log: Any, running: Worker) -> str:
     return f"WARNINGS: {running.warnings}" if running.warnings else "OK"
 
 
-def _good(status: str) -> bool:
+def _is_success(status: str) -> bool:
     return status == "OK" or status.startswith("WARNINGS: ")
 
 
 def _end(upid: str, status: str, log: Any, sync: bool) -> str:
-    """Write down how the task ended; in one line."""
+    """Write the end of the task to log and database; the exit status in one line."""
     line = status.replace("\n", " ").strip()
-    if _good(status):
+    if _is_success(status):
         log.write(f"TASK {status}\n")
     else:
         # A command on the node prints its error itself: that line is empty in the log [tasks-012].
@@ -334,7 +334,7 @@ _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _INSERT = "INSERT INTO task VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)"
 
 
-# -- asking about tasks
+# -- reading the list of tasks
 
 
 @dataclass(frozen=True)
@@ -357,13 +357,13 @@ class Task:
         return self.endtime is None
 
 
-def _settle(task: Task) -> Task:
-    """A task whose worker is gone without a word ended with "unexpected status" [ownE-015]."""
+def _with_end(task: Task) -> Task:
+    """The task; one whose worker ended without a status gets "unexpected status" [ownE-015]."""
     if not task.running or task.node != paths.node() or _alive(task):
         return task
-    again = store().rows("SELECT * FROM task WHERE upid=?", task.upid)  # it may have ended just now
-    if again and again[0][8] is not None:
-        return Task(*again[0])
+    current = store().rows("SELECT * FROM task WHERE upid=?", task.upid)  # it may have ended just now
+    if current and current[0][8] is not None:
+        return Task(*current[0])
     ended = dataclasses.replace(task, endtime=int(clock.now()), status="unexpected status")
     store().run(
         "UPDATE task SET endtime=?, status=? WHERE upid=? AND endtime IS NULL",
@@ -379,7 +379,7 @@ def _alive(task: Task) -> bool:
 
 def find(upid: str) -> Task | None:
     rows = store().rows("SELECT * FROM task WHERE upid=?", upid)
-    return _settle(Task(*rows[0])) if rows else None
+    return _with_end(Task(*rows[0])) if rows else None
 
 
 def every(ident: str | None = None) -> list[Task]:
@@ -388,10 +388,10 @@ def every(ident: str | None = None) -> list[Task]:
 
 
 def everywhere(ident: str | None = None) -> list[Task]:
-    """The same of all nodes; what became of one that another node runs is that one's to say."""
+    """The tasks of all nodes; only this node's are checked for an ended worker."""
     which, values = ("WHERE id=?", [ident]) if ident is not None else ("", [])
     rows = store().rows(f"SELECT * FROM task {which} ORDER BY starttime DESC, rowid DESC", *values)
-    return [_settle(Task(*row)) for row in rows]
+    return [_with_end(Task(*row)) for row in rows]
 
 
 def stop(upid: str, *, wait: float = 5.0) -> None:

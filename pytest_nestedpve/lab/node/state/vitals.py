@@ -1,4 +1,4 @@
-"""How this node is: its memory, its load, its uptime."""
+"""This node's memory, load and uptime."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from . import guests, members, reported, tasks
 def memory() -> dict[str, int]:
     """/proc/meminfo in bytes.
 
-    The nodes of a cluster are one machine: what tells them apart is the memory that their running guests may
-    take, which is not free there.
+    The nodes of a cluster share one machine: the configured memory of a node's running guests counts as used
+    there.
     """
-    found = {}
+    amounts = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         key, _, rest = line.partition(":")
-        found[key] = int(rest.split()[0]) * 1024
+        amounts[key] = int(rest.split()[0]) * 1024
     if members.several():
-        taken = sum(guests.memory(guest.conf) for guest in guests.every() if guests.running(guest.vmid)) << 20
+        used = sum(guests.memory(guest.conf) for guest in guests.every() if guests.running(guest.vmid)) << 20
         for key in ("MemAvailable", "MemFree"):
-            found[key] = max(0, found[key] - taken)
-    return found
+            amounts[key] = max(0, amounts[key] - used)
+    return amounts
 
 
 def uptime() -> int:
@@ -37,13 +37,13 @@ def uptime() -> int:
 
 
 def row() -> dict[str, Any]:
-    """What stands of the node in the lists of nodes."""
-    known, disk = memory(), os.statvfs("/")
+    """The node's measured values in the lists of nodes."""
+    amounts, disk = memory(), os.statvfs("/")
     return {
         "cpu": round(os.getloadavg()[0] / (os.cpu_count() or 1), 4),
         "maxcpu": os.cpu_count() or 1,
-        "maxmem": known["MemTotal"],
-        "mem": known["MemTotal"] - known["MemAvailable"],
+        "maxmem": amounts["MemTotal"],
+        "mem": amounts["MemTotal"] - amounts["MemAvailable"],
         "maxdisk": disk.f_blocks * disk.f_frsize,
         "disk": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         "uptime": uptime(),

@@ -1,4 +1,4 @@
-"""A VM's options: what PVE makes of given values, who may set them, and the disks they ask for."""
+"""A VM's options: normalized forms of values, privileges to set them, and creation of their disks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def privilege(option: str) -> str:
 def check_rights(
     caller: Caller, vmid: int, pool: str | None, names: Iterable[str], values: Mapping[str, Any]
 ) -> None:
-    """Whether the caller may set (or, without a value, delete) these options."""
+    """Check that the caller may set (or, without a value, delete) these options. PveFailure if not."""
     if caller.is_root:
         return
     for name in sorted(names):
@@ -64,7 +64,7 @@ def check_rights(
             access.check(caller, "/", ["Sys.Modify"])
             continue
         if name == "tags":
-            continue  # checked by itself: on the VM, whatever the pool [ownA-019]
+            continue  # checked separately: on the VM, not on its pool [ownA-019]
         priv = privilege(name)
         if DRIVES.fullmatch(name) and ("media=cdrom" in value or ":cloudinit" in value):
             access.check_guest(caller, vmid, pool, ["VM.Config.CDROM", "VM.Config.Disk"], any_of=True)
@@ -100,7 +100,7 @@ def net_parts(value: str) -> dict[str, str]:
 
 
 def check_storage(caller: Caller, vmid: int, values: Mapping[str, Any]) -> None:
-    """The disks asked for: syntax, storages, and whether the caller may use them."""
+    """Check the requested disks: syntax, storages, and the caller's rights. PveFailure if one is wrong."""
     for name in sorted(values):
         if not DRIVES.fullmatch(name):
             continue
@@ -118,8 +118,8 @@ def check_storage(caller: Caller, vmid: int, values: Mapping[str, Any]) -> None:
             continue
         if re.fullmatch(r"\d+(\.\d+)?", rest):
             if source and float(rest) != 0:
-                words = "'import-from' requires special syntax - use <storage ID>:0,import-from=<source>"
-                raise BadParameters({name: words}, rc=255)
+                message = "'import-from' requires special syntax - use <storage ID>:0,import-from=<source>"
+                raise BadParameters({name: message}, rc=255)
             if "images" not in volumes.content(store):
                 raise BadParameters({"storage": f"storage '{store}' does not support vm images"})
             access.check(caller, f"/storage/{store}", ["Datastore.AllocateSpace"])
@@ -139,7 +139,7 @@ def _check_source(caller: Caller, vmid: int, source: str) -> None:
 
 
 def _check_volume(caller: Caller, vmid: int, volid: str) -> None:
-    """A volume of another guest needs rights on that guest's storage; an import volume a look at it."""
+    """Check the rights on another guest's volume (its storage and guest), or on an import volume."""
     if caller.is_root:
         return
     name = volumes.split(volid)[0]
@@ -153,8 +153,8 @@ def _check_volume(caller: Caller, vmid: int, volid: str) -> None:
         access.check(caller, f"/storage/{name}", ["Datastore.Audit", "Datastore.AllocateSpace"], any_of=True)
 
 
-def normal(name: str, value: str) -> str:
-    """The value as PVE keeps it."""
+def normalized(name: str, value: str) -> str:
+    """The value in the form in which PVE stores it."""
     if NETS.fullmatch(name):
         return _net(value)
     if name == "tags":
@@ -184,15 +184,15 @@ def new_mac() -> str:
 # -- disks
 
 
-def make_drives(guest: Guest, values: dict[str, str], *, made: list[str]) -> None:
-    """Put the disks of `values` into the configuration, making and importing volumes; ids of new ones go
-    into `made`, so that a task that fails can take them back."""
+def create_drives(guest: Guest, values: dict[str, str], *, created: list[str]) -> None:
+    """Put the disks of `values` into the configuration, creating and importing volumes; the ids of new ones
+    are appended to `created`, for `remove_created` of a failed task."""
     for name in sorted(values):
         if DRIVES.fullmatch(name):
-            guest.conf[name] = _drive(guest, name, values[name], made)
+            guest.conf[name] = _create_drive(guest, name, values[name], created)
 
 
-def _drive(guest: Guest, name: str, value: str, made: list[str]) -> str:
+def _create_drive(guest: Guest, name: str, value: str, created: list[str]) -> str:
     parts = drive_parts(value)
     file = parts.pop("file", "")
     fmt, source = parts.pop("format", None), parts.pop("import-from", None)
@@ -200,15 +200,15 @@ def _drive(guest: Guest, name: str, value: str, made: list[str]) -> str:
         return _drive_text(file, {"media": "cdrom", **parts})
     store, rest = volumes.split(file)
     if rest == "cloudinit":
-        return _cloudinit_drive(guest, name, store, fmt, parts, made)
+        return _create_cloudinit_drive(guest, name, store, fmt, parts, created)
     if re.fullmatch(r"\d+(\.\d+)?", rest):
         parts.pop("size", None)
         if name in ("efidisk0", "tpmstate0"):
             raise Unsupported(f"{name}: a disk for firmware")
         if source:
-            volid, size = _import(guest.vmid, store, source, fmt, made)
+            volid, size = _import(guest.vmid, store, source, fmt, created)
         else:
-            volid, size = _new(guest.vmid, store, int(float(rest) * 1024**3), fmt or "raw", made)
+            volid, size = _create_volume(guest.vmid, store, int(float(rest) * 1024**3), fmt or "raw", created)
         parts["size"] = volumes.short_size(size)
         text = _drive_text(volid, parts)
         output.line(f"{name}: successfully created disk '{text}'")
@@ -218,12 +218,12 @@ def _drive(guest: Guest, name: str, value: str, made: list[str]) -> str:
         raise PveFailure(f"volume '{file}' does not exist")
     if volumes.kind(file) == "images":
         parts["size"] = volumes.short_size(disks.info(place)["size"])
-    _claim(guest, file)
+    _remove_unused(guest, file)
     return _drive_text(file, parts)
 
 
-def _claim(guest: Guest, volid: str) -> None:
-    """A volume that was unused is not any more."""
+def _remove_unused(guest: Guest, volid: str) -> None:
+    """Delete the `unusedN` options that name the volume, which is in use now."""
     for key in [k for k in guest.conf if re.fullmatch(r"unused\d+", k) and guest.conf[k] == volid]:
         del guest.conf[key]
 
@@ -232,20 +232,20 @@ def _drive_text(file: str, parts: Mapping[str, str]) -> str:
     return file + "".join(f",{key}={parts[key]}" for key in sorted(parts))
 
 
-def _new(vmid: int, store: str, size: int, fmt: str, made: list[str]) -> tuple[str, int]:
+def _create_volume(vmid: int, store: str, size: int, fmt: str, created: list[str]) -> tuple[str, int]:
     volid = f"{store}:{vmid}/{volumes.next_name(store, vmid, fmt)}"
-    made.append(volid)
+    created.append(volid)
     volumes.allocate(volid, size, fmt)
     return volid, size
 
 
-def _cloudinit_drive(
-    guest: Guest, name: str, store: str, fmt: str | None, parts: dict[str, str], made: list[str]
+def _create_cloudinit_drive(
+    guest: Guest, name: str, store: str, fmt: str | None, parts: dict[str, str], created: list[str]
 ) -> str:
     fmt = fmt or "qcow2"
     volid = f"{store}:{guest.vmid}/vm-{guest.vmid}-cloudinit.{fmt}"
     if not volumes.path(volid).exists():
-        made.append(volid)
+        created.append(volid)
         volumes.allocate(volid, 4 * 1024**2, fmt)
     parts["media"] = "cdrom"
     text = _drive_text(volid, parts)
@@ -253,10 +253,10 @@ def _cloudinit_drive(
     return text
 
 
-def _import(vmid: int, store: str, source: str, fmt: str | None, made: list[str]) -> tuple[str, int]:
-    """A volume with the content of a file or volume [import-008, import-027]."""
-    volume = not source.startswith("/")
-    if volume:
+def _import(vmid: int, store: str, source: str, fmt: str | None, created: list[str]) -> tuple[str, int]:
+    """Create a volume with the content of a file or volume [import-008, import-027]."""
+    is_volume = not source.startswith("/")
+    if is_volume:
         file = volumes.path(source)
         if not file.is_file():
             raise PveFailure(f"volume '{source}' does not exist")
@@ -268,15 +268,15 @@ def _import(vmid: int, store: str, source: str, fmt: str | None, made: list[str]
             raise PveFailure(f"can't find file '{source}'")
     fmt = fmt or "raw"
     volid = f"{store}:{vmid}/{volumes.next_name(store, vmid, fmt)}"
-    return volid, copy_in(file, volid, fmt, announce=volume, made=made)
+    return volid, copy_in(file, volid, fmt, announce=is_volume, created=created)
 
 
-def copy_in(file: Path, volid: str, fmt: str, *, announce: bool, made: list[str]) -> int:
+def copy_in(file: Path, volid: str, fmt: str, *, announce: bool, created: list[str]) -> int:
     """Copy an image file into a new volume, with the lines that PVE prints; its virtual size in bytes."""
     size = -(-int(disks.info(file)["size"]) // 512) * 512
     target = volumes.path(volid)
     output.line(volumes.formatting(target, size, fmt))
-    made.append(volid)
+    created.append(volid)
     try:
         disks.import_image(file, target, fmt, size)
     except disks.DiskError as e:
@@ -287,11 +287,11 @@ def copy_in(file: Path, volid: str, fmt: str, *, announce: bool, made: list[str]
     return size
 
 
-def take_back(made: Iterable[str]) -> None:
-    """Remove volumes that a failed task made."""
+def remove_created(created: Iterable[str]) -> None:
+    """Remove volumes that a failed task created."""
     import contextlib
 
-    for volid in made:
+    for volid in created:
         with contextlib.suppress(PveFailure, OSError):
             if volumes.path(volid).exists():
                 disks.free(volumes.path(volid))
@@ -301,18 +301,18 @@ def take_back(made: Iterable[str]) -> None:
 
 
 def volids(conf: Mapping[str, str]) -> list[str]:
-    """The volumes that a configuration names, disks and unused ones."""
-    found = []
+    """The ids of the volumes that a configuration names, disks and unused ones."""
+    ids = []
     for key, value in conf.items():
         if DRIVES.fullmatch(key) or re.fullmatch(r"unused\d+|vmstate", key):
             volid = value.split(",")[0].removeprefix("file=")
-            if ":" in volid and volid not in found:
-                found.append(volid)
-    return found
+            if ":" in volid and volid not in ids:
+                ids.append(volid)
+    return ids
 
 
 def default_boot(conf: Mapping[str, str]) -> str:
-    """The boot order that create writes: first disk, CD-ROM, first network card; `" "` for nothing."""
+    """The boot order that create writes: first disk, CD-ROM, first network card; `" "` without any."""
     order = ("ide", "scsi", "virtio", "sata")
 
     def place(key: str) -> tuple[int, str]:

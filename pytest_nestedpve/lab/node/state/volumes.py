@@ -1,4 +1,4 @@
-"""Storages and their volumes: ids, paths, what lies there. Directory storages only."""
+"""Storages and their volumes: ids, paths, content. Directory storages only."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ ENDINGS = {
 
 def storages() -> dict[str, dict[str, Any]]:
     """Storage definitions by id; without storage.cfg there is an implicit `local` [basic-024]."""
-    found = store().all("storage")
-    if "local" not in found:
-        found["local"] = {
+    definitions = store().all("storage")
+    if "local" not in definitions:
+        definitions["local"] = {
             "type": "dir",
             "path": "/var/lib/vz",
             "content": IMPLICIT_CONTENT,
             "prune-backups": "keep-all=1",
         }
-    return dict(sorted(found.items()))
+    return dict(sorted(definitions.items()))
 
 
 def storage(name: str, *, enabled: bool = True, rc: int = 255) -> dict[str, Any]:
-    found = storages().get(name)
-    if found is None:
+    definition = storages().get(name)
+    if definition is None:
         raise PveFailure(f"storage '{name}' does not exist", rc=rc)
-    if enabled and str(found.get("disable", "0")) == "1":
+    if enabled and str(definition.get("disable", "0")) == "1":
         raise PveFailure(f"storage '{name}' is disabled")
-    if enabled and paths.node() not in _nodes_of(found):
+    if enabled and paths.node() not in _nodes_of(definition):
         raise PveFailure(f"storage '{name}' is not available on node '{paths.node()}'")
-    return found
+    return definition
 
 
 def nodes(name: str) -> list[str]:
@@ -61,12 +61,12 @@ def nodes(name: str) -> list[str]:
 
 
 def _nodes_of(about: dict[str, Any]) -> list[str]:
-    given = set(filter(None, re.split(r"[,;\s]+", str(about.get("nodes", "")))))
-    return [each.name for each in members.every() if not given or each.name in given]
+    listed = set(filter(None, re.split(r"[,;\s]+", str(about.get("nodes", "")))))
+    return [member.name for member in members.every() if not listed or member.name in listed]
 
 
 def shared(name: str) -> bool:
-    """Whether what lies on the storage is the same on all of its nodes."""
+    """Whether all nodes of the storage see the same volumes."""
     return str(storage(name, enabled=False).get("shared", "0")) == "1"
 
 
@@ -75,12 +75,12 @@ def content(name: str) -> set[str]:
 
 
 def folder(name: str) -> Path:
-    """Where a storage's volumes lie; one of a type that is no directory has a place that it does not show."""
+    """The directory of a storage's volumes; for a type without a directory one inside the lab."""
     return paths.at(str(storage(name).get("path", f"/var/lib/nestedpve-lab/storages/{name}")))
 
 
 def has_snapshots(name: str) -> bool:
-    """Whether the storage itself keeps snapshots, whatever the format of its volumes."""
+    """Whether the storage itself has snapshots, regardless of the format of its volumes."""
     return storage(name)["type"] in ("lvmthin", "rbd", "zfspool")
 
 
@@ -92,7 +92,7 @@ def split(volid: str) -> tuple[str, str]:
 
 
 def path(volid: str) -> Path:
-    """Where a volume lies; nothing is said about whether it is there."""
+    """The path of a volume, which may not exist."""
     name, rest = split(volid)
     base = folder(name)
     kind, _, file = rest.partition("/")
@@ -125,13 +125,13 @@ def file_format(name: str) -> str:
 
 def next_name(name: str, vmid: int, fmt: str, *, prefix: str = "vm", what: str = "disk") -> str:
     """The first free `vm-ID-disk-N` of a guest on a storage (with any ending)."""
-    place = folder(name) / "images" / str(vmid)
-    taken = set()
-    if place.is_dir():
-        for entry in os.listdir(place):
+    folder_of_guest = folder(name) / "images" / str(vmid)
+    used = set()
+    if folder_of_guest.is_dir():
+        for entry in os.listdir(folder_of_guest):
             if match := re.fullmatch(rf"(?:vm|base)-{vmid}-{what}-(\d+)\.\w+", entry):
-                taken.add(int(match[1]))
-    number = next(n for n in range(1000) if n not in taken)
+                used.add(int(match[1]))
+    number = next(n for n in range(1000) if n not in used)
     return f"{prefix}-{vmid}-{what}-{number}.{fmt}"
 
 
@@ -154,7 +154,7 @@ def formatting(file: Path, size: int, fmt: str, extra: str = "") -> str:
 
 
 def allocate(volid: str, size: int, fmt: str) -> None:
-    """Make an empty volume, with qemu-img's line on stdout."""
+    """Create an empty volume, with qemu-img's line on stdout."""
     file = path(volid)
     if fmt not in ("raw", "qcow2", "vmdk"):
         raise Unsupported(f"volume format '{fmt}'")
@@ -172,7 +172,7 @@ def users_of(volid: str) -> list[Path]:
     """Linked clones of a base volume."""
     base = path(volid)
     name, _ = split(volid)
-    found = []
+    clones = []
     images = folder(name) / "images"
     for file in images.glob("*/*"):
         if (
@@ -180,12 +180,12 @@ def users_of(volid: str) -> list[Path]:
             and disks.state_dir(file).is_dir()
             and disks.info(file)["parent"] == str(base)
         ):
-            found.append(file)
-    return found
+            clones.append(file)
+    return clones
 
 
 def free(volid: str) -> None:
-    """Remove a volume; says so if it is not there [storage-027]."""
+    """Remove a volume; prints a line if it does not exist [storage-027]."""
     file = path(volid)
     if (rule := faults.on_volume(volid, worker.kind())) is not None:
         faults.before(rule, owner(volid))
@@ -213,7 +213,7 @@ def listing(name: str, *, vmid: int | None = None, of: str | None = None) -> lis
             guest = int(file.parent.name)
             if vmid is not None and guest != vmid:
                 continue
-            # Volumes come and go while others are listed: what is gone by now is no row.
+            # A volume may be removed while the directory is listed: it gets no row.
             with contextlib.suppress(disks.DiskError, FileNotFoundError):
                 rows.append(_row(name, guest, file))
     for what, place in FOLDERS.items():
@@ -268,7 +268,7 @@ def usage(name: str) -> tuple[int, int, int]:
 
 
 def human(number: float) -> str:
-    """`1.0 GiB` as the copy's progress says it."""
+    """A number of bytes as in the progress of a copy: `1.0 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024 or unit == "GiB":
             return f"{number:.1f} {unit}"
@@ -277,7 +277,7 @@ def human(number: float) -> str:
 
 
 def short_size(number: int) -> str:
-    """`1G`, `64M`, `512`: as in a configuration."""
+    """A number of bytes as in a configuration: `1G`, `64M`, `512`."""
     units = ["", "K", "M", "G", "T"]
     index = 0
     while index < 4 and number and number % 1024 == 0:
@@ -287,7 +287,7 @@ def short_size(number: int) -> str:
 
 
 def transferred(size: int) -> None:
-    """The progress of a copy that is done."""
+    """Print the progress of a copy that has ended."""
     output.line(f"transferred 0.0 B of {human(size)} (0.00%)")
     for _ in range(2):
         output.line(f"transferred {human(size)} of {human(size)} (100.00%)")

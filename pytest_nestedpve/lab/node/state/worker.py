@@ -21,7 +21,7 @@ current: ContextVar[Worker | None] = ContextVar("nestedpve_worker", default=None
 
 
 def warn(text: str) -> None:
-    """A warning in the task's log; the task ends "WARNINGS: n"."""
+    """Write a warning to the task's log; the task ends "WARNINGS: n"."""
     output.line(f"WARN: {text}")
     if (worker := current.get()) is not None:
         worker.warnings += 1
