@@ -89,4 +89,4 @@ def test_a_node_inside_hands_the_slowness_on_without_writing_to_it(
         raise OSError(errno.EROFS, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "touch", refused)
-    assert [bind.target for bind in supervisor._pace()] == ["/etc/nestedpve-lab.json"]
+    assert [bind.target for bind in supervisor._delays_bind()] == ["/etc/nestedpve-lab.json"]

@@ -1,4 +1,4 @@
-"""Whether somebody lives, by a lock file: `flock` goes with the last copy of the open file."""
+"""Lock files as signs of life: `flock` ends with the last copy of the open file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Hold the lock file alone, and wait for that as long as another process does."""
+    """Hold the lock file exclusively; waits as long as another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -18,10 +18,10 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def held(path: Path, *, by_several: bool = False) -> bool:
-    """Whether a process holds the lock file; one that is not there or cannot be opened is held by nobody.
+    """Whether a process holds the lock file. A missing or unreadable file counts as not held.
 
-    `by_several`: its holders share it, so that only who wants it alone finds out. Without, those who ask at
-    the same moment do not take each other for the holder.
+    `by_several`: the holders share the lock, so the test needs an exclusive lock. Without, the test takes a
+    shared one, and simultaneous tests do not mistake each other for the holder.
     """
     try:
         with path.open() as file:

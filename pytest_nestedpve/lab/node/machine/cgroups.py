@@ -1,4 +1,4 @@
-"""Control groups (version 2): a machine's processes together, so that they can be ended together."""
+"""Control groups (version 2): the processes of a machine as a group, ended and frozen as one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 class CgroupError(Exception):
-    """There is no usable cgroup v2 hierarchy, or a group did not do what it was told."""
+    """No usable cgroup v2 hierarchy, or a group that did not reach the requested state."""
 
 
 def root() -> Path:
-    """The cgroup v2 hierarchy as mounted here: pure (systemd's default) or beside version 1.
+    """The mount point of the cgroup v2 hierarchy: pure (systemd's default) or beside version 1.
 
-    CgroupError if there is none that can be written, or the kernel lacks cgroup.kill (before 5.14).
+    CgroupError without a writable one, or if the kernel lacks cgroup.kill (before 5.14).
     """
     for candidate in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
         if (candidate / "cgroup.procs").exists() and (candidate / "cgroup.controllers").exists():
@@ -27,7 +27,7 @@ def root() -> Path:
 
 
 def enter(group: Path) -> None:
-    """Move this process into `group`, made if need be."""
+    """Move this process into `group`, which is created if missing."""
     group.mkdir(parents=True, exist_ok=True)
     (group / "cgroup.procs").write_text(str(os.getpid()))
 
@@ -49,33 +49,33 @@ def event(group: Path, name: str) -> bool:
     return f"{name} 1" in lines
 
 
-def await_event(group: Path, name: str, wanted: bool, limit: float) -> None:
-    """Wait until an event has the value `wanted`; the kernel tells when one changes. CgroupError at the
-    limit (seconds)."""
+def await_event(group: Path, name: str, value: bool, limit: float) -> None:
+    """Wait until the event `name` has `value`; the kernel notifies of changes. CgroupError after `limit`
+    seconds."""
     deadline = time.monotonic() + limit
     try:
         watched = (group / "cgroup.events").open()
     except OSError as e:
-        if wanted:
+        if value:
             raise CgroupError(f"{group} is gone") from e
         return
     with watched:
         poller = select.poll()
         poller.register(watched, select.POLLPRI | select.POLLERR)
-        while event(group, name) != wanted:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                state = "still" if not wanted else "not"
+        while event(group, name) != value:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                state = "still" if not value else "not"
                 raise CgroupError(f"{group} is {state} {name} after {limit:g} s")
-            # The notification is raised on a read, so a change between two reads is never lost for long.
-            poller.poll(min(left, 0.2) * 1000)
-            with contextlib.suppress(OSError):  # the group is gone: `event` says so too
+            # A change between two reads may raise no notification: poll at least every 0.2 s.
+            poller.poll(min(remaining, 0.2) * 1000)
+            with contextlib.suppress(OSError):  # the group was removed: `event` is False then
                 watched.seek(0)
                 watched.read()
 
 
 def freeze(group: Path, on: bool, limit: float = 10.0) -> None:
-    """Stop (or let go on) every process of the group, and wait until it is so."""
+    """Freeze (or thaw) every process of the group, and wait until it is done."""
     (group / "cgroup.freeze").write_text("1" if on else "0")
     await_event(group, "frozen", on, limit)
 

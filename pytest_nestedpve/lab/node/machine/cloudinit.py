@@ -34,7 +34,7 @@ def seed(guest: Guest) -> dict[str, str]:
 
 
 def dump(guest: Guest, kind: str) -> str:
-    """What `qm cloudinit dump` shows: the generated text, whatever cicustom says (facts 71)."""
+    """The output of `qm cloudinit dump`: the generated text, regardless of `cicustom` (facts 71)."""
     if kind == "user":
         return user_data(guest)
     if kind == "network":
@@ -62,7 +62,7 @@ def _name(guest: Guest) -> tuple[str, str]:
 
 
 def host_name(guest: Guest) -> str:
-    """What a guest is called from its first moment on: as in the user-data, with a name or without."""
+    """The host name of a guest from its first boot on, as in the user-data."""
     return _name(guest)[0]
 
 
@@ -91,10 +91,10 @@ def user_data(guest: Guest) -> str:
 def _hashed(password: str) -> str:
     if password.startswith("$"):
         return password
-    done = subprocess.run(
+    process = subprocess.run(
         ["openssl", "passwd", "-5", "-stdin"], input=password, capture_output=True, text=True, check=True
     )
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def meta_data(user: str, network: str) -> str:
@@ -160,11 +160,11 @@ NET_MODELS = {
 
 
 def _host_resolver(what: str) -> list[str]:
-    """Without own settings a guest gets the host's."""
+    """The host's values of `what` in resolv.conf: the defaults of a guest."""
     try:
         lines = paths.at("/etc/resolv.conf").read_text().splitlines()
     except OSError:
         return []
-    found = [words[1:] for words in (line.split() for line in lines) if words and words[0] == what]
-    values = [word for words in found for word in words]
+    entries = [words[1:] for words in (line.split() for line in lines) if words and words[0] == what]
+    values = [word for words in entries for word in words]
     return [value for value in values if not (what == "search" and value == ".")]

@@ -1,16 +1,16 @@
-"""Volumes: files that look like disks to a person, and that a machine can boot from.
+"""Volumes: files that stand for disks, and that a machine can boot from.
 
 A volume is a file. The file of an imported image is the image itself, a squashfs; any other volume's
-file holds only a line about itself. Beside the file lies its state, a hidden directory `.<file>.d`:
+file holds one descriptive line. Beside the file is its state, a hidden directory `.<file>.d`:
 
     meta.json     format, virtual size, the base of a linked clone, the snapshots
     upper/ work/  what the machine wrote over the image (the upper side of an overlay)
-    sub/          what the machine keeps in /var/lib/vz: a directory of the real file system, because an
-                  overlay's upper side cannot lie on an overlay, and a machine has machines of its own
+    sub/          the machine's /var/lib/vz: a directory of the real file system, because an
+                  overlay's upper side cannot be on an overlay, and a machine may have nested machines
     snapshots/    copies of upper and sub, by name
 
-Nothing here knows what runs: callers stop or freeze the machine first. Runs on a node's own Python
-(3.11 to 3.13, standard library only) and, for tests, anywhere.
+Running machines are not considered: callers stop or freeze the machine first. Runs on a node's Python
+(3.11 to 3.13, standard library only).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FORMATS = ("raw", "qcow2", "vmdk", "subvol")
 
 
 class DiskError(Exception):
-    """A volume cannot be made, copied or read; the text is fit to stand in a task log."""
+    """A volume cannot be created, copied or read; the text is a line for a task log."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a machine is booted from.
+    """The layers of a machine's root file system.
 
     `image` is the squashfs at the bottom of the chain, None for a disk without a system. `lowers` are
     directories above it, topmost first; `upper`, `work` and `sub` are this volume's own directories.
@@ -55,12 +55,12 @@ def state_dir(path: str | Path) -> Path:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether the volume's file is there."""
+    """Whether the volume's file exists."""
     return Path(path).is_file()
 
 
 def create(path: str | Path, size_bytes: int, fmt: str) -> None:
-    """Make an empty volume of `size_bytes` (virtual; it takes no room). DiskError if the file is there."""
+    """Create an empty volume of `size_bytes` (virtual). DiskError if the file exists."""
     path = Path(path)
     _new_file(path)
     path.write_text(f"nestedpve-lab volume, {fmt}\n")
@@ -69,10 +69,10 @@ def create(path: str | Path, size_bytes: int, fmt: str) -> None:
 
 
 def import_image(src: str | Path, dst: str | Path, fmt: str, size_bytes: int | None = None) -> None:
-    """Make `dst` a volume with the content of the image file or volume `src`.
+    """Create the volume `dst` with the content of the image file or volume `src`.
 
-    The bytes are shared (hard link, reflink) where the file system can, for nothing writes to them.
-    The virtual size is `size_bytes`, by default that of `src`. DiskError if src is missing or dst there.
+    The bytes are shared (hard link, reflink) where the file system can: the image is never written to.
+    The virtual size is `size_bytes`, by default that of `src`. DiskError if src is missing or dst exists.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_file():
@@ -91,9 +91,9 @@ def import_image(src: str | Path, dst: str | Path, fmt: str, size_bytes: int | N
 
 
 def full_clone(src: str | Path, dst: str | Path, fmt: str | None = None, snapshot: str | None = None) -> None:
-    """Make `dst` an independent copy of volume `src`, or of its snapshot `snapshot`.
+    """Create `dst` as an independent copy of volume `src`, or of its snapshot `snapshot`.
 
-    A copy of a linked clone does not depend on the clone's base any more than by shared, unchanging files.
+    A copy of a linked clone shares only unchanging files with the clone's base.
     """
     src, dst = Path(src), Path(dst)
     meta = _read(src)
@@ -110,7 +110,7 @@ def full_clone(src: str | Path, dst: str | Path, fmt: str | None = None, snapsho
     if len(chain) == 1:
         _copy_trees(source, state_dir(dst))
         return
-    # Flatten: keep each layer as a directory of our own, so that the base may go.
+    # Flatten: copy every layer to a directory of the copy, so that the base may be removed.
     layers = state_dir(dst) / "layers"
     layers.mkdir()
     names = []
@@ -120,15 +120,15 @@ def full_clone(src: str | Path, dst: str | Path, fmt: str | None = None, snapsho
         for inner in _own_layers(volume):
             _copy(inner, layers / f"{number}-{inner.name}")
             names.append(f"{number}-{inner.name}")
-    own = [path.name for path in _own_layers(src)]
-    for name in own:
+    copied = [path.name for path in _own_layers(src)]
+    for name in copied:
         _copy(state_dir(src) / "layers" / name, layers / f"own-{name}")
-    _update(dst, layers=[f"own-{name}" for name in own] + names)
+    _update(dst, layers=[f"own-{name}" for name in copied] + names)
     _copy_trees(source, state_dir(dst))
 
 
 def linked_clone(base: str | Path, dst: str | Path, fmt: str | None = None) -> None:
-    """Make `dst` a volume over the template volume `base`: nothing is copied but what lies in /var/lib/vz."""
+    """Create `dst` as a volume over the template volume `base`; only /var/lib/vz is copied."""
     base, dst = Path(base), Path(dst)
     meta = _read(base)
     _new_file(dst)
@@ -153,7 +153,7 @@ def to_template(path: str | Path) -> Path:
 
 
 def snapshot(path: str | Path, name: str) -> None:
-    """Keep the volume's present content under `name`. Freeze the machine first (machine.frozen)."""
+    """Save the volume's content under `name`. Freeze the machine first (machine.frozen)."""
     meta = _read(path)
     if name in meta["snapshots"]:
         raise DiskError(f"snapshot '{name}' already exists")
@@ -165,15 +165,15 @@ def snapshot(path: str | Path, name: str) -> None:
 
 
 def rollback(path: str | Path, name: str) -> None:
-    """Put the content of snapshot `name` back. The machine must not run."""
-    kept = _snapshot_meta(path, name)
+    """Restore the content of snapshot `name`. The machine must not run."""
+    saved = _snapshot_meta(path, name)
     _fresh(path)
     _copy_trees(state_dir(path) / "snapshots" / name, state_dir(path))
-    _update(path, size=kept["size"])
+    _update(path, size=saved["size"])
 
 
 def delete_snapshot(path: str | Path, name: str) -> None:
-    """Forget snapshot `name`; DiskError if there is none."""
+    """Delete snapshot `name`; DiskError if there is none."""
     _snapshot_meta(path, name)
     meta = _read(path)
     _update(path, snapshots={key: value for key, value in meta["snapshots"].items() if key != name})
@@ -197,13 +197,13 @@ def rename(path: str | Path, new: str | Path) -> None:
 
 
 def free(path: str | Path) -> None:
-    """Remove the volume and all it kept. No error if the file is gone already."""
+    """Remove the volume with its state. No error if the file does not exist."""
     _remove(state_dir(path))
     Path(path).unlink(missing_ok=True)
 
 
 def bootable(path: str | Path) -> bool:
-    """Whether there is a system at the bottom of the volume (an image was imported)."""
+    """Whether the volume has a system (an imported image) as its bottom layer."""
     path = Path(path)
     return path.is_file() and layers(path).image is not None
 
@@ -229,7 +229,7 @@ def info(path: str | Path) -> dict[str, Any]:
 
 
 def layers(path: str | Path) -> Layers:
-    """What to boot volume `path` from. DiskError if a base of the chain is missing."""
+    """The layers to boot volume `path` from. DiskError if a base of the chain is missing."""
     path = Path(path)
     chain = _chain(path)
     lowers = [*_own_layers(path)]
@@ -247,7 +247,7 @@ def layers(path: str | Path) -> Layers:
     )
 
 
-# -- below: how
+# -- implementation
 
 
 def _meta_file(path: str | Path) -> Path:
@@ -276,10 +276,10 @@ def _update(path: str | Path, **changes: Any) -> None:
 
 def _snapshot_meta(path: str | Path, name: str) -> dict[str, Any]:
     try:
-        kept: dict[str, Any] = _read(path)["snapshots"][name]
+        snapshot: dict[str, Any] = _read(path)["snapshots"][name]
     except KeyError as e:
         raise DiskError(f"snapshot '{name}' does not exist") from e
-    return kept
+    return snapshot
 
 
 def _own_layers(path: Path) -> list[Path]:
@@ -288,12 +288,12 @@ def _own_layers(path: Path) -> list[Path]:
 
 def _chain(path: Path) -> list[Path]:
     """The volume itself, its base, the base's base …"""
-    found = [path]
-    while (parent := _read(found[-1])["parent"]) is not None:
+    volumes = [path]
+    while (parent := _read(volumes[-1])["parent"]) is not None:
         if not Path(parent).is_file():
-            raise DiskError(f"volume '{found[-1]}': its base '{parent}' does not exist")
-        found.append(Path(parent))
-    return found
+            raise DiskError(f"volume '{volumes[-1]}': its base '{parent}' does not exist")
+        volumes.append(Path(parent))
+    return volumes
 
 
 def _new_file(path: Path) -> None:
@@ -303,7 +303,7 @@ def _new_file(path: Path) -> None:
 
 
 def _share(src: Path, dst: Path) -> None:
-    """`dst` with the bytes of `src`, which nothing ever changes: a hard link, else a copy."""
+    """Create `dst` with the bytes of `src`, which never change: a hard link, else a copy."""
     try:
         os.link(src, dst)
     except OSError:
@@ -332,28 +332,28 @@ def _copy(source: Path, target: Path) -> None:
     copy = ["cp", "-a", "--reflink=auto", "--", str(source), str(target)]
     tar = ["tar", "-C", str(source), "--xattrs", "--xattrs-include=*", "--sparse"]
     tar += ["--null", "--no-wildcards", "--anchored", "--exclude-from=/dev/stdin", "-cf", "-", "."]
-    done = subprocess.run(
+    process = subprocess.run(
         tar if images else copy,
         input=None if not images else "".join(f"./{image}\0" for image in images).encode(),
         capture_output=True,
         check=False,
     )
-    if done.returncode == 0 and images:
+    if process.returncode == 0 and images:
         target.mkdir(exist_ok=True)
-        done = subprocess.run(
+        process = subprocess.run(
             ["tar", "-C", str(target), "--xattrs", "--xattrs-include=*", "--numeric-owner", "-xpf", "-"],
-            input=done.stdout,
+            input=process.stdout,
             capture_output=True,
             check=False,
         )
         for image in images:
             _share(source / image, target / image)
-    if done.returncode != 0:
-        raise DiskError(f"copying '{source}' failed: {done.stderr.decode(errors='replace').strip()}")
+    if process.returncode != 0:
+        raise DiskError(f"copying '{source}' failed: {process.stderr.decode(errors='replace').strip()}")
 
 
 def _images(root: Path) -> Iterator[Path]:
-    """Squashfs files of a tree, relative to it; looked for only by the endings volumes have."""
+    """Squashfs files of a tree, relative to it; only files with endings of volumes are read."""
     for folder, _, files in os.walk(root):
         for name in files:
             if name.endswith((".raw", ".qcow2", ".img")):
@@ -365,7 +365,7 @@ def _images(root: Path) -> Iterator[Path]:
 
 def _remove(tree: Path) -> None:
     if tree.is_dir() and not tree.is_symlink():
-        # An overlay's own work directory has mode 000; root may enter, others get their way first.
+        # An overlay's work directory has mode 000: without root it must be made accessible first.
         for folder, names, _ in os.walk(tree):
             for name in names:
                 with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Starting a system container from a root made of layers: namespaces, mounts, network cards, its init.
+"""Start of a system container with a layered root: namespaces, mounts, network cards, init.
 
-The container's mounts, links and network live in its own namespaces and hang on its processes, so ending
-its cgroup ends all of it; what is left is an empty cgroup and the state directory. Used by the machine for
-father and by every node for its guests.
+The container's mounts, links and network exist in its own namespaces as long as its processes, so ending its
+cgroup removes them; only an empty cgroup and the state directory remain. Used by the lab for its outer nodes
+and by every node for its guests.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LO_READ_ONLY, _LO_AUTOCLEAR = 1, 4
 
 
 class LaunchError(Exception):
-    """A container cannot be started; the text says why."""
+    """A container cannot be started; the text is the cause."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A veth pair: `outside` stays here (on `bridge`, or with `address`), `inside` goes inside. With `switch`
-    the outside is in that process's network namespace, not here."""
+    """A veth pair: `outside` here (on `bridge`, or with `address`), `inside` in the container. With
+    `switch`, a process id, `outside` is in the network namespace of that process."""
 
     outside: str
     inside: str
@@ -47,13 +47,13 @@ class Link:
     switch: int | None = None
 
     def ip(self) -> list[str]:
-        """The `ip` of where the outside end is."""
+        """The `ip` command for the network namespace of the outside end."""
         return ["ip"] if self.switch is None else ["nsenter", f"--net=/proc/{self.switch}/ns/net", "ip"]
 
 
 @dataclass(frozen=True)
 class Bind:
-    """A file or directory from here, seen in the container at `target`."""
+    """A file or directory of this machine, mounted in the container at `target`."""
 
     source: Path
     target: str
@@ -62,10 +62,10 @@ class Bind:
 
 @dataclass(frozen=True)
 class Container:
-    """What to start. `state` is a directory for the launcher's own use; `images` are squashfs files at the
+    """A container to start. `state` is a directory for the launcher; `images` are squashfs files at the
     bottom, `lowers` directories above them (both topmost first), `upper` and `work` the writable side;
-    `devices` further device nodes as name:c|b:major:minor:mode; `nested` what
-    /sys/module/kvm_*/parameters/nested says."""
+    `devices` further device nodes as name:c|b:major:minor:mode; `nested` the value of
+    /sys/module/kvm_*/parameters/nested."""
 
     hostname: str
     state: Path
@@ -83,7 +83,7 @@ class Container:
 
 @dataclass
 class Started:
-    """A container that was launched: `process` ends when it does; `init` is its PID 1 as seen from here."""
+    """A launched container: `process` ends with it; `init` is the id of its PID 1 on this machine."""
 
     process: subprocess.Popen[bytes]
     init: int
@@ -91,13 +91,13 @@ class Started:
 
     def wait(self) -> str:
         """Wait for the end; REBOOT, POWEROFF or a text for any other end. The kernel ends a PID namespace's
-        init by SIGHUP when it calls for a reboot, by SIGINT when it calls for power off or halt."""
+        init by SIGHUP when that requests a reboot, by SIGINT when it requests power off or halt."""
         code = self.process.wait()
         return {129: REBOOT, -1: REBOOT, 130: POWEROFF, -2: POWEROFF}.get(code, f"ended with status {code}")
 
 
 def launch(container: Container) -> Started:
-    """Start the container; returns when its init is about to run. LaunchError otherwise, nothing left."""
+    """Start the container; returns when its init is about to run. LaunchError after a failure and cleanup."""
     _prepare(container)
     loops: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -111,14 +111,14 @@ def launch(container: Container) -> Started:
         assert process.stdin is not None
         assert process.stdout is not None
         if process.stdout.readline() != b"ready\n":
-            raise LaunchError(_why(container, "its namespaces could not be made"))
+            raise LaunchError(_failure(container, "its namespaces could not be created"))
         init = _init_of(container, process)
         _wire(container.links, process.pid)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(b"go\n")
             process.stdin.close()
         if process.stdout.readline() != b"mounted\n":
-            raise LaunchError(_why(container, "its root could not be mounted"))
+            raise LaunchError(_failure(container, "its root could not be mounted"))
         process.stdout.close()
         return Started(process, init, container)
     except BaseException as e:
@@ -131,15 +131,15 @@ def launch(container: Container) -> Started:
         raise
     finally:
         for descriptor in loops:
-            # The mounts hold the devices now; without one, autoclear gives the device back.
+            # The mounts keep the devices in use; an unused device is released by autoclear.
             os.close(descriptor)
 
 
 def cleanup(container: Container) -> None:
-    """End what is left of the container's processes; remove its cgroup, links and state directories."""
+    """End remaining processes of the container; remove its cgroup, links and state directories."""
     cgroups.remove(container.cgroup)
     for link in container.links:
-        # The kernel takes a link away with its namespace, a moment after the last process.
+        # The kernel removes a link with its namespace, a moment after the last process.
         subprocess.run([*link.ip(), "link", "del", link.outside], capture_output=True, check=False)
     shutil.rmtree(container.state, ignore_errors=True)
 
@@ -183,7 +183,7 @@ def _spawn(container: Container, devices: list[str]) -> subprocess.Popen[bytes]:
         "--propagation",
         "private",
     ]
-    # When the one who launches dies, so does the container: each process dies with its parent.
+    # The container ends with the launching process: every process is killed with its parent.
     command = ["setpriv", "--pdeathsig=KILL", *unshare, "--fork", "--kill-child", "sh", str(script)]
     into = shlex.join(["cd", "/"]) + f"; echo $$ >{shlex.quote(str(container.cgroup / 'cgroup.procs'))}"
     environment = {
@@ -209,7 +209,7 @@ def _spawn(container: Container, devices: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _init_of(container: Container, process: subprocess.Popen[bytes]) -> int:
-    """The process of the new PID namespace that is number 1 there."""
+    """The process that is number 1 in the new PID namespace."""
     for pid in cgroups.processes(container.cgroup):
         if pid in (0, process.pid):
             continue
@@ -217,15 +217,15 @@ def _init_of(container: Container, process: subprocess.Popen[bytes]) -> int:
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                 if line.startswith("NSpid:") and line.split()[-1] == "1":
                     return pid
-    raise LaunchError(_why(container, "its first process is gone already"))
+    raise LaunchError(_failure(container, "its first process has ended already"))
 
 
 def _wire(links: tuple[Link, ...], namespace_of: int) -> None:
     for link in links:
         subprocess.run([*link.ip(), "link", "del", link.outside], capture_output=True, check=False)
-        # Never lower than a real card's: a bridge without a fixed address takes its lowest port's.
+        # Higher than a real card's: a bridge without a fixed address takes the lowest of its ports.
         outside_mac = "fe:" + ":".join(f"{random.randrange(256):02x}" for _ in range(5))
-        # The card's address is given when it is made: a veth has no permanent one to go back to.
+        # The card's address is set at creation: a veth has no permanent address to return to.
         steps = [
             f"link add name {link.outside} address {outside_mac} type veth "
             f"peer name {link.inside} address {link.mac} netns {namespace_of}"
@@ -235,19 +235,19 @@ def _wire(links: tuple[Link, ...], namespace_of: int) -> None:
         if link.address is not None:
             steps.append(f"address add {link.address} dev {link.outside}")
         steps.append(f"link set {link.outside} {'up' if link.up else 'down'}")
-        done = subprocess.run(
+        process = subprocess.run(
             [*link.ip(), "-batch", "-"],
             input="\n".join(steps) + "\n",
             text=True,
             capture_output=True,
             check=False,
         )
-        if done.returncode != 0:
-            raise LaunchError(f"network card {link.outside}: {done.stderr.strip()}")
+        if process.returncode != 0:
+            raise LaunchError(f"network card {link.outside}: {process.stderr.strip()}")
 
 
 def _attach_loop(image: Path) -> tuple[str, int]:
-    """A loop device over `image` that goes away with its last user: its node, and a descriptor on it."""
+    """A loop device over `image`, released with its last user: its device node and an open descriptor."""
     with open(image, "rb") as backing, open("/dev/loop-control", "rb") as control:
         # loop_config: fd, block_size, loop_info64 (lo_flags at offset 52 of it), 8 reserved numbers.
         info = bytearray(232)
@@ -255,7 +255,7 @@ def _attach_loop(image: Path) -> tuple[str, int]:
         config = struct.pack("=II", backing.fileno(), 0) + bytes(info) + bytes(64)
         for _ in range(100):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            # On a machine the kernel has made the node by now; in a container, this does.
+            # On a machine the kernel has created the node already; in a container mknod does.
             node = Path(f"/dev/loop{number}")
             with contextlib.suppress(FileExistsError):
                 os.mknod(node, 0o600 | 0o060000, os.makedev(7, number))
@@ -264,16 +264,16 @@ def _attach_loop(image: Path) -> tuple[str, int]:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
             except OSError as e:
                 os.close(device)
-                if e.errno != errno.EBUSY:  # another one took the number: ask for the next
+                if e.errno != errno.EBUSY:  # the number is in use by now: get the next one
                     raise LaunchError(f"image {image} cannot be attached to a loop device: {e}") from e
             else:
                 return str(node), device
     raise LaunchError(f"image {image}: no free loop device after 100 tries")
 
 
-def _why(container: Container, what: str) -> str:
+def _failure(container: Container, what: str) -> str:
     try:
         tail = container.console.read_text(errors="replace").strip().splitlines()[-5:]
     except OSError:
         tail = []
-    return f"{container.hostname} did not start, {what}: " + (" / ".join(tail) or "it said nothing")
+    return f"{container.hostname} did not start, {what}: " + (" / ".join(tail) or "its console is empty")

@@ -1,7 +1,7 @@
-"""Machines: what `qm start` boots on a node. A machine is a system container with its own systemd.
+"""Machines, booted by `qm start` on a node. A machine is a system container with its own systemd.
 
-Each machine has a supervisor, a detached process that plays the part of the `kvm` process: the machine
-lives exactly as long as it does. Runtime state lies in /run/nestedpve-lab/guests/<vmid>/. Standard
+Every machine has a supervisor, a detached process in place of the `kvm` process: the machine
+runs exactly as long as the supervisor. Runtime state is in /run/nestedpve-lab/guests/<vmid>/. Standard
 library only; runs on a node's Python (3.11 to 3.13).
 """
 
@@ -33,14 +33,14 @@ _AGENT_LIMIT = 64 << 20  # bytes of one answer
 
 
 class MachineError(Exception):
-    """A machine cannot be started or stopped; the text is fit to stand in a task log."""
+    """A machine cannot be started or stopped; the text is a line for a task log."""
 
 
 class AgentError(Exception):
-    """The guest agent did not do what was asked.
+    """A command of the guest agent failed.
 
     `kind` is one of: "not running" (the machine is off), "unreachable" (no agent answers on the
-    socket), "timeout", "failed" (the agent itself said no: its words are the text).
+    socket), "timeout", "failed" (the agent answered with an error, which is the text).
     """
 
     def __init__(self, kind: str, text: str) -> None:
@@ -61,7 +61,7 @@ class Nic:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What is started. `memory` is in MiB; `disk` the path of the boot volume, None or not bootable for
+    """A machine to start. `memory` is in MiB; `disk` the path of the boot volume, None or not bootable for
     a machine that "runs" without a system; `seed` the files of the cloud-init drive (user-data, meta-data,
     network-config, vendor-data), None without such a drive; `agent` whether the VM has the agent's port."""
 
@@ -76,16 +76,16 @@ class MachineSpec:
 
 
 def start(spec: MachineSpec) -> None:
-    """Start a machine; returns once its first boot has been launched. MachineError says what is wrong:
-    it runs already, the bridge is missing, the disk's base is missing."""
+    """Start a machine; returns once its first boot has been launched. MachineError otherwise:
+    the machine runs already, the bridge is missing, the disk's base is missing."""
     if status(spec.vmid) == "running":
         raise MachineError(f"VM {spec.vmid} already running")
     for nic in spec.nics:
         if not Path("/sys/class/net", nic.bridge, "bridge").is_dir():
             raise MachineError(f"bridge '{nic.bridge}' does not exist")
-    place = RUN_DIR / str(spec.vmid)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True, mode=0o700)
+    run_dir = RUN_DIR / str(spec.vmid)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True, mode=0o700)
     try:
         bootable = spec.disk is not None and disks.bootable(spec.disk)
     except disks.DiskError as e:
@@ -93,16 +93,16 @@ def start(spec: MachineSpec) -> None:
     if not bootable:
         write_state(spec.vmid, {"started": time.time()})
         return
-    (place / "spec.json").write_text(json.dumps(asdict(spec)))
+    (run_dir / "spec.json").write_text(json.dumps(asdict(spec)))
     with contextlib.suppress(OSError):
-        # Beside the place of QEMU's socket, for whoever looks there for a log of the serial device.
+        # In the directory of QEMU's socket, where users expect a log of the serial device.
         SERIAL_DIR.mkdir(parents=True, exist_ok=True)
         serial_log(spec.vmid).unlink(missing_ok=True)
         serial_log(spec.vmid).symlink_to(console_log(spec.vmid))
     package = __package__ or ""
-    home = Path(__file__).resolve().parents[len(package.split("."))]
-    environment = {**os.environ, "PYTHONPATH": str(home)}
-    with (place / "supervisor.log").open("ab") as log:
+    import_path = Path(__file__).resolve().parents[len(package.split("."))]
+    environment = {**os.environ, "PYTHONPATH": str(import_path)}
+    with (run_dir / "supervisor.log").open("ab") as log:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", f"{package}.supervisor", str(spec.vmid)],
             stdin=subprocess.DEVNULL,
@@ -114,11 +114,13 @@ def start(spec: MachineSpec) -> None:
         )
     assert supervisor.stdout is not None
     with supervisor.stdout:
-        said = supervisor.stdout.readline().decode(errors="replace").strip()
-    if said != "running":
+        message = supervisor.stdout.readline().decode(errors="replace").strip()
+    if message != "running":
         supervisor.wait()
-        shutil.rmtree(place, ignore_errors=True)
-        raise MachineError(said or f"start failed: the supervisor of VM {spec.vmid} said nothing")
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise MachineError(
+            message or f"start failed: the supervisor of VM {spec.vmid} ended without a message"
+        )
 
 
 def status(vmid: int) -> str:
@@ -130,14 +132,14 @@ def status(vmid: int) -> str:
 
 
 def pid(vmid: int) -> int | None:
-    """The process id that `qm status --verbose` shows: the supervisor's (for a machine without a system
-    a made-up one is not given: None). None when stopped."""
-    return _of(vmid, "supervisor")
+    """The process id that `qm status --verbose` shows: the supervisor's. None for a stopped machine, or one
+    without a system."""
+    return _live_pid(vmid, "supervisor")
 
 
 def init_pid(vmid: int) -> int | None:
-    """The machine's own PID 1, as seen on this node: `/proc/<pid>/root` is its file system."""
-    return _of(vmid, "init")
+    """The id on this node of the machine's PID 1: `/proc/<pid>/root` is its file system."""
+    return _live_pid(vmid, "init")
 
 
 def started_at(vmid: int) -> float | None:
@@ -147,7 +149,7 @@ def started_at(vmid: int) -> float | None:
 
 
 def stop(vmid: int) -> None:
-    """Pull the plug; returns when nothing of the machine is left. No error if it is off."""
+    """Power off at once; returns when all processes have ended. No error if the machine is off."""
     place = RUN_DIR / str(vmid)
     state = read_state(vmid)
     if state is not None and "supervisor" in state:
@@ -166,25 +168,25 @@ def shutdown(vmid: int, timeout: float = 60.0) -> bool:
     if state is None:
         return True
     if "supervisor" not in state:
-        return False  # without a system nobody hears the button
+        return False  # without a system nothing handles the request
     with _ended(int(state["supervisor"])) as ended:
-        _tell_init(vmid, signal.SIGRTMIN + 4)  # systemd: power off
+        _signal_init(vmid, signal.SIGRTMIN + 4)  # systemd: power off
         return ended(timeout)
 
 
 def reboot(vmid: int, timeout: float = 60.0) -> bool:
-    """Ask the machine to reboot and wait at most `timeout` seconds until it went down; whether it did.
-    (PVE's reboot applies pending configuration: stop it with `shutdown` and start it with the new spec.)"""
+    """Ask the machine to reboot and wait at most `timeout` seconds for its shutdown; whether it shut down.
+    (PVE's reboot applies pending configuration: use `shutdown`, and `start` with the new spec.)"""
     init = init_pid(vmid)
     if init is None:
         return False
     with _ended(init) as ended:
-        _tell_init(vmid, signal.SIGRTMIN + 5)  # systemd: reboot
+        _signal_init(vmid, signal.SIGRTMIN + 5)  # systemd: reboot
         return ended(timeout)
 
 
 def reset(vmid: int) -> None:
-    """The reset button: the machine boots anew at once, with the same spec. MachineError when off."""
+    """Reset: the machine boots again at once, with the same spec. MachineError when off."""
     if status(vmid) != "running":
         raise MachineError(f"VM {vmid} not running")
     if init_pid(vmid) is None:
@@ -195,7 +197,7 @@ def reset(vmid: int) -> None:
 
 @contextlib.contextmanager
 def frozen(vmid: int) -> Iterator[None]:
-    """The machine's processes stand still inside the block (for a snapshot); nothing happens when off."""
+    """Freeze the machine's processes inside the block (for a snapshot); no effect when off."""
     group = machine_group(vmid)
     if not group.is_dir() or init_pid(vmid) is None or cgroups.event(group, "frozen"):
         yield
@@ -220,7 +222,7 @@ def resume(vmid: int) -> None:
 
 
 def set_link(vmid: int, index: int, *, up: bool) -> None:
-    """Plug the cable of NIC `index` in or out while the machine runs."""
+    """Set the link of NIC `index` up or down while the machine runs."""
     link = ["ip", "link", "set", f"tap{vmid}i{index}", "up" if up else "down"]
     subprocess.run(link, capture_output=True, check=False)
 
@@ -232,15 +234,15 @@ def agent(vmid: int, execute: str, arguments: Mapping[str, Any] | None = None, t
     init = init_pid(vmid)
     if init is None:
         raise AgentError("unreachable", "QEMU guest agent is not running")
-    asked: dict[str, Any] = {"execute": execute}
+    request: dict[str, Any] = {"execute": execute}
     if arguments:
-        asked["arguments"] = dict(arguments)
+        request["arguments"] = dict(arguments)
     deadline = time.monotonic() + timeout
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as port:
             port.settimeout(timeout)
             port.connect(f"/proc/{init}/root/{AGENT_SOCKET}")
-            port.sendall(json.dumps(asked).encode() + b"\n")
+            port.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(_line(port, deadline))
     except TimeoutError as e:
         raise AgentError("timeout", "QEMU guest agent is not running") from e
@@ -252,23 +254,23 @@ def agent(vmid: int, execute: str, arguments: Mapping[str, Any] | None = None, t
 
 
 def console_log(vmid: int) -> Path:
-    """Where the machine's console output goes."""
+    """The file with the machine's console output."""
     return RUN_DIR / str(vmid) / "console.log"
 
 
 def serial_log(vmid: int) -> Path:
-    """The same by the name of the VM's first serial device."""
+    """A link to the console log, named after the VM's first serial device."""
     return SERIAL_DIR / f"{vmid}.serial0.log"
 
 
 def leave(vmid: int) -> None:
-    """The VM, which is off, goes to another node: runtime state away, its leases are still its own."""
+    """After a migration (the VM is off): remove the runtime state, keep the DHCP leases."""
     clear(vmid)
     (RUN_DIR / f"{vmid}.macs").unlink(missing_ok=True)
 
 
 def forget(vmid: int) -> None:
-    """After a destroy: runtime state away, DHCP leases given back (where this node serves DHCP)."""
+    """After a destroy: remove the runtime state, release the DHCP leases (if this node serves DHCP)."""
     macs = []
     with contextlib.suppress(OSError, ValueError):
         macs = json.loads((RUN_DIR / f"{vmid}.macs").read_text())
@@ -277,7 +279,7 @@ def forget(vmid: int) -> None:
     release(macs)
 
 
-# -- below: what the supervisor shares
+# -- shared with the supervisor
 
 
 def machine_group(vmid: int) -> Path:
@@ -286,12 +288,12 @@ def machine_group(vmid: int) -> Path:
 
 
 def supervisor_group(vmid: int) -> Path:
-    """The supervisor's: apart from the service or session in which `start` was called."""
+    """The supervisor's cgroup: outside the service or session in which `start` was called."""
     return cgroups.root() / f"guest-{vmid}"
 
 
 def read_state(vmid: int) -> dict[str, Any] | None:
-    """What `start` and the supervisor wrote; None when the machine is off."""
+    """The state written by `start` and the supervisor; None when the machine is off."""
     try:
         loaded: dict[str, Any] = json.loads((RUN_DIR / str(vmid) / "state.json").read_text())
     except (OSError, ValueError):
@@ -300,7 +302,7 @@ def read_state(vmid: int) -> dict[str, Any] | None:
 
 
 def write_state(vmid: int, state: Mapping[str, Any]) -> None:
-    """Atomic."""
+    """Write the state file; atomic."""
     place = RUN_DIR / str(vmid)
     temporary = place / f"state.{os.getpid()}"
     temporary.write_text(json.dumps(state))
@@ -308,19 +310,19 @@ def write_state(vmid: int, state: Mapping[str, Any]) -> None:
 
 
 def lock_file(vmid: int) -> Path:
-    """Held by the supervisor as long as it lives."""
+    """The lock file that the supervisor holds as long as it runs."""
     return RUN_DIR / str(vmid) / "lock"
 
 
 def clear(vmid: int) -> None:
-    """Runtime state away."""
+    """Remove the runtime state."""
     shutil.rmtree(RUN_DIR / str(vmid), ignore_errors=True)
     with contextlib.suppress(OSError):
         serial_log(vmid).unlink(missing_ok=True)
 
 
 def release(macs: list[str]) -> None:
-    """Give DHCP leases back to this node's dnsmasq, which otherwise keeps them until they end."""
+    """Release DHCP leases at this node's dnsmasq, which otherwise keeps them until they expire."""
     try:
         lines = [line.split() for line in LEASES.read_text().splitlines()]
     except OSError:
@@ -334,12 +336,12 @@ def release(macs: list[str]) -> None:
 
 
 def _bridge_of(address: str) -> str:
-    found = subprocess.run(["ip", "-o", "route", "get", address], capture_output=True, text=True, check=False)
-    words = found.stdout.split()
+    route = subprocess.run(["ip", "-o", "route", "get", address], capture_output=True, text=True, check=False)
+    words = route.stdout.split()
     return words[words.index("dev") + 1] if "dev" in words else "vmbr0"
 
 
-def _of(vmid: int, key: str) -> int | None:
+def _live_pid(vmid: int, key: str) -> int | None:
     state = read_state(vmid)
     if state is None or key not in state or not held(lock_file(vmid)):
         return None
@@ -348,7 +350,7 @@ def _of(vmid: int, key: str) -> int | None:
 
 @contextlib.contextmanager
 def _ended(process: int) -> Iterator[Callable[[float], bool]]:
-    """A function that waits at most so many seconds for the process to end; whether it did."""
+    """A function that waits at most `limit` seconds for the end of the process; whether it ended."""
     try:
         handle = os.pidfd_open(process)
     except ProcessLookupError:
@@ -362,7 +364,7 @@ def _ended(process: int) -> Iterator[Callable[[float], bool]]:
         os.close(handle)
 
 
-def _tell_init(vmid: int, number: int) -> None:
+def _signal_init(vmid: int, number: int) -> None:
     init = init_pid(vmid)
     if init is not None:
         with contextlib.suppress(ProcessLookupError):
@@ -372,15 +374,15 @@ def _tell_init(vmid: int, number: int) -> None:
 def _line(port: socket.socket, deadline: float) -> bytes:
     received = bytearray()
     while b"\n" not in received:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError
-        port.settimeout(left)
+        port.settimeout(remaining)
         chunk = port.recv(1 << 16)
         if not chunk or len(received) > _AGENT_LIMIT:
-            raise OSError("the agent hung up")
+            raise OSError("the agent closed the connection")
         received += chunk
-    # 0xFF stands before an answer after a sync; none is sent here, but it costs nothing to pass over it.
+    # 0xFF precedes the answer to a guest-sync-delimited; none is sent here, but skip it.
     return bytes(received).lstrip(b"\xff").split(b"\n", 1)[0]
 
 

@@ -1,8 +1,7 @@
-"""The supervisor of one machine: boots it, boots it again when it reboots, ends when it is off.
+"""The supervisor of one machine: boots it, boots it again after a reboot, ends when it is off.
 
-python3 -m nestedpve_node.machine.supervisor VMID. Plays the part of the `kvm` process: the machine lives
-exactly as long as it does. Says "running" on standard output once the first boot is launched, or what is
-wrong.
+python3 -m nestedpve_node.machine.supervisor VMID. Stands in for the `kvm` process: the machine runs exactly
+as long as the supervisor. Prints "running" once the first boot is launched, or the error.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ def main() -> int:
         running = _boot(spec)
     except (launcher.LaunchError, disks.DiskError, OSError) as e:
         print(str(e).replace("\n", " "), flush=True)
-        _leave(vmid)
+        _clean_up(vmid)
         return 1
     print("running", flush=True)
-    # Whoever reads standard output must not wait for this process's end.
+    # The reader of standard output must not wait for this process's end.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     while True:
-        why = running.wait()
+        end_reason = running.wait()
         launcher.cleanup(running.container)
-        place = machine.RUN_DIR / str(vmid)
-        again = place / "again"
-        if (place / "stop").exists() or not (why == launcher.REBOOT or again.exists()):
+        run_dir = machine.RUN_DIR / str(vmid)
+        again = run_dir / "again"
+        if (run_dir / "stop").exists() or not (end_reason == launcher.REBOOT or again.exists()):
             break
         again.unlink(missing_ok=True)
         try:
@@ -61,7 +60,7 @@ def main() -> int:
         except (launcher.LaunchError, disks.DiskError, OSError) as e:
             print(f"{time.time():.0f} reboot failed: {e}", file=sys.stderr, flush=True)
             break
-    _leave(vmid)
+    _clean_up(vmid)
     return 0
 
 
@@ -69,7 +68,7 @@ def _boot(spec: dict[str, object]) -> launcher.Started:
     vmid = int(str(spec["vmid"]))
     layers = disks.layers(str(spec["disk"]))
     assert layers.image is not None
-    _plant(layers.upper, spec["seed"])
+    _write_seed(layers.upper, spec["seed"])
     nics = spec["nics"]
     assert isinstance(nics, list)
     place = machine.RUN_DIR / str(vmid)
@@ -93,7 +92,7 @@ def _boot(spec: dict[str, object]) -> launcher.Started:
                 )
                 for nic in nics
             ),
-            binds=(launcher.Bind(layers.sub, "/var/lib/vz", writable=True), *_pace()),
+            binds=(launcher.Bind(layers.sub, "/var/lib/vz", writable=True), *_delays_bind()),
             devices=("kvm:c:10:232:660", *((AGENT_PORT,) if spec["agent"] else ())),
         )
     )
@@ -102,17 +101,16 @@ def _boot(spec: dict[str, object]) -> launcher.Started:
     return started
 
 
-def _pace() -> tuple[launcher.Bind, ...]:
-    """The node's slowness, which a guest shares if it becomes a node."""
+def _delays_bind() -> tuple[launcher.Bind, ...]:
+    """The file of the node's delays, which a guest shares if it becomes a node."""
     file = paths.pace_file()
-    if not file.exists():  # on a node inside it is the outer node's, and read-only
+    if not file.exists():  # on a nested node it is the outer node's file, and read-only
         file.touch()
     return (launcher.Bind(file, "/etc/nestedpve-lab.json"),)
 
 
-def _plant(upper: Path, seed: object) -> None:
-    """The cloud-init drive's files, where the NoCloud source finds them too; a machine without the drive
-    has none."""
+def _write_seed(upper: Path, seed: object) -> None:
+    """Write the cloud-init drive's files to a directory of the NoCloud source; none without a drive."""
     place = upper / SEED
     shutil.rmtree(place, ignore_errors=True)
     if not isinstance(seed, dict):
@@ -124,12 +122,12 @@ def _plant(upper: Path, seed: object) -> None:
         file.write_text(text)
 
 
-def _leave(vmid: int) -> None:
+def _clean_up(vmid: int) -> None:
     with contextlib.suppress(OSError):
         (machine.RUN_DIR / str(vmid) / "state.json").unlink()
     with contextlib.suppress(cgroups.CgroupError, OSError):
         cgroups.remove(machine.machine_group(vmid))
-    # Its own group cannot be removed from inside: the parent group takes this process for its last moment.
+    # A group cannot be removed by a process in it: move this process to the parent group first.
     with contextlib.suppress(OSError, cgroups.CgroupError):
         scope = cgroups.root() / "init.scope"
         target = scope if scope.is_dir() else cgroups.root()
