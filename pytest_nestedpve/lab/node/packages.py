@@ -1,6 +1,6 @@
 """The stand-ins as Debian packages, under the real packages' names and versions.
 
-`repo.py` builds and signs them. Debian's own postfix, chrony and open-iscsi stay the real ones.
+`repo.py` builds and signs them. Postfix, chrony and open-iscsi are Debian's packages.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class DebSpec:
     description: str = "Stand-in of the nestedpve lab"
 
 
-def _door(module: str) -> tuple[bytes, int]:
-    """A command: a thin script over a module of the package."""
+def _script(module: str) -> tuple[bytes, int]:
+    """A command: a script that calls `main` of a module of the package."""
     text = (
         "#!/usr/bin/python3\n"
         "import sys\n\n"
@@ -62,7 +62,7 @@ def _unit(description: str, service: str, *, after: str = "", wants: str = "") -
 
 
 def _enable(*units: str, then: str = "") -> str:
-    """A postinst that enables and starts units where systemd runs (not while an image is being made)."""
+    """A postinst that enables and starts units where systemd runs (not while an image is built)."""
     lines = ["#!/bin/sh", "set -e", 'if [ "$1" = configure ]; then']
     lines += [f"    deb-systemd-helper enable {unit} >/dev/null || true" for unit in units]
     lines += ["    if [ -d /run/systemd/system ]; then", "        systemctl daemon-reload"]
@@ -78,7 +78,7 @@ def _disable(*units: str) -> str:
 
 
 def code_files() -> Iterator[tuple[str, tuple[bytes, int]]]:
-    """This package's own files, where nodes have them."""
+    """The files of this package, by their paths on a node."""
     here = Path(__file__).parent
     for file in sorted(here.rglob("*")):
         if file.suffix in (".py", ".json", ".sh") and "__pycache__" not in file.parts:
@@ -96,10 +96,10 @@ _ENVIRONMENT = f"Environment=PYTHONPATH={HOME}"
 
 
 def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
-    """All stand-ins. `keyring`: the lab repository's public key in binary form, shipped as Proxmox's is."""
+    """All stand-ins. `keyring`: the lab repository's public key in binary form, installed as Proxmox's."""
 
-    def spec(name: str, depends: str = "", **more: object) -> DebSpec:
-        return DebSpec(name, VERSIONS[name], depends, **more)  # type: ignore[arg-type]
+    def spec(name: str, depends: str = "", **options: object) -> DebSpec:
+        return DebSpec(name, VERSIONS[name], depends, **options)  # type: ignore[arg-type]
 
     node = spec(
         "nestedpve-lab-node",
@@ -111,7 +111,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "pve-cluster",
         "nestedpve-lab-node, libpve-access-control",
         files={
-            "/usr/bin/pvecm": _door("commands.pvecm"),
+            "/usr/bin/pvecm": _script("commands.pvecm"),
             "/usr/lib/systemd/system/pve-cluster.service": _unit(
                 "The Proxmox VE cluster filesystem",
                 f"Type=notify\n{_ENVIRONMENT}\nExecStart={_PYTHON}.state.cluster_fs\n"
@@ -127,8 +127,8 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "pve-manager",
         "pve-cluster, qemu-server, libpve-storage-perl, libpve-access-control, proxmox-archive-keyring",
         files={
-            "/usr/bin/pvesh": _door("commands.pvesh"),
-            "/usr/bin/pveversion": _door("commands.pveversion"),
+            "/usr/bin/pvesh": _script("commands.pvesh"),
+            "/usr/bin/pveversion": _script("commands.pveversion"),
             "/etc/apt/sources.list.d/pve-enterprise.sources": (_ENTERPRISE, 0o644),
             "/usr/lib/systemd/system/pveproxy.service": _unit(
                 "PVE API Proxy Server",
@@ -138,7 +138,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
                 after="pve-cluster.service network.target ssh.service pvedaemon.service",
                 wants="pve-cluster.service pvedaemon.service",
             ),
-            # pveproxy runs the API itself here; the unit is there for who asks for it.
+            # pveproxy runs the API itself; the unit exists because callers query it.
             "/usr/lib/systemd/system/pvedaemon.service": _unit(
                 "PVE API Daemon",
                 "Type=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true",
@@ -165,7 +165,7 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         "qemu-server",
         "nestedpve-lab-node, pve-cluster, libpve-storage-perl",
         files={
-            "/usr/sbin/qm": _door("commands.qm"),
+            "/usr/sbin/qm": _script("commands.qm"),
             "/usr/lib/systemd/system/pve-guests.service": _unit(
                 "PVE guests",
                 f"Type=oneshot\nRemainAfterExit=yes\n{_ENVIRONMENT}\n"
@@ -178,10 +178,10 @@ def standin_packages(keyring: bytes = b"") -> list[DebSpec]:
         prerm=_disable("pve-guests.service"),
     )
     storage = spec(
-        "libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _door("commands.pvesm")}
+        "libpve-storage-perl", "nestedpve-lab-node", files={"/usr/sbin/pvesm": _script("commands.pvesm")}
     )
     access = spec(
-        "libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _door("commands.pveum")}
+        "libpve-access-control", "nestedpve-lab-node", files={"/usr/sbin/pveum": _script("commands.pveum")}
     )
     keys = spec(
         "proxmox-archive-keyring",

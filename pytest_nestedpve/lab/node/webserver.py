@@ -1,6 +1,6 @@
-"""Father's web server: the repositories, a directory per host name, and files to download.
+"""The lab's web server: the repositories, a directory per host name, and files to download.
 
-python3 -m nestedpve_node.webserver ROOT [PORT]. A name without a directory gets 404 on everything.
+python3 -m nestedpve_node.webserver ROOT [PORT]. A host name without a directory is answered with 404.
 """
 
 from __future__ import annotations

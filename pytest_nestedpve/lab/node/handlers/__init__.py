@@ -1,1 +1,1 @@
-"""What the API's methods do, by the part of the tree they are in."""
+"""The methods of the API, by their part of the tree."""

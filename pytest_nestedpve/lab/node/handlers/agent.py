@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/nodes/N/qemu/ID/agent: the guest's own qemu-ga, with PVE's words around it."""
+"""/nodes/N/qemu/ID/agent: calls of the guest's qemu-ga, with PVE's answers and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..state import guests
 from ..state.guests import Guest
 from .power import agent_enabled
 
-HERE = "/nodes/{node}/qemu/{vmid}/agent"
+BASE = "/nodes/{node}/qemu/{vmid}/agent"
 READS = [
     "get-fsinfo",
     "get-host-name",
@@ -40,10 +40,10 @@ WRITES = [
     "suspend-hybrid",
     "suspend-ram",
 ]
-CHUNK, MOST = 1024 * 1024, 16 * 1024 * 1024
+CHUNK_BYTES, MAX_BYTES = 1024 * 1024, 16 * 1024 * 1024
 
 
-def ready(vmid: str) -> Guest:
+def require_agent(vmid: str) -> Guest:
     guest = guests.load(vmid)
     if not agent_enabled(guest):
         raise PveFailure("No QEMU guest agent configured")
@@ -52,11 +52,13 @@ def ready(vmid: str) -> Guest:
     return guest
 
 
-def ask(vmid: str, execute: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 3.0) -> Any:
-    """One command; the errors in PVE's words."""
-    ready(vmid)
+def call_agent(
+    vmid: str, name: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 3.0
+) -> Any:
+    """Run one agent command; its `return` value. PveFailure with PVE's messages."""
+    require_agent(vmid)
     try:
-        return machine.agent(int(vmid), execute, arguments, timeout)
+        return machine.agent(int(vmid), name, arguments, timeout)
     except machine.AgentError as e:
         if e.kind == "failed":
             raise PveFailure(f"Agent error: Guest agent command failed, error was '{e}'", rc=29) from e
@@ -65,90 +67,90 @@ def ask(vmid: str, execute: str, arguments: Mapping[str, Any] | None = None, *, 
         raise PveFailure("QEMU guest agent is not running") from e
 
 
-def run(vmid: str, name: str) -> Any:
+def run_command(vmid: str, name: str) -> Any:
     command = f"guest-{name}"
     timeout = 60.0 if name in ("fsfreeze-freeze", "fstrim") else 3.0
-    return ask(vmid, command, timeout=timeout)
+    return call_agent(vmid, command, timeout=timeout)
 
 
-def _simple(name: str) -> None:
+def _register(name: str) -> None:
     def handler(caller: Caller, params: dict[str, Any]) -> Any:
-        return {"result": run(params["vmid"], name)}
+        return {"result": run_command(params["vmid"], name)}
 
-    api("GET" if name in READS else "POST", f"{HERE}/{name}")(handler)
+    api("GET" if name in READS else "POST", f"{BASE}/{name}")(handler)
 
 
 for _name in (*READS, *WRITES):
-    _simple(_name)
+    _register(_name)
 
 
-@api("POST", HERE)
+@api("POST", BASE)
 def command(caller: Caller, params: dict[str, Any]) -> Any:
-    return {"result": run(params["vmid"], params["command"])}
+    return {"result": run_command(params["vmid"], params["command"])}
 
 
-@api("POST", HERE + "/exec")
+@api("POST", BASE + "/exec")
 def execute(caller: Caller, params: dict[str, Any]) -> Any:
     words = params["command"]
     words = [words] if isinstance(words, str) else list(words)
     arguments: dict[str, Any] = {"path": words[0], "arg": words[1:], "capture-output": True}
     if "input-data" in params:
         arguments["input-data"] = base64.b64encode(params["input-data"].encode()).decode()
-    answer = ask(params["vmid"], "guest-exec", arguments)
+    answer = call_agent(params["vmid"], "guest-exec", arguments)
     return {"pid": answer["pid"]}
 
 
-@api("GET", HERE + "/exec-status")
+@api("GET", BASE + "/exec-status")
 def exec_status(caller: Caller, params: dict[str, Any]) -> Any:
     return status_of(params["vmid"], int(params["pid"]))
 
 
 def status_of(vmid: str, pid: int) -> dict[str, Any]:
-    answer = ask(vmid, "guest-exec-status", {"pid": pid})
-    found: dict[str, Any] = {}
+    answer = call_agent(vmid, "guest-exec-status", {"pid": pid})
+    status: dict[str, Any] = {}
     for key, value in answer.items():
         if key in ("out-data", "err-data"):
-            found[key] = base64.b64decode(value).decode(errors="replace")
-            found.setdefault(key.replace("data", "truncated"), 0)
+            status[key] = base64.b64decode(value).decode(errors="replace")
+            status.setdefault(key.replace("data", "truncated"), 0)
         else:
-            found[key] = int(value) if isinstance(value, bool) else value
-    return found
+            status[key] = int(value) if isinstance(value, bool) else value
+    return status
 
 
-@api("GET", HERE + "/file-read")
+@api("GET", BASE + "/file-read")
 def file_read(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = params["vmid"]
-    handle = ask(vmid, "guest-file-open", {"path": params["file"], "mode": "r"})
-    data, left = b"", False
+    handle = call_agent(vmid, "guest-file-open", {"path": params["file"], "mode": "r"})
+    data, truncated = b"", False
     try:
         while True:
-            piece = ask(vmid, "guest-file-read", {"handle": handle, "count": CHUNK}, timeout=10)
+            piece = call_agent(vmid, "guest-file-read", {"handle": handle, "count": CHUNK_BYTES}, timeout=10)
             data += base64.b64decode(piece["buf-b64"])
             if piece["eof"]:
                 break
-            if len(data) >= MOST:
-                left = True
+            if len(data) >= MAX_BYTES:
+                truncated = True
                 break
     finally:
-        ask(vmid, "guest-file-close", {"handle": handle})
+        call_agent(vmid, "guest-file-close", {"handle": handle})
     content = data.decode("utf-8", errors="replace")
-    return {"bytes-read": len(data), "content": content} | ({"truncated": 1} if left else {})
+    return {"bytes-read": len(data), "content": content} | ({"truncated": 1} if truncated else {})
 
 
-@api("POST", HERE + "/file-write")
+@api("POST", BASE + "/file-write")
 def file_write(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, content = params["vmid"], params["content"]
     encoded = content
     if params.get("encode", "1") == "1":
         encoded = base64.b64encode(content.encode()).decode()
-    handle = ask(vmid, "guest-file-open", {"path": params["file"], "mode": "wb"})
+    handle = call_agent(vmid, "guest-file-open", {"path": params["file"], "mode": "wb"})
     try:
-        ask(vmid, "guest-file-write", {"handle": handle, "buf-b64": encoded}, timeout=10)
+        call_agent(vmid, "guest-file-write", {"handle": handle, "buf-b64": encoded}, timeout=10)
     finally:
-        ask(vmid, "guest-file-close", {"handle": handle})
+        call_agent(vmid, "guest-file-close", {"handle": handle})
 
 
-@api("POST", HERE + "/set-user-password")
+@api("POST", BASE + "/set-user-password")
 def set_password(caller: Caller, params: dict[str, Any]) -> Any:
     encoded = base64.b64encode(params["password"].encode()).decode()
     arguments = {
@@ -156,4 +158,4 @@ def set_password(caller: Caller, params: dict[str, Any]) -> Any:
         "password": encoded,
         "crypted": params.get("crypted", "0") == "1",
     }
-    return {"result": ask(params["vmid"], "guest-set-user-password", arguments)}
+    return {"result": call_agent(params["vmid"], "guest-set-user-password", arguments)}

@@ -14,13 +14,13 @@ from ..machine import disks
 from ..state import guests, locks, members, output, paths, vm_options, volumes
 from ..state.guests import NETS, Guest
 from . import pools
-from .cluster import taken
+from .cluster import guest_with_id
 
-HERE = "/nodes/{node}/qemu/{vmid}"
+BASE = "/nodes/{node}/qemu/{vmid}"
 NOT_COPIED = ("parent", "template", "lock", "digest", "snaptime", "vmstate", "runningmachine", "runningcpu")
 
 
-@api("POST", HERE + "/clone")
+@api("POST", BASE + "/clone")
 def clone(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, new = int(params["vmid"]), int(params["newid"])
     if params.get("pool"):
@@ -35,14 +35,14 @@ def clone(caller: Caller, params: dict[str, Any]) -> Any:
     source = _source(guest, params.get("snapname"))
     full = params.get("full", "0" if guest.template else "1") == "1"
     guest.check_lock()
-    if taken(new):
+    if guest_with_id(new):
         raise PveFailure(f"unable to create VM {new}: config file already exists", rc=2)
     if not full:
-        _can_link(source)
+        _check_linkable(source)
     if not caller.is_root:
         _check_rights(caller, source, params.get("storage"))
     if target != paths.node():
-        _can_be_there(source, target, params.get("storage"))
+        _check_target(source, target, params.get("storage"))
     Guest(new, {"lock": "clone"}, node=target).save()
 
     def work() -> None:
@@ -68,8 +68,8 @@ def _source(guest: Guest, snapshot: str | None) -> dict[str, str]:
     values = guest.snapshots.get(snapshot)
     if values is None:
         raise PveFailure(f"snapshot '{snapshot}' does not exist")
-    kept = {key: value for key, value in values.items() if key not in ("description", "snaptime")}
-    return guests.copy_of(kept)
+    options = {key: value for key, value in values.items() if key not in ("description", "snaptime")}
+    return guests.copy_of(options)
 
 
 def _disks(conf: dict[str, str]) -> dict[str, str]:
@@ -80,15 +80,15 @@ def _disks(conf: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _can_link(source: dict[str, str]) -> None:
+def _check_linkable(source: dict[str, str]) -> None:
     for key, value in sorted(_disks(source).items()):
         volid = value.split(",")[0]
         if "media=cdrom" not in value and not volumes.path(volid).name.startswith("base-"):
             raise PveFailure(f"Linked clone feature is not supported for '{volid}' ({key})", rc=2)
 
 
-def _can_be_there(source: dict[str, str], target: str, storage: str | None) -> None:
-    """A clone is created on this node: another one has its disks only if they are shared."""
+def _check_target(source: dict[str, str], target: str, storage: str | None) -> None:
+    """Check that the target node shares the disks, which are cloned on this node. PveFailure if not."""
     for value in _disks(source).values():
         for name in {volumes.split(value)[0], storage or volumes.split(value)[0]}:
             if not volumes.shared(name) or target not in volumes.nodes(name):
@@ -120,9 +120,9 @@ def _clone(
         elif "media=cdrom" in value:
             continue
         elif full:
-            conf[key] = ",".join(filter(None, (_full(volid, new, key, params, created), rest)))
+            conf[key] = ",".join(filter(None, (_create_full_clone(volid, new, key, params, created), rest)))
         else:
-            conf[key] = ",".join(filter(None, (_linked(volid, new, key, created), rest)))
+            conf[key] = ",".join(filter(None, (_create_linked_clone(volid, new, key, created), rest)))
     for key in [key for key in conf if NETS.fullmatch(key)]:
         conf[key] = re.sub(
             r"=[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", f"={vm_options.new_mac()}", conf[key], count=1
@@ -140,7 +140,7 @@ def _clone(
     Guest(new, conf, node=params.get("target", paths.node())).save()
 
 
-def _full(volid: str, new: int, key: str, params: dict[str, Any], created: list[str]) -> str:
+def _create_full_clone(volid: str, new: int, key: str, params: dict[str, Any], created: list[str]) -> str:
     output.line(f"create full clone of drive {key} ({volid})")
     file = volumes.path(volid)
     about = disks.info(file)
@@ -156,7 +156,7 @@ def _full(volid: str, new: int, key: str, params: dict[str, Any], created: list[
     return copy
 
 
-def _linked(volid: str, new: int, key: str, created: list[str]) -> str:
+def _create_linked_clone(volid: str, new: int, key: str, created: list[str]) -> str:
     output.line(f"create linked clone of drive {key} ({volid})")
     name, _ = volumes.split(volid)
     base = volumes.path(volid)

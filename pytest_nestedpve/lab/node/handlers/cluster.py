@@ -17,8 +17,8 @@ from .nodes import task_row
 
 @api("GET", "/version")
 def version(caller: Caller, params: dict[str, Any]) -> Any:
-    own = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
-    return own | reported.of("version")
+    versions = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    return versions | reported.of("version")
 
 
 @api("GET", "/cluster/status")
@@ -26,21 +26,21 @@ def status(caller: Caller, params: dict[str, Any]) -> Any:
     """A stand-alone node has no `cluster` entry (facts 36)."""
     access.check(caller, "/", ["Sys.Audit"])
     rows: list[dict[str, Any]] = []
-    every, name = members.every(), members.cluster()
+    nodes, name = members.every(), members.cluster()
     if name is not None:
         about: dict[str, Any] = {
             "id": "cluster",
             "name": name,
-            "nodes": len(every),
+            "nodes": len(nodes),
             "quorate": 1,
-            "version": len(every),
+            "version": len(nodes),
         }
         rows.append(about | {"type": "cluster"} | reported.of("cluster"))
-    for each in every:
-        row: dict[str, Any] = {"id": f"node/{each.name}", "name": each.name, "type": "node", "level": ""}
-        row |= {"local": int(each.local), "nodeid": each.number, "online": int(each.online)}
-        if found := each.address or cluster_fs.address():
-            row["ip"] = found
+    for member in nodes:
+        row: dict[str, Any] = {"id": f"node/{member.name}", "name": member.name, "type": "node", "level": ""}
+        row |= {"local": int(member.local), "nodeid": member.number, "online": int(member.online)}
+        if ip := member.address or cluster_fs.address():
+            row["ip"] = ip
         rows.append(row)
     return rows
 
@@ -50,8 +50,8 @@ def resources(caller: Caller, params: dict[str, Any]) -> Any:
     return broadcast.resources(caller, params.get("type"))
 
 
-def taken(vmid: int) -> tuple[str, str] | None:
-    """ "VM" or "CT", and on which node, if the id is in use."""
+def guest_with_id(vmid: int) -> tuple[str, str] | None:
+    """The kind ("VM" or "CT") and node of the guest with the id; None for a free id."""
     body = store().get("qemu", vmid)
     if body is not None:
         return "VM", str(body["node"])
@@ -62,15 +62,15 @@ def taken(vmid: int) -> tuple[str, str] | None:
 @api("GET", "/cluster/nextid")
 def nextid(caller: Caller, params: dict[str, Any]) -> Any:
     if "vmid" in params:
-        if found := taken(int(params["vmid"])):
-            raise BadParameters({"vmid": f"{found[0]} {params['vmid']} already exists"})
+        if existing := guest_with_id(int(params["vmid"])):
+            raise BadParameters({"vmid": f"{existing[0]} {params['vmid']} already exists"})
         return str(params["vmid"])
-    return str(next(vmid for vmid in range(100, 1_000_000) if not taken(vmid)))
+    return str(next(vmid for vmid in range(100, 1_000_000) if not guest_with_id(vmid)))
 
 
 @api("GET", "/cluster/tasks")
 def cluster_tasks(caller: Caller, params: dict[str, Any]) -> Any:
-    """Recent tasks; to a token only those that it may see."""
+    """Recent tasks; for a token those of its user, or all with Sys.Audit."""
     rows = []
     for task in tasks.everywhere()[:50]:
         if not caller.is_root and task.user != caller.user and not access.has(caller, "/", ["Sys.Audit"]):
@@ -99,7 +99,7 @@ def backup_jobs(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("POST", "/cluster/backup")
 def add_backup_job(caller: Caller, params: dict[str, Any]) -> Any:
-    """Kept for what destroy --purge edits; the lab never runs one."""
+    """Add a job, for destroy --purge to edit; the lab never runs it."""
     name = params.pop("id", None) or f"backup-{len(store().all('job')):08x}"
     if store().get("job", name) is not None:
         raise PveFailure(f"Job '{name}' already exists")
@@ -154,15 +154,15 @@ def ha_status(caller: Caller, params: dict[str, Any]) -> Any:
     ]
 
 
-def forget_everywhere(vmid: int) -> None:
-    """destroy --purge: out of backup jobs and HA."""
+def purge_references(vmid: int) -> None:
+    """Remove the VM from backup jobs and HA, for destroy --purge."""
     with store().change() as db:
         for key, body in db.all("job").items():
             ids = [part for part in re.split(r"[,;\s]+", str(body.get("vmid", ""))) if part]
             if str(vmid) in ids:
-                rest = ",".join(part for part in ids if part != str(vmid))
-                if rest:
-                    db.put("job", key, {**body, "vmid": rest})
+                remaining = ",".join(part for part in ids if part != str(vmid))
+                if remaining:
+                    db.put("job", key, {**body, "vmid": remaining})
                 else:
                     db.drop("job", key)
         db.drop("ha", f"vm:{vmid}")

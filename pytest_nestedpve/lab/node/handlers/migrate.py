@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/nodes/N/qemu/ID/migrate: a VM that is off goes to another node, its local disks are copied."""
+"""/nodes/N/qemu/ID/migrate: a stopped VM is moved to another node, its local disks are copied."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..state.guests import Guest
 from ..state.members import Member
 from ..state.store import store
 
-HERE = "/nodes/{node}/qemu/{vmid}/migrate"
+BASE = "/nodes/{node}/qemu/{vmid}/migrate"
 
 
-@api("GET", HERE)
+@api("GET", BASE)
 def conditions(caller: Caller, params: dict[str, Any]) -> Any:
     guest = guests.load(params["vmid"])
-    found = [{"volid": volid, "cdrom": 0} for volid in _local(guest)]
-    return {"local_disks": found, "local_resources": [], "running": int(guests.running(guest.vmid))}
+    disks_on_node = [{"volid": volid, "cdrom": 0} for volid in _local_volumes(guest)]
+    return {"local_disks": disks_on_node, "local_resources": [], "running": int(guests.running(guest.vmid))}
 
 
-@api("POST", HERE)
+@api("POST", BASE)
 def migrate(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, target = int(params["vmid"]), params["target"]
     if target == paths.node():
         raise BadParameters({"target": "target is local node."}, rc=255)
     member = members.find(target)
     if member is None:
-        # The exit code is that of the moment [basic-129, cluster-057].
+        # The exit code depends on the cluster [basic-129, cluster-057].
         raise PveFailure(f"no such cluster node '{target}'", rc=255 if members.several() else 2)
     guest = guests.load(vmid)
     guest.check_lock()
@@ -54,36 +54,36 @@ def migrate(caller: Caller, params: dict[str, Any]) -> Any:
             guest.check_lock()
             guest.conf["lock"] = "migrate"
             guest.save()
-            _say(f"starting migration of VM {vmid} to node '{target}' ({member.address})")
+            _log(f"starting migration of VM {vmid} to node '{target}' ({member.address})")
             copied: list[str] = []
             try:
-                _reach(member)
-                _copy(guest, member, copied)
+                _check_connection(member)
+                _copy_volumes(guest, member, copied)
             except BaseException as e:
-                _take_back(copied, member)
+                _remove_copies(copied, member)
                 del guest.conf["lock"]
                 guest.save()
                 if isinstance(e, PveFailure):
-                    _say(f"ERROR: migration aborted (duration {_since(begin)}): {e.text}")
+                    _log(f"ERROR: migration aborted (duration {_duration(begin)}): {e.text}")
                     raise PveFailure("migration aborted") from e
                 raise
-            _hand_over(guest, target)
+            _move_configuration(guest, target)
             for volid in copied:
                 volumes.free(volid)
-            _say(f"migration finished successfully (duration {_since(begin)})")
+            _log(f"migration finished successfully (duration {_duration(begin)})")
 
     return task(caller, "qmigrate", vmid, work)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     output.line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
 
-def _since(begin: float) -> str:
+def _duration(begin: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - begin))
 
 
-def _there(
+def _run_on(
     member: Member, command: str, stdin: IO[bytes] | int | None = subprocess.DEVNULL
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -91,65 +91,65 @@ def _there(
     )
 
 
-def _reach(member: Member) -> None:
-    done = _there(member, "true")
-    if done.returncode:
-        for line in done.stderr.splitlines():
-            _say(line)
+def _check_connection(member: Member) -> None:
+    process = _run_on(member, "true")
+    if process.returncode:
+        for line in process.stderr.splitlines():
+            _log(line)
         raise PveFailure("Can't connect to destination address using public key")
 
 
-def _local(guest: Guest) -> Iterator[str]:
-    """The guest's volumes on storages that the other nodes do not have."""
-    seen: set[str] = set()
+def _local_volumes(guest: Guest) -> Iterator[str]:
+    """The guest's volumes on storages that are not shared."""
+    yielded: set[str] = set()
     for conf in (guest.conf, *guest.snapshots.values()):
         for volid in vm_options.volids(conf):
             name, _ = volumes.split(volid)
-            if volid not in seen and not volumes.shared(name) and volumes.owner(volid) == guest.vmid:
-                seen.add(volid)
+            if volid not in yielded and not volumes.shared(name) and volumes.owner(volid) == guest.vmid:
+                yielded.add(volid)
                 yield volid
 
 
-def _copy(guest: Guest, member: Member, copied: list[str]) -> None:
-    found = list(_local(guest))
-    for volid in found:
+def _copy_volumes(guest: Guest, member: Member, copied: list[str]) -> None:
+    volids = list(_local_volumes(guest))
+    for volid in volids:
         name, _ = volumes.split(volid)
         if member.name not in volumes.nodes(name):
             raise PveFailure(f"storage '{name}' is not available on node '{member.name}'")
         if base := disks.info(volumes.path(volid))["parent"]:
             raise PveFailure(f"can't migrate '{volid}' as it's a clone of '{base}'")
-        _say(f"found local disk '{volid}' (attached)")
-    if found:
-        _say("copying local disk images")
-    for volid in found:
+        _log(f"found local disk '{volid}' (attached)")
+    if volids:
+        _log("copying local disk images")
+    for volid in volids:
         file = volumes.path(volid)
         names = [file.name, *([state.name] if (state := disks.state_dir(file)).is_dir() else [])]
-        _across(str(file.parent), names, member)
+        _transfer(str(file.parent), names, member)
         copied.append(volid)
-        _say(f"successfully imported '{volid}'")
-        _say(f"volume '{volid}' is '{volid}' on the target")
+        _log(f"successfully imported '{volid}'")
+        _log(f"volume '{volid}' is '{volid}' on the target")
 
 
-def _take_back(copied: list[str], member: Member) -> None:
+def _remove_copies(copied: list[str], member: Member) -> None:
     for volid in copied:
-        _there(member, shlex.join(["pvesm", "free", volid]))
+        _run_on(member, shlex.join(["pvesm", "free", volid]))
 
 
-def _across(folder: str, names: list[str], member: Member) -> None:
-    """Copy files and directories to the same place there, with all that an overlay needs of them."""
+def _transfer(folder: str, names: list[str], member: Member) -> None:
+    """Copy files and directories to the same path on the member, with an overlay's attributes."""
     whole = ["--xattrs", "--xattrs-include=*", "--numeric-owner"]
     pack = ["tar", "-C", folder, *whole, "--sparse", "-cf", "-", "--", *names]
-    # What is there already is somebody's.
+    # Existing files on the target may belong to another guest.
     tar = shlex.join(["tar", "-C", folder, *whole, "--keep-old-files", "-xpf", "-"])
     unpack = f"mkdir -p {shlex.quote(folder)} && {tar}"
     with subprocess.Popen(pack, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as source:
-        done = _there(member, unpack, source.stdout)
-    if done.returncode or source.returncode:
-        raise PveFailure(f"copying {names[0]} failed: {done.stderr.strip() or source.returncode}")
+        process = _run_on(member, unpack, source.stdout)
+    if process.returncode or source.returncode:
+        raise PveFailure(f"copying {names[0]} failed: {process.stderr.strip() or source.returncode}")
 
 
-def _hand_over(guest: Guest, target: str) -> None:
-    """At once: whoever looks for the VM meanwhile finds it on one node or the other."""
+def _move_configuration(guest: Guest, target: str) -> None:
+    """Move the configuration in one transaction: at any moment the VM is on exactly one node."""
     machine.leave(guest.vmid)
     source, guest.node = guest.node, target
     del guest.conf["lock"]

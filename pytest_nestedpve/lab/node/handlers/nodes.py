@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/nodes and /nodes/N but for guests and storages: status, network, tasks, services."""
+"""/nodes and /nodes/N without guests and storages: status, network, tasks, services."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def nodes(caller: Caller, params: dict[str, Any]) -> Any:
     rows = broadcast.node_rows(caller)
     for row in rows:
         row.pop("cgroup-mode")
-        if (found := fingerprint(row["node"])) is not None:
-            row["ssl_fingerprint"] = found
+        if (digest := fingerprint(row["node"])) is not None:
+            row["ssl_fingerprint"] = digest
     return rows
 
 
 @api("GET", "/nodes/{node}/version")
 def version(caller: Caller, params: dict[str, Any]) -> Any:
-    own = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
-    return own | reported.of("version")
+    versions = {"version": paths.VERSION, "release": paths.RELEASE, "repoid": paths.REPOID}
+    return versions | reported.of("version")
 
 
 @api("GET", "/nodes/{node}/time")
@@ -58,18 +58,18 @@ def _timezone() -> str:
 
 @api("GET", "/nodes/{node}/dns")
 def dns(caller: Caller, params: dict[str, Any]) -> Any:
-    found: dict[str, str] = {}
+    answer: dict[str, str] = {}
     try:
         lines = paths.at("/etc/resolv.conf").read_text().splitlines()
     except OSError:
-        return found
+        return answer
     for line in lines:
         words = line.split()
         if words[:1] == ["nameserver"] and len(words) > 1:
-            found[f"dns{sum(key.startswith('dns') for key in found) + 1}"] = words[1]
+            answer[f"dns{sum(key.startswith('dns') for key in answer) + 1}"] = words[1]
         elif words[:1] in (["search"], ["domain"]) and len(words) > 1:
-            found["search"] = words[1]
-    return found
+            answer["search"] = words[1]
+    return answer
 
 
 @api("GET", "/nodes/{node}/status")
@@ -146,21 +146,21 @@ def services(caller: Caller, params: dict[str, Any]) -> Any:
     )
     rows = []
     for name in names:
-        done = subprocess.run(
+        process = subprocess.run(
             ["systemctl", "show", name, "-p", "ActiveState,SubState,UnitFileState,Description,LoadState"],
             capture_output=True,
             text=True,
             check=False,
         )
-        shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        properties = dict(line.split("=", 1) for line in process.stdout.splitlines() if "=" in line)
         rows.append(
             {
-                "active-state": shown.get("ActiveState", "unknown"),
-                "desc": shown.get("Description", name),
+                "active-state": properties.get("ActiveState", "unknown"),
+                "desc": properties.get("Description", name),
                 "name": name,
                 "service": name,
-                "state": shown.get("SubState", "unknown"),
-                "unit-state": shown.get("UnitFileState") or shown.get("LoadState", "unknown"),
+                "state": properties.get("SubState", "unknown"),
+                "unit-state": properties.get("UnitFileState") or properties.get("LoadState", "unknown"),
             }
         )
     return rows
@@ -182,8 +182,8 @@ def containers(caller: Caller, params: dict[str, Any]) -> Any:
 
 
 def _interfaces_file() -> dict[str, dict[str, Any]]:
-    """What /etc/network/interfaces says, by interface."""
-    found: dict[str, dict[str, Any]] = {}
+    """The configuration in /etc/network/interfaces, by interface."""
+    interfaces: dict[str, dict[str, Any]] = {}
     auto: set[str] = set()
     current: dict[str, Any] | None = None
     try:
@@ -197,20 +197,20 @@ def _interfaces_file() -> dict[str, dict[str, Any]]:
         if words[0] in ("auto", "allow-hotplug"):
             auto.update(words[1:])
         elif words[0] == "iface" and len(words) >= 4:
-            current = found.setdefault(words[1], {"method": "manual", "method6": "manual"})
+            current = interfaces.setdefault(words[1], {"method": "manual", "method6": "manual"})
             current["method" if words[2] == "inet" else "method6"] = words[3]
         elif current is not None:
             current[words[0].replace("bridge-", "bridge_")] = " ".join(words[1:])
-    for name in auto & set(found):
-        found[name]["autostart"] = 1
-    return found
+    for name in auto & set(interfaces):
+        interfaces[name]["autostart"] = 1
+    return interfaces
 
 
 def _links() -> dict[str, Any]:
     """The kernel's network interfaces, by name."""
     try:
-        done = subprocess.run(["ip", "-j", "-d", "addr"], capture_output=True, text=True, check=True)
-        return {link["ifname"]: link for link in json.loads(done.stdout or "[]") if link}
+        process = subprocess.run(["ip", "-j", "-d", "addr"], capture_output=True, text=True, check=True)
+        return {link["ifname"]: link for link in json.loads(process.stdout or "[]") if link}
     except (OSError, subprocess.CalledProcessError, ValueError):
         return {}
 
@@ -218,34 +218,35 @@ def _links() -> dict[str, Any]:
 @api("GET", "/nodes/{node}/network")
 def network(caller: Caller, params: dict[str, Any]) -> Any:
     rows, only = [], params.get("type")
-    written = _interfaces_file()
-    links = {name: {"flags": ["UP"]} for name in written} if paths.in_process() else _links()
-    names = [name for name in {**written, **links} if name != "lo" and not name.startswith(("tap", "fw"))]
+    configured = _interfaces_file()
+    links = {name: {"flags": ["UP"]} for name in configured} if paths.in_process() else _links()
+    names = [name for name in {**configured, **links} if name != "lo" and not name.startswith(("tap", "fw"))]
     for number, name in enumerate(sorted(names, key=lambda n: (n.startswith("vmbr"), n)), start=3):
-        row = _network_row(name, written.get(name, {}), links.get(name, {}), number)
+        row = _network_row(name, configured.get(name, {}), links.get(name, {}), number)
         if only in (None, row["type"]) or (only == "any_bridge" and row["type"] == "bridge"):
             rows.append(row)
     return rows
 
 
-def _network_row(name: str, written: dict[str, Any], link: dict[str, Any], number: int) -> dict[str, Any]:
-    bridge = link.get("linkinfo", {}).get("info_kind") == "bridge" or "bridge_ports" in written
+def _network_row(name: str, configured: dict[str, Any], link: dict[str, Any], number: int) -> dict[str, Any]:
+    bridge = link.get("linkinfo", {}).get("info_kind") == "bridge" or "bridge_ports" in configured
     row: dict[str, Any] = {"families": ["inet"], "iface": name, "priority": number}
     row["type"] = "bridge" if bridge else "eth"
-    row["method"], row["method6"] = written.get("method", "manual"), written.get("method6", "manual")
+    row["method"], row["method6"] = configured.get("method", "manual"), configured.get("method6", "manual")
     if link and "UP" in link.get("flags", []):
         row["active"] = 1
-    if written.get("autostart"):
+    if configured.get("autostart"):
         row["autostart"] = 1
     if bridge:
-        row["bridge_ports"] = written.get("bridge_ports", "").replace("none", "")
-        row["bridge_stp"], row["bridge_fd"] = written.get("bridge_stp", "off"), written.get("bridge_fd", "0")
-    if "address" in written:
-        address, _, length = written["address"].partition("/")
-        row |= {"address": address, "netmask": length or written.get("netmask", "24")}
+        row["bridge_ports"] = configured.get("bridge_ports", "").replace("none", "")
+        row["bridge_stp"] = configured.get("bridge_stp", "off")
+        row["bridge_fd"] = configured.get("bridge_fd", "0")
+    if "address" in configured:
+        address, _, length = configured["address"].partition("/")
+        row |= {"address": address, "netmask": length or configured.get("netmask", "24")}
         row["cidr"] = f"{address}/{row['netmask']}"
-    if "gateway" in written:
-        row["gateway"] = written["gateway"]
+    if "gateway" in configured:
+        row["gateway"] = configured["gateway"]
     return row
 
 
@@ -280,7 +281,7 @@ def task_row(task: tasks.Task) -> dict[str, Any]:
     return row | {"endtime": task.endtime, "status": task.status}
 
 
-def _mine(caller: Caller, task: tasks.Task) -> bool:
+def _is_own(caller: Caller, task: tasks.Task) -> bool:
     return caller.is_root or task.user == caller.id
 
 
@@ -316,11 +317,11 @@ def task_list(caller: Caller, params: dict[str, Any]) -> Any:
     return rows[first : first + int(params.get("limit", 50))]
 
 
-def _status_fits(status: str, wanted: str) -> bool:
+def _status_fits(status: str, statuses: str) -> bool:
     kind = {"OK": "ok", "RUNNING": "unknown"}.get(status) or (
         "warning" if status.startswith("WARNINGS") else "error"
     )
-    return kind in wanted.split(",")
+    return kind in statuses.split(",")
 
 
 def _task(params: dict[str, Any]) -> tasks.Task:
@@ -339,7 +340,7 @@ def task_index(caller: Caller, params: dict[str, Any]) -> Any:
 @api("GET", "/nodes/{node}/tasks/{upid}/status")
 def task_status(caller: Caller, params: dict[str, Any]) -> Any:
     task = _task(params)
-    if not _mine(caller, task):
+    if not _is_own(caller, task):
         access.check(caller, f"/nodes/{params['node']}", ["Sys.Audit"])
     row = task_row(task)
     row.pop("endtime", None)
@@ -371,7 +372,7 @@ def task_log(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("DELETE", "/nodes/{node}/tasks/{upid}")
 def stop_task(caller: Caller, params: dict[str, Any]) -> Any:
-    """Interrupt a task: it cleans up (facts 59)."""
+    """Interrupt a task, which cleans up (facts 59)."""
     upid = tasks.parse(params["upid"])
     if not caller.is_root and upid.user != caller.id:
         access.check(caller, f"/nodes/{params['node']}", ["Sys.Modify"])

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/pools: both forms. Membership goes with a destroy; an id without a VM can be put in (facts 53)."""
+"""/pools, both forms. A destroy removes the membership; an id without a VM can be added (facts 53)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..api.errors import NotAllowed, PveFailure
 from ..api.tree import api
 from ..state import broadcast, guests, volumes
 from ..state.store import store
-from .cluster import taken
+from .cluster import guest_with_id
 
 
 def exists(pool: str) -> bool:
@@ -20,7 +20,7 @@ def exists(pool: str) -> bool:
 
 
 def require(pool: str) -> None:
-    """The words of create and clone for a pool that is not there."""
+    """Raise the error of create and clone for a missing pool."""
     if not exists(pool):
         raise NotAllowed(f"pool '{pool}' does not exist", rc=2)
 
@@ -33,7 +33,7 @@ def add_guest(pool: str, vmid: int) -> None:
 
 
 def remove_guest(vmid: int) -> None:
-    """A guest is gone: out of its pool, and its ACLs too (facts 23)."""
+    """Remove a destroyed guest from its pool, with its ACLs (facts 23)."""
     with store().change() as db:
         db.run("DELETE FROM member WHERE vmid=?", vmid)
         db.run("DELETE FROM acl WHERE path=?", f"/vms/{vmid}")
@@ -47,12 +47,12 @@ def _render() -> None:
 
 
 def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
-    """Members that exist, as /cluster/resources shows them, without the pool."""
-    seen, containers, rows = broadcast.last(), guests.containers(), []
+    """Existing members, as rows of /cluster/resources without the pool."""
+    broadcasts, containers, rows = broadcast.last(), guests.containers(), []
     for vmid in store().members(pool):
         body = store().get("qemu", vmid)
         if body is not None and only in (None, "qemu"):
-            row = broadcast.guest_row(vmid, body["node"], body["conf"], seen)
+            row = broadcast.guest_row(vmid, body["node"], body["conf"], broadcasts)
             row.pop("pool", None)
             rows.append(row)
         container = containers.get(vmid)
@@ -64,21 +64,21 @@ def _members(pool: str, only: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown(pool: str) -> dict[str, Any]:
+def _description(pool: str) -> dict[str, Any]:
     comment = (store().get("pool", pool) or {}).get("comment", "")
     return {"comment": comment, "poolid": pool} if comment else {"poolid": pool}
 
 
 @api("GET", "/pools")
 def index(caller: Caller, params: dict[str, Any]) -> Any:
-    """With `poolid` any caller reads comment and members (facts 57)."""
+    """All pools, or with `poolid` one: any caller reads comment and members (facts 57)."""
     if "poolid" in params:
         pool = params["poolid"]
         if not exists(pool):
             raise PveFailure(f"pool '{pool}' does not exist")
-        return [_shown(pool) | {"members": _members(pool, params.get("type"))}]
+        return [_description(pool) | {"members": _members(pool, params.get("type"))}]
     return [
-        _shown(pool)
+        _description(pool)
         for pool in store().all("pool")
         if caller.is_root or access.has(caller, f"/pool/{pool}", ["Pool.Audit"])
     ]
@@ -89,7 +89,7 @@ def read(caller: Caller, params: dict[str, Any]) -> Any:
     pool = params["poolid"]
     if not exists(pool):
         raise PveFailure(f"pool '{pool}' does not exist")
-    return _shown(pool) | {"members": _members(pool, params.get("type"))}
+    return _description(pool) | {"members": _members(pool, params.get("type"))}
 
 
 @api("POST", "/pools")
@@ -121,16 +121,16 @@ def update(caller: Caller, params: dict[str, Any]) -> Any:
                 access.check(caller, f"/vms/{vmid}", ["Permissions.Modify", "VM.Allocate"], any_of=True)
             except NotAllowed as e:
                 raise PveFailure(f"update pools failed: 403 {e.text}") from e
-            now = db.pool_of(vmid)
+            current = db.pool_of(vmid)
             if params.get("delete") == "1":
-                if now != pool:
+                if current != pool:
                     raise PveFailure(f"update pools failed: VM {vmid} is not a pool member")
                 db.run("DELETE FROM member WHERE vmid=?", vmid)
-            elif now == pool:
+            elif current == pool:
                 raise PveFailure(f"update pools failed: VM {vmid} is already a pool member")
-            elif now is not None and params.get("allow-move") != "1":
+            elif current is not None and params.get("allow-move") != "1":
                 raise PveFailure(
-                    f"update pools failed: VM {vmid} belongs already to pool '{now}'"
+                    f"update pools failed: VM {vmid} belongs already to pool '{current}'"
                     " and 'allow-move' is not set"
                 )
             else:
@@ -158,9 +158,9 @@ def delete(caller: Caller, params: dict[str, Any]) -> Any:
         if body is None:
             raise PveFailure(f"delete pool failed: pool '{pool}' does not exist")
         # An id without a VM does not count [ownB-062].
-        inside = [vmid for vmid in db.members(pool) if taken(vmid)]
-        if inside:
-            raise PveFailure(f"delete pool failed: pool '{pool}' is not empty (contains VM {inside[0]})")
+        existing = [vmid for vmid in db.members(pool) if guest_with_id(vmid)]
+        if existing:
+            raise PveFailure(f"delete pool failed: pool '{pool}' is not empty (contains VM {existing[0]})")
         if body["storages"]:
             raise PveFailure(
                 f"delete pool failed: pool '{pool}' is not empty (contains storage '{body['storages'][0]}')"

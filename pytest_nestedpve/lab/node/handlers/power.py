@@ -15,25 +15,25 @@ from ..state import clock, guests, locks, output, paths, tasks, vm_options, volu
 from ..state.guests import NETS, Guest
 from ..state.store import store
 
-HERE = "/nodes/{node}/qemu/{vmid}/status"
+BASE = "/nodes/{node}/qemu/{vmid}/status"
 
 
-@api("GET", HERE)
+@api("GET", BASE)
 def index(caller: Caller, params: dict[str, Any]) -> Any:
     return [
         {"subdir": name} for name in ("current", "start", "stop", "reset", "shutdown", "suspend", "reboot")
     ]
 
 
-@api("GET", HERE + "/current")
+@api("GET", BASE + "/current")
 def current(caller: Caller, params: dict[str, Any]) -> Any:
     guest = guests.load(params["vmid"])
-    now = guests.status(guest)
+    status = guests.status(guest)
     managed = store().get("ha", f"vm:{guest.vmid}")
-    now["ha"] = {"managed": 1, "state": None} if managed else {"managed": 0}
+    status["ha"] = {"managed": 1, "state": None} if managed else {"managed": 0}
     if agent_enabled(guest):
-        now["agent"] = 1
-    return now
+        status["agent"] = 1
+    return status
 
 
 def agent_enabled(guest: Guest) -> bool:
@@ -41,7 +41,7 @@ def agent_enabled(guest: Guest) -> bool:
     return validation.as_boolean(first) == "1"
 
 
-@api("POST", HERE + "/start")
+@api("POST", BASE + "/start")
 def start(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     skip = params.get("skiplock") == "1"
@@ -63,7 +63,7 @@ def start_now(vmid: int, *, skip: bool = False) -> None:
 
 
 def boot(guest: Guest) -> None:
-    """Apply what is pending, check what the machine needs, and start it (the caller has the lock)."""
+    """Apply pending values, check the machine's requirements and start it (the caller holds the lock)."""
     guests.apply_pending(guest)
     paths.pause("start_s")
     spec = machine_spec(guest)
@@ -81,7 +81,7 @@ def boot(guest: Guest) -> None:
 
 
 def machine_spec(guest: Guest) -> machine.MachineSpec:
-    """What is booted: the first disk of the boot order, the cards, the cloud-init drive."""
+    """The machine to boot: first disk of the boot order, network cards, cloud-init drive."""
     if guest.conf.get("kvm", "1") != "0" and not paths.at("/dev/kvm").exists():
         raise PveFailure(
             "KVM virtualisation configured, but not available."
@@ -97,8 +97,8 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
         bridge = parts.get("bridge", "vmbr0")
         if not paths.at(f"/sys/class/net/{bridge}/bridge").exists():
             raise PveFailure(f"bridge '{bridge}' does not exist")
-        down = parts.get("link_down") == "1"
-        nics.append(machine.Nic(int(key[3:]), parts.get("macaddr", ""), bridge, link_down=down))
+        link_down = parts.get("link_down") == "1"
+        nics.append(machine.Nic(int(key[3:]), parts.get("macaddr", ""), bridge, link_down=link_down))
     seed = None
     if cloudinit.drive(guest) is not None:
         seed = cloudinit.seed(guest)
@@ -120,8 +120,8 @@ def machine_spec(guest: Guest) -> machine.MachineSpec:
     )
 
 
-def off(vmid: int) -> None:
-    """The machine is off now: pending values apply."""
+def mark_stopped(vmid: int) -> None:
+    """Delete the runtime state of a stopped machine, and apply pending values."""
     store().drop("runtime", vmid)
     if guests.here(vmid):
         guests.apply_pending(guests.load(vmid))
@@ -130,10 +130,10 @@ def off(vmid: int) -> None:
 def _stop_now(vmid: int) -> None:
     paths.pause("stop_s")
     machine.stop(vmid)
-    off(vmid)
+    mark_stopped(vmid)
 
 
-@api("POST", HERE + "/stop")
+@api("POST", BASE + "/stop")
 def stop(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     if store().get("ha", f"vm:{vmid}") is not None and caller.sync:
@@ -158,14 +158,14 @@ def stop(caller: Caller, params: dict[str, Any]) -> Any:
 
 def _shutdown(vmid: int, timeout: float, *, force: bool) -> None:
     if machine.shutdown(vmid, timeout):
-        off(vmid)
+        mark_stopped(vmid)
     elif force:
         _stop_now(vmid)
     else:
         raise PveFailure("VM quit/powerdown failed - got timeout")
 
 
-@api("POST", HERE + "/shutdown")
+@api("POST", BASE + "/shutdown")
 def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     if guests.here(vmid) and guests.paused(vmid):
@@ -189,11 +189,11 @@ def shutdown(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "qmshutdown", vmid, work)
 
 
-@api("POST", HERE + "/reboot")
+@api("POST", BASE + "/reboot")
 def reboot(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     try:
-        _needs_running(vmid)
+        _require_running(vmid)
     except PveFailure as e:
         if caller.sync:
             output.error(e.text + "\n")
@@ -213,50 +213,50 @@ def reboot(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "qmreboot", vmid, work)
 
 
-def _needs_running(vmid: int) -> Guest:
+def _require_running(vmid: int) -> Guest:
     guest = guests.find(vmid, rc=2)
     if not guests.running(vmid):
         raise PveFailure(f"VM {vmid} not running", rc=2)
     return guest
 
 
-@api("POST", HERE + "/reset")
+@api("POST", BASE + "/reset")
 def reset(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
-    _needs_running(vmid)
+    _require_running(vmid)
 
     def work() -> None:
         with locks.guest(vmid):
-            _needs_running(vmid).check_lock(skip=params.get("skiplock") == "1")
+            _require_running(vmid).check_lock(skip=params.get("skiplock") == "1")
             machine.reset(vmid)
 
     return task(caller, "qmreset", vmid, work)
 
 
-@api("POST", HERE + "/suspend")
+@api("POST", BASE + "/suspend")
 def suspend(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
-    _needs_running(vmid)
+    _require_running(vmid)
     if params.get("todisk") == "1":
         raise Unsupported("suspend to disk")
 
     def work() -> None:
         with locks.guest(vmid):
-            _needs_running(vmid).check_lock(skip=params.get("skiplock") == "1", but=("backup",))
+            _require_running(vmid).check_lock(skip=params.get("skiplock") == "1", but=("backup",))
             machine.suspend(vmid)
             store().put("runtime", vmid, {"paused": 1})
 
     return task(caller, "qmpause", vmid, work)
 
 
-@api("POST", HERE + "/resume")
+@api("POST", BASE + "/resume")
 def resume(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
-    _needs_running(vmid)
+    _require_running(vmid)
 
     def work() -> None:
         with locks.guest(vmid):
-            _needs_running(vmid)
+            _require_running(vmid)
             if guests.paused(vmid):
                 machine.resume(vmid)
             store().put("runtime", vmid, {"paused": 0})

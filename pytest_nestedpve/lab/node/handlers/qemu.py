@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""/nodes/N/qemu: the list, create, destroy, the index of one."""
+"""/nodes/N/qemu: the list, create, destroy, and the index of a VM."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..state import clock, guests, locks, output, paths, vm_options, volumes, wo
 from ..state.guests import Guest
 from ..state.store import store
 from . import pools
-from .cluster import forget_everywhere, taken
+from .cluster import guest_with_id, purge_references
 
-HERE = "/nodes/{node}/qemu/{vmid}"
+BASE = "/nodes/{node}/qemu/{vmid}"
 INDEX = [
     "config",
     "cloudinit",
@@ -52,9 +52,9 @@ def index(caller: Caller, params: dict[str, Any]) -> Any:
     ]
 
 
-@api("GET", HERE)
-def one(caller: Caller, params: dict[str, Any]) -> Any:
-    """The index exists for any id: no test of existence (facts 7)."""
+@api("GET", BASE)
+def vm_index(caller: Caller, params: dict[str, Any]) -> Any:
+    """The index of a VM; exists for any id (facts 7)."""
     return [{"subdir": name} for name in INDEX]
 
 
@@ -63,23 +63,23 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, pool = int(params["vmid"]), params.get("pool")
     if "archive" in params:
         raise Unsupported("restoring a backup")
-    given = {key: str(value) for key, value in params.items() if key not in vm_options.NOT_OPTIONS}
+    options = {key: str(value) for key, value in params.items() if key not in vm_options.NOT_OPTIONS}
     if pool is not None:
         pools.require(pool)
     if not caller.is_root:
-        _may_create(caller, vmid, pool)
-        vm_options.check_rights(caller, vmid, pool, given, given)
-    vm_options.check_storage(caller, vmid, given)
+        _check_may_create(caller, vmid, pool)
+        vm_options.check_rights(caller, vmid, pool, options, options)
+    vm_options.check_storage(caller, vmid, options)
     for name in ("sshkeys", "net0"):
-        if name in given:
-            vm_options.normalized(name, given[name])
+        if name in options:
+            vm_options.normalized(name, options[name])
     _reserve(vmid, caller)
 
     def work() -> None:
         created: list[str] = []
         try:
             with locks.guest(vmid):
-                _create(caller, vmid, given, created)
+                _create(caller, vmid, options, created)
                 if pool is not None:
                     pools.add_guest(pool, vmid)
         except BaseException as e:
@@ -99,7 +99,7 @@ def create(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "qmcreate", vmid, work)
 
 
-def _may_create(caller: Caller, vmid: int, pool: str | None) -> None:
+def _check_may_create(caller: Caller, vmid: int, pool: str | None) -> None:
     if access.has(caller, f"/vms/{vmid}", ["VM.Allocate"]):
         return
     if pool is not None and access.has(caller, f"/pool/{pool}", ["VM.Allocate"]):
@@ -108,20 +108,20 @@ def _may_create(caller: Caller, vmid: int, pool: str | None) -> None:
 
 
 def _reserve(vmid: int, caller: Caller) -> None:
-    """`lock: create` and nothing else, until the worker is through (facts 50)."""
+    """Save a configuration of `lock: create` alone, until the worker has ended (facts 50)."""
     with locks.guest(vmid, quiet=not caller.sync), store().change():
-        if found := taken(vmid):
-            kind, node = found
+        if existing := guest_with_id(vmid):
+            kind, node = existing
             raise PveFailure(f"unable to create VM {vmid} - {kind} {vmid} already exists on node '{node}'")
         Guest(vmid, {"lock": "create"}).save()
 
 
-def _create(caller: Caller, vmid: int, given: dict[str, str], created: list[str]) -> None:
-    if "tags" in given:
+def _create(caller: Caller, vmid: int, options: dict[str, str], created: list[str]) -> None:
+    if "tags" in options:
         vm_options.check_tags(caller, vmid)
     guest = Guest(vmid)
-    vm_options.create_drives(guest, given, created=created)
-    for name, value in given.items():
+    vm_options.create_drives(guest, options, created=created)
+    for name, value in options.items():
         if name not in guest.conf:
             guest.conf[name] = vm_options.normalized(name, value)
     guest.conf.setdefault("smbios1", f"uuid={uuid.uuid4()}")
@@ -136,29 +136,29 @@ def _create(caller: Caller, vmid: int, given: dict[str, str], created: list[str]
     guest.save()
 
 
-@api("DELETE", HERE)
+@api("DELETE", BASE)
 def destroy(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     skip, purge = params.get("skiplock") == "1", params.get("purge") == "1"
     guest = guests.load(vmid)
-    _not_protected(guest)
+    _require_unprotected(guest)
     managed = store().get("ha", f"vm:{vmid}") is not None
     if managed and not purge:
         raise PveFailure(f"unable to remove VM {vmid} - used in HA resources and purge parameter not set.")
-    _not_running(vmid)
+    _require_stopped(vmid)
 
     def work() -> None:
         with locks.guest(vmid):
-            # Whatever has the id by now goes, without another look at the caller's rights (facts 52).
+            # Destroys the current VM of the id without checking the caller's rights again (facts 52).
             guest = guests.load(vmid)
             guest.check_lock(skip=skip)
-            _not_protected(guest)
-            _not_running(vmid)
+            _require_unprotected(guest)
+            _require_stopped(vmid)
             paths.pause("destroy_s")
             _destroy(guest, unreferenced=params.get("destroy-unreferenced-disks") == "1")
             if purge:
                 output.line(f"purging VM {vmid} from related configurations..")
-                forget_everywhere(vmid)
+                purge_references(vmid)
             pools.remove_guest(vmid)
             guests.remove(vmid)
             machine.forget(vmid)
@@ -166,12 +166,12 @@ def destroy(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "qmdestroy", vmid, work)
 
 
-def _not_protected(guest: Guest) -> None:
+def _require_unprotected(guest: Guest) -> None:
     if guest.conf.get("protection") == "1":
         raise PveFailure(f"can't remove VM {guest.vmid} - protection mode enabled")
 
 
-def _not_running(vmid: int) -> None:
+def _require_stopped(vmid: int) -> None:
     if guests.running(vmid):
         raise PveFailure(f"VM {vmid} is running - destroy failed", rc=25)
 
@@ -180,17 +180,17 @@ def _destroy(guest: Guest, *, unreferenced: bool) -> None:
     volids: list[str] = []
     for conf in (guest.conf, *guest.snapshots.values()):
         volids += [volid for volid in vm_options.volids(conf) if volid not in volids]
-    mine = []
+    owned = []
     for volid in volids:
         try:
             if volumes.owner(volid) == guest.vmid and volumes.path(volid):
-                mine.append(volid)
+                owned.append(volid)
         except PveFailure as e:
             worker.warn(f"failed to get path and owner of volume '{volid}': {e.text}")
-    for volid in mine:
+    for volid in owned:
         if volumes.path(volid).name.startswith("base-") and volumes.users_of(volid):
             raise PveFailure(f"base volume '{volid}' is still in use by linked cloned")
-    for volid in mine:
+    for volid in owned:
         try:
             volumes.free(volid)
         except PveFailure as e:
@@ -202,22 +202,22 @@ def _destroy(guest: Guest, *, unreferenced: bool) -> None:
     Guest(guest.vmid, {"lock": "destroyed"}).save()
 
 
-@api("POST", HERE + "/monitor")
+@api("POST", BASE + "/monitor")
 def monitor(caller: Caller, params: dict[str, Any]) -> Any:
-    """QEMU's monitor, as far as there is something to say [power-068, power-070]."""
+    """QEMU's monitor, for two recorded commands [power-068, power-070]."""
     vmid = int(params["vmid"])
     guests.load(vmid)
     if not guests.running(vmid):
         raise PveFailure(f"VM {vmid} not running")
-    words = params["command"].strip()
-    if words == "info status":
+    command = params["command"].strip()
+    if command == "info status":
         return f"VM status: {'paused' if guests.paused(vmid) else 'running'}\r\n"
-    if words == "info version":
+    if command == "info version":
         return f"{paths.QEMU}pve-qemu-kvm_10.0.2-4\r\n"
-    raise Unsupported(f"monitor command '{words}'")
+    raise Unsupported(f"monitor command '{command}'")
 
 
-@api("POST", HERE + "/template")
+@api("POST", BASE + "/template")
 def template(caller: Caller, params: dict[str, Any]) -> Any:
     vmid = int(params["vmid"])
     with locks.guest(vmid, quiet=not caller.sync):
@@ -244,8 +244,8 @@ def template(caller: Caller, params: dict[str, Any]) -> Any:
                 base = volid.rpartition("/")[0]
                 store_name, rest = volumes.split(base)
                 parts = rest.split("/")
-                kept = f"{store_name}:{'/'.join(parts)}/{new.name}"
-                guest.conf[key] = value.replace(volid, kept)
+                renamed = f"{store_name}:{'/'.join(parts)}/{new.name}"
+                guest.conf[key] = value.replace(volid, renamed)
             guest.save()
 
     return task(caller, "qmtemplate", vmid, work)

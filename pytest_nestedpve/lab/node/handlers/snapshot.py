@@ -11,13 +11,13 @@ from ..api.tree import api, task
 from ..machine import disks, machine
 from ..state import clock, guests, locks, members, output, paths, reported, volumes
 from ..state.guests import Guest
-from .power import agent_enabled, boot, off
+from .power import agent_enabled, boot, mark_stopped
 
-HERE = "/nodes/{node}/qemu/{vmid}/snapshot"
-NOT_KEPT = ("lock", "parent", "digest", "template", "description", "snaptime", "snapstate")
+BASE = "/nodes/{node}/qemu/{vmid}/snapshot"
+NOT_SAVED = ("lock", "parent", "digest", "template", "description", "snaptime", "snapstate")
 
 
-@api("GET", HERE)
+@api("GET", BASE)
 def index(caller: Caller, params: dict[str, Any]) -> Any:
     guest = guests.load(params["vmid"])
     rows = []
@@ -29,31 +29,31 @@ def index(caller: Caller, params: dict[str, Any]) -> Any:
             "vmstate": 1 if "vmstate" in values else 0,
         }
         rows.append(row | ({"parent": values["parent"]} if "parent" in values else {}))
-    now: dict[str, Any] = {"description": "You are here!", "digest": guest.digest(), "name": "current"}
-    now["running"] = 1 if guests.running(guest.vmid) else 0
-    return [*rows, now | ({"parent": guest.conf["parent"]} if "parent" in guest.conf else {})]
+    current: dict[str, Any] = {"description": "You are here!", "digest": guest.digest(), "name": "current"}
+    current["running"] = 1 if guests.running(guest.vmid) else 0
+    return [*rows, current | ({"parent": guest.conf["parent"]} if "parent" in guest.conf else {})]
 
 
 def _drives(guest: Guest) -> dict[str, str]:
-    """Volumes that a snapshot takes: no CD-ROMs."""
-    found = {}
+    """The volumes that a snapshot includes, by option: no CD-ROMs."""
+    volids = {}
     for key, value in guest.drives().items():
         volid = value.split(",")[0]
         if ":" in volid and "media=cdrom" not in value:
-            found[key] = volid
-    return found
+            volids[key] = volid
+    return volids
 
 
 @api("GET", "/nodes/{node}/qemu/{vmid}/feature")
 def feature(caller: Caller, params: dict[str, Any]) -> Any:
     guest = guests.load(params["vmid"])
     drives = list(_drives(guest).values())
-    able = {
-        "snapshot": all(map(_can_be_kept, drives)),
+    available = {
+        "snapshot": all(map(_can_have_snapshots, drives)),
         "clone": all(volumes.path(volid).name.startswith("base-") for volid in drives),
         "copy": True,
     }
-    answer = {"hasFeature": int(able[params["feature"]]), "nodes": _common_nodes(guest)}
+    answer = {"hasFeature": int(available[params["feature"]]), "nodes": _common_nodes(guest)}
     return answer | reported.of("feature", str(params["vmid"])).get(params["feature"], {})
 
 
@@ -67,8 +67,8 @@ def _common_nodes(guest: Guest) -> list[str]:
     return sorted(nodes)
 
 
-def _can_be_kept(volid: str) -> bool:
-    """Whether a snapshot of the volume is possible."""
+def _can_have_snapshots(volid: str) -> bool:
+    """Whether the volume can have snapshots."""
     if volumes.has_snapshots(volumes.split(volid)[0]):
         return True
     return bool(disks.info(volumes.path(volid))["format"] == "qcow2")
@@ -81,7 +81,7 @@ def _snapshot(guest: Guest, name: str) -> dict[str, str]:
     return values
 
 
-@api("POST", HERE)
+@api("POST", BASE)
 def take(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, name = int(params["vmid"]), params["snapname"]
     if name == "current":
@@ -98,7 +98,7 @@ def take(caller: Caller, params: dict[str, Any]) -> Any:
                 raise PveFailure(f"snapshot name '{name}' already used")
             drives = _drives(guest)
             for volid in drives.values():
-                if not _can_be_kept(volid):
+                if not _can_have_snapshots(volid):
                     raise PveFailure("snapshot feature is not available")
             if params.get("vmstate") == "1" and guests.running(vmid):
                 raise Unsupported("saving the RAM of a running VM")
@@ -108,7 +108,7 @@ def take(caller: Caller, params: dict[str, Any]) -> Any:
 
 
 def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> None:
-    values = {key: value for key, value in guest.conf.items() if key not in NOT_KEPT}
+    values = {key: value for key, value in guest.conf.items() if key not in NOT_SAVED}
     if "parent" in guest.conf:
         values["parent"] = guest.conf["parent"]
     if description:
@@ -116,16 +116,16 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
     values["snaptime"] = str(int(clock.now()))
     guest.conf["lock"] = "snapshot"
     guest.save()
-    done: list[str] = []
+    completed: list[str] = []
     try:
-        _say_if_not_frozen(guest)
+        _log_missing_freeze(guest)
         with machine.frozen(guest.vmid):
             for key, volid in drives.items():
                 output.line(f"snapshotting 'drive-{key}' ({volid})")
                 disks.snapshot(volumes.path(volid), name)
-                done.append(volid)
+                completed.append(volid)
     except BaseException as e:
-        for volid in done:
+        for volid in completed:
             disks.delete_snapshot(volumes.path(volid), name)
         guest.conf.pop("lock", None)
         guest.save()
@@ -138,8 +138,8 @@ def _take(guest: Guest, name: str, drives: dict[str, str], description: str) -> 
     guest.save()
 
 
-def _say_if_not_frozen(guest: Guest) -> None:
-    """The machine as a whole stands still during the snapshot; PVE also asks the agent to flush."""
+def _log_missing_freeze(guest: Guest) -> None:
+    """Log an agent without an answer; PVE asks it to flush, here the frozen machine is enough."""
     if guests.running(guest.vmid) and agent_enabled(guest):
         try:
             machine.agent(guest.vmid, "guest-ping", None, 1.0)
@@ -147,18 +147,18 @@ def _say_if_not_frozen(guest: Guest) -> None:
             output.line("skipping guest filesystem freeze - agent configured but not running?")
 
 
-@api("GET", HERE + "/{snapname}")
-def one(caller: Caller, params: dict[str, Any]) -> Any:
+@api("GET", BASE + "/{snapname}")
+def snapshot_index(caller: Caller, params: dict[str, Any]) -> Any:
     return [{"cmd": "rollback"}, {"cmd": "config"}]
 
 
-@api("GET", HERE + "/{snapname}/config")
+@api("GET", BASE + "/{snapname}/config")
 def read(caller: Caller, params: dict[str, Any]) -> Any:
     values = _snapshot(guests.load(params["vmid"]), params["snapname"])
     return {key: guests.typed(key, guests.masked(key, value)) for key, value in values.items()}
 
 
-@api("PUT", HERE + "/{snapname}/config")
+@api("PUT", BASE + "/{snapname}/config")
 def describe(caller: Caller, params: dict[str, Any]) -> Any:
     with locks.guest(int(params["vmid"]), quiet=not caller.sync):
         guest = guests.load(params["vmid"])
@@ -168,9 +168,9 @@ def describe(caller: Caller, params: dict[str, Any]) -> Any:
         guest.save()
 
 
-@api("POST", HERE + "/{snapname}/rollback")
+@api("POST", BASE + "/{snapname}/rollback")
 def rollback(caller: Caller, params: dict[str, Any]) -> Any:
-    """Name, tags, memory and protection come back; the description stays as it is now (facts 55)."""
+    """Restore name, tags, memory and protection; the description does not change (facts 55)."""
     vmid, name = int(params["vmid"]), params["snapname"]
 
     def work() -> None:
@@ -182,17 +182,17 @@ def rollback(caller: Caller, params: dict[str, Any]) -> Any:
             guest.check_lock()
             if guests.running(vmid):
                 machine.stop(vmid)
-                off(vmid)
+                mark_stopped(vmid)
                 guest = guests.load(vmid)
-            kept = {key: guest.conf[key] for key in ("description",) if key in guest.conf}
-            _newest_where_needed(guest, name, values)
+            unchanged = {key: guest.conf[key] for key in ("description",) if key in guest.conf}
+            _require_newest(guest, name, values)
             for volid in _drives(Guest(vmid, values)).values():
                 try:
                     disks.rollback(volumes.path(volid), name)
                 except disks.DiskError as e:
                     raise PveFailure(str(e)) from e
-            restored = {k: v for k, v in values.items() if k not in NOT_KEPT}
-            guest.conf = {**restored, **kept, "parent": name}
+            restored = {k: v for k, v in values.items() if k not in NOT_SAVED}
+            guest.conf = {**restored, **unchanged, "parent": name}
             guest.pending = {}
             guest.save()
             if params.get("start") == "1":
@@ -201,15 +201,15 @@ def rollback(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "qmrollback", vmid, work)
 
 
-def _newest_where_needed(guest: Guest, name: str, values: dict[str, str]) -> None:
-    """ZFS goes back to the newest snapshot alone."""
-    newest = max(guest.snapshots, key=lambda each: int(guest.snapshots[each].get("snaptime", 0)))
+def _require_newest(guest: Guest, name: str, values: dict[str, str]) -> None:
+    """Refuse a rollback on ZFS to any but the newest snapshot."""
+    newest = max(guest.snapshots, key=lambda other: int(guest.snapshots[other].get("snaptime", 0)))
     for volid in _drives(Guest(guest.vmid, values)).values():
         if name != newest and volumes.storage(volumes.split(volid)[0])["type"] == "zfspool":
             raise PveFailure(f"can't rollback, '{name}' is not most recent snapshot on '{volid}'")
 
 
-@api("DELETE", HERE + "/{snapname}")
+@api("DELETE", BASE + "/{snapname}")
 def delete(caller: Caller, params: dict[str, Any]) -> Any:
     vmid, name = int(params["vmid"]), params["snapname"]
 

@@ -15,7 +15,7 @@ from ..machine import disks
 from ..state import cluster_fs, output, paths, volumes
 from ..state.store import store
 
-HERE = "/nodes/{node}/storage"
+BASE = "/nodes/{node}/storage"
 
 
 def _digest() -> str:
@@ -23,11 +23,11 @@ def _digest() -> str:
 
 
 def _text() -> str:
-    """storage.cfg; empty while `local` is implicit."""
+    """The text of storage.cfg; empty while `local` is implicit."""
     lines = []
     for name, body in store().all("storage").items():
-        place = f"\tpath {body['path']}\n" if "path" in body else ""
-        lines.append(f"{body['type']}: {name}\n{place}")
+        path_line = f"\tpath {body['path']}\n" if "path" in body else ""
+        lines.append(f"{body['type']}: {name}\n{path_line}")
         lines += [f"\t{key} {body[key]}\n" for key in sorted(body) if key not in ("type", "path")]
         lines.append("\n")
     return "".join(lines)
@@ -74,12 +74,12 @@ def add(caller: Caller, params: dict[str, Any]) -> Any:
         raise BadParameters({"path": "property is missing and it is not optional"}, rc=255)
     body = {"type": "dir", "content": "images,rootdir,vztmpl,iso,backup,snippets", **_settings(params)}
     store().put("storage", name, body)
-    _make_folders(name, body)
+    _create_folders(name, body)
     _render()
     return {"storage": name, "type": "dir"}
 
 
-def _make_folders(name: str, body: dict[str, Any]) -> None:
+def _create_folders(name: str, body: dict[str, Any]) -> None:
     base = paths.at(str(body["path"]))
     for what in str(body.get("content", "")).split(","):
         folder = {"images": "images", "rootdir": "private", **volumes.FOLDERS}.get(what)
@@ -97,7 +97,7 @@ def change(caller: Caller, params: dict[str, Any]) -> Any:
     for key in filter(None, re.split(r"[,;\s]+", params.get("delete", ""))):
         body.pop(key, None)
     store().put("storage", name, body)
-    _make_folders(name, body)
+    _create_folders(name, body)
     _render()
     return {"storage": name, "type": body["type"]}
 
@@ -122,7 +122,7 @@ def status_of(name: str) -> dict[str, Any]:
     return row
 
 
-@api("GET", HERE)
+@api("GET", BASE)
 def index(caller: Caller, params: dict[str, Any]) -> Any:
     rows = []
     if "storage" in params and params["storage"] not in volumes.storages():
@@ -134,8 +134,8 @@ def index(caller: Caller, params: dict[str, Any]) -> Any:
             caller, f"/storage/{name}", ["Datastore.Audit", "Datastore.AllocateSpace"], any_of=True
         ):
             continue
-        wanted = set(filter(None, params.get("content", "").split(",")))
-        if wanted and not wanted & volumes.content(name):
+        contents = set(filter(None, params.get("content", "").split(",")))
+        if contents and not contents & volumes.content(name):
             continue
         row = status_of(name) | {"storage": name}
         if params.get("enabled") == "1" and not row["enabled"]:
@@ -146,8 +146,8 @@ def index(caller: Caller, params: dict[str, Any]) -> Any:
     return rows
 
 
-@api("GET", HERE + "/{storage}")
-def one(caller: Caller, params: dict[str, Any]) -> Any:
+@api("GET", BASE + "/{storage}")
+def storage_index(caller: Caller, params: dict[str, Any]) -> Any:
     names = (
         "content",
         "download-url",
@@ -162,13 +162,13 @@ def one(caller: Caller, params: dict[str, Any]) -> Any:
     return [{"subdir": name} for name in names]
 
 
-@api("GET", HERE + "/{storage}/status")
+@api("GET", BASE + "/{storage}/status")
 def status(caller: Caller, params: dict[str, Any]) -> Any:
     volumes.storage(params["storage"], enabled=False)
     return status_of(params["storage"])
 
 
-@api("GET", HERE + "/{storage}/content")
+@api("GET", BASE + "/{storage}/content")
 def content(caller: Caller, params: dict[str, Any]) -> Any:
     name = params["storage"]
     volumes.storage(name, rc=2)
@@ -179,26 +179,26 @@ def content(caller: Caller, params: dict[str, Any]) -> Any:
     return [row for row in rows if _may_see(caller, name, row, vmid)]
 
 
-def _may_see(caller: Caller, name: str, row: dict[str, Any], asked: int | None) -> bool:
-    """A look at the storage shows ISOs and the like; disks of a guest need rights on it, unless they are
-    asked for by its id."""
+def _may_see(caller: Caller, name: str, row: dict[str, Any], vmid: int | None) -> bool:
+    """Whether the caller may see a row: ISOs and the like always, a guest's disks with rights on the guest,
+    or in a listing for its id `vmid`."""
     owner = row.get("vmid")
     if row["content"] in ("iso", "vztmpl", "import"):
         return True
     if owner is None:
         return False
-    return owner == asked or (
+    return owner == vmid or (
         access.has(caller, f"/storage/{name}", ["Datastore.Audit"])
         and access.has(caller, f"/vms/{owner}", ["VM.Config.Disk"])
     )
 
 
-def _full(params: dict[str, Any]) -> str:
+def _volume_id(params: dict[str, Any]) -> str:
     volid = params["volume"]
     return volid if ":" in volid else f"{params['storage']}:{volid}"
 
 
-@api("POST", HERE + "/{storage}/content")
+@api("POST", BASE + "/{storage}/content")
 def allocate(caller: Caller, params: dict[str, Any]) -> Any:
     name, vmid = params["storage"], int(params["vmid"])
     volumes.storage(name)
@@ -211,11 +211,11 @@ def allocate(caller: Caller, params: dict[str, Any]) -> Any:
     if params["size"].isdigit():
         size = int(params["size"]) * 1024
     volid = f"{name}:{vmid}/{file or volumes.next_name(name, vmid, fmt)}"
-    volumes.allocate(volid, size, fmt) if caller.sync else _quietly(volid, size, fmt)
+    volumes.allocate(volid, size, fmt) if caller.sync else _allocate_quietly(volid, size, fmt)
     return volid
 
 
-def _quietly(volid: str, size: int, fmt: str) -> None:
+def _allocate_quietly(volid: str, size: int, fmt: str) -> None:
     import contextlib
     import io
 
@@ -223,9 +223,9 @@ def _quietly(volid: str, size: int, fmt: str) -> None:
         volumes.allocate(volid, size, fmt)
 
 
-@api("GET", HERE + "/{storage}/content/{volume}")
+@api("GET", BASE + "/{storage}/content/{volume}")
 def volume(caller: Caller, params: dict[str, Any]) -> Any:
-    volid = _full(params)
+    volid = _volume_id(params)
     volumes.storage(volumes.split(volid)[0])
     file = volumes.path(volid)
     if not caller.is_root and (owner := volumes.owner(volid)) is not None:
@@ -241,9 +241,9 @@ def volume(caller: Caller, params: dict[str, Any]) -> Any:
     }
 
 
-@api("DELETE", HERE + "/{storage}/content/{volume}")
+@api("DELETE", BASE + "/{storage}/content/{volume}")
 def free(caller: Caller, params: dict[str, Any]) -> Any:
-    volid = _full(params)
+    volid = _volume_id(params)
     name = volumes.split(volid)[0]
     volumes.storage(name)
     owner = volumes.owner(volid)

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (every handler has the same signature)
-"""Files that come to a storage from elsewhere: downloads, uploads."""
+"""Downloads and uploads of files to a storage."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ..api.errors import BadParameters, PveFailure, Unsupported
 from ..api.tree import api, task
 from ..state import output, paths, volumes
 
-HERE = "/nodes/{node}/storage/{storage}"
+BASE = "/nodes/{node}/storage/{storage}"
 
 
 def _target(params: dict[str, Any]) -> Path:
-    """Where a file goes, by content and cleaned name (facts 70)."""
+    """The path of a new file, by content and cleaned name (facts 70)."""
     name, kind = params["storage"], params["content"]
     volumes.storage(name)
     if kind not in volumes.content(name):
         raise PveFailure(f"storage '{name}' is not configured for content-type '{kind}'")
     file = re.sub(r"[^-a-zA-Z0-9_.]", "_", params["filename"].rpartition("/")[2])
     if not re.search(volumes.ENDINGS[kind] + "$", file):
-        words = "wrong file extension" if kind != "import" else "invalid filename or wrong extension"
-        raise BadParameters({"filename": words}, rc=255)
+        message = "wrong file extension" if kind != "import" else "invalid filename or wrong extension"
+        raise BadParameters({"filename": message}, rc=255)
     return volumes.folder(name) / volumes.FOLDERS[kind] / file
 
 
-@api("POST", HERE + "/download-url")
+@api("POST", BASE + "/download-url")
 def download(caller: Caller, params: dict[str, Any]) -> Any:
-    """Fetch a file; the same words as wget's task (facts 70)."""
+    """Fetch a file, with the messages of PVE's wget (facts 70)."""
     target = _target(params)
     if params.get("compression") not in (None, "gz"):
         raise Unsupported(f"compression {params['compression']}")
@@ -49,9 +49,9 @@ def download(caller: Caller, params: dict[str, Any]) -> Any:
     return task(caller, "download", target.name, work)
 
 
-@api("POST", HERE + "/upload")
+@api("POST", BASE + "/upload")
 def upload(caller: Caller, params: dict[str, Any]) -> Any:
-    """Take what the proxy has received; a file of that name is written over [ownL-036, ownL-037]."""
+    """Move the file received by the proxy; an existing file is overwritten [ownL-036, ownL-037]."""
     target = _target(params)
     received = paths.at(params["tmpfilename"]) if "tmpfilename" in params else None
     if received is None or not received.is_file():
@@ -73,7 +73,7 @@ def upload(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("GET", "/nodes/{node}/query-url-metadata")
 def metadata(caller: Caller, params: dict[str, Any]) -> Any:
-    """What a server says of a file, as it is asked before a download [ownL-026, ownL-027]."""
+    """Name, size and type of a file by a server's answer to HEAD [ownL-026, ownL-027]."""
     url = params["url"]
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
@@ -84,10 +84,10 @@ def metadata(caller: Caller, params: dict[str, Any]) -> Any:
     except OSError as e:
         where = f"{urlsplit(url).hostname}:{urlsplit(url).port or 80}"
         raise PveFailure(f"invalid server response: '500 Can't connect to {where}'", rc=2) from e
-    found: dict[str, Any] = {"filename": name} if name else {}
+    about: dict[str, Any] = {"filename": name} if name else {}
     if kind:
-        found["mimetype"] = kind.partition(";")[0].strip()
-    return found | ({"size": int(size)} if size else {})
+        about["mimetype"] = kind.partition(";")[0].strip()
+    return about | ({"size": int(size)} if size else {})
 
 
 def _hash(file: Path, algorithm: str) -> str:
@@ -98,19 +98,19 @@ def _hash(file: Path, algorithm: str) -> str:
     return digest.hexdigest()
 
 
-def _check(file: Path, params: dict[str, Any], more: str = "") -> None:
-    wanted = params["checksum"]
-    found = _hash(file, params.get("checksum-algorithm", "sha256"))
-    if found != wanted.lower():
-        raise PveFailure(f"checksum mismatch: got '{found}' != expect '{wanted}'{more}")
+def _check(file: Path, params: dict[str, Any], suffix: str = "") -> None:
+    expected = params["checksum"]
+    checksum = _hash(file, params.get("checksum-algorithm", "sha256"))
+    if checksum != expected.lower():
+        raise PveFailure(f"checksum mismatch: got '{checksum}' != expect '{expected}'{suffix}")
 
 
 def _download(params: dict[str, Any], target: Path) -> None:
-    url, shown = params["url"], paths.shown(target)
-    output.line(f"downloading {url} to {shown}")
+    url, node_path = params["url"], paths.shown(target)
+    output.line(f"downloading {url} to {node_path}")
     if target.exists():
         if "checksum" not in params:
-            raise PveFailure(f"refusing to override existing file '{shown}'")
+            raise PveFailure(f"refusing to override existing file '{node_path}'")
         output.line("calculating checksum of existing file...")
         _check(target, params, ", aborting")
         output.line("OK, got correct file already, no need to download")
@@ -133,7 +133,7 @@ def _download(params: dict[str, Any], target: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
         unpacked.unlink(missing_ok=True)
-    output.line(f"download of '{url}' to '{shown}' finished")
+    output.line(f"download of '{url}' to '{node_path}' finished")
 
 
 def _fetch(url: str, target: Path) -> None:

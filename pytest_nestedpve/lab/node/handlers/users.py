@@ -18,35 +18,35 @@ ROOT_USER = {"enable": 1}
 
 
 def users() -> dict[str, dict[str, Any]]:
-    found = store().all("user")
-    found.setdefault("root@pam", dict(ROOT_USER))
-    return dict(sorted(found.items()))
+    accounts = store().all("user")
+    accounts.setdefault("root@pam", dict(ROOT_USER))
+    return dict(sorted(accounts.items()))
 
 
 def _user(userid: str) -> dict[str, Any]:
-    found = users().get(userid)
-    if found is None:
+    account = users().get(userid)
+    if account is None:
         raise PveFailure(f"no such user ('{userid}')")
-    return found
+    return account
 
 
 def stale_tokens() -> list[str]:
-    """Tokens that ACLs name and that are gone: every command warns of them (facts 61)."""
+    """Deleted tokens that ACLs still name: every command warns of them (facts 61)."""
     rows = store().rows("SELECT DISTINCT who FROM acl WHERE kind='token' ORDER BY who")
     return [row[0] for row in rows if store().get("token", row[0]) is None]
 
 
 def prune() -> None:
-    """What a write of user.cfg drops: ACLs of tokens that are gone."""
+    """Delete the ACLs of deleted tokens, as every write of user.cfg does."""
     for who in stale_tokens():
         store().run("DELETE FROM acl WHERE kind='token' AND who=?", who)
 
 
 def render() -> None:
-    """user.cfg, for a person's eyes."""
+    """Write user.cfg, which is for readers only."""
     e, db = guests.encode, store()
     if db.get("user", "root@pam") is None:
-        db.put("user", "root@pam", {**ROOT_USER, "expire": 0})  # as it stands in the first user.cfg written
+        db.put("user", "root@pam", {**ROOT_USER, "expire": 0})  # as in the first user.cfg that PVE writes
     lines = [
         f"user:{name}:{body.get('enable', 1)}:{body.get('expire', 0)}:{e(body.get('firstname', ''))}:"
         f"{e(body.get('lastname', ''))}:{e(body.get('email', ''))}:{e(body.get('comment', ''))}::"
@@ -110,10 +110,10 @@ def user_read(caller: Caller, params: dict[str, Any]) -> Any:
     return {"enable": 1, "expire": 0, "groups": [], **body, "tokens": None}
 
 
-def _groups(doing: str, text: str) -> list[str]:
+def _groups(action: str, text: str) -> list[str]:
     for group in _items(text):
         if store().get("group", group) is None:
-            raise PveFailure(f"{doing} user failed: no such group '{group}'")
+            raise PveFailure(f"{action} user failed: no such group '{group}'")
     return _items(text)
 
 
@@ -167,7 +167,7 @@ def realms(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("POST", "/access/ticket")
 def ticket(caller: Caller, params: dict[str, Any]) -> Any:
-    """The lab knows API tokens only: no password is right."""
+    """Refuse every password: the lab has API tokens only."""
     raise PveFailure("401 authentication failure" if caller.sync else "authentication failure", status=401)
 
 
@@ -216,7 +216,7 @@ def token_read(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("POST", "/access/users/{userid}/token/{tokenid}")
 def token_add(caller: Caller, params: dict[str, Any]) -> Any:
-    """The value is shown once; the node keeps its hash."""
+    """Create a token; its value is in this answer only, the node stores the hash."""
     _user(params["userid"])
     full, value = f"{params['userid']}!{params['tokenid']}", str(uuid.uuid4())
     with store().change() as db:
@@ -261,7 +261,7 @@ def token_update(caller: Caller, params: dict[str, Any]) -> Any:
 
 @api("DELETE", "/access/users/{userid}/token/{tokenid}")
 def token_delete(caller: Caller, params: dict[str, Any]) -> Any:
-    """ACL lines stay behind, until the next write of user.cfg (facts 61)."""
+    """Delete a token; its ACLs remain until the next write of user.cfg (facts 61)."""
     with store().change() as db:
         full, _ = _token(params)
         prune()
@@ -361,7 +361,7 @@ def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
                 raise NotAllowed(f"{path}, {role}")
             for kind, names in lists.items():
                 for who in names:
-                    _known(kind, who)
+                    _check_exists(kind, who)
                     if delete:
                         db.run(
                             "DELETE FROM acl WHERE path=? AND kind=? AND who=? AND role=?",
@@ -384,7 +384,7 @@ def acl_update(caller: Caller, params: dict[str, Any]) -> Any:
     render()
 
 
-def _known(kind: str, who: str) -> None:
+def _check_exists(kind: str, who: str) -> None:
     if kind == "user" and who not in users():
         raise PveFailure(f"update ACL failed: user '{who}' does not exist")
     if kind == "group" and store().get("group", who) is None:
@@ -410,5 +410,5 @@ def permission_list(caller: Caller, params: dict[str, Any]) -> Any:
     if "path" in params:
         privs = access.permissions(who, params["path"])
         return {params["path"]: dict.fromkeys(sorted(privs), 1)} if privs else {}
-    found = {path: access.permissions(who, path) for path in access.known_paths()}
-    return {path: dict.fromkeys(sorted(privs), 1) for path, privs in found.items() if privs}
+    permissions = {path: access.permissions(who, path) for path in access.known_paths()}
+    return {path: dict.fromkeys(sorted(privs), 1) for path, privs in permissions.items() if privs}
