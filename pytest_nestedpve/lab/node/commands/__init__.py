@@ -1,4 +1,4 @@
 """The commands of a node: pvesh, qm, pvesm, pveum, pvecm, pveversion.
 
-They parse and print; every method is carried out by the API tree.
+They parse arguments and print results; the methods are those of the API tree.
 """

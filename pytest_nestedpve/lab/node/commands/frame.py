@@ -1,4 +1,4 @@
-"""What the commands share: options checked against the API's table, usage lines, errors, exit codes."""
+"""The frame of all commands: options checked by the API's table, usage lines, errors, exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LIGHT = 0.4
 
 
 class Usage(PveFailure):
-    """A command line that cannot be read; `text` has all its lines."""
+    """A command line that cannot be parsed; `text` is the whole error with the usage line."""
 
     def for_cli(self) -> str:
         return self.text
@@ -44,8 +44,8 @@ class Usage(PveFailure):
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: an API method with arguments in fixed places, some values fixed, and a printer; or
-    what has no method: a `body` whose parameters are all in `extra`."""
+    """A sub-command: an API method with positional arguments, fixed values and a printer; or, without a
+    method, a `body` whose parameters are all in `extra`."""
 
     verb: str
     path: str
@@ -55,14 +55,14 @@ class Command:
     extra: Mapping[str, Mapping[str, Any]] | None = None  # options beside the method's
     formats: bool = False
     mirror: bool = True  # the exit code is the task's
-    rest: str | None = None  # takes all further words under this name
-    rc: int | None = None  # of a bad parameter, where it is not the program's
+    rest: str | None = None  # the parameter for all further words
+    rc: int | None = None  # for a wrong parameter, if not the program's
     body: Callable[[dict[str, Any]], int] | None = None
-    section: int = 0  # of the overview: the program's own commands stand apart
+    section: int = 0  # of the overview: commands without a method are a separate block
 
 
-def refused(name: str) -> Command:
-    """A command of the real thing that the lab has not, whatever follows it."""
+def unsupported(name: str) -> Command:
+    """A command of PVE that the lab does not have, with any arguments."""
 
     def body(_: dict[str, Any]) -> int:
         raise Unsupported(name)
@@ -71,14 +71,14 @@ def refused(name: str) -> Command:
 
 
 def options_of(command: Command) -> dict[str, Mapping[str, Any]]:
-    """What may be given as an option. Arguments too: what stands in their place wins [config-008]."""
+    """The options, arguments included; positional arguments take precedence [config-008]."""
     method = schema.method(command.verb, command.path)
-    own: dict[str, Mapping[str, Any]] = dict(method.parameters) if method else {}
-    own |= dict(command.extra or {})
+    options: dict[str, Mapping[str, Any]] = dict(method.parameters) if method else {}
+    options |= dict(command.extra or {})
     if command.formats:
-        own |= FORMAT_OPTIONS
-    taken = {*(command.fixed or {}), "node", *([command.rest] if command.rest else [])}
-    return {name: definition for name, definition in own.items() if name not in taken}
+        options |= FORMAT_OPTIONS
+    reserved = {*(command.fixed or {}), "node", *([command.rest] if command.rest else [])}
+    return {name: definition for name, definition in options.items() if name not in reserved}
 
 
 def usage(name: str, command: Command) -> str:
@@ -101,8 +101,8 @@ def usage(name: str, command: Command) -> str:
     return " ".join(words) + "\n"
 
 
-def _needed(command: Command) -> int:
-    """How many arguments there must be: those before the last ones that are optional."""
+def _count_required(command: Command) -> int:
+    """The number of required arguments: all before the last optional ones."""
     known, count = options_of(command), len(command.args)
     while count and known.get(command.args[count - 1], {}).get("optional"):
         count -= 1
@@ -127,8 +127,8 @@ def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
             words.append(word)
             continue
         name, value = match[1], match[2]
-        full, definition = _lookup(known, name)
-        if full is None:
+        option, definition = _lookup(known, name)
+        if option is None:
             fitting = [other for other in _names(known) if other.lower().startswith(name.lower())]
             unknown.append(
                 f"Option {name} is ambiguous ({', '.join(fitting)})\n"
@@ -148,27 +148,27 @@ def parse(argv: Sequence[str], command: Command, line: str) -> dict[str, Any]:
             else:
                 value, index = following, index + 1
         if definition.get("type") == "array":
-            values.setdefault(full, []).append(value)
-        elif full in values and str(definition.get("format", "")).endswith("-list"):
-            values[full] += "," + value
+            values.setdefault(option, []).append(value)
+        elif option in values and str(definition.get("format", "")).endswith("-list"):
+            values[option] += "," + value
         else:
-            values[full] = value
+            values[option] = value
     if unknown:
         raise Usage("".join(unknown) + f"400 unable to parse option\n{line}", rc=2)
-    if len(words) < _needed(command):
+    if len(words) < _count_required(command):
         raise Usage(f"400 not enough arguments\n{line}", rc=2)
     values |= dict(zip(command.args, words, strict=False))
-    left = words[len(command.args) :]
+    extra_words = words[len(command.args) :]
     if command.rest:
-        if left:
-            values[command.rest] = left
-    elif left:
+        if extra_words:
+            values[command.rest] = extra_words
+    elif extra_words:
         raise Usage(f"400 too many arguments\n{line}", rc=255)
     return values
 
 
 def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | None, Mapping[str, Any]]:
-    """An option by its name, by another case, or by a beginning that only it has."""
+    """An option by its name in any case, or by an unambiguous prefix."""
     if name in known:
         return name, known[name]
     if (family := validation.family(name)) and family in known:
@@ -181,7 +181,7 @@ def _lookup(known: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str | No
 
 
 def _names(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names of all options, families member by member."""
+    """The names of all options, with every member of a family (`net0`, `net1`, …)."""
     return sorted(
         name.replace("[n]", str(number)) if "[n]" in name else name
         for name in known
@@ -189,22 +189,22 @@ def _names(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     )
 
 
-def _checked(known: Mapping[str, Mapping[str, Any]], values: dict[str, Any], rc: int = 2) -> dict[str, Any]:
-    """Values that are no method's, verified as those are."""
+def _verify(known: Mapping[str, Mapping[str, Any]], values: dict[str, Any], rc: int = 2) -> dict[str, Any]:
+    """Values of parameters outside a method, verified as a method's."""
     definitions = {name: dict(definition) for name, definition in known.items()}
     return schema.check(schema.Method("", "", definitions, None, {}), values, rc=rc)
 
 
 def style_of(values: dict[str, Any]) -> tables.Style:
-    """Take the FORMAT_OPTIONS out of the values."""
-    given = {name: values.pop(name) for name in FORMAT_OPTIONS if name in values}
-    given = _checked(FORMAT_OPTIONS, given)
+    """The style by the FORMAT_OPTIONS, which are removed from the values."""
+    chosen = {name: values.pop(name) for name in FORMAT_OPTIONS if name in values}
+    chosen = _verify(FORMAT_OPTIONS, chosen)
 
     def flag(name: str, default: str) -> bool:
-        return str(given.get(name, default)) == "1"
+        return str(chosen.get(name, default)) == "1"
 
     return tables.Style(
-        output=given.get("output-format", "text"),
+        output=chosen.get("output-format", "text"),
         border=not flag("noborder", "0"),
         header=not flag("noheader", "0"),
         human=flag("human-readable", "1"),
@@ -213,8 +213,8 @@ def style_of(values: dict[str, Any]) -> tables.Style:
     )
 
 
-def outcome(started: tasks.Started) -> int:
-    """Say how a task ended on stderr; 255 if it failed."""
+def print_outcome(started: tasks.Started) -> int:
+    """Print a task's warnings and error on stderr; the exit code, 255 if the task failed."""
     sys.stdout.flush()
     if started.warnings:
         print(f"Task finished with {started.warnings} warning(s)!", file=sys.stderr)
@@ -225,7 +225,7 @@ def outcome(started: tasks.Started) -> int:
 
 
 def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int:
-    """A sub-command, from its words to its exit code."""
+    """Run a sub-command with its arguments; the exit code."""
     line = usage(name, command)
     rc = rc if command.rc is None else command.rc
     try:
@@ -236,44 +236,44 @@ def run(command: Command, name: str, argv: Sequence[str], *, rc: int = 2) -> int
             known = options_of(command)
             if command.rest:
                 known[command.rest] = {"type": "array", "optional": 1}
-            return command.body(_checked(known, values, rc) | {"output-format": style.output})
+            return command.body(_verify(known, values, rc) | {"output-format": style.output})
         extra = command.extra or {}
-        own = _checked(extra, {key: values.pop(key) for key in list(values) if key in extra}, rc)
+        extra_values = _verify(extra, {key: values.pop(key) for key in list(values) if key in extra}, rc)
         address = command.path
         if "{node}" in address:
             values["node"] = paths.node()
         for part in re.findall(r"{(\w+)}", address):
             address = address.replace("{" + part + "}", str(values.pop(part)))
-        found = _call(command, address, values, rc)
+        result = _call(command, address, values, rc)
     except BadParameters as e:
         sys.stdout.flush()
         sys.stderr.write(e.for_cli() + line)
         return e.rc
-    if isinstance(found, tasks.Started):
-        code = outcome(found)
+    if isinstance(result, tasks.Started):
+        code = print_outcome(result)
         return code if command.mirror else 0
     if command.show is not None:
-        command.show(found, values | own)
+        command.show(result, values | extra_values)
     elif command.formats:
         method = schema.method(command.verb, command.path)
-        sys.stdout.write(tables.render(found, style, method.returns if method else None))
+        sys.stdout.write(tables.render(result, style, method.returns if method else None))
     return 0
 
 
 def _call(command: Command, address: str, values: dict[str, Any], rc: int) -> Any:
     method = schema.method(command.verb, command.path)
     if method is not None:
-        # Arguments in the address are parameters like the others: check them in PVE's order.
-        inside = re.findall(r"{(\w+)}", command.path)
+        # Arguments in the address are parameters too: check them in PVE's order.
+        in_path = re.findall(r"{(\w+)}", command.path)
         pieces = dict(zip(command.path.split("/"), address.split("/"), strict=False))
-        schema.check(method, {**values, **{p: pieces.get("{" + p + "}", "") for p in inside}}, rc=rc)
+        schema.check(method, {**values, **{p: pieces.get("{" + p + "}", "") for p in in_path}}, rc=rc)
     return tree.call(command.verb, address, values, ROOT, rc=rc)
 
 
-def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int:
-    """The frame of every command: as slow as asked for, pmxcfs up, errors on stderr, exit code."""
+def main_of(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int:
+    """Run a command: configured delay, check of pmxcfs, errors on stderr; the exit code."""
     program = Path(sys.argv[0]).name
-    _count(program, sys.argv[1:])
+    _log_start(program, sys.argv[1:])
     paths.pause("cli_delay_s", 1.0 if program in _HEAVY else _LIGHT)
     try:
         if needs_cluster:
@@ -287,7 +287,7 @@ def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int
         sys.stderr.write(e.for_cli())
         return e.rc
     except NoReply:
-        os.kill(os.getpid(), signal.SIGKILL)  # as a connection ends: without an answer, without an exit code
+        os.kill(os.getpid(), signal.SIGKILL)  # like a closed connection: no answer, no exit code
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -296,11 +296,11 @@ def door(body: Callable[[list[str]], int], *, needs_cluster: bool = True) -> int
         store.release()
 
 
-def _count(program: str, words: Sequence[str]) -> None:
-    """Note the start: the program and at most two words, none of which is an option or its value."""
-    told = list(itertools.takewhile(lambda word: not word.startswith("-"), words[:2]))
+def _log_start(program: str, words: Sequence[str]) -> None:
+    """Log the start: the program and at most two words before the first option."""
+    arguments = list(itertools.takewhile(lambda word: not word.startswith("-"), words[:2]))
     with contextlib.suppress(OSError), paths.command_log().open("a") as log:
-        log.write(" ".join([f"{time.time():.3f}", program, *told]).replace("\n", " ") + "\n")
+        log.write(" ".join([f"{time.time():.3f}", program, *arguments]).replace("\n", " ") + "\n")
 
 
 def _warn_of_stale_tokens() -> None:
@@ -326,24 +326,24 @@ def dispatch(
         name = (aliases or {}).get(name, name)
         if len(argv) >= count and name in commands:
             return run(commands[name], f"{program} {name}", argv[count:], rc=rc)
-    said = (
+    message = (
         "no command specified"
         if not argv
-        else f"unknown command '{program} {' '.join(_asked(commands, argv))}'"
+        else f"unknown command '{program} {' '.join(_command_words(commands, argv))}'"
     )
-    sys.stderr.write(f"ERROR: {said}\n{overview(program, commands)}")
+    sys.stderr.write(f"ERROR: {message}\n{overview(program, commands)}")
     return 255
 
 
-def _asked(commands: Mapping[str, Command], argv: list[str]) -> list[str]:
+def _command_words(commands: Mapping[str, Command], argv: list[str]) -> list[str]:
     groups = {name.split()[0] for name in commands if " " in name}
     return argv[:2] if argv[0] in groups else argv[:1]
 
 
 def overview(program: str, commands: Mapping[str, Command]) -> str:
-    text, group = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n", None
+    text, previous = f"USAGE: {program} <COMMAND> [ARGS] [OPTIONS]\n", None
     for name, command in commands.items():
-        own = name.split()[0] if " " in name else command.section
-        text += ("\n" if own != group else "") + "       " + usage(f"{program} {name}", command)
-        group = own
+        block = name.split()[0] if " " in name else command.section
+        text += ("\n" if block != previous else "") + "       " + usage(f"{program} {name}", command)
+        previous = block
     return f"{text}\n       {program} help [<extra-args>] [OPTIONS]\n"

@@ -1,4 +1,4 @@
-"""pvecm: what the cluster is, if there is one; certificates and keys are made here."""
+"""pvecm: status and nodes of a cluster; creation of certificates and keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ USAGE = """USAGE: pvecm <COMMAND> [ARGS] [OPTIONS]
 
 
 def main() -> int:
-    return frame.door(_main)
+    return frame.main_of(_main)
 
 
 def _main(argv: list[str]) -> int:
@@ -50,8 +50,8 @@ def _main(argv: list[str]) -> int:
             sys.stdout.write(_status() if word == "status" else _nodes())
         return 0
     if word == "updatecerts":
-        own = {"force": frame.BOOLEAN, "silent": frame.BOOLEAN, "unmerge-known-hosts": frame.BOOLEAN}
-        values = frame.parse(rest, frame.Command("", "", extra=own), "pvecm updatecerts  [OPTIONS]\n")
+        options = {"force": frame.BOOLEAN, "silent": frame.BOOLEAN, "unmerge-known-hosts": frame.BOOLEAN}
+        values = frame.parse(rest, frame.Command("", "", extra=options), "pvecm updatecerts  [OPTIONS]\n")
         force, silent = (str(values.get(name, "0")) == "1" for name in ("force", "silent"))
         cluster_fs.update_certificates(force=force, silent=silent)
         return 0
@@ -67,20 +67,20 @@ def _main(argv: list[str]) -> int:
 
 
 def _status() -> str:
-    """[cluster-014]; with a node off, as after `pvecm expected 1` [nodedown-001]: a lab is always quorate."""
-    every = sorted(members.every(), key=lambda each: each.number)
-    online = [each for each in every if each.online]
-    own = next(each.number for each in every if each.local)
-    listed = "".join(f"0x{each.number:08x}          1 {each.address}{_mark(each)}\n" for each in online)
+    """As [cluster-014], or after `pvecm expected 1` with an offline node [nodedown-001]: always quorate."""
+    nodes = sorted(members.every(), key=lambda node: node.number)
+    online = [node for node in nodes if node.online]
+    local = next(node.number for node in nodes if node.local)
+    listed = "".join(f"0x{node.number:08x}          1 {node.address}{_mark(node)}\n" for node in online)
     count = len(online)
     return (
         "Cluster information\n-------------------\n"
-        f"Name:             {members.cluster()}\nConfig Version:   {len(every)}\n"
+        f"Name:             {members.cluster()}\nConfig Version:   {len(nodes)}\n"
         "Transport:        knet\nSecure auth:      on\n\n"
         "Quorum information\n------------------\n"
         f"Date:             {time.strftime('%a %b %e %H:%M:%S %Y')}\n"
         f"Quorum provider:  corosync_votequorum\nNodes:            {count}\n"
-        f"Node ID:          0x{own:08x}\nRing ID:          1.{count:x}\nQuorate:          Yes\n\n"
+        f"Node ID:          0x{local:08x}\nRing ID:          1.{count:x}\nQuorate:          Yes\n\n"
         "Votequorum information\n----------------------\n"
         f"Expected votes:   {count}\nHighest expected: {count}\nTotal votes:      {count}\n"
         f"Quorum:           {count // 2 + 1}  \nFlags:            Quorate \n\n"
@@ -89,9 +89,9 @@ def _status() -> str:
 
 
 def _nodes() -> str:
-    every = sorted(members.every(), key=lambda each: each.number)
+    nodes = sorted(members.every(), key=lambda node: node.number)
     listed = "".join(
-        f"{each.number:>10}          1 {each.name}{_mark(each)}\n" for each in every if each.online
+        f"{node.number:>10}          1 {node.name}{_mark(node)}\n" for node in nodes if node.online
     )
     return f"\n{_MEMBERSHIP}    Nodeid      Votes Name\n{listed}"
 

@@ -1,4 +1,4 @@
-"""pvesh: the API at the prompt. A task's failure leaves the exit code 0 (facts 1)."""
+"""pvesh: the API as a command. The exit code is 0 after a failed task too (facts 1)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USAGE: pvesh <COMMAND> [ARGS] [OPTIONS]
 
 
 def main() -> int:
-    return frame.door(_main)
+    return frame.main_of(_main)
 
 
 def _main(argv: list[str]) -> int:
@@ -45,8 +45,8 @@ def _main(argv: list[str]) -> int:
         sys.stderr.write(USAGE.format("no command specified"))
         return 255
     word, rest = argv[0], argv[1:]
-    if word in OWN:
-        return frame.run(OWN[word], f"pvesh {word}", rest)
+    if word in WITHOUT_METHOD:
+        return frame.run(WITHOUT_METHOD[word], f"pvesh {word}", rest)
     if word == "help":
         return _help(rest)
     if word not in VERBS:
@@ -70,16 +70,15 @@ def _call(word: str, argv: list[str]) -> int:
         raise frame.Usage(f"400 not enough arguments\n{_line(word)}", rc=2)
     address = "/" + argv[0].strip("/")
     verb = VERBS[word]
-    found = schema.resolve(address)
-    method = schema.method(verb, found[0]) if found else None
-    if method is None or found is None:
+    resolved = schema.resolve(address)
+    method = schema.method(verb, resolved[0]) if resolved else None
+    if method is None or resolved is None:
         if schema.elsewhere(verb, address):
             raise Unsupported(f"{verb} {address}")
         raise PveFailure(f"No '{word}' handler defined for '{address}'", rc=1)
     line = _line(word, method)
-    command = frame.Command(
-        verb, method.path, args=("api_path",), formats=True, extra={"noproxy": frame.BOOLEAN}, fixed=found[1]
-    )
+    extra, fixed = {"noproxy": frame.BOOLEAN}, resolved[1]
+    command = frame.Command(verb, method.path, args=("api_path",), formats=True, extra=extra, fixed=fixed)
     try:
         values = frame.parse(argv, command, _line(word, method))
         style = frame.style_of(values)
@@ -96,14 +95,14 @@ def _call(word: str, argv: list[str]) -> int:
         sys.stderr.write(e.for_cli() + line)
         return e.rc
     if isinstance(result, tasks.Started):
-        frame.outcome(result)
+        frame.print_outcome(result)
         result = result.upid
     sys.stdout.write(tables.render(result, style, method.returns))
     return 0
 
 
 def _help(argv: list[str]) -> int:
-    """The short form is the overview; without a command each is described [basic-092]."""
+    """Print the help without a command, a description of every command [basic-092]."""
     if argv:
         raise Unsupported("pvesh help of a command")
     described = {word: f"Call API {verb} on <api_path>." for word, verb in VERBS.items()}
@@ -120,7 +119,7 @@ def _help(argv: list[str]) -> int:
         f"  <extra-args> <array>\n\t     Shows help for a specific command\n\n{verbose}"
     )
     blocks["usage"] = (
-        f"USAGE: {frame.usage('pvesh usage', OWN['usage'])}\n"
+        f"USAGE: {frame.usage('pvesh usage', WITHOUT_METHOD['usage'])}\n"
         f"  print API usage information for <api_path>.\n\n{where}\n"
         "  --command  <create | delete | get | set>\n\t     API command.\n\n"
         f"  --returns  <boolean>\n\t     Including schema for returned data.\n\n{verbose}"
@@ -133,28 +132,28 @@ def _ls(values: dict[str, Any]) -> int:
     if values["output-format"] != "text":
         raise Unsupported(f"pvesh ls as {values['output-format']}")
     address = "/" + values["api_path"].strip("/")
-    found = schema.resolve(address)
-    names = schema.children("/" if address == "/" else _template(address, found))
-    marks = schema.listed(_template(address, found))
-    if not names and found is None:
+    resolved = schema.resolve(address)
+    names = schema.children("/" if address == "/" else _template(address, resolved))
+    listed = schema.listed(_template(address, resolved))
+    if not names and resolved is None:
         if schema.elsewhere("GET", address):
             raise Unsupported(f"pvesh ls {address}")
         raise PveFailure(f"no such resource '{address}'", rc=2)
-    base = "" if address == "/" else _template(address, found)
-    rows = {name: _capabilities(f"{base}/{name}") for name in names} | marks
-    if found and "GET" in schema.paths().get(found[0], ()):
-        rows |= {name: _capabilities(path) for name, path in _listed(address, found[0])}
+    base = "" if address == "/" else _template(address, resolved)
+    rows = {name: _capabilities(f"{base}/{name}") for name in names} | listed
+    if resolved and "GET" in schema.paths().get(resolved[0], ()):
+        rows |= {name: _capabilities(path) for name, path in _listed(address, resolved[0])}
     for name in sorted(rows):
         sys.stdout.write(f"{rows[name]}        {name}\n")
     return 0
 
 
-def _template(address: str, found: tuple[str, dict[str, str]] | None) -> str:
-    return found[0] if found else address
+def _template(address: str, resolved: tuple[str, dict[str, str]] | None) -> str:
+    return resolved[0] if resolved else address
 
 
 def _listed(address: str, template: str) -> list[tuple[str, str]]:
-    """Guests, nodes, pools: what a list below the path holds."""
+    """The entries of the list at the address, with their paths: guests, nodes, pools, …"""
     key = LISTS.get(template)
     if key is None:
         return []
@@ -169,31 +168,31 @@ def _listed(address: str, template: str) -> list[tuple[str, str]]:
 def _capabilities(path: str) -> str:
     verbs = schema.paths().get(path, ())
     below = any(other.startswith(path + "/") for other in schema.paths())
-    marks = [
+    letters = [
         ("D", below),
         ("r", "GET" in verbs),
         ("w", "PUT" in verbs),
         ("c", "POST" in verbs),
         ("d", "DELETE" in verbs),
     ]
-    return "".join(letter if there else "-" for letter, there in marks[:4]) + (
+    return "".join(letter if is_set else "-" for letter, is_set in letters[:4]) + (
         "d" if "DELETE" in verbs else "-"
     )
 
 
 def _usage(values: dict[str, Any]) -> int:
     address = "/" + values["api_path"].strip("/")
-    found = schema.resolve(address)
-    if found is None:
+    resolved = schema.resolve(address)
+    if resolved is None:
         if schema.elsewhere("GET", address):
             raise Unsupported(f"pvesh usage {address}")
         raise PveFailure(f"no such resource '{address}'", rc=2)
     if "1" in (values.get("verbose"), values.get("returns")):
         raise Unsupported("pvesh usage in full")
-    wanted = values.get("command")
+    chosen = values.get("command")
     for word, verb in VERBS.items():
-        method = schema.method(verb, found[0])
-        if method is None or wanted not in (None, word):
+        method = schema.method(verb, resolved[0])
+        if method is None or chosen not in (None, word):
             continue
         needed = [
             f" --{name} <{d.get('type', 'string')}>"
@@ -207,8 +206,8 @@ def _usage(values: dict[str, Any]) -> int:
 
 
 _PATH = {"type": "string"}
-_ASK = {"type": "string", "optional": 1, "enum": sorted(VERBS)}
-OWN = {
+_COMMAND = {"type": "string", "optional": 1, "enum": sorted(VERBS)}
+WITHOUT_METHOD = {
     "ls": frame.Command(
         "", "", ("api_path",), extra={"api_path": _PATH, "noproxy": frame.BOOLEAN}, formats=True, body=_ls
     ),
@@ -216,7 +215,7 @@ OWN = {
         "",
         "",
         ("api_path",),
-        extra={"api_path": _PATH, "command": _ASK, "returns": frame.BOOLEAN, "verbose": frame.BOOLEAN},
+        extra={"api_path": _PATH, "command": _COMMAND, "returns": frame.BOOLEAN, "verbose": frame.BOOLEAN},
         body=_usage,
     ),
 }

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001, ARG005, UP031 (printers have one signature)
-"""pvesm: storages and volumes at the prompt."""
+"""pvesm: storages and volumes as a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .frame import TEXT, Command
 
 
 def main() -> int:
-    return frame.door(lambda argv: frame.dispatch("pvesm", COMMANDS, argv))
+    return frame.main_of(lambda argv: frame.dispatch("pvesm", COMMANDS, argv))
 
 
 def _status(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def _free(values: dict[str, Any]) -> int:
     name = volumes.split(volid)[0]
     volumes.storage(name)
     path = f"/nodes/{paths.node()}/storage/{name}/content/{volid}"
-    return frame.outcome(tree.call("DELETE", path, {}, access.ROOT))
+    return frame.print_outcome(tree.call("DELETE", path, {}, access.ROOT))
 
 
 def _path(values: dict[str, Any]) -> int:
@@ -70,8 +70,8 @@ def _path(values: dict[str, Any]) -> int:
 
 _VOLUME = {"volume": {"type": "string"}}
 COMMANDS: dict[str, Command] = {
-    "add": Command("POST", "/storage", ("type", "storage"), show=lambda found, values: None, rc=255),
-    "set": Command("PUT", "/storage/{storage}", ("storage",), show=lambda found, values: None, rc=255),
+    "add": Command("POST", "/storage", ("type", "storage"), show=lambda result, values: None, rc=255),
+    "set": Command("PUT", "/storage/{storage}", ("storage",), show=lambda result, values: None, rc=255),
     "remove": Command("DELETE", "/storage/{storage}", ("storage",)),
     "status": Command("GET", "/nodes/{node}/storage", show=_status),
     "list": Command("GET", "/nodes/{node}/storage/{storage}/content", ("storage",), show=_list),
@@ -84,7 +84,7 @@ COMMANDS: dict[str, Command] = {
     "free": Command("", "", ("volume",), extra={**_VOLUME, "storage": TEXT}, body=_free),
     "path": Command("", "", ("volume",), extra=_VOLUME, body=_path),
     **{
-        name: frame.refused(f"pvesm {name}")
+        name: frame.unsupported(f"pvesm {name}")
         for name in ("apiinfo", "export", "extractconfig", "import", "prune-backups", "scan")
     },
 }

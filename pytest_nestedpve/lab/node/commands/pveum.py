@@ -1,4 +1,4 @@
-"""pveum: users, tokens, roles, ACLs, pools at the prompt."""
+"""pveum: users, tokens, roles, ACLs and pools as a command."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ USER, TOKEN = "/access/users/{userid}", "/access/users/{userid}/token/{tokenid}"
 
 
 def main() -> int:
-    return frame.door(lambda argv: frame.dispatch("pveum", COMMANDS, argv, rc=255, aliases=ALIASES))
+    return frame.main_of(lambda argv: frame.dispatch("pveum", COMMANDS, argv, rc=255, aliases=ALIASES))
 
 
-def _permissions(found: dict[str, dict[str, int]], values: dict[str, Any]) -> None:
+def _permissions(permissions: dict[str, dict[str, int]], values: dict[str, Any]) -> None:
     output = values.get("output-format", "text")
     style = tables.Style(output, unicode=tables.unicode_locale())
     if output != "text":
-        sys.stdout.write(tables.render(found, style))
+        sys.stdout.write(tables.render(permissions, style))
         return
     rows = [
-        [path, "\n".join(f"{priv} (*)" for priv in sorted(privs))] for path, privs in sorted(found.items())
+        [path, "\n".join(f"{priv} (*)" for priv in sorted(privs))]
+        for path, privs in sorted(permissions.items())
     ]
     sys.stdout.write(tables.draw(["ACL path", "Permissions"], rows, style))
     if rows:
@@ -52,7 +53,7 @@ COMMANDS: dict[str, Command] = {
     "group delete": Command("DELETE", "/access/groups/{groupid}", ("groupid",)),
     "group list": Command("GET", "/access/groups", formats=True),
     "group modify": Command("PUT", "/access/groups/{groupid}", ("groupid",)),
-    "passwd": frame.refused("pveum passwd"),
+    "passwd": frame.unsupported("pveum passwd"),
     "pool add": Command("POST", "/pools", ("poolid",)),
     "pool delete": Command("DELETE", "/pools", ("poolid",)),
     "pool list": Command("GET", "/pools", formats=True),
@@ -66,9 +67,9 @@ COMMANDS: dict[str, Command] = {
     "role delete": Command("DELETE", "/access/roles/{roleid}", ("roleid",)),
     "role list": Command("GET", "/access/roles", formats=True),
     "role modify": Command("PUT", "/access/roles/{roleid}", ("roleid",)),
-    "ticket": frame.refused("pveum ticket"),
-    "user tfa list": frame.refused("pveum user tfa list"),
-    "user tfa delete": frame.refused("pveum user tfa delete"),
+    "ticket": frame.unsupported("pveum ticket"),
+    "user tfa list": frame.unsupported("pveum user tfa list"),
+    "user tfa delete": frame.unsupported("pveum user tfa delete"),
     "user tfa unlock": Command("PUT", USER + "/unlock-tfa", ("userid",)),
     "user token add": Command("POST", TOKEN, ("userid", "tokenid"), formats=True),
     "user token delete": Command("DELETE", TOKEN, ("userid", "tokenid"), formats=True),

@@ -10,7 +10,7 @@ from . import frame
 
 
 def main() -> int:
-    return frame.door(_main, needs_cluster=False)
+    return frame.main_of(_main, needs_cluster=False)
 
 
 def _main(argv: list[str]) -> int:

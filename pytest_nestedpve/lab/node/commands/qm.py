@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001 (printers have one signature)
-"""qm: a VM at the prompt. The exit code is the task's."""
+"""qm: VMs as a command. The exit code is the task's."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .frame import BOOLEAN, TEXT, Command
 
 Definition = Mapping[str, Any]
 VM = "/nodes/{node}/qemu/{vmid}"
-ONE = ("vmid",)
+VMID_ONLY = ("vmid",)
 VMID: Definition = {"type": "integer", "format": "pve-vmid", "minimum": 100, "maximum": 999999999}
-NEEDED: Definition = {"type": "string"}
-NEEDED_BOOLEAN: Definition = {"type": "boolean"}
+REQUIRED: Definition = {"type": "string"}
+REQUIRED_BOOLEAN: Definition = {"type": "boolean"}
 STORAGE: Definition = {"type": "string", "format": "pve-storage-id"}
 IMAGE: Definition = {"type": "string", "optional": 1, "enum": ["raw", "qcow2", "vmdk"]}
 COUNT: Definition = {"type": "integer", "optional": 1, "minimum": 0}
 
 
 def main() -> int:
-    return frame.door(lambda argv: frame.dispatch("qm", COMMANDS, _keys(argv), aliases=ALIASES))
+    return frame.main_of(lambda argv: frame.dispatch("qm", COMMANDS, _read_keys(argv), aliases=ALIASES))
 
 
-def _keys(argv: list[str]) -> list[str]:
-    """`--sshkeys FILE`: qm reads the file and passes its text."""
+def _read_keys(argv: list[str]) -> list[str]:
+    """Replace the file name after `--sshkeys` by the text of the file."""
     words = list(argv)
     for index, word in enumerate(words[:-1]):
         if word in ("--sshkeys", "-sshkeys", "--sshkey", "-sshkey") and words[index + 1]:
@@ -58,27 +58,27 @@ def _list(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
         print(f"{row['vmid']:>10} {name:<20} {status:<10} {memory:<10} {disk:>12.2f} {pid:<10}")
 
 
-def _status(now: dict[str, Any], values: dict[str, Any]) -> None:
+def _status(status: dict[str, Any], values: dict[str, Any]) -> None:
     if str(values.get("verbose", "0")) != "1":
-        word = now["qmpstatus"] if now["status"] == "running" else now["status"]
-        print(f"status: {word}")
+        text = status["qmpstatus"] if status["status"] == "running" else status["status"]
+        print(f"status: {text}")
         return
     skip = ("cpu", "ha", "agent")
-    for key in sorted(now):
+    for key in sorted(status):
         if key == "nics":
             print("nics:")
-            for name, about in sorted(now[key].items()):
+            for name, about in sorted(status[key].items()):
                 print(f"\t{name}:")
                 for what in sorted(about):
                     print(f"\t\t{what}: {about[what]}")
         elif key not in skip:
-            print(f"{key}: {now[key]}")
+            print(f"{key}: {status[key]}")
 
 
-def _config(found: dict[str, Any], values: dict[str, Any]) -> None:
-    for key in sorted(found):
+def _config(config: dict[str, Any], values: dict[str, Any]) -> None:
+    for key in sorted(config):
         if key != "digest":
-            value = guests.encode(str(found[key])) if key == "description" else found[key]
+            value = guests.encode(str(config[key])) if key == "description" else config[key]
             print(f"{key}: {value}")
 
 
@@ -119,26 +119,26 @@ def _snapshots(rows: list[dict[str, Any]], values: dict[str, Any]) -> None:
     show(None, 0)
 
 
-def _depth(by_parent: dict[str | None, list[dict[str, Any]]], parent: str | None, now: int) -> int:
-    return max([now, *(_depth(by_parent, row["name"], now + 1) for row in by_parent.get(parent, []))])
+def _depth(by_parent: dict[str | None, list[dict[str, Any]]], parent: str | None, depth: int) -> int:
+    return max([depth, *(_depth(by_parent, row["name"], depth + 1) for row in by_parent.get(parent, []))])
 
 
-def _json(found: Any, values: dict[str, Any]) -> None:
-    if found is not None:
-        if isinstance(found, (dict, list)):
-            sys.stdout.write(tables.render(found, tables.Style("json-pretty")))
+def _json(result: Any, values: dict[str, Any]) -> None:
+    if result is not None:
+        if isinstance(result, (dict, list)):
+            sys.stdout.write(tables.render(result, tables.Style("json-pretty")))
         else:
-            print(found)
+            print(result)
 
 
-def _agent(found: dict[str, Any], values: dict[str, Any]) -> None:
-    result = found["result"]
+def _agent(answer: dict[str, Any], values: dict[str, Any]) -> None:
+    result = answer["result"]
     if result not in ({}, None):
         _json(result, values)
 
 
-def _text(found: str, values: dict[str, Any]) -> None:
-    print(found)
+def _text(text: str, values: dict[str, Any]) -> None:
+    print(text)
 
 
 def _guest_exec(values: dict[str, Any]) -> int:
@@ -171,8 +171,8 @@ def _guest_exec(values: dict[str, Any]) -> int:
 def _import(values: dict[str, Any]) -> int:
     vmid, source, storage = int(values["vmid"]), values["source"], values["storage"]
     guest = guests.load(vmid)
-    volume = ":" in source and not source.startswith("/")
-    file = volumes.path(source) if volume else paths.at(source)
+    is_volume = ":" in source and not source.startswith("/")
+    file = volumes.path(source) if is_volume else paths.at(source)
     volumes.storage(storage)
     if "images" not in volumes.content(storage):
         raise PveFailure(f"storage {storage} does not support vm images")
@@ -201,7 +201,7 @@ def _import(values: dict[str, Any]) -> int:
         print(f"{key}: successfully imported disk '{volid}'", flush=True)
 
     guest.check_lock()
-    return frame.outcome(tree.task(access.ROOT, "qmimport", vmid, work))
+    return frame.print_outcome(tree.task(access.ROOT, "qmimport", vmid, work))
 
 
 def _rescan(values: dict[str, Any]) -> int:
@@ -251,10 +251,10 @@ def _wait(values: dict[str, Any]) -> int:
     return 0
 
 
-def _refused(
-    name: str, args: tuple[str, ...], *, verb: str = "", path: str = "", **own: Definition
+def _unsupported(
+    name: str, args: tuple[str, ...], *, verb: str = "", path: str = "", **options: Definition
 ) -> Command:
-    """What the lab has not: its parameters are judged first, and whether there is such a VM."""
+    """A command that the lab does not have; its parameters and its VM are checked first."""
 
     def body(values: dict[str, Any]) -> int:
         if "vmid" in values and name != "import":
@@ -265,13 +265,17 @@ def _refused(
                 raise PveFailure("unable to find a serial interface")  # [power-072]
         raise Unsupported(f"qm {name}")
 
-    return replace(_own(body, args, **own), verb=verb, path=path, section=0 if name == "sendkey" else 1)
+    return replace(
+        _command(body, args, **options), verb=verb, path=path, section=0 if name == "sendkey" else 1
+    )
 
 
-def _own(body: Callable[[dict[str, Any]], int], args: tuple[str, ...] = ONE, **own: Definition) -> Command:
-    """A command that is no method of the API; in the names of its options `_` stands for `-`."""
-    known = {arg: VMID if arg == "vmid" else NEEDED for arg in args}
-    known |= {name.replace("_", "-"): definition for name, definition in own.items()}
+def _command(
+    body: Callable[[dict[str, Any]], int], args: tuple[str, ...] = VMID_ONLY, **options: Definition
+) -> Command:
+    """A command without a method of the API; `_` in the names of options is replaced by `-`."""
+    known = {arg: VMID if arg == "vmid" else REQUIRED for arg in args}
+    known |= {name.replace("_", "-"): definition for name, definition in options.items()}
     return Command("", "", args, extra=known, body=body, section=1)
 
 
@@ -280,16 +284,16 @@ def _monitor(values: dict[str, Any]) -> int:
     guests.load(vmid)
     print(f"Entering QEMU Monitor for VM {vmid} - type 'help' for help", flush=True)
     for line in sys.stdin:
-        words = line.strip()
-        print(f"qm> {words}", file=sys.stderr, flush=True)
-        if words in ("quit", "q"):
+        command = line.strip()
+        print(f"qm> {command}", file=sys.stderr, flush=True)
+        if command in ("quit", "q"):
             break
-        if not words:
+        if not command:
             continue
         try:
-            call = {"command": words}
-            said = tree.call("POST", f"/nodes/{paths.node()}/qemu/{vmid}/monitor", call, access.ROOT)
-            print(said, end="", flush=True)
+            call = {"command": command}
+            answer = tree.call("POST", f"/nodes/{paths.node()}/qemu/{vmid}/monitor", call, access.ROOT)
+            print(answer, end="", flush=True)
         except PveFailure as e:
             print(f"ERROR: {e.text}", file=sys.stderr, flush=True)
     return 0
@@ -308,75 +312,77 @@ def _passwd(values: dict[str, Any]) -> int:
 
 
 def _cleanup(values: dict[str, Any]) -> int:
-    return 0  # called by qmeventd, which the lab does without
+    return 0  # called by qmeventd, which the lab does not have
 
 
 _DISK = ("vmid", "source", "storage")
 COMMANDS: dict[str, Command] = {
     "cloudinit dump": Command("GET", VM + "/cloudinit/dump", ("vmid", "type"), show=_text),
-    "cloudinit pending": Command("GET", VM + "/cloudinit", ONE, show=_pending),
-    "cloudinit update": Command("PUT", VM + "/cloudinit", ONE),
+    "cloudinit pending": Command("GET", VM + "/cloudinit", VMID_ONLY, show=_pending),
+    "cloudinit update": Command("PUT", VM + "/cloudinit", VMID_ONLY),
     "disk move": Command("POST", VM + "/move_disk", ("vmid", "disk", "storage")),
     "disk resize": Command("PUT", VM + "/resize", ("vmid", "disk", "size"), mirror=False),
-    "disk unlink": Command("PUT", VM + "/unlink", ONE),
-    "disk import": _own(_import, _DISK, storage=STORAGE, format=IMAGE, target_disk=TEXT),
-    "disk rescan": _own(_rescan, (), dryrun=BOOLEAN, vmid={**VMID, "optional": 1}),
+    "disk unlink": Command("PUT", VM + "/unlink", VMID_ONLY),
+    "disk import": _command(_import, _DISK, storage=STORAGE, format=IMAGE, target_disk=TEXT),
+    "disk rescan": _command(_rescan, (), dryrun=BOOLEAN, vmid={**VMID, "optional": 1}),
     "guest cmd": Command("POST", VM + "/agent", ("vmid", "command"), show=_agent),
     "guest exec-status": Command("GET", VM + "/agent/exec-status", ("vmid", "pid"), show=_json),
-    "guest passwd": _own(_passwd, ("vmid", "username"), crypted=BOOLEAN),
+    "guest passwd": _command(_passwd, ("vmid", "username"), crypted=BOOLEAN),
     "guest exec": replace(
-        _own(_guest_exec, timeout=COUNT, synchronous=BOOLEAN, pass_stdin=BOOLEAN), rest="command"
+        _command(_guest_exec, timeout=COUNT, synchronous=BOOLEAN, pass_stdin=BOOLEAN), rest="command"
     ),
     "clone": Command("POST", VM + "/clone", ("vmid", "newid")),
-    "config": Command("GET", VM + "/config", ONE, show=_config),
-    "create": Command("POST", "/nodes/{node}/qemu", ONE),
+    "config": Command("GET", VM + "/config", VMID_ONLY, show=_config),
+    "create": Command("POST", "/nodes/{node}/qemu", VMID_ONLY),
     "delsnapshot": Command("DELETE", VM + "/snapshot/{snapname}", ("vmid", "snapname")),
-    "destroy": Command("DELETE", VM, ONE),
+    "destroy": Command("DELETE", VM, VMID_ONLY),
     "list": Command("GET", "/nodes/{node}/qemu", show=_list),
-    "listsnapshot": Command("GET", VM + "/snapshot", ONE, show=_snapshots),
+    "listsnapshot": Command("GET", VM + "/snapshot", VMID_ONLY, show=_snapshots),
     "migrate": Command("POST", VM + "/migrate", ("vmid", "target")),
-    "pending": Command("GET", VM + "/pending", ONE, show=_pending),
-    "reboot": Command("POST", VM + "/status/reboot", ONE),
-    "reset": Command("POST", VM + "/status/reset", ONE),
-    "resume": Command("POST", VM + "/status/resume", ONE),
+    "pending": Command("GET", VM + "/pending", VMID_ONLY, show=_pending),
+    "reboot": Command("POST", VM + "/status/reboot", VMID_ONLY),
+    "reset": Command("POST", VM + "/status/reset", VMID_ONLY),
+    "resume": Command("POST", VM + "/status/resume", VMID_ONLY),
     "rollback": Command("POST", VM + "/snapshot/{snapname}/rollback", ("vmid", "snapname")),
-    "sendkey": _refused("sendkey", ("vmid", "key"), verb="PUT", path=VM + "/sendkey"),
-    "set": Command("PUT", VM + "/config", ONE, rc=255),
-    "shutdown": Command("POST", VM + "/status/shutdown", ONE),
+    "sendkey": _unsupported("sendkey", ("vmid", "key"), verb="PUT", path=VM + "/sendkey"),
+    "set": Command("PUT", VM + "/config", VMID_ONLY, rc=255),
+    "shutdown": Command("POST", VM + "/status/shutdown", VMID_ONLY),
     "snapshot": Command("POST", VM + "/snapshot", ("vmid", "snapname")),
-    "start": Command("POST", VM + "/status/start", ONE),
-    "stop": Command("POST", VM + "/status/stop", ONE),
-    "suspend": Command("POST", VM + "/status/suspend", ONE),
-    "template": Command("POST", VM + "/template", ONE, mirror=False),
-    "cleanup": _own(
+    "start": Command("POST", VM + "/status/start", VMID_ONLY),
+    "stop": Command("POST", VM + "/status/stop", VMID_ONLY),
+    "suspend": Command("POST", VM + "/status/suspend", VMID_ONLY),
+    "template": Command("POST", VM + "/template", VMID_ONLY, mirror=False),
+    "cleanup": _command(
         _cleanup,
         ("vmid", "clean-shutdown", "guest-requested"),
-        clean_shutdown=NEEDED_BOOLEAN,
-        guest_requested=NEEDED_BOOLEAN,
+        clean_shutdown=REQUIRED_BOOLEAN,
+        guest_requested=REQUIRED_BOOLEAN,
     ),
-    "enroll-efi-keys": _refused("enroll-efi-keys", ONE),
-    "import": _refused("import", ("vmid", "source"), verb="POST", path="/nodes/{node}/qemu", storage=STORAGE),
-    "importovf": _refused(
+    "enroll-efi-keys": _unsupported("enroll-efi-keys", VMID_ONLY),
+    "import": _unsupported(
+        "import", ("vmid", "source"), verb="POST", path="/nodes/{node}/qemu", storage=STORAGE
+    ),
+    "importovf": _unsupported(
         "importovf", ("vmid", "manifest", "storage"), storage=STORAGE, dryrun=BOOLEAN, format=IMAGE
     ),
-    "monitor": _own(_monitor),
-    "mtunnel": _refused("mtunnel", ()),
-    "nbdstop": _refused("nbdstop", ONE),
-    "remote-migrate": _refused(
+    "monitor": _command(_monitor),
+    "mtunnel": _unsupported("mtunnel", ()),
+    "nbdstop": _unsupported("nbdstop", VMID_ONLY),
+    "remote-migrate": _unsupported(
         "remote-migrate",
         ("vmid", "target-vmid", "target-endpoint"),
         verb="POST",
         path=VM + "/remote_migrate",
         target_vmid={**VMID, "optional": 1},
     ),
-    "showcmd": _refused("showcmd", ONE, pretty=BOOLEAN, snapshot=TEXT),
+    "showcmd": _unsupported("showcmd", VMID_ONLY, pretty=BOOLEAN, snapshot=TEXT),
     "status": Command(
-        "GET", VM + "/status/current", ONE, show=_status, extra={"verbose": BOOLEAN}, section=1
+        "GET", VM + "/status/current", VMID_ONLY, show=_status, extra={"verbose": BOOLEAN}, section=1
     ),
-    "terminal": _refused("terminal", ONE, escape=TEXT, iface=TEXT),
-    "unlock": _own(_unlock),
-    "vncproxy": _refused("vncproxy", ONE),
-    "wait": _own(_wait, timeout={**COUNT, "minimum": 1}),
+    "terminal": _unsupported("terminal", VMID_ONLY, escape=TEXT, iface=TEXT),
+    "unlock": _command(_unlock),
+    "vncproxy": _unsupported("vncproxy", VMID_ONLY),
+    "wait": _command(_wait, timeout={**COUNT, "minimum": 1}),
 }
 ALIASES = {
     "agent": "guest cmd",

@@ -1,4 +1,4 @@
-"""Results as pvesh and pveum print them: text tables, json, json-pretty, yaml."""
+"""Results in the formats of pvesh and pveum: text tables, json, json-pretty, yaml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMATS = ("text", "json", "json-pretty", "yaml")
 
 @dataclass(frozen=True)
 class Style:
-    """What the FORMAT_OPTIONS of a command say."""
+    """The values of a command's FORMAT_OPTIONS."""
 
     output: str = "text"
     border: bool = True
@@ -33,7 +33,7 @@ def unicode_locale() -> bool:
 
 
 def render(result: Any, style: Style, returns: Mapping[str, Any] | None = None) -> str:
-    """The text on stdout, with its last newline; empty for nothing."""
+    """The text for stdout, with its last newline; empty without a result."""
     if style.quiet or result is None:
         return ""
     if style.output == "json":
@@ -139,7 +139,7 @@ def _table(result: Sequence[Any], style: Style, returns: Mapping[str, Any]) -> s
 def draw(
     columns: Sequence[str], rows: Sequence[Sequence[str]], style: Style, right: set[str] | None = None
 ) -> str:
-    """A table. Cells may have several lines."""
+    """The text of a table. Cells may have several lines."""
     right = right or set()
     split = [[cell.split("\n") if cell else [""] for cell in row] for row in rows]
     widths = [
@@ -187,7 +187,7 @@ def draw(
 
 
 def yaml_text(value: Any) -> str:
-    """YAML as libyaml's emitter writes it."""
+    """YAML in the form of libyaml's emitter."""
     value = _clean(value)
     if isinstance(value, Mapping):
         return "--- {}\n" if not value else "---\n" + _yaml_map(value, "")
