@@ -1,4 +1,4 @@
 """The pytest session: hooks, fixtures, modes, the open run and its end.
 
-Everything that knows pytest's items, options and exit status is here. What a run does on a host is not.
+Code that uses pytest's items, options and exit status is here. Calls to hosts are in the rooms below.
 """

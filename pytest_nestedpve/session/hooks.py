@@ -1,6 +1,6 @@
-"""Which hook of pytest does what for the nested PVE, in the order of a session's life.
+"""Hooks of pytest for the nested PVE, in the order in which pytest calls them.
 
-`begin` registers two plugins: SessionHooks come before the hooks of other plugins, LastHooks after them.
+`begin` registers two plugins: SessionHooks run before the hooks of other plugins, LastHooks after them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def begin(session: pytest.Session) -> None:
 
 def _settings(config: pytest.Config) -> Settings:
     option = config.option
-    only_lists = any(
+    lists_only = any(
         getattr(option, name, False) for name in ("collectonly", "showfixtures", "show_fixtures_per_test")
     )
-    acts = option.nested_destroy_only or option.nested_doctor or option.nested_exec is not None
-    acts = acts or option.nested_make_template
-    if only_lists and not acts:
+    has_mode = option.nested_destroy_only or option.nested_doctor or option.nested_exec is not None
+    has_mode = has_mode or option.nested_make_template
+    if lists_only and not has_mode:
         return Settings()
     try:
         settings = load(config)
@@ -106,7 +106,7 @@ def uses(item: pytest.Item) -> bool:
 
 
 class SessionHooks:
-    """Hooks that come before those of other plugins."""
+    """Hooks that run before those of other plugins."""
 
     def __init__(self, nested: NestedSession, session: pytest.Session) -> None:
         self.nested = nested
@@ -234,7 +234,7 @@ class SessionHooks:
         try:
             return (yield)
         except BaseException:
-            # Tests that request different phases share its value, but not its failure.
+            # Tests that request different phases share the fixture's value, but not its failure.
             if fixturedef.argname == "nested_pve":
                 fixturedef.finish(request)
             raise
@@ -343,13 +343,13 @@ class SessionHooks:
 
 
 class LastHooks:
-    """Hooks that come after those of other plugins: the rest of the set-up for a test that none of them
+    """Hooks that run after those of other plugins: the rest of the set-up for a test that none of them
     skipped, the guard at the end of the session, and the teardown after xdist's workers."""
 
     def __init__(self, nested: NestedSession) -> None:
         self.nested = nested
 
-    # After pytest's own skips (they come first), before the test's fixtures (pytest's hook is an older one).
+    # After pytest's skips (tryfirst), before the test's fixtures (pytest's hook was registered earlier).
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if self.nested.config.option.setuponly or hasattr(item, "phase_name"):
             return

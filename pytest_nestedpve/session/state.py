@@ -1,6 +1,6 @@
-"""What pytest is at in this process: selected tests, the current one, steps, and lines for the end.
+"""State of the pytest session in this process: selected tests, current test, steps, final lines.
 
-The life of a session is in session.py; this is the data that it, the open run and the hooks share.
+session.py begins and ends the session; the session, the open run and the hooks share this data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KeptEnvironment:
 
 
 class SessionState:
-    """One process's session as pytest sees it. Each attribute is written here alone."""
+    """State of one process's pytest session. Only the methods of this class assign its attributes."""
 
     def __init__(self, config: pytest.Config, settings: Settings, guard: SignalGuard) -> None:
         self.config = config
@@ -57,14 +57,14 @@ class SessionState:
         # the current test
         self.item: pytest.Item | None = None
         self.stage = "setup"  # or call, or teardown
-        self.thread = threading.get_ident()  # of the tests
+        self.thread = threading.get_ident()  # the thread that runs the tests
         # outcomes
         self.first_reports: dict[str, str] = {}  # failed phase: the first test that reported it
         self.faults: dict[BaseException, Broken] = {}  # errors in the code of a phase
-        self.steps_run: list[str] = []  # in this process, by the names that pytest-dependency knows
-        self.failed_steps: dict[str, str] = {}  # of them: the cause
+        self.steps_run: list[str] = []  # run in this process, by the names that pytest-dependency uses
+        self.failed_steps: dict[str, str] = {}  # failed ones of them: the cause
         # results of modes that run no tests
-        self.destroy_job: Any = None  # of --nested-destroy-only
+        self.destroy_job: Any = None  # plan of --nested-destroy-only
         self.diagnosis: int | None = None  # exit status of --nested-doctor
         # the end
         self.remarks: list[str] = []
@@ -95,7 +95,7 @@ class SessionState:
         self.settings = settings
 
     def resume(self, run_id: str) -> None:
-        """Have the run to open be the kept run `run_id`."""
+        """Open the kept run `run_id` in place of a new run."""
         self.run_id = run_id
 
     # -- phases and selected tests -------------------------------------------------------------------
@@ -114,7 +114,7 @@ class SessionState:
         return self._phases
 
     def permitted_phases(self) -> tuple[Phase, ...]:
-        """The phases as this session may run them: some change an attached PVE. Raises PhaseListError."""
+        """The phases, those of an attached PVE restricted to the permitted changes. Raises PhaseListError."""
         if self.settings.attach is None:
             return self.phases
         from pytest_nestedpve.setup.attached_phases import permitted
@@ -123,11 +123,11 @@ class SessionState:
         return permitted(self.phases, self.settings.attach, self.selected_steps(), several=several)
 
     def selected_steps(self) -> frozenset[str]:
-        """The phases whose steps were selected by name; none in a worker: an attached PVE is shared."""
+        """The phases whose steps were selected by name; none in a worker: workers share that PVE."""
         return frozenset() if hasattr(self.config, "workerinput") else self.selected_phases
 
     def last_phase(self, upto: str | None) -> str | None:
-        """The last phase to run: `upto`, or the last of all. Raises pytest.UsageError for an unknown name."""
+        """The last phase's name: `upto`, or the last of all. Raises pytest.UsageError for an unknown name."""
         names = [phase.name for phase in self.phases]
         if upto is None:
             return names[-1] if names else None
@@ -170,7 +170,7 @@ class SessionState:
         self.faults[error] = broken
 
     def step_ran(self, name: str, cause: str | None) -> None:
-        """A step ran; `cause` of its failure, None if it passed (perhaps as a rerun)."""
+        """A step ran. `cause`: of its failure; None if it passed, also as a rerun."""
         if name not in self.steps_run:
             self.steps_run.append(name)
         if cause is not None:
@@ -181,7 +181,7 @@ class SessionState:
     # -- results ---------------------------------------------------------------------------------------
 
     def destroy_planned(self, job: Any) -> None:
-        """--nested-destroy-only has its plan."""
+        """The plan of --nested-destroy-only is complete."""
         self.destroy_job = job
 
     def diagnosed(self, status: int) -> None:
@@ -193,11 +193,11 @@ class SessionState:
         self.remarks += lines
 
     def remark_once(self, *lines: str) -> None:
-        """The same, without the lines that are among the remarks already."""
+        """Have lines reported at the end of the session, without lines that are remarks already."""
         self.remarks += [line for line in lines if line not in self.remarks]
 
     def take_remarks(self) -> list[str]:
-        """The remarks up to now, for a caller that reports them itself."""
+        """Return and clear the remarks, for a caller that reports them itself."""
         remarks, self.remarks = self.remarks, []
         return remarks
 
