@@ -1,12 +1,12 @@
 """A PVE host for the test process: the lab's own stand-in of PVE in a directory, and verbs that arrange it.
 
-Several processes and threads may share one host: all that it knows is in its directory.
+Several processes and threads may share one host: all its data is in its directory.
 
     nodes/NAME/   the root directory of a node
-    cluster/      what all nodes have in common: the state, /etc/pve, the fault rules
-    shared/       storages that all nodes have in common
+    cluster/      data common to all nodes: the state, /etc/pve, the fault rules
+    shared/       storages common to all nodes
     calls         the calls of the API, a line for each; `commands`: those of logins
-    login.json    what the login is: `uid`, `installed`, `sshd`
+    login.json    properties of the login: `uid`, `installed`, `sshd`
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ IMAGE = "local:import/debian-13-genericcloud-amd64.qcow2"
 NESTED = "/sys/module/kvm_intel/parameters/nested"
 CONTENT = "vztmpl,iso,backup,rootdir,snippets,images,import"
 ADDRESS = "10.77.7.10"
-# As a host that has room: what depends on it does not depend on the machine of the tests.
+# A host with free memory and space: results do not depend on the machine that runs the tests.
 MEASURED: dict[str, Any] = {
     "address": ADDRESS,
     "memory": {"total": 64 * GIB, "available": 48 * GIB, "free": 40 * GIB, "used": 16 * GIB},
@@ -60,11 +60,11 @@ MEASURED: dict[str, Any] = {
     "storage": {"local": {"total": 252 * GIB, "used": 181 * GIB, "avail": 71 * GIB}},
 }
 _READS_BROADCAST = re.compile(r"/cluster/resources|/nodes|/pools(?:/.*)?")
-_MAKES_VM = re.compile(r"/nodes/[^/]+/qemu(?:/\d+/clone)?")
+_CREATES_VM = re.compile(r"/nodes/[^/]+/qemu(?:/\d+/clone)?")
 
 
 class StandinHost:
-    """The host in the directory `path`; made at first use: one node that can nest, with a Debian image."""
+    """The host in the directory `path`; created at first use: a node that can nest, with a Debian image."""
 
     def __init__(self, path: Path, node: str = "father") -> None:
         self.path = path
@@ -79,7 +79,7 @@ class StandinHost:
     # -- connections
 
     def connect(self) -> PveHost:
-        """The host as the package knows one."""
+        """The host as an object of the package."""
         return PveHost(self.name, StandinSsh(self), StandinApi(self), self.name)
 
     @contextlib.contextmanager
@@ -92,10 +92,10 @@ class StandinHost:
     def note_call(self, verb: str, path: str, values: Mapping[str, Any]) -> None:
         """A call of the API arrives."""
         self._append("calls", f"{verb} {path} {' '.join(sorted(values))}".strip())
-        for entry in [each for each in self._before if each[0] == verb and each[1].fullmatch(path)][:1]:
-            self._before.remove(entry)
-            entry[2]()
-        if verb == "POST" and _MAKES_VM.fullmatch(path):
+        for rule in [rule for rule in self._before if rule[0] == verb and rule[1].fullmatch(path)][:1]:
+            self._before.remove(rule)
+            rule[2]()
+        if verb == "POST" and _CREATES_VM.fullmatch(path):
             with self.on():
                 _replace(self.path / "created", str(clock.now()))
         elif verb == "GET" and _READS_BROADCAST.fullmatch(path):
@@ -126,7 +126,7 @@ class StandinHost:
         return file.read_text().splitlines() if file.exists() else []
 
     def login(self, **changed: Any) -> dict[str, Any]:
-        """What the login is, after changes: `uid`, `installed` (PVE's commands), `sshd` (what it prints)."""
+        """The login's properties after changes: `uid`, `installed` (PVE's commands), `sshd` (its output)."""
         file = self.path / "login.json"
         known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         if changed:
@@ -142,7 +142,7 @@ class StandinHost:
                     _kill(task)
             store().close()
 
-    # -- what goes wrong
+    # -- failures
 
     def fault(
         self,
@@ -156,8 +156,8 @@ class StandinHost:
         **on: Any,
     ) -> None:
         """Add a fault rule (`lab/node/api/faults.py`): for calls, or by `task`, `volume`, `vmid`."""
-        given = {"method": method, "path": path, **on}
-        rule = {"on": {name: value for name, value in given.items() if value is not None}, "do": do}
+        conditions = {"method": method, "path": path, **on}
+        rule = {"on": {name: value for name, value in conditions.items() if value is not None}, "do": do}
         with self.on():
             faults.add(faults.parse({**rule, "text": text, "times": times, "seconds": seconds}))
 
@@ -171,11 +171,11 @@ class StandinHost:
             faults.clear()
 
     def before(self, method: str, path: str, action: Callable[[], None]) -> None:
-        """Do something when the next call arrives whose path fits the regular expression; in this process."""
+        """Call `action` at the next call whose path matches the regular expression; in this process."""
         self._before.append((method, re.compile(path), action))
 
     def change_answers(self, method: str, path: str, change: Callable[[Any], Any]) -> None:
-        """Put `change(answer)` in place of each answer of calls that fit; for this object alone."""
+        """Put `change(answer)` in place of each answer of calls that match; for this object alone."""
         self._changes.append((method, re.compile(path), change))
 
     def changed_answer(self, verb: str, path: str, answer: Any) -> Any:
@@ -187,11 +187,11 @@ class StandinHost:
 
     def slow(self, **seconds: float) -> None:
         """Have tasks of these types take so long, until `clear_faults`; `all` is for every type."""
-        for kind, each in seconds.items():
-            self.fault(task="*" if kind == "all" else kind, do="delay", seconds=each, times=1000)
+        for kind, duration in seconds.items():
+            self.fault(task="*" if kind == "all" else kind, do="delay", seconds=duration, times=1000)
 
     def kill_task(self, upid: str | None = None) -> None:
-        """Kill a task's worker, by default the newest one's: what is left is what recordings show."""
+        """Kill a task's worker, by default the newest one's; the leftovers are those of the recordings."""
         with self.on():
             running = [task for task in tasks.everywhere() if task.running and upid in (None, task.upid)]
         task = running[0]
@@ -215,7 +215,7 @@ class StandinHost:
             return [guest.vmid for guest in guests.everywhere()]
 
     def guest(self, vmid: int) -> guests.Guest:
-        """The VM's record; a change of it is in force after `save`, inside of `on`."""
+        """The VM's record; a change of it takes effect after `save`, inside of `on`."""
         with self.on():
             return next(guest for guest in guests.everywhere() if guest.vmid == vmid)
 
@@ -260,13 +260,13 @@ class StandinHost:
             file.write_text(str(clock.now())) if running else file.unlink(missing_ok=True)
 
     def answer_agent(self, vmid: int, **answers: Any) -> None:
-        """What the guest agent answers, by command with `_` for `-`."""
+        """Set the guest agent's answers, by command with `_` for `-`."""
         with self.on(self.guest(vmid).node):
             file = standin_machines.of_place().place / f"{vmid}.agent"
         file.write_text(json.dumps({name.replace("_", "-"): value for name, value in answers.items()}))
 
     def drop_snapshots(self, vmid: int, prefix: str = "") -> None:
-        """Delete the VM's snapshots whose names begin so, and what the storage kept of them."""
+        """Delete the VM's snapshots whose names begin so, with their data on the storage."""
         guest = self.guest(vmid)
         with self.on(guest.node):
             for name in [name for name in guest.snapshots if name.startswith(prefix)]:
@@ -333,15 +333,15 @@ class StandinHost:
     def pools(self) -> dict[str, tuple[str, list[int]]]:
         """Comment and VM ids of all pools."""
         with self.on():
-            found = store().all("pool")
-            return {name: (body.get("comment", ""), store().members(name)) for name, body in found.items()}
+            bodies = store().all("pool")
+            return {name: (body.get("comment", ""), store().members(name)) for name, body in bodies.items()}
 
     def pool_of(self, vmid: int) -> str | None:
         with self.on():
             return store().pool_of(vmid)
 
     def set_pool(self, name: str, comment: str = "", vms: Iterable[int] | None = None) -> None:
-        """Create or change a pool past the API; `vms` may be ids that no VM has, None leaves them."""
+        """Create or change a pool past the API; `vms` may be ids that no VM has, None keeps the members."""
         with self.on():
             with store().change() as db:
                 db.put("pool", name, {"storages": [], **(db.get("pool", name) or {}), "comment": comment})
@@ -404,8 +404,7 @@ class StandinHost:
     def volumes(self, node: str | None = None) -> list[str]:
         """The ids of all volumes that a node has, snippets too."""
         with self.on(node):
-            found = [row["volid"] for name in volumes.storages() for row in volumes.listing(name)]
-        return sorted(found)
+            return sorted(row["volid"] for name in volumes.storages() for row in volumes.listing(name))
 
     def volume(self, volid: str, size: int = GIB, node: str | None = None) -> None:
         """A volume, empty, or a linked clone of its base; an image or a snippet is a file of that size."""
@@ -437,7 +436,7 @@ class StandinHost:
             return [task for task in tasks.everywhere() if kind in (None, task.type)]
 
     def add_task(self, kind: str, ident: str | int, status: str | None = "OK", **fields: Any) -> str:
-        """A task in the list, of now; its UPID. `status` None: one that runs."""
+        """Add a task that starts now; its UPID. `status` None: a running task."""
         with self.on():
             now = int(fields.get("starttime", clock.now()))
             number = len(tasks.everywhere()) + 0xA000
@@ -455,7 +454,7 @@ class StandinHost:
                 db.run(f"UPDATE task SET {name}=? WHERE upid=?", value, upid)
 
     def shift_task(self, upid: str, seconds: float) -> str:
-        """Let a task have begun so much later; its UPID then, which names that second."""
+        """Set a task's start later by `seconds`. Returns the new UPID, which contains the start."""
         parts = upid.split(":")
         start = int(parts[4], 16) + int(seconds)
         shifted = ":".join([*parts[:4], f"{start:08X}", *parts[5:]])
@@ -467,12 +466,12 @@ class StandinHost:
         self.edit_task(upid, starttime=start, upid=shifted)
         return shifted
 
-    # -- nodes, clocks, what is measured
+    # -- nodes, clocks, measured values
 
     def nodes(self) -> list[str]:
         """All nodes, the first one first."""
-        found = sorted(each.name for each in (self.path / "nodes").iterdir())
-        return sorted(found, key=lambda name: name != self.name)
+        names = sorted(folder.name for folder in (self.path / "nodes").iterdir())
+        return sorted(names, key=lambda name: name != self.name)
 
     def join(self, node: str, *, online: bool = True) -> None:
         """A further node of the cluster `lab`, with the same storages and bridges as the first one."""
@@ -497,7 +496,7 @@ class StandinHost:
             return list(volumes.storages())
 
     def set_online(self, node: str, online: bool) -> None:
-        """Whether the node runs."""
+        """Set whether the node runs."""
         file = self.path / "cluster/online" / node
         file.parent.mkdir(exist_ok=True)
         file.touch() if online else file.unlink(missing_ok=True)
@@ -506,7 +505,7 @@ class StandinHost:
         return node == self.name or (self.path / "cluster/online" / node).exists()
 
     def set_logins(self, node: str, accepted: bool) -> None:
-        """Whether the nodes' own SSH reaches the node."""
+        """Set whether SSH between the nodes reaches this node."""
         others = {*self.login().get("refused", [])} - {node}
         self.login(refused=sorted(others if accepted else others | {node}))
 
@@ -516,10 +515,10 @@ class StandinHost:
     def node_at(self, address: str) -> str:
         """The node with this address."""
         with self.on():
-            return next(each.name for each in members.every() if each.address == address)
+            return next(member.name for member in members.every() if member.address == address)
 
     def report(self, node: str | None = None, /, **changed: Any) -> None:
-        """Have a node report this instead of what it measures (`lab/node/state/reported.py`)."""
+        """Have a node report these values in place of measured ones (`lab/node/state/reported.py`)."""
         with self.on(node):
             known = dict(reported.everything())
             for name, value in changed.items():
@@ -539,16 +538,16 @@ class StandinHost:
             self.report(node, clock_offset_s=offset)
 
     def broadcast(self) -> None:
-        """What is in /cluster/resources is up to date: as ten seconds after the last change."""
+        """Update /cluster/resources, as PVE does within ten seconds after a change."""
         for node in filter(self.is_online, self.nodes()):
             with self.on(node):
                 broadcast.tick()
 
     def _broadcast_if_due(self) -> None:
         with self.on():
-            told = store().get("broadcast", self.name) or {"time": 0}
+            last_broadcast = store().get("broadcast", self.name) or {"time": 0}
             created = self.path / "created"
-            last = max(told["time"], float(created.read_text()) if created.exists() else 0.0)
+            last = max(last_broadcast["time"], float(created.read_text()) if created.exists() else 0.0)
             due = not 0 <= clock.now() - last < broadcast.CYCLE
         if due:
             self.broadcast()
@@ -571,16 +570,16 @@ class StandinHost:
     # -- the whole
 
     def state(self) -> dict[str, Any]:
-        """What a host has that a run could change, for comparisons: guests, pools, tokens, volumes, files."""
+        """Objects that a run can change, for comparisons: guests, pools, tokens, volumes, files."""
         with self.on():
-            found: dict[str, Any] = {"guests": {guest.vmid: guest.text() for guest in guests.everywhere()}}
+            state: dict[str, Any] = {"guests": {guest.vmid: guest.text() for guest in guests.everywhere()}}
             kinds = ("token", "storage", "ha", "job", "replication")
-            found |= {kind: store().all(kind) for kind in kinds}
-            found["acl"] = sorted(store().rows("SELECT path, kind, who, role FROM acl"))
-        found |= {"pools": self.pools(), "containers": self.containers()}
-        found["running"] = [vmid for vmid in self.vms() if self.is_running(vmid)]
-        found["volumes"] = {node: self.volumes(node) for node in self.nodes()}
-        return found
+            state |= {kind: store().all(kind) for kind in kinds}
+            state["acl"] = sorted(store().rows("SELECT path, kind, who, role FROM acl"))
+        state |= {"pools": self.pools(), "containers": self.containers()}
+        state["running"] = [vmid for vmid in self.vms() if self.is_running(vmid)]
+        state["volumes"] = {node: self.volumes(node) for node in self.nodes()}
+        return state
 
     def save(self, copy: Path) -> None:
         """Copy the whole host, for `restore`."""
@@ -589,13 +588,13 @@ class StandinHost:
         shutil.copytree(self.path, copy, symlinks=True)
 
     def restore(self, copy: Path) -> None:
-        """Bring back what `save` copied."""
+        """Restore the copy of `save`."""
         with self.on():
             store().close()
         shutil.rmtree(self.path)
         shutil.copytree(copy, self.path, symlinks=True)
 
-    # -- how a node is made
+    # -- creation of a node
 
     def _root(self, node: str) -> Path:
         return self.path / "nodes" / node

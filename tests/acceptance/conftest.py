@@ -80,7 +80,7 @@ class Project:
 
     path: Path
     env: dict[str, str] = field(default_factory=dict)
-    plugins: tuple[str, ...] = ()  # beside our own and pytest-dependency: a run starts in half the time
+    plugins: tuple[str, ...] = ()  # beside this one and pytest-dependency: few plugins start fast
 
     def write(self, **files: str) -> None:
         for name, text in files.items():
@@ -92,8 +92,8 @@ class Project:
         return [sys.executable, "-m", "pytest", *loads, "-rsfE", *args]
 
     def environ(self, **env: str) -> dict[str, str]:
-        """What a run finds in its environment."""
-        # CI: pytest cuts no line of its summary there, so the output is another one.
+        """The environment variables of a run."""
+        # CI: with it pytest cuts no line of its summary, so the output differs.
         ci = ("CI", "BUILD_NUMBER")
         inherited = {k: v for k, v in os.environ.items() if k not in ci}
         clean = {k: v for k, v in inherited.items() if not k.startswith(("NESTED_PVE_", "PYTEST_"))}
@@ -133,17 +133,17 @@ class Project:
             logs.append([json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")])
         return logs
 
-    def wait_for(self, process: subprocess.Popen[str], limit: float = 60.0, **wanted: str) -> None:
-        """Until a line with these fields stands in an audit log, or the process ends."""
+    def wait_for(self, process: subprocess.Popen[str], limit: float = 60.0, **fields: str) -> None:
+        """Wait until an audit log has a line with these fields. AssertionError if the process ends first."""
         pause = threading.Event()
         for _ in range(int(limit / 0.02)):
-            if any(all(line.get(k) == v for k, v in wanted.items()) for log in self.audits() for line in log):
+            if any(all(line.get(k) == v for k, v in fields.items()) for log in self.audits() for line in log):
                 return
             if process.poll() is not None:
-                raise AssertionError(f"the run ended before {wanted}: {process.communicate()[0]}")
+                raise AssertionError(f"the run ended before {fields}: {process.communicate()[0]}")
             pause.wait(0.02)
         process.kill()
-        raise AssertionError(f"no line {wanted} within {limit} s: {process.communicate()[0]}")
+        raise AssertionError(f"no line {fields} within {limit} s: {process.communicate()[0]}")
 
     def host(self) -> StandinHost:
         """The outer host of this project."""
@@ -152,20 +152,20 @@ class Project:
         return StandinHost(self.path / "host")
 
     def slow(self, **seconds: float) -> None:
-        """Have the host's tasks of these types take so long."""
+        """Have the host's tasks of these types take so many seconds."""
         self.host().slow(**seconds)
 
     def left(self) -> list[str]:
-        """What the host holds that a run of ours made: VMs, pools, volumes, snippets."""
+        """Objects of runs that are left over on the host: VMs, pools, volumes, snippets."""
         api = self.host().connect().api
-        found = [f"vm {vm['vmid']}" for vm in api.get("/cluster/resources", type="vm")]
-        found += [f"pool {pool['poolid']}" for pool in api.get("/pools") if "npve-" in pool["poolid"]]
+        leftovers = [f"vm {vm['vmid']}" for vm in api.get("/cluster/resources", type="vm")]
+        leftovers += [f"pool {pool['poolid']}" for pool in api.get("/pools") if "npve-" in pool["poolid"]]
         node = api.get("/nodes")[0]["node"]
         for storage in api.get(f"/nodes/{node}/storage"):
             for volume in api.get(f"/nodes/{node}/storage/{storage['storage']}/content"):
                 if volume.get("vmid") or "npve-" in volume["volid"]:
-                    found.append(f"volume {volume['volid']}")
-        return found
+                    leftovers.append(f"volume {volume['volid']}")
+        return leftovers
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,12 @@ class Result:
     def outcomes(self) -> dict[str, str]:
         """PASSED, FAILED, … by test; needs -v."""
         words = {"PASSED", "FAILED", "SKIPPED", "ERROR"}
-        found = {}
+        outcomes = {}
         for line in self.output.splitlines():
             parts = line.split()
             if len(parts) >= 2 and "::" in parts[0] and parts[1] in words:
-                found[parts[0].split("::")[1]] = parts[1]
-        return found
+                outcomes[parts[0].split("::")[1]] = parts[1]
+        return outcomes
 
 
 def _default_signals() -> None:
@@ -202,10 +202,10 @@ def make_project(path: Path) -> Project:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
-    """A project; whatever a test does with it, nothing of ours may be left on its host."""
-    made = make_project(tmp_path / "project")
-    yield made
+    """A project; after the test, no object of a run may be left over on its host."""
+    project = make_project(tmp_path / "project")
+    yield project
     try:
-        assert made.left() == []
+        assert project.left() == []
     finally:
-        made.host().close()
+        project.host().close()

@@ -1,4 +1,4 @@
-"""A PVE that exists as the nested one: used, changed only where somebody chose that, and never destroyed."""
+"""An existing PVE attached as the nested one: changed only by selected steps, and never destroyed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from standin_phases import PHASES
 pytestmark = pytest.mark.thorough
 
 SET_UP = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
-TAKEN = ("provision", "start_vm", "wait_ip")
+VM_PHASES = ("provision", "start_vm", "wait_ip")
 PVE = ("--nested-attach", "pve1")
 DOWN = "ipcc_send_rec[1] failed: Connection refused"
-"""What `pvesh` says when pmxcfs does not run (recorded of PVE 9.2)."""
+"""Error of `pvesh` while pmxcfs does not run (recorded on PVE 9.2)."""
 
-# The set-up is files on the host; what makes the VM inside is the package's own code.
+# Each set-up phase is a file on the host; the package's phases create the VM inside.
 ATTACHED = f"""
 import json
 SET_UP = {SET_UP!r}
@@ -42,10 +42,10 @@ def guarded(phase):
     return dataclasses.replace(phase, do=do, probe=probe)
 
 def pytest_nestedpve_phases(phases, config):
-    own = {{phase.name: phase for phase in phases}}
+    real = {{phase.name: phase for phase in phases}}
     phases[:] = [
-        wrapped(own[each.name] if each.name in REAL else guarded(each) if each.name in SET_UP else each)
-        for each in standin_phases()
+        wrapped(real[phase.name] if phase.name in REAL else guarded(phase) if phase.name in SET_UP else phase)
+        for phase in standin_phases()
     ]
 
 def pytest_nestedpve_host(config, settings):
@@ -55,7 +55,7 @@ def pytest_nestedpve_host(config, settings):
 
 
 class Attached:
-    """A project whose sessions attach to the one host there is, with guests of other people on it."""
+    """A project whose sessions attach to the only host, which has guests of other owners."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
@@ -67,24 +67,24 @@ class Attached:
         project.host().file("/set-up").mkdir()
         for name in SET_UP:
             project.host().file(f"/set-up/{name}").touch()
-        self.before = self.seen()
+        self.before = self.objects()
 
-    def seen(self) -> dict[str, Any]:
-        """All that there is on the host: guests by their configurations, pools, volumes, files."""
+    def objects(self) -> dict[str, Any]:
+        """The objects on the host: configurations of guests, pools, volumes, files of the set-up."""
         host = self.project.host()
         state = host.state()
         set_up = sorted(file.name for file in host.file("/set-up").iterdir())
         return {**{name: state[name] for name in ("guests", "pools", "volumes")}, "set-up": set_up}
 
-    def lacks(self, *phases: str) -> None:
-        """These phases have not been done there."""
+    def undo_phases(self, *phases: str) -> None:
+        """Remove the set-up of these phases from the host."""
         for name in phases:
             self.project.host().file(f"/set-up/{name}").unlink()
-        self.before = self.seen()
+        self.before = self.objects()
 
-    def without(self, step: str) -> str:
-        """The bridge or the storage's snippets are not there yet; what the step brings, for `BRINGS`."""
-        self.lacks(step)
+    def remove_result(self, step: str) -> str:
+        """Remove the bridge or the content type snippets; returns the step's change, for `BRINGS`."""
+        self.undo_phases(step)
         if step == "setup_network":
             self.project.host().bridges()
             return json.dumps({"bridges": {"vmbr0": "10.77.7.10/24"}})
@@ -92,36 +92,36 @@ class Attached:
         return json.dumps({"storage": {"name": "local"}})
 
     def statuses(self) -> dict[str, str]:
-        """How the phases ended, by the audit log of the one run."""
+        """The final status of each phase, from the audit log of the only run."""
         (log,) = self.project.audits()
         return {line["phase"]: line["status"] for line in log if line["event"] == "phase_end"}
 
 
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Attached]:
-    made = Attached(make_project(tmp_path / "project"))
-    yield made
-    assert made.seen() == made.before
+    attached = Attached(make_project(tmp_path / "project"))
+    yield attached
+    assert attached.objects() == attached.before
 
 
-def test_a_set_up_pve_is_used_as_it_is_and_the_vm_inside_goes(attached: Attached) -> None:
+def test_a_set_up_pve_is_used_unchanged_and_the_vm_inside_is_destroyed(attached: Attached) -> None:
     result = attached.project.run(*PVE, "-v", "test_steps.py")
     assert result.ret == 0, result.output
     assert result.outcomes() == {f"test_{name}": "PASSED" for name in PHASES}
-    found = attached.statuses()
-    assert {name: found[name] for name in (*TAKEN, *SET_UP)} == {
-        **dict.fromkeys(TAKEN, "attached"), **dict.fromkeys(SET_UP, "proved")
+    statuses = attached.statuses()
+    assert {name: statuses[name] for name in (*VM_PHASES, *SET_UP)} == {
+        **dict.fromkeys(VM_PHASES, "attached"), **dict.fromkeys(SET_UP, "proved")
     }  # fmt: skip
-    assert not {*TAKEN, *SET_UP} & set(attached.project.done())
+    assert not {*VM_PHASES, *SET_UP} & set(attached.project.done())
     (log,) = attached.project.audits()
     assert [line["vmid"] for line in log if line.get("status") == "gone"] != []
-    made = [line["cmd"] for line in log if line["event"] == "call" and line["cmd"].startswith("post")]
-    assert sum(" /pools" in call or "/qemu " in call for call in made) == 2
+    creations = [line["cmd"] for line in log if line["event"] == "call" and line["cmd"].startswith("post")]
+    assert sum(" /pools" in call or "/qemu " in call for call in creations) == 2
     assert "attached: that PVE is used as the nested one and kept" in result.output
 
 
-def test_what_is_missing_is_not_done_because_nobody_chose_it(attached: Attached) -> None:
-    attached.lacks("setup_network")
+def test_a_missing_phase_is_not_done_unless_its_step_is_selected(attached: Attached) -> None:
+    attached.undo_phases("setup_network")
     result = attached.project.run(*PVE, "-v", "test_steps.py")
     assert result.ret == 1, result.output
     assert result.outcomes()["test_ensure_pve"] == "PASSED"
@@ -142,8 +142,8 @@ def test_what_is_missing_is_not_done_because_nobody_chose_it(attached: Attached)
         pytest.param(("-k", "network and not leaf"), marks=pytest.mark.thorough),
     ],
 )
-def test_a_chosen_step_is_done(attached: Attached, choice: tuple[str, ...]) -> None:
-    attached.lacks("setup_network")
+def test_a_selected_step_is_done(attached: Attached, choice: tuple[str, ...]) -> None:
+    attached.undo_phases("setup_network")
     result = attached.project.run(*PVE, "-v", *choice)
     assert result.ret == 0, result.output
     assert attached.statuses()["setup_network"] == "done"
@@ -156,16 +156,16 @@ def test_a_chosen_step_is_done(attached: Attached, choice: tuple[str, ...]) -> N
         *(pytest.param(("-k", word), marks=pytest.mark.thorough) for word in ("test", "steps")),
     ],
 )
-def test_what_only_leaves_something_out_chooses_nothing(attached: Attached, choice: tuple[str, ...]) -> None:
-    attached.lacks("setup_network")
+def test_an_option_that_only_deselects_selects_no_step(attached: Attached, choice: tuple[str, ...]) -> None:
+    attached.undo_phases("setup_network")
     result = attached.project.run(*PVE, "-v", "test_steps.py", *choice)
     assert result.outcomes()["test_setup_network"] == "FAILED", result.output
     assert "setup_network" not in attached.project.done()
 
 
 @pytest.mark.thorough
-def test_to_choose_a_later_step_does_not_choose_what_it_needs(attached: Attached) -> None:
-    attached.lacks("setup_network")
+def test_selecting_a_later_step_does_not_select_the_earlier_ones(attached: Attached) -> None:
+    attached.undo_phases("setup_network")
     result = attached.project.run(*PVE, "-v", "-k", "setup_repos")
     assert result.ret == 1, result.output
     assert "setup_repos needs setup_network, which failed: expected setup_network to be done" in result.output
@@ -173,8 +173,8 @@ def test_to_choose_a_later_step_does_not_choose_what_it_needs(attached: Attached
 
 
 @pytest.mark.thorough
-def test_that_it_failed_last_time_is_no_choice(attached: Attached) -> None:
-    attached.lacks("setup_network")
+def test_lf_does_not_select_the_step_that_failed(attached: Attached) -> None:
+    attached.undo_phases("setup_network")
     assert attached.project.run(*PVE, "test_steps.py").ret == 1
     result = attached.project.run(*PVE, "-v", "--lf", "test_steps.py")
     assert result.outcomes()["test_setup_network"] == "FAILED", result.output
@@ -182,36 +182,36 @@ def test_that_it_failed_last_time_is_no_choice(attached: Attached) -> None:
 
 
 @pytest.mark.thorough
-def test_a_chosen_step_that_is_done_already_is_proved_unless_told_to_redo(attached: Attached) -> None:
+def test_a_selected_step_that_is_done_already_is_proved_without_redo(attached: Attached) -> None:
     assert attached.project.run(*PVE, "-k", "setup_network").ret == 0
     assert "setup_network" not in attached.project.done()
     result = attached.project.run(*PVE, "-k", "setup_network", "-o", "nested_pve_redo=true")
     assert result.ret == 0, result.output
     assert "setup_network" in attached.project.done()
-    attached.project.host().file("/set-up/setup_network").touch()  # the end took it away again
+    attached.project.host().file("/set-up/setup_network").touch()  # the end of the session removed it
 
 
 @pytest.mark.parametrize("step", ["setup_network", "setup_repos"])
-def test_what_a_chosen_step_brings_may_be_missing_before(attached: Attached, step: str) -> None:
-    brings = attached.without(step)
+def test_the_result_of_a_selected_step_may_be_missing_before(attached: Attached, step: str) -> None:
+    brings = attached.remove_result(step)
     result = attached.project.run(*PVE, "-k", f"{step} or leaf_start", BRINGS=brings)
     assert result.ret == 0, result.output
     assert (attached.statuses()[step], attached.statuses()["leaf_start"]) == ("done", "done")
 
 
 @pytest.mark.parametrize("step", ["setup_network", "setup_repos"])
-def test_what_no_chosen_step_brings_is_missing_and_the_step_is_named(attached: Attached, step: str) -> None:
-    attached.without(step)
+def test_a_missing_result_of_another_step_is_reported_with_the_step(attached: Attached, step: str) -> None:
+    attached.remove_result(step)
     other = {"setup_network": "setup_repos", "setup_repos": "setup_network"}[step]
     result = attached.project.run(*PVE, "-k", f"{other} or leaf_start")
     assert result.ret == 4, result.output
     assert re.search(rf"Or select the step that (provides it|adds that content): -k {step}\.", result.output)
-    assert "--nested-keep" not in result.output  # which does not go with it
+    assert "--nested-keep" not in result.output  # not permitted with --nested-attach
     assert attached.statuses() == {"preflight": "failed"}
 
 
-def test_what_a_chosen_step_did_not_bring_is_missing_before_the_vm_inside(attached: Attached) -> None:
-    attached.without("setup_repos")
+def test_a_selected_step_without_its_result_fails_before_the_vm_inside(attached: Attached) -> None:
+    attached.remove_result("setup_repos")
     result = attached.project.run(*PVE, "-k", "setup_repos or leaf_start")
     assert result.ret == 1, result.output
     assert "snippets: expected an active storage with content snippets" in result.output
@@ -219,16 +219,16 @@ def test_what_a_chosen_step_did_not_bring_is_missing_before_the_vm_inside(attach
 
 
 @pytest.mark.thorough
-def test_redo_alone_does_nothing_to_what_is_there(attached: Attached) -> None:
+def test_redo_alone_repeats_no_attached_phase(attached: Attached) -> None:
     result = attached.project.run(*PVE, "test_steps.py", "-o", "nested_pve_redo=true")
     assert result.ret == 0, result.output
-    assert not {*TAKEN, *SET_UP} & set(attached.project.done())
+    assert not {*VM_PHASES, *SET_UP} & set(attached.project.done())
 
 
-def test_a_test_that_needs_what_is_missing_fails_by_that_and_one_that_does_not_passes(
+def test_a_test_that_needs_a_missing_phase_fails_and_a_test_that_does_not_passes(
     attached: Attached,
 ) -> None:
-    attached.lacks("setup_repos")
+    attached.undo_phases("setup_repos")
     attached.project.write(
         test_users="""
 import pytest
@@ -252,13 +252,13 @@ def test_whole(nested_pve): pass
 
 
 @pytest.mark.thorough
-def test_a_skipped_phase_is_taken_as_done(attached: Attached) -> None:
-    attached.lacks("setup_repos")
+def test_a_skipped_phase_counts_as_done(attached: Attached) -> None:
+    attached.undo_phases("setup_repos")
     result = attached.project.run(*PVE, "--nested-skip", "setup_repos", "test_steps.py")
     assert result.ret == 0, result.output
 
 
-def test_the_outer_host_of_the_ini_is_not_asked(attached: Attached) -> None:
+def test_the_outer_host_of_the_ini_is_not_contacted(attached: Attached) -> None:
     ini = attached.project.path / "pytest.ini"
     ini.write_text(ini.read_text() + "nested_pve_host = father\n")
     result = attached.project.run(*PVE, "-k", "wait_ip and not leaf")
@@ -285,7 +285,7 @@ def test_the_outer_host_of_the_ini_is_not_asked(attached: Attached) -> None:
         ),
     ],
 )
-def test_what_does_not_go_with_it_is_a_usage_error(
+def test_a_contradicting_option_is_a_usage_error(
     attached: Attached, more: tuple[str, ...], text: str
 ) -> None:
     result = attached.project.run(*PVE, *more)
@@ -302,7 +302,7 @@ def test_a_name_that_is_no_host_is_a_usage_error(attached: Attached) -> None:
     assert "--nested-attach: expected 'lab' or 'lab:NAME'" in result.output
 
 
-def test_a_dry_run_says_what_would_be_done_and_asks_nobody(attached: Attached) -> None:
+def test_a_dry_run_reports_the_plan_and_contacts_no_host(attached: Attached) -> None:
     result = attached.project.run(
         *PVE, "--nested-dry-run", "--nested-json", "plan.json", "-k", "setup_network or leaf_start"
     )
@@ -320,20 +320,20 @@ def test_a_dry_run_says_what_would_be_done_and_asks_nobody(attached: Attached) -
 def test_a_signal_leaves_no_vm_inside(attached: Attached, number: int) -> None:
     process = attached.project.start(*PVE, "-k", "leaf_start", HANG="leaf_start")
     attached.project.wait_for(process, cmd="hanging")
-    assert len(attached.seen()["guests"]) == 3
+    assert len(attached.objects()["guests"]) == 3
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
 
 
-def test_after_a_crash_the_vm_inside_is_found_from_the_host_and_nothing_else_goes(attached: Attached) -> None:
+def test_after_a_crash_only_the_vm_inside_is_destroyed_from_the_host(attached: Attached) -> None:
     process = attached.project.start(*PVE, "-k", "leaf_start", HANG="leaf_start")
     attached.project.wait_for(process, cmd="hanging")
     process.kill()
     process.communicate()
-    assert len(attached.seen()["guests"]) == 3
+    assert len(attached.objects()["guests"]) == 3
     result = attached.project.run("--nested-destroy-only", "--pve-host", "pve1", "-v")
-    assert result.ret in (0, 1), result.output  # 1: the one that looks like ours was not confirmed
+    assert result.ret in (0, 1), result.output  # 1: the VM with a name of ours was not confirmed
     assert "PASSED" in result.output
 
 
@@ -346,8 +346,8 @@ def test_a_failure_names_the_command_that_finishes_the_job(attached: Attached) -
     attached.before["pools"] = attached.project.host().pools()
 
 
-def test_what_steps_placed_goes_when_the_api_is_down_at_the_end(attached: Attached) -> None:
-    attached.lacks("setup_ssh")
+def test_files_of_steps_are_removed_though_the_api_is_down_at_the_end(attached: Attached) -> None:
+    attached.undo_phases("setup_ssh")
     down = {"method": "GET", "text": DOWN, "times": 9999}
     stays = "the run's key on pve1: read-only"
     result = attached.project.run(*PVE, "-k", "setup_ssh", BRINGS=json.dumps({"fault": down}), STAYS=stays)
@@ -370,9 +370,9 @@ def test_it(nested_pve, number): pass
     )
     result = attached.project.run(*PVE, "-n2", "test_users.py")
     assert result.ret == 0, result.output
-    made = [f["facts"]["vmid"] for log in attached.project.audits() for f in log if _made(f)]
-    assert len(made) == len(set(made)) == 2
-    attached.lacks("setup_network")
+    vmids = [f["facts"]["vmid"] for log in attached.project.audits() for f in log if _creates_vm(f)]
+    assert len(vmids) == len(set(vmids)) == 2
+    attached.undo_phases("setup_network")
     result = attached.project.run(*PVE, "-n2", "-k", "setup_network")
     assert result.ret == 1, result.output
     assert "select the step without -n" in result.output
@@ -380,5 +380,5 @@ def test_it(nested_pve, number): pass
     assert result.ret == 4
 
 
-def _made(line: dict[str, Any]) -> bool:
+def _creates_vm(line: dict[str, Any]) -> bool:
     return bool(line["event"] == "phase_end" and line["phase"] == "leaf_provision")

@@ -1,4 +1,4 @@
-"""Every way of pytest to choose, order and repeat tests: what is needed first is probed, done if need be."""
+"""Selecting, ordering and repeating tests with pytest: earlier phases are probed, and done if necessary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from standin_phases import PHASES
 
 pytestmark = pytest.mark.thorough
 
-# Each phase gets a probe that notes its name; it says yes for the names in PROVED.
+# Each phase gets a probe that notes its name and succeeds for the names in PROVED.
 PROBES = """
     names = os.environ.get("PROVED", "").split()
     def probed(phase):
@@ -20,11 +20,11 @@ PROBES = """
     phases[:] = [probed(phase) for phase in phases]
 """
 
-LEFT_OUT = "8 steps, skipped last time because an earlier one had failed, are not in this run"
+DESELECTED = "8 steps, skipped last time because an earlier one had failed, are not in this run"
 
 
 def add(project: Project, text: str) -> None:
-    """Append to the project's conftest.py; indented text goes on with the hook of the phases."""
+    """Append to the project's conftest.py; indented text continues the hook of the phases."""
     path = project.path / "conftest.py"
     path.write_text(path.read_text() + text)
 
@@ -40,15 +40,15 @@ def probed(project: Project) -> list[str]:
     return (project.path / "probed").read_text().split()
 
 
-# -- what is needed first ---------------------------------------------------------------------------------
+# -- earlier phases ----------------------------------------------------------------------------------
 
 
-def test_what_is_needed_first_is_probed_and_done_only_if_the_probe_says_no(project: Project) -> None:
+def test_an_earlier_phase_is_probed_and_done_only_if_the_probe_fails(project: Project) -> None:
     add(project, PROBES)
     result, done = done_by(project, "-k", "setup_ssh", PROVED="ensure_pve setup_network setup_ssh")
     assert result.ret == 0, result.output
     assert result.outcomes() == {"test_setup_ssh": "PASSED"}
-    # The chosen one executes, although its probe would have said yes.
+    # The selected step is executed, although its probe would succeed.
     assert done == ["preflight", "provision", "start_vm", "wait_ip", "setup_ssh"]
     assert probed(project) == list(PHASES[:6])
 
@@ -61,7 +61,7 @@ def test_a_user_of_the_fixture_proves_what_is_done(project: Project) -> None:
     assert probed(project) == list(PHASES)
 
 
-def test_a_step_that_is_not_chosen_is_probed_once_for_all_that_need_it(project: Project) -> None:
+def test_a_step_that_is_not_selected_is_probed_once_for_all_that_need_it(project: Project) -> None:
     add(project, PROBES)
     result, done = done_by(project, "test_steps.py", "--deselect", "test_steps.py::test_wait_ip")
     assert result.ret == 0, result.output
@@ -111,18 +111,18 @@ def of_the_project(request):
 # -- the last failure -------------------------------------------------------------------------------------
 
 
-def test_lf_says_how_many_steps_that_were_skipped_are_not_in_its_run(project: Project) -> None:
+def test_lf_reports_how_many_skipped_steps_are_not_in_its_run(project: Project) -> None:
     assert project.run(FAIL="setup_network").ret == 1
-    again, done = done_by(project, "--lf", FAIL="setup_network")
-    assert again.ret == 1
-    assert again.outcomes() == {"test_setup_network": "FAILED", "test_whole": "ERROR"}
-    assert f"nested-pve: {LEFT_OUT}: pytest without --lf runs them" in again.output
+    repeated, done = done_by(project, "--lf", FAIL="setup_network")
+    assert repeated.ret == 1
+    assert repeated.outcomes() == {"test_setup_network": "FAILED", "test_whole": "ERROR"}
+    assert f"nested-pve: {DESELECTED}: pytest without --lf runs them" in repeated.output
     assert done == list(PHASES[:6])
-    mended = project.run("-v", "--lf")
-    assert mended.ret == 0, mended.output
-    assert mended.outcomes() == {"test_setup_network": "PASSED", "test_whole": "PASSED"}
-    assert LEFT_OUT in mended.output
-    # Nothing is known to fail now: all is run, and there is nothing more to say.
+    fixed = project.run("-v", "--lf")
+    assert fixed.ret == 0, fixed.output
+    assert fixed.outcomes() == {"test_setup_network": "PASSED", "test_whole": "PASSED"}
+    assert DESELECTED in fixed.output
+    # No failure is recorded now: all tests run, and the line is not printed.
     everything = project.run("-v", "--lf")
     assert len(everything.outcomes()) == 17
     assert "skipped last time" not in everything.output
@@ -137,17 +137,17 @@ def test_a_step_that_ran_since_is_not_counted_any_more(project: Project) -> None
     assert "skipped last time" not in project.run("--lf", "test_users.py", "test_bad.py").output
 
 
-def test_without_a_failure_before_lf_has_nothing_to_say(project: Project) -> None:
+def test_without_an_earlier_failure_lf_reports_no_steps(project: Project) -> None:
     assert project.run().ret == 0
     assert "skipped last time" not in project.run("--lf").output
 
 
-def test_under_xdist_the_controller_knows_what_lf_leaves_out(project: Project) -> None:
+def test_under_xdist_the_controller_reports_the_steps_that_lf_deselects(project: Project) -> None:
     project.plugins = ("xdist",)
     assert project.run("-n1", FAIL="setup_network").ret == 1
     result = project.run("-n2", "--lf")
     assert result.ret == 0, result.output
-    assert result.output.count(LEFT_OUT) == 1
+    assert result.output.count(DESELECTED) == 1
 
 
 def test_without_a_cache_nothing_is_remembered(project: Project) -> None:
@@ -180,7 +180,7 @@ def test_nf_runs_new_tests_first_after_the_steps_if_they_use_the_fixture(project
     assert done == list(PHASES)
 
 
-def test_sw_goes_on_at_the_step_that_failed_with_what_it_needs(project: Project) -> None:
+def test_sw_continues_at_the_failed_step_with_its_earlier_phases(project: Project) -> None:
     first, _ = done_by(project, "--sw", "test_steps.py", FAIL="setup_ssh")
     assert list(first.outcomes().items())[-1] == ("test_setup_ssh", "FAILED")
     result, done = done_by(project, "--sw", "test_steps.py")
@@ -190,7 +190,7 @@ def test_sw_goes_on_at_the_step_that_failed_with_what_it_needs(project: Project)
     assert done == list(PHASES)
 
 
-def test_maxfail_counts_the_failure_and_not_what_it_skips(project: Project) -> None:
+def test_maxfail_counts_the_failure_and_not_the_skipped_steps(project: Project) -> None:
     project.write(test_bad="def test_bad(): assert False\ndef test_after(): pass\n")
     result = project.run("-v", "--maxfail=2", "test_steps.py", "test_bad.py", FAIL="leaf_start")
     assert result.ret == 1
@@ -208,7 +208,7 @@ def test_exitfirst_at_a_prerequisite_leaves_nothing(project: Project) -> None:
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_in_random_order_a_choice_of_steps_and_tests_does_each_phase_once(
+def test_in_random_order_a_selection_of_steps_and_tests_does_each_phase_once(
     project: Project, seed: str
 ) -> None:
     project.plugins = ("randomly",)
@@ -238,14 +238,14 @@ def test_a_rerun_does_not_do_a_broken_phase_again(project: Project) -> None:
     assert result.ret == 1, result.output
     assert "1 failed, 5 passed, 8 skipped, 2 rerun" in result.output
     assert done == list(PHASES[:6])
-    # Also when what failed is only needed first.
+    # Also if the failed phase is only an earlier one of the selected steps.
     result, done = done_by(project, "--reruns=1", "-k", "wait_ip or ensure_pve", FAIL="provision")
     assert result.ret == 1, result.output
     assert "2 skipped, 14 deselected, 1 error, 1 rerun" in result.output
     assert done == list(PHASES[:2])
 
 
-def test_a_rerun_uses_the_environment_that_is_there(project: Project) -> None:
+def test_a_rerun_uses_the_existing_environment(project: Project) -> None:
     project.plugins = ("pytest_rerunfailures",)
     project.write(
         test_flaky="""
@@ -285,7 +285,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_in_every_mode_of_xdist_a_chosen_step_executes_and_nothing_is_skipped(
+def test_in_every_mode_of_xdist_a_selected_step_executes_and_nothing_is_skipped(
     project: Project, mode: str
 ) -> None:
     project.plugins = ("xdist",)
@@ -317,22 +317,22 @@ SKIPS = (
 
 
 @pytest.mark.parametrize("how", [(), ("-p", "no:cacheprovider"), MODES["load"], MODES["each"]])
-def test_however_it_is_run_nothing_verified_is_not_green(project: Project, how: tuple[str, ...]) -> None:
+def test_a_run_in_any_mode_that_verified_nothing_is_not_green(project: Project, how: tuple[str, ...]) -> None:
     project.plugins = ("xdist",)
     project.write(test_skips=SKIPS)
     result = project.run(*how, "test_skips.py", "test_users.py::test_unrelated")
     assert result.ret == 1, result.output
-    said = "nested-pve: 4 tests that use the nested PVE were selected and none passed: nothing was verified"
-    assert said in result.output
+    line = "nested-pve: 4 tests that use the nested PVE were selected and none passed: nothing was verified"
+    assert line in result.output
 
 
-def test_a_choice_of_no_test_at_all_is_not_green(project: Project) -> None:
+def test_a_selection_of_no_test_is_not_green(project: Project) -> None:
     result, done = done_by(project, "-k", "no_such_step")
     assert result.ret == 5
     assert done == []
 
 
-def test_a_choice_without_the_nested_pve_makes_nothing(project: Project) -> None:
+def test_a_selection_without_the_nested_pve_creates_nothing(project: Project) -> None:
     result, done = done_by(project, "-k", "unrelated")
     assert result.ret == 0
     assert done == []

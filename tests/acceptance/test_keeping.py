@@ -1,4 +1,4 @@
-"""Environments that outlive their session: kept, gone on with, gone when their time is over."""
+"""Environments that outlive their session: kept, resumed, destroyed after they expired."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def address(environment):
     return f"/nodes/{{facts['node']}}/qemu/{{facts['vmid']}}/config"
 
 def inside(environment):
-    # What the guest has of the phases stands in a property that a rollback brings back.
+    # The phases done in the guest are listed in an option that a rollback restores.
     return environment.outer.api.get(address(environment)).get("searchdomain", "").split()
 
 def guest(phase):
     def do(environment):
         with (HERE / "done").open("a") as out:
             out.write(phase.name + "\\n")
-        found = inside(environment)
-        environment.outer.api.put(address(environment), searchdomain=" ".join([*found, phase.name]))
+        names = inside(environment)
+        environment.outer.api.put(address(environment), searchdomain=" ".join([*names, phase.name]))
         if os.environ.get("FAIL") == phase.name:
             raise PveError(phase.name + " went wrong on purpose")
         return {{"did": "did it"}}
@@ -55,7 +55,7 @@ def guest(phase):
         return path.read_text() if path.exists() else ""
     return dataclasses.replace(phase, do=do, probe=probe, inputs=inputs)
 
-def told(phase):
+def logged(phase):
     def do(environment):
         with (HERE / "done").open("a") as out:
             out.write(phase.name + "\\n")
@@ -83,47 +83,47 @@ def lookup(environment):
     expired.sweep(environment)
 
 def pytest_nestedpve_phases(phases, config):
-    made = []
+    wrapped = []
     for phase in standin_phases():
         if phase.name == "preflight":
-            made.append(told(dataclasses.replace(phase, do=lookup)))
+            wrapped.append(logged(dataclasses.replace(phase, do=lookup)))
         elif phase.name == "provision":
             def do(environment, phase=phase):
                 facts = phase.do(environment)
                 environment.keep_lease()
                 return facts
-            made.append(told(dataclasses.replace(phase, do=do, probe=probe_provision)))
+            wrapped.append(logged(dataclasses.replace(phase, do=do, probe=probe_provision)))
         elif phase.name == "start_vm":
             def runs(environment):
                 facts = environment.facts["provision"]
                 path = f"/nodes/{{facts['node']}}/qemu/{{facts['vmid']}}/status/current"
                 return {{}} if environment.outer.api.get(path)["status"] == "running" else None
-            made.append(told(dataclasses.replace(phase, probe=runs)))
+            wrapped.append(logged(dataclasses.replace(phase, probe=runs)))
         elif phase.name == "wait_ip":
-            made.append(told(dataclasses.replace(phase, probe=lambda e: e.facts.get("wait_ip"))))
+            wrapped.append(logged(dataclasses.replace(phase, probe=lambda e: e.facts.get("wait_ip"))))
         elif phase.name == "verify_ssh_chain":
-            made.append(told(phase))
+            wrapped.append(logged(phase))
         else:
-            made.append(guest(phase))
-    phases[:] = made
+            wrapped.append(guest(phase))
+    phases[:] = wrapped
 """
 
-SETUP = list(PHASES[4:-1])  # those whose work is in the guest
+SETUP = list(PHASES[4:-1])  # phases that run in the guest
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
-    made = make_project(tmp_path / "project")
-    made.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])))
-    (made.path / "playbooks").mkdir()
-    yield made
-    for record in (made.path / "state" / "nested-pve" / "kept").glob("*"):
-        raise AssertionError(f"a record of a run that is gone: {record}")
-    assert made.left() == []
+    project = make_project(tmp_path / "project")
+    project.write(conftest=CONFTEST.format(tests=str(Path(__file__).parents[1])))
+    (project.path / "playbooks").mkdir()
+    yield project
+    for record in (project.path / "state" / "nested-pve" / "kept").glob("*"):
+        raise AssertionError(f"the record of a run that does not exist any more: {record}")
+    assert project.left() == []
 
 
-def again(project: Project) -> list[str]:
-    """The phases done since this was asked last."""
+def new_phases(project: Project) -> list[str]:
+    """The phases done since the last call."""
     done = project.done()
     (project.path / "done").write_text("")
     return done
@@ -135,7 +135,7 @@ def keep(project: Project, *args: str, **env: str) -> str:
     return result.output
 
 
-def end(project: Project) -> None:
+def destroy(project: Project) -> None:
     result = project.run("--nested-destroy-only")
     assert result.ret == 0, result.output
 
@@ -143,11 +143,11 @@ def end(project: Project) -> None:
 def pool_comment(project: Project) -> dict[str, object]:
     pools = project.host().connect().api.get("/pools")
     (comment,) = [pool["comment"] for pool in pools if pool["poolid"].startswith("npve-")]
-    found: dict[str, object] = json.loads(comment)
-    return found
+    lease: dict[str, object] = json.loads(comment)
+    return lease
 
 
-def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> None:
+def test_a_kept_environment_remains_and_the_commands_are_reported(project: Project) -> None:
     output = keep(project)
     run = next((project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")).parent.name
     assert f"nested-pve: run {run} is kept until" in output
@@ -157,23 +157,23 @@ def test_a_kept_environment_stays_and_says_how_to_go_on(project: Project) -> Non
     lease = pool_comment(project)
     assert lease["state"] == "kept"
     assert project.left() != []
-    end(project)
+    destroy(project)
 
 
-def test_the_command_that_is_printed_to_go_on_does_go_on(project: Project) -> None:
-    typed = ("-o", "nested_pve_cores=4", "-o", "nested_pve_vm_options=kvm=0 cpu=max")
-    output = keep(project, "test_steps.py", *typed)
-    again(project)
+def test_the_reported_resume_command_resumes_the_run(project: Project) -> None:
+    options = ("-o", "nested_pve_cores=4", "-o", "nested_pve_vm_options=kvm=0 cpu=max")
+    output = keep(project, "test_steps.py", *options)
+    new_phases(project)
     (line,) = [line for line in output.splitlines() if "resume: " in line]
     _, *arguments = shlex.split(line.partition("resume: ")[2])
     result = project.run(*arguments)
     assert result.ret == 0, result.output
     assert "other settings" not in result.output
-    assert again(project) == ["preflight", "verify_ssh_chain"]
-    end(project)
+    assert new_phases(project) == ["preflight", "verify_ssh_chain"]
+    destroy(project)
 
 
-def test_a_dry_run_says_what_is_done_in_the_kept_run_and_what_becomes_of_it(project: Project) -> None:
+def test_a_dry_run_reports_the_phases_and_the_end_of_the_kept_run(project: Project) -> None:
     keep(project, "test_steps.py", FAIL="setup_repos")
     args = ("--nested-dry-run", "-k", "leaf_start", "--nested-skip=setup_ssh", "--nested-json", "plan.json")
     result = project.run("--nested-keep", *args)
@@ -186,88 +186,88 @@ def test_a_dry_run_says_what_is_done_in_the_kept_run_and_what_becomes_of_it(proj
     assert "then everything is kept" in result.output
     assert "then everything is destroyed; " in project.run(*args).output
     assert "destroyed, unless something failed; " in project.run("--nested-keep=on-failure", *args).output
-    end(project)
+    destroy(project)
 
 
-def test_what_a_worker_of_xdist_keeps_the_controller_tells(project: Project) -> None:
+def test_the_controller_of_xdist_reports_the_kept_run_of_a_worker(project: Project) -> None:
     project.plugins = ("xdist",)
     result = project.run("-n1", "--nested-keep", "-k", "start_vm")
     assert result.ret == 0, result.output
     assert result.output.count("is kept until") == 1
     assert "  destroy: pytest --nested-destroy-only --nested-run " in result.output
-    end(project)
+    destroy(project)
 
 
 def test_a_second_session_proves_what_the_first_did(project: Project) -> None:
     keep(project)
-    assert again(project) == list(PHASES)
+    assert new_phases(project) == list(PHASES)
     result = project.run("--nested-keep", "-v", "test_steps.py")
     assert result.ret == 0, result.output
-    assert again(project) == ["preflight", "verify_ssh_chain"]
+    assert new_phases(project) == ["preflight", "verify_ssh_chain"]
     assert set(result.outcomes().values()) == {"PASSED"}
     assert len(project.audits()) == 1
-    end(project)
+    destroy(project)
 
 
-def test_a_chosen_step_of_a_kept_environment_is_proved(project: Project) -> None:
+def test_a_selected_step_of_a_kept_environment_is_proved(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     result = project.run("--nested-keep", "-v", "-k", "setup_repos")
     assert result.outcomes() == {"test_setup_repos": "PASSED"}
-    assert again(project) == ["preflight"]
-    end(project)
+    assert new_phases(project) == ["preflight"]
+    destroy(project)
 
 
-def test_after_an_edit_that_step_runs_and_nothing_else(project: Project) -> None:
+def test_after_an_edit_only_the_edited_step_runs(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     (project.path / "playbooks" / "setup_repos").write_text("edited")
     result = project.run("--nested-keep", "-k", "setup_repos")
     assert result.ret == 0, result.output
-    assert again(project) == ["preflight", "setup_repos"]
+    assert new_phases(project) == ["preflight", "setup_repos"]
     result = project.run("--nested-keep", "-k", "setup_repos")
-    assert again(project) == ["preflight"]
-    end(project)
+    assert new_phases(project) == ["preflight"]
+    destroy(project)
 
 
-def test_after_an_edit_the_run_goes_on_from_there(project: Project) -> None:
+def test_a_whole_run_after_an_edit_continues_at_the_edited_phase(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     (project.path / "playbooks" / "setup_repos").write_text("edited")
     keep(project)
-    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_repos") :]]
-    end(project)
+    assert new_phases(project) == ["preflight", *PHASES[PHASES.index("setup_repos") :]]
+    destroy(project)
 
 
-def test_an_edited_phase_that_was_not_chosen_is_done_for_the_later_one(project: Project) -> None:
+def test_an_edited_phase_that_was_not_selected_is_done_for_the_later_one(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     (project.path / "playbooks" / "setup_network").write_text("edited")
     assert project.run("--nested-keep", "-k", "setup_ssh").ret == 0
-    assert again(project) == ["preflight", "setup_network", "setup_ssh"]
-    end(project)
+    assert new_phases(project) == ["preflight", "setup_network", "setup_ssh"]
+    destroy(project)
 
 
-def test_redo_does_a_chosen_step_again_and_only_that(project: Project) -> None:
+def test_redo_does_a_selected_step_again_and_only_that(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     assert project.run("--nested-keep", "-k", "setup_ssh", "-o", "nested_pve_redo=true").ret == 0
-    assert again(project) == ["preflight", "setup_ssh"]
-    end(project)
+    assert new_phases(project) == ["preflight", "setup_ssh"]
+    destroy(project)
 
 
-def test_a_phase_that_is_undone_behind_our_back_is_done_again(project: Project) -> None:
+def test_a_phase_that_is_undone_between_sessions_is_done_again(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     (vmid,) = project.host().vms()
-    words = project.host().config(vmid)["searchdomain"].split()
-    project.host().edit_vm(vmid, searchdomain=" ".join(word for word in words if word != "setup_ssh"))
+    names = project.host().config(vmid)["searchdomain"].split()
+    project.host().edit_vm(vmid, searchdomain=" ".join(name for name in names if name != "setup_ssh"))
     keep(project)
-    assert again(project) == ["preflight", "setup_ssh", "verify_ssh_chain"]
-    end(project)
+    assert new_phases(project) == ["preflight", "setup_ssh", "verify_ssh_chain"]
+    destroy(project)
 
 
-def test_without_keep_a_resumed_session_destroys_and_says_so(project: Project) -> None:
+def test_without_keep_a_resumed_session_destroys_and_reports_it(project: Project) -> None:
     keep(project)
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
@@ -297,9 +297,9 @@ def test_a_kept_environment_outlives_a_session_whose_preflight_failed(project: P
     assert "is kept until" in result.output
     assert (project.left(), pool_comment(project)) == before
     (project.path / "full").unlink()
-    again(project)
+    new_phases(project)
     keep(project)
-    assert again(project) == ["preflight", "verify_ssh_chain"]
+    assert new_phases(project) == ["preflight", "verify_ssh_chain"]
     (project.path / "full").touch()
     result = project.run("test_steps.py")
     assert "torn down, as --nested-keep was not given" in result.output
@@ -307,28 +307,28 @@ def test_a_kept_environment_outlives_a_session_whose_preflight_failed(project: P
 
 def test_a_phase_that_broke_half_way_is_undone_by_a_rollback(project: Project) -> None:
     keep(project, FAIL="setup_ssh")
-    again(project)
+    new_phases(project)
     result = project.run("--nested-keep", "test_steps.py")
     assert result.ret == 0, result.output
-    said = "setup_ssh broke half-way last time: rolled back to the snapshot after setup_network"
-    assert said in result.output
-    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
+    message = "setup_ssh broke half-way last time: rolled back to the snapshot after setup_network"
+    assert message in result.output
+    assert new_phases(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
     (vmid,) = project.host().vms()
-    # Once each: what the broken one had left is gone.
+    # Each name once: the rollback removed the partial work of the broken phase.
     assert project.host().config(vmid)["searchdomain"].split() == SETUP
-    end(project)
+    destroy(project)
 
 
-def test_without_a_snapshot_the_broken_phase_is_done_on_what_it_left(project: Project) -> None:
+def test_without_a_snapshot_the_broken_phase_is_done_on_its_partial_work(project: Project) -> None:
     keep(project, FAIL="setup_ssh")
-    again(project)
+    new_phases(project)
     (vmid,) = project.host().vms()
     project.host().drop_snapshots(vmid)
     result = project.run("--nested-keep", "test_steps.py")
     assert result.ret == 0, result.output
     assert "without a snapshot it is done again on what it left" in result.output
-    assert again(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
-    end(project)
+    assert new_phases(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
+    destroy(project)
 
 
 @pytest.mark.parametrize(
@@ -336,21 +336,21 @@ def test_without_a_snapshot_the_broken_phase_is_done_on_what_it_left(project: Pr
     [("", ["setup_ssh"]), ("npve_", ["setup_ssh"]), ("npve_setup_network", ["setup_network", "setup_ssh"])],
 )
 def test_an_edited_phase_that_broke_is_never_proved(project: Project, lost: str, done: list[str]) -> None:
-    """What its probe finds is the work of the playbook as it was; nor is what a rollback took back proved."""
+    """Its probe finds the work of the unedited playbook. Neither is a phase proved that a rollback undid."""
     keep(project)
     for name in ("setup_network", "setup_ssh"):
         (project.path / "playbooks" / name).write_text("edited")
     keep(project, "-k", "setup_network or setup_ssh", FAIL="setup_ssh")
-    again(project)
+    new_phases(project)
     (vmid,) = project.host().vms()
     if lost:
         project.host().drop_snapshots(vmid, lost)
     keep(project, "test_users.py")
     rest = PHASES[PHASES.index("setup_ssh") + 1 :]
-    assert again(project) == ["preflight", *done, *rest]
+    assert new_phases(project) == ["preflight", *done, *rest]
     keep(project, "-k", "setup_ssh")
-    assert again(project) == ["preflight"]
-    end(project)
+    assert new_phases(project) == ["preflight"]
+    destroy(project)
 
 
 @pytest.mark.parametrize("change", ["nested_pve_cores=4", "nested_pve_leaf_options=cores=2"])
@@ -363,7 +363,7 @@ def test_another_shape_is_reported_and_not_reused(project: Project, change: str)
     assert f"{name}: " in result.output
     assert len(project.audits()) == 2
     assert len([line for line in project.left() if line.startswith("vm")]) == 1
-    end(project)
+    destroy(project)
 
 
 def test_two_sessions_never_adopt_one_run(project: Project) -> None:
@@ -384,34 +384,34 @@ def test_two_sessions_never_adopt_one_run(project: Project) -> None:
     output, _ = first.communicate(timeout=60)
     assert first.returncode == 0, output
     assert len(project.audits()) == 2
-    end(project)
+    destroy(project)
 
 
-def test_a_run_that_is_gone_on_with_is_finished_no_more(project: Project) -> None:
-    """Or nobody would sweep behind a worker of xdist that is cut off."""
+def test_a_resumed_run_is_no_longer_marked_as_finished(project: Project) -> None:
+    """Otherwise no session would destroy the run of an xdist worker that was killed."""
     keep(project)
     (finished,) = (project.path / ".nested-pve" / "runs").glob("*/finished")
     process = project.start("--nested-keep", "-q", "test_users.py", HANG="test")
     project.wait_for(process, cmd="hanging")
-    said = finished.exists()
+    was_finished = finished.exists()
     process.terminate()
     process.communicate(timeout=60)
-    assert not said
+    assert not was_finished
     assert finished.exists()
-    end(project)
+    destroy(project)
 
 
-def test_a_kept_run_that_somebody_destroyed_is_made_anew(project: Project) -> None:
+def test_a_kept_run_that_was_destroyed_is_created_again(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     project.host().clear()
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
     assert "does not exist on father: it is created again" in result.output
-    assert again(project) == list(PHASES)
+    assert new_phases(project) == list(PHASES)
 
 
-def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project) -> None:
+def test_past_its_expiry_the_next_session_destroys_it_and_reports_it(project: Project) -> None:
     keep(project, "test_steps.py", "-o", "nested_pve_keep_expiry=1s")
     (run,) = [path.parent.name for path in (project.path / ".nested-pve" / "runs").glob("*/audit.jsonl")]
     lease = pool_comment(project)
@@ -428,7 +428,7 @@ def test_past_its_expiry_the_next_session_sweeps_it_and_says_so(project: Project
     assert project.left() == []
 
 
-def test_a_lapsed_run_of_somebody_else_is_swept_and_a_living_one_is_not(project: Project) -> None:
+def test_an_expired_run_of_another_owner_is_destroyed_and_an_unexpired_one_is_not(project: Project) -> None:
     keep(project)
     lease = pool_comment(project)
     other = {**lease, "owner": "bob@desk", "client": "0" * 16}
@@ -441,7 +441,7 @@ def test_a_lapsed_run_of_somebody_else_is_swept_and_a_living_one_is_not(project:
     result = project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
     assert "bob@desk's: destroyed" in result.output
     assert project.left() == []
-    project.run("test_steps.py")  # finds its record, and the run gone
+    project.run("test_steps.py")  # deletes the record of the destroyed run
 
 
 def test_the_record_holds_the_keys_and_is_for_its_owner_alone(project: Project) -> None:
@@ -450,24 +450,24 @@ def test_the_record_holds_the_keys_and_is_for_its_owner_alone(project: Project) 
     assert record.stat().st_mode & 0o777 == 0o700
     for path in record.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600, path
-    end(project)
+    destroy(project)
     assert not record.exists()
 
 
 def test_a_lost_run_directory_does_not_lose_the_environment(project: Project) -> None:
     keep(project)
-    again(project)
+    new_phases(project)
     shutil.rmtree(project.path / ".nested-pve")
     result = project.run("test_steps.py")
     assert result.ret == 0, result.output
-    assert again(project) == ["preflight", "verify_ssh_chain"]
+    assert new_phases(project) == ["preflight", "verify_ssh_chain"]
 
 
-def test_skip_takes_a_phase_as_done_unasked(project: Project) -> None:
+def test_skip_treats_a_phase_as_done_without_a_probe(project: Project) -> None:
     result = project.run("test_steps.py", "--nested-skip", "setup_ssh", "-v")
     assert result.ret == 0, result.output
     assert "setup_ssh" not in project.done()
-    # Neither done nor proved, so no step that passed; what needs it goes on.
+    # Neither done nor proved, so the step did not pass; later steps run.
     assert result.outcomes()["test_setup_ssh"] == "SKIPPED"
     assert "1 skipped" in result.output
     assert "taken as done (--nested-skip)" in result.output
@@ -479,7 +479,7 @@ def test_a_run_of_nothing_but_a_skipped_phase_is_not_green(project: Project) -> 
     assert "nothing was verified" in result.output
 
 
-def test_skipping_what_is_no_phase_is_a_usage_error(project: Project) -> None:
+def test_skipping_an_unknown_phase_is_a_usage_error(project: Project) -> None:
     result = project.run("test_steps.py", "--nested-skip", "setup_nothing")
     assert result.ret == 4
     assert "--nested-skip: expected the name of a phase" in result.output

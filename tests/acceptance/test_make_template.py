@@ -1,4 +1,4 @@
-"""--nested-make-template and what clean-ups do about its templates: whole sessions on the stand-in host."""
+"""--nested-make-template, and clean-ups beside its templates: whole sessions on the stand-in host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.thorough
 
 MAKE = "--nested-make-template"
 ONLY = "--nested-destroy-only"
-# No machine runs on this host: commands in the guest end well, and it shuts down at once.
+# No machine runs on this host: commands in the guest succeed, and it shuts down at once.
 GUEST = """
 from pytest_nestedpve.environment.environment import Environment
 from pytest_nestedpve.pve import qemu as guests
@@ -36,26 +36,26 @@ guests.shutdown = shutdown
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    made = make_project(tmp_path / "project")
-    made.write(conftest=CONFTEST + GUEST)
-    return made
+    project = make_project(tmp_path / "project")
+    project.write(conftest=CONFTEST + GUEST)
+    return project
 
 
-def made_by(output: str) -> tuple[str, int]:
-    """The template that a session says it made, as --nested-run calls it; and its id."""
-    found = re.search(r"created the template nested-pve-(template-[0-9a-f]{12}) \(VM (\d+)\)", output)
-    assert found is not None, output
-    return found[1], int(found[2])
+def created_template(output: str) -> tuple[str, int]:
+    """The template that a session reports as created, as a value of --nested-run, and its VM id."""
+    created = re.search(r"created the template nested-pve-(template-[0-9a-f]{12}) \(VM (\d+)\)", output)
+    assert created is not None, output
+    return created[1], int(created[2])
 
 
 def machines(project: Project) -> list[int]:
     return project.host().vms()
 
 
-def test_a_template_is_made_after_setup_network_and_nothing_else_stays(project: Project) -> None:
+def test_a_template_is_created_after_setup_network_and_nothing_else_remains(project: Project) -> None:
     result = project.run(MAKE, "-v")
     assert result.ret == 0, result.output
-    template, vmid = made_by(result.output)
+    template, vmid = created_template(result.output)
     assert f"nested_pve_template = nested-pve-{template}" in result.output
     assert project.done()[-2:] == ["setup_network", "generalised"]
     assert result.outcomes() == {"make-template": "PASSED"}
@@ -63,13 +63,13 @@ def test_a_template_is_made_after_setup_network_and_nothing_else_stays(project: 
     assert machines(project) == [vmid]
 
 
-def test_no_test_and_no_clean_up_takes_it_until_it_is_named(project: Project) -> None:
-    template, vmid = made_by(project.run(MAKE).output)
+def test_only_a_clean_up_that_names_the_template_destroys_it(project: Project) -> None:
+    template, vmid = created_template(project.run(MAKE).output)
     before = project.host().configuration(vmid)
     assert project.run("test_users.py").ret == 0
-    left = project.run(ONLY, "--nested-yes")
-    assert left.ret == 0, left.output
-    assert f"--nested-run {template} removes it" in left.output.replace("`", "")
+    unnamed = project.run(ONLY, "--nested-yes")
+    assert unnamed.ret == 0, unnamed.output
+    assert f"--nested-run {template} removes it" in unnamed.output.replace("`", "")
     assert project.host().configuration(vmid) == before
     named = project.run(ONLY, "--nested-run", template, "-v")
     assert named.ret == 0, named.output
@@ -77,9 +77,9 @@ def test_no_test_and_no_clean_up_takes_it_until_it_is_named(project: Project) ->
     assert project.left() == []
 
 
-def test_made_again_it_is_another_one_beside_the_first(project: Project) -> None:
-    first, _ = made_by(project.run(MAKE).output)
-    second, vmid = made_by(project.run(MAKE).output)
+def test_a_second_template_exists_beside_the_first(project: Project) -> None:
+    first, _ = created_template(project.run(MAKE).output)
+    second, vmid = created_template(project.run(MAKE).output)
     assert first != second
     assert project.run(ONLY, "--nested-run", first).ret == 0
     assert machines(project) == [vmid]
@@ -89,19 +89,19 @@ def test_an_environment_that_was_kept_is_neither_used_for_it_nor_lost(project: P
     kept = project.run("--nested-keep", "test_users.py")
     assert kept.ret == 0, kept.output
     (before,) = machines(project)
-    _, vmid = made_by(project.run(MAKE).output)
+    _, vmid = created_template(project.run(MAKE).output)
     assert machines(project) == sorted([before, vmid])
 
 
 @pytest.mark.parametrize("fails", ["ensure_pve", "guest"])
-def test_a_set_up_that_fails_makes_no_template_and_leaves_nothing(project: Project, fails: str) -> None:
+def test_a_set_up_that_fails_creates_no_template_and_leaves_nothing(project: Project, fails: str) -> None:
     result = project.run(MAKE, FAIL=fails)
     assert result.ret != 0
     assert "created the template" not in result.output
     assert project.left() == []
 
 
-def test_a_session_that_is_killed_while_it_converts_leaves_what_the_next_clean_up_takes(
+def test_the_next_clean_up_destroys_leftovers_of_a_conversion_that_was_killed(
     project: Project,
 ) -> None:
     project.slow(qmtemplate=5.0)
@@ -119,7 +119,7 @@ def test_a_session_that_is_killed_while_it_converts_leaves_what_the_next_clean_u
 @pytest.mark.parametrize(
     "other", [[ONLY], ["--nested-exec", "true"], ["--nested-keep"], ["--collect-only"], ["-k", "x"]]
 )
-def test_what_does_not_go_with_it_is_refused_before_anything_is_touched(
+def test_a_contradicting_option_is_refused_before_anything_is_changed(
     project: Project, other: list[str]
 ) -> None:
     result = project.run(MAKE, *other)
@@ -128,7 +128,7 @@ def test_what_does_not_go_with_it_is_refused_before_anything_is_touched(
     assert project.done() == []
 
 
-def test_a_dry_run_says_so_and_makes_nothing(project: Project) -> None:
+def test_a_dry_run_reports_the_conversion_and_creates_nothing(project: Project) -> None:
     result = project.run(MAKE, "--nested-dry-run")
     assert result.ret == 0, result.output
     assert "converted to a template" in result.output

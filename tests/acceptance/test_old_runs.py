@@ -1,4 +1,4 @@
-"""A project does not fill up with the directories of its runs."""
+"""The number of run directories in a project is limited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from acceptance.conftest import Project
 from pytest_nestedpve.run.old_runs import NEWEST
 
 
-def test_a_new_run_takes_the_place_of_the_oldest_that_is_over(project: Project) -> None:
+def test_a_new_run_replaces_the_oldest_finished_one(project: Project) -> None:
     folder = project.path / ".nested-pve" / "runs"
     for number in range(NEWEST + 2):
         log = folder / f"{number:012x}" / "audit.jsonl"
@@ -19,6 +19,6 @@ def test_a_new_run_takes_the_place_of_the_oldest_that_is_over(project: Project) 
         os.utime(log, (1_700_000_000 - number,) * 2)
     result = project.run("-q", "test_steps.py", "-k", "preflight")
     assert result.ret == 0, result.output
-    found = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert {f"{number:012x}" for number in range(NEWEST)} < found
-    assert len(found) == NEWEST + 1
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert {f"{number:012x}" for number in range(NEWEST)} < names
+    assert len(names) == NEWEST + 1

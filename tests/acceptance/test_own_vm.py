@@ -1,4 +1,4 @@
-"""Whole sessions of a project that makes the nested VM by its own tool."""
+"""Whole sessions of a project that creates the nested VM with its own tool."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def own(project: Project) -> Project:
     return project
 
 
-def test_the_projects_vm_is_the_nested_one_and_goes(own: Project) -> None:
+def test_the_projects_vm_is_the_nested_one_and_is_destroyed(own: Project) -> None:
     result = own.run("-v")
     assert result.ret == 0, result.output
     assert len(result.outcomes()) == 17
     (log,) = own.audits()
-    (taken,) = [line for line in log if line["event"] == "adopted"]
-    assert str(taken["vmid"]) in str([line for line in log if line["event"] == "teardown"])
+    (adoption,) = [line for line in log if line["event"] == "adopted"]
+    assert str(adoption["vmid"]) in str([line for line in log if line["event"] == "teardown"])
 
 
-def test_a_vm_that_was_there_fails_the_phase_and_outlives_the_session(own: Project) -> None:
+def test_an_existing_vm_fails_the_phase_and_outlives_the_session(own: Project) -> None:
     api = own.host().connect().api
     api.post("/nodes/father/qemu", vmid=99950, name="nested-pve-production", net0="virtio,bridge=vmbr0")
     before = own.host().configuration(99950)
@@ -64,7 +64,7 @@ def test_a_tool_that_fails_leaves_nothing(own: Project) -> None:
     assert "has the run's name: adopted into the run" in result.output
 
 
-def test_a_kept_vm_is_proved_and_made_anew_when_the_plan_changes(own: Project) -> None:
+def test_a_kept_vm_is_proved_and_created_again_when_the_plan_changes(own: Project) -> None:
     assert own.run("-k", "start_vm", "--nested-keep").ret == 0
     (first,) = [line for line in own.left() if line.startswith("vm")]
     assert own.run("-k", "start_vm", "--nested-keep").ret == 0

@@ -1,4 +1,4 @@
-"""Fixtures that a project overrides decide the VM's shape, for steps and users alike."""
+"""Fixtures that a project overrides set the VM's shape, for steps and for tests that use the fixture."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def nested_pve_vm_options(nested_pve_vm_options):
     return {**nested_pve_vm_options, "kvm": False}
 
 @pytest.fixture(scope="session")
-def more():
+def replicas():
     return {"replicas": 2}
 
 @pytest.fixture(scope="session")
-def nested_pve_extra_vars(nested_pve_extra_vars, more):
-    return {**nested_pve_extra_vars, **more, "listed": [1, "b", None]}
+def nested_pve_extra_vars(nested_pve_extra_vars, replicas):
+    return {**nested_pve_extra_vars, **replicas, "listed": [1, "b", None]}
 
 @pytest.fixture(scope="session")
 def nested_pve_playbook_dir():
@@ -84,16 +84,16 @@ def shaped(project: Project) -> Project:
     return project
 
 
-def seen(project: Project) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((project.path / "seen").read_text())
-    return found
+def recorded_settings(project: Project) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((project.path / "seen").read_text())
+    return values
 
 
 @pytest.mark.parametrize("file", ["test_steps.py", "test_users.py"])
-def test_what_fixtures_say_is_there_before_the_first_phase(shaped: Project, file: str) -> None:
+def test_values_of_fixtures_are_set_before_the_first_phase(shaped: Project, file: str) -> None:
     result = shaped.run(file)
     assert result.ret == 0, result.output
-    assert seen(shaped) == {
+    assert recorded_settings(shaped) == {
         "cores": 3,
         "memory": 4096,
         "disk": 40,
@@ -105,11 +105,11 @@ def test_what_fixtures_say_is_there_before_the_first_phase(shaped: Project, file
     }
 
 
-def test_a_kept_environment_is_compared_with_what_the_fixtures_say(shaped: Project) -> None:
+def test_a_kept_environment_is_compared_with_the_values_of_the_fixtures(shaped: Project) -> None:
     assert shaped.run("-k", "provision", "--nested-keep").ret == 0
-    again = shaped.run("-k", "provision", "--nested-keep")
-    assert again.ret == 0, again.output
-    assert len(shaped.audits()) == 1, again.output
+    second = shaped.run("-k", "provision", "--nested-keep")
+    assert second.ret == 0, second.output
+    assert len(shaped.audits()) == 1, second.output
     path = shaped.path / "conftest.py"
     path.write_text(path.read_text().replace("return 3", "return 5"))
     other = shaped.run("-k", "provision", "--nested-keep")
@@ -127,7 +127,7 @@ def test_a_kept_environment_is_compared_with_what_the_fixtures_say(shaped: Proje
         ("1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_a_fixture_that_is_no_good_is_named_and_nothing_is_made(
+def test_a_fixture_with_an_invalid_value_is_named_and_nothing_is_created(
     shaped: Project, file: str, value: str, words: str
 ) -> None:
     path = shaped.path / "conftest.py"
@@ -140,7 +140,7 @@ def test_a_fixture_that_is_no_good_is_named_and_nothing_is_made(
 
 
 @pytest.mark.parametrize("how", ["params", "indirect"])
-def test_a_parametrized_shape_is_refused_before_anything_is_made(shaped: Project, how: str) -> None:
+def test_a_parametrized_shape_is_refused_before_anything_is_created(shaped: Project, how: str) -> None:
     mark, params = "", ", params=[2, 4]"
     if how == "indirect":
         mark, params = "@pytest.mark.parametrize('nested_pve_cores', [2, 4], indirect=True)\n", ""
@@ -162,7 +162,7 @@ def nested_pve_cores(request):
     assert shaped.done() == []
 
 
-def test_two_shapes_in_one_session_are_refused_before_anything_is_made(shaped: Project) -> None:
+def test_two_shapes_in_one_session_are_refused_before_anything_is_created(shaped: Project) -> None:
     shaped.write(
         test_other="""
 import pytest
@@ -195,4 +195,4 @@ def test_under_xdist_each_worker_has_the_shape(shaped: Project) -> None:
     shaped.plugins = ("xdist",)
     result = shaped.run("-n1", "test_users.py")
     assert result.ret == 0, result.output
-    assert seen(shaped)["cores"] == 3
+    assert recorded_settings(shaped)["cores"] == 3

@@ -1,4 +1,4 @@
-"""An SshLike that answers commands and can do nothing else."""
+"""An SshLike that only answers commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_nestedpve.pve.ssh.connection import CommandResult
 
 
 class Answering:
-    """What its `answer` gives is what a command left behind."""
+    """A base class; `answer` returns the result of a command."""
 
     def answer(self, command: str | Sequence[str], timeout: float, secret: bool) -> CommandResult:
         raise NotImplementedError

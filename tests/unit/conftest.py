@@ -1,4 +1,4 @@
-"""What several unit tests are set up with. Properties are about answers, not about how busy a machine is."""
+"""Fixtures of several unit tests. Hypothesis has no deadline: the load of the machine varies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ settings.load_profile("here")
 
 @pytest.fixture
 def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An outer host, and a machine on which no session was before.
+    """An outer host, and an empty state directory of the test machine.
 
     In a module with STANDIN = True it is a StandinHost, which can nest; else one in memory.
     """
@@ -52,7 +52,7 @@ def host(request: pytest.FixtureRequest, memory: Any) -> Any:
 
 @pytest.fixture
 def env(memory: Any, tmp_path: Path) -> Iterator[Environment]:
-    """A run on it."""
+    """A run on the outer host."""
     from standin_environment import environments
 
     with environments(memory, tmp_path) as make:
@@ -79,23 +79,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.fixture
 def make_server(tmp_path: Path) -> Iterator[MakeServer]:
-    """A function that makes servers for the test, by their options."""
+    """A function that creates servers with options for the test."""
     from sshd import Sshd
 
-    made: list[Sshd] = []
+    servers: list[Sshd] = []
 
     def make(name: str = "own", **options: object) -> Sshd:
-        made.append(Sshd(tmp_path / name, **options))  # type: ignore[arg-type]
-        return made[-1]
+        servers.append(Sshd(tmp_path / name, **options))  # type: ignore[arg-type]
+        return servers[-1]
 
     yield make
-    for sshd in made:
+    for sshd in servers:
         sshd.stop()
 
 
 @pytest.fixture
 def ssh(server: Sshd) -> Iterator[SshConnection]:
-    """A connection to the server that all share."""
+    """A connection to the shared server."""
     from pytest_nestedpve.pve.ssh.connection import SshConnection
 
     with SshConnection(server.target()) as connection:

@@ -1,4 +1,4 @@
-"""Answers as no host should give them: what hypothesis does to a truthful one."""
+"""Invalid answers of a host: random changes of a valid one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# Nothing in here is a plain "no": that would be another truth, not an answer that makes no sense.
+# Without values such as "no" and 0: these would give another valid answer.
 ODD: tuple[Any, ...] = (
     None, True, -1, 2**70, 1.5, float("inf"), "x", "\u00b2", "1" * 30, "\x1b[31mred", "a\0b", "../../etc",
     "; rm -rf /", "$(id)", "\ud800", "\u202e101", [], {}, [None], [[]], {"a": [{}]}, ["101"],
@@ -17,21 +17,21 @@ ODD: tuple[Any, ...] = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in JSON data, the whole first."""
-    found = [path]
+    """The paths of all values in JSON data, the whole first."""
+    paths = [path]
     if isinstance(value, dict):
         for key in value:
-            found += places(value[key], (*path, key))
+            paths += places(value[key], (*path, key))
     elif isinstance(value, list):
-        for number, each in enumerate(value):
-            found += places(each, (*path, number))
-    return found
+        for number, item in enumerate(value):
+            paths += places(item, (*path, number))
+    return paths
 
 
 def odd(chance: random.Random, truth: Any, *, without: bool = True, empty: bool = True) -> Any:
-    """A truthful answer with up to three things in it replaced, added, doubled, or (`without`) taken out.
+    """A valid answer with up to three values replaced, added, doubled, or (`without`) deleted.
 
-    Unless `empty`, a list as a whole does not become the empty one.
+    Unless `empty`, the whole answer is not replaced by an empty list.
     """
     answer = copy.deepcopy(truth)
     for _ in range(chance.randint(1, 3)):
@@ -80,7 +80,7 @@ IN_FRONT = st.lists(
 
 @st.composite
 def printed(draw: st.DrawFn, truth: Any) -> bytes:
-    """What a `pvesh` prints: odd data, other things in front, cut off, bytes in between."""
+    """Output of `pvesh`: odd data, with other lines in front, cut off, with bytes in between."""
     data = odd(random.Random(draw(st.integers(0, 2**32))), truth) if draw(st.booleans()) else truth
     text = json.dumps(data, ensure_ascii=draw(st.booleans()))
     raw = text.encode("utf-8", "surrogatepass")

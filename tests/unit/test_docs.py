@@ -1,4 +1,4 @@
-"""The documentation is true: examples are run, tables compared with the code, links lead somewhere."""
+"""The documentation is correct: examples are run, tables compared with the code, targets of links exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"<!-- (file|run)(?:: ?| )?(.*?) ?-->\n```\w*\n(.*?)```", re
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block with a comment in front that says what to do with it."""
+    """A fenced block after a comment: a file to write or a command to run."""
 
     kind: str
     argument: str
@@ -47,7 +47,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def run(command: str, folder: Path, *, on_standin: bool) -> subprocess.CompletedProcess[str]:
-    """Run a page's command; `on_standin`: with a stand-in for whatever host the page names."""
+    """Run a page's command; `on_standin`: with a stand-in for the host that the page names."""
     words = shlex.split(command)
     assert words[0] == "pytest", command
     ours = ("NESTED_PVE_", "PYTEST")
@@ -70,14 +70,14 @@ def run(command: str, folder: Path, *, on_standin: bool) -> subprocess.Completed
     )
 
 
-def shown(expected: str, output: str) -> str | None:
-    """The first line of `expected` that does not follow in `output`; `...` stands for anything."""
+def first_missing(expected: str, output: str) -> str | None:
+    """The first line of `expected` that does not follow in `output`; `...` matches any text."""
     rest = output.splitlines()
     for line in expected.splitlines():
         if line.strip() in ("...", ""):
             continue
         pattern = ".*".join(re.escape(part) for part in line.rstrip().split("..."))
-        place = next((n for n, each in enumerate(rest) if re.fullmatch(pattern, each.rstrip())), None)
+        place = next((n for n, row in enumerate(rest) if re.fullmatch(pattern, row.rstrip())), None)
         if place is None:
             return line
         rest = rest[place + 1 :]
@@ -86,7 +86,7 @@ def shown(expected: str, output: str) -> str | None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
-def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
+def test_the_examples_have_the_output_of_the_page(page: Path, tmp_path: Path) -> None:
     on_standin = _ON_STANDIN in page.read_text(encoding="utf-8")
     for block in blocks(page):
         if block.kind == "file":
@@ -97,12 +97,12 @@ def test_the_examples_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
         done = run(command, tmp_path, on_standin=on_standin)
         output = done.stdout + done.stderr
         assert done.returncode == status, f"$ {command}\n{output}"
-        missing = shown(expected, output)
+        missing = first_missing(expected, output)
         assert missing is None, f"$ {command}\nexpected the line {missing!r} in:\n{output}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_targets_of_links_between_pages_exist(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if re.match(r"https?:", target):
             continue
@@ -122,20 +122,20 @@ def settings_rows() -> list[str]:
     return [f"| `{key.name}` | {key.help}{' ◆' if key.profile else ''} |".replace("||", "|") for key in KEYS]
 
 
-def test_every_setting_is_documented_as_it_is() -> None:
+def test_every_setting_is_documented_with_its_help() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    found = [line for line in page.splitlines() if re.match(r"\| `[a-z_0-9]+` \|", line)]
-    assert found == settings_rows(), "docs/settings.md should have:\n" + "\n".join(settings_rows())
+    rows = [line for line in page.splitlines() if re.match(r"\| `[a-z_0-9]+` \|", line)]
+    assert rows == settings_rows(), "docs/settings.md should have:\n" + "\n".join(settings_rows())
 
 
 def _options() -> dict[str, str]:
     """The command line options of the plugin, with their help."""
-    found: dict[str, str] = {}
+    options: dict[str, str] = {}
 
     class Group:
         def addoption(self, *names: str, help: str = "", **_: Any) -> None:
             if help != argparse.SUPPRESS:
-                found.update(dict.fromkeys(names, help))
+                options.update(dict.fromkeys(names, help))
 
     class Parser:
         group = Group()
@@ -148,7 +148,7 @@ def _options() -> dict[str, str]:
 
     parser: Any = Parser()
     keys.register(parser)
-    return found
+    return options
 
 
 def test_every_option_is_documented_and_no_page_names_one_that_does_not_exist() -> None:
@@ -156,21 +156,21 @@ def test_every_option_is_documented_and_no_page_names_one_that_does_not_exist() 
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     for name in known:
         assert f"| `{name}" in page, f"docs/settings.md does not document {name}"
-    for each in PAGES:
-        text = each.read_text(encoding="utf-8")
+    for other in PAGES:
+        text = other.read_text(encoding="utf-8")
         for name in re.findall(r"--(?:nested-[a-z-]+|pve-host|context-file)", text):
-            assert name in known, f"{each.name} names {name}, which does not exist"
+            assert name in known, f"{other.name} names {name}, which does not exist"
 
 
 def test_no_page_names_a_setting_that_does_not_exist() -> None:
     known = {key.ini for key in KEYS} | {key.env for key in KEYS}
     fixtures = {"nested_pve_phases", "nested_pve_run", "nested_pve_version", "nested_pve_clean"}
     environment = {"NESTED_PVE_CACHE"}
-    told = {"nested_pve_ip", "nested_pve_vmid", "nested_pve_host", "nested_pve_leaf_ip"}  # to playbooks
+    variables = {"nested_pve_ip", "nested_pve_vmid", "nested_pve_host", "nested_pve_leaf_ip"}  # of playbooks
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"\b(?:nested_pve_[a-z0-9_]+|NESTED_PVE_[A-Z0-9_]+)\b", text):
-            assert name in known | fixtures | environment | told, f"{page.name} names {name}"
+            assert name in known | fixtures | environment | variables, f"{page.name} names {name}"
 
 
 def test_the_profile_is_documented_with_exactly_its_keys() -> None:
@@ -179,7 +179,7 @@ def test_the_profile_is_documented_with_exactly_its_keys() -> None:
     assert marked == set(PROFILE_KEYS)
 
 
-def test_the_defaults_in_the_page_are_the_codes() -> None:
+def test_the_defaults_in_the_page_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     defaults = Settings()
     assert f"default {defaults.memory}" in page
@@ -200,32 +200,32 @@ def test_every_playbook_is_documented() -> None:
         assert f"| `{path.name}` |" in page
 
 
-def test_what_the_fixture_offers_is_documented_and_nothing_else() -> None:
+def test_exactly_the_attributes_of_the_fixture_are_documented() -> None:
     page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
     table = page.partition("Attributes and methods of the fixture:")[2].partition("\n\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    told = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
-    assert told == {name for name in vars(NestedPve) if not name.startswith("_")}
+    documented = {name for row in rows for name in re.findall(r"`(\w+)[^`]*`", row)}
+    assert documented == {name for name in vars(NestedPve) if not name.startswith("_")}
 
 
 def test_every_hook_is_documented_with_its_arguments_and_no_other() -> None:
     page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `(pytest_nestedpve_\w+)\(([^)]*)\)` \|", page, re.MULTILINE)
+    documented = re.findall(r"^\| `(pytest_nestedpve_\w+)\(([^)]*)\)` \|", page, re.MULTILINE)
     known = {
         name: list(inspect.signature(hook).parameters)
         for name, hook in vars(hookspecs).items()
         if name.startswith("pytest_nestedpve_")
     }
-    assert {name: arguments.split(", ") for name, arguments in told} == known
+    assert {name: arguments.split(", ") for name, arguments in documented} == known
 
 
-def test_what_a_run_makes_on_a_host_and_what_its_token_may_is_in_the_table() -> None:
+def test_objects_of_a_run_and_rights_of_its_token_are_in_the_table() -> None:
     page = (ROOT / "docs" / "real-hosts.md").read_text(encoding="utf-8")
     table = page.partition("## What a run creates")[2].partition("## ")[0]
     clone = "/nodes/father/qemu/9000/clone", {"pool": "npve-x", "storage": "fast", "net0": "virtio,bridge=b"}
-    for path in ("/pool/npve-x", *(each.path for each in grants(*clone))):
+    for path in ("/pool/npve-x", *(grant.path for grant in grants(*clone))):
         assert f"/{path.split('/')[1]}/" in table, path
-    # Written by root beside the API: imagefile, vendor, and what passes one node on to another.
+    # Written by root without the API: the image, the vendor file, and files sent from one node to another.
     for written in ("`import/", "`import` and `snippets`", "`npve-RUN-….yaml`", "`/var/tmp/.nestedpve-…`"):
         assert written in table
 

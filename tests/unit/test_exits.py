@@ -1,4 +1,4 @@
-"""The exit status: green only if something was verified, 4 only if preflight alone is to blame."""
+"""The exit status: 0 only if a test passed, 4 only if preflight is the only failure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pytest_nestedpve.session.exit_status import Tally
 def report(
     nodeid: str, outcome: str, *, when: str = "call", uses: bool = True, cause: str | None = None
 ) -> Any:
-    found = pytest.TestReport(nodeid, ("f", 0, "n"), {}, outcome, None, when)  # type: ignore[arg-type]
+    result = pytest.TestReport(nodeid, ("f", 0, "n"), {}, outcome, None, when)  # type: ignore[arg-type]
     if uses:
-        setattr(found, exit_status.USES, True)
+        setattr(result, exit_status.USES, True)
     if cause is not None:
-        setattr(found, exit_status.CAUSE, cause)
-    return found
+        setattr(result, exit_status.CAUSE, cause)
+    return result
 
 
 def tally(*reports: Any, **fields: Any) -> Tally:
-    found = Tally(**fields)
-    for each in reports:
-        found.add(each)
-    return found
+    totals = Tally(**fields)
+    for entry in reports:
+        totals.add(entry)
+    return totals
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "expected"),
+    ("totals", "status", "expected"),
     [
         (tally(report("a", "passed")), 0, 0),
         (tally(report("a", "skipped", when="setup")), 0, 1),
@@ -48,9 +48,9 @@ def tally(*reports: Any, **fields: Any) -> Tally:
         (tally(report("a", "failed", cause="preflight")), 2, 2),
     ],
 )
-def test_the_status_says_what_happened(found: Tally, status: int, expected: int) -> None:
-    assert found.status(status, executes=True) == expected
-    assert (found.reason is not None) == (expected != status and found.signum is None)
+def test_the_status_follows_from_the_reports(totals: Tally, status: int, expected: int) -> None:
+    assert totals.status(status, executes=True) == expected
+    assert (totals.reason is not None) == (expected != status and totals.signum is None)
 
 
 def test_a_session_that_is_not_meant_to_run_tests_may_pass_none() -> None:
@@ -58,13 +58,13 @@ def test_a_session_that_is_not_meant_to_run_tests_may_pass_none() -> None:
 
 
 def test_a_stop_after_the_failure_of_preflight_is_that_failure() -> None:
-    found = tally(report("a", "failed", cause="preflight"))
-    assert found.status(2, executes=True, stopped=True) == 4
-    found = tally(report("a", "failed", cause="provision"))
-    assert found.status(2, executes=True, stopped=True) == 2
+    totals = tally(report("a", "failed", cause="preflight"))
+    assert totals.status(2, executes=True, stopped=True) == 4
+    totals = tally(report("a", "failed", cause="provision"))
+    assert totals.status(2, executes=True, stopped=True) == 2
 
 
 def test_hooks_that_raised_are_not_green() -> None:
     for status, expected in ((0, 1), (5, 1), (1, 1), (2, 2)):
-        found = tally(report("a", "passed"), hooks=["x raised"])
-        assert found.status(status, executes=True) == expected
+        totals = tally(report("a", "passed"), hooks=["x raised"])
+        assert totals.status(status, executes=True) == expected

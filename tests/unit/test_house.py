@@ -1,4 +1,4 @@
-"""The rules of the house, kept by machine: who imports whom, how long modules are, which words are out."""
+"""House rules: imports between rooms, length of modules, forbidden texts, writers of shared objects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LONGEST = 600
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
-    found = {}
+    paths = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = list(path.relative_to(ROOT).with_suffix("").parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
@@ -48,24 +48,24 @@ def _import_nodes(
 
 @functools.cache
 def imports(name: str, *, inside_functions: bool = False, for_types: bool = False) -> set[str]:
-    """Full names that a module imports when it is loaded; if wanted, also in functions or for types only."""
+    """Full names that a module imports when it is loaded; on request also in functions or for types only."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    found: set[str] = set()
+    names: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in _import_nodes(tree, inside_functions=inside_functions, for_types=for_types):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         else:
             base = package[: len(package) - node.level + 1] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
-            found.update({start, *(f"{start}.{alias.name}" for alias in node.names)})
-    return found
+            names.update({start, *(f"{start}.{alias.name}" for alias in node.names)})
+    return names
 
 
 def test_no_module_imports_itself_through_others() -> None:
     """Not when it is loaded, not later in its functions, and not for types either."""
-    # A package's __init__ is loaded before its modules; what it imports of them is no way back to itself.
+    # A package's __init__ is loaded before its modules: its imports of them are no cycle.
     graph = {
         name: {
             other for other in _all(name) & set(MODULES) if not name.startswith(f"{other}.") and other != name
@@ -88,13 +88,13 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_module_outgrows_one_idea(name: str) -> None:
+def test_no_module_exceeds_the_limit_of_lines(name: str) -> None:
     lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST, f"{name} has {lines} lines: it holds more than one idea"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_says_what_it_is_for(name: str) -> None:
+def test_a_module_has_a_docstring(name: str) -> None:
     text = MODULES[name].read_text(encoding="utf-8")
     assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
 
@@ -103,7 +103,7 @@ def _all(name: str) -> set[str]:
     return imports(name, inside_functions=True, for_types=True)
 
 
-#: The rooms from the top of the house down: each imports only from those after it.
+#: The rooms in order: modules import only from rooms after their own.
 ROOMS = (
     "plugin",
     "session",
@@ -117,7 +117,7 @@ ROOMS = (
     "lab",
     "pve",
 )
-#: What the lab, which stands beside the rooms, may import of them.
+#: Modules of other rooms that the lab may import.
 LAB_IMPORTS = {"pve.deadline", "pve.errors", "pve.local_file", "pve.lock_file"}
 
 
@@ -134,7 +134,7 @@ def test_the_top_of_the_package_has_at_most_twelve_entries() -> None:
 
 
 @pytest.mark.parametrize("name", ROOMS[1:])
-def test_a_room_says_what_it_is_responsible_for_and_what_not(name: str) -> None:
+def test_the_docstring_of_a_room_has_two_sentences(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
     assert docstring is not None
     assert len(re.findall(r"[.](?:\s|\Z)", docstring)) >= 2, (
@@ -151,16 +151,19 @@ def test_a_room_imports_only_from_rooms_below_it(name: str) -> None:
             continue
         assert ROOMS.index(room(other)) > here, f"{name} imports {other}"
         if room(name) == "lab":
-            assert other in {"pytest_nestedpve.pve", *(f"pytest_nestedpve.{each}" for each in LAB_IMPORTS)}
+            assert other in {
+                "pytest_nestedpve.pve",
+                *(f"pytest_nestedpve.{part}" for part in LAB_IMPORTS),
+            }
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.pve")])
-def test_what_talks_to_a_host_knows_nothing_of_pytest(name: str) -> None:
+def test_modules_that_call_hosts_do_not_import_pytest(name: str) -> None:
     for other in _all(name):
         assert not re.match(r"_?pytest(\.|$)", other), f"{name} imports {other}"
 
 
-def test_only_the_place_that_finds_hosts_knows_the_lab() -> None:
+def test_only_config_hosts_imports_the_lab() -> None:
     users = {
         name
         for name in MODULES
@@ -171,7 +174,7 @@ def test_only_the_place_that_finds_hosts_knows_the_lab() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pytest_nestedpve.lab.node.")])
-def test_what_runs_on_the_labs_nodes_needs_only_the_standard_library(name: str) -> None:
+def test_code_of_the_labs_nodes_imports_only_the_standard_library(name: str) -> None:
     for other in _all(name):
         top = other.split(".")[0]
         assert top in sys.stdlib_module_names or other.startswith("pytest_nestedpve.lab.node"), other
@@ -211,12 +214,12 @@ SHIPPED = ("pytest_nestedpve", "playbooks", "benchmarks", "examples")
 @pytest.mark.parametrize("what", [*FORBIDDEN, *CODE_ONLY])
 def test_nowhere_in_the_repository(what: str) -> None:
     pattern = re.compile(FORBIDDEN.get(what) or CODE_ONLY[what], re.MULTILINE)
-    found = []
+    lines = []
     for path in tracked():
         place = path.relative_to(ROOT)
         if place == Path("tests/unit/test_house.py") or (what in CODE_ONLY and path.suffix != ".py"):
             continue
-        # Documentation and tests may name what is forbidden, and recordings hold what a host said.
+        # Documentation and tests may name what is forbidden, and recordings hold output of hosts.
         everywhere = what in ("the address of a package registry", "a path of one machine", *CODE_ONLY)
         if not everywhere and place.parts[0] not in SHIPPED:
             continue
@@ -224,17 +227,17 @@ def test_nowhere_in_the_repository(what: str) -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [
+        lines += [
             f"{place}:{number}: {line.strip()[:120]}"
             for number, line in enumerate(text.splitlines(), 1)
             if pattern.search(line)
         ]
-    assert not found, f"{what}:\n" + "\n".join(found)
+    assert not lines, f"{what}:\n" + "\n".join(lines)
 
 
 def test_nothing_sleeps_where_it_could_wait_for_something() -> None:
-    found = [name for name, path in MODULES.items() if "time.sl" + "eep(" in path.read_text(encoding="utf-8")]
-    assert not found
+    names = [name for name, path in MODULES.items() if "time.sl" + "eep(" in path.read_text(encoding="utf-8")]
+    assert not names
 
 
 #: Objects of the session that several modules use. Each attribute has one writer, the class itself.
@@ -258,7 +261,7 @@ def _written(node: ast.AST) -> ast.expr | None:
         return node.value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         target = node.func.value
-        # A method of a shared object is its own way to write.
+        # A call of a shared object's method is permitted.
         return target if node.func.attr in MUTATORS and _shared_object(target) is None else None
     return None
 

@@ -1,4 +1,4 @@
-"""Several at a time; whoever gives up waiting is not held up by what still works."""
+"""Work in parallel threads; an interrupted caller does not wait for running threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pytest_nestedpve.pve.parallel import in_parallel
 
 
-def test_results_come_in_the_order_of_the_items_and_no_more_at_a_time_than_told() -> None:
+def test_results_come_in_the_order_of_the_items_with_at_most_the_given_number_at_a_time() -> None:
     busy, most, lock, together = 0, 0, threading.Lock(), threading.Barrier(3)
 
     def work(item: int) -> int:
@@ -30,7 +30,7 @@ def test_results_come_in_the_order_of_the_items_and_no_more_at_a_time_than_told(
     assert in_parallel(work, [], 3) == []
 
 
-def test_an_error_of_one_is_raised_after_the_others_are_through() -> None:
+def test_an_error_of_one_is_raised_after_the_others_end() -> None:
     done = []
 
     def work(item: int) -> None:
@@ -55,7 +55,7 @@ in_parallel(work, range(4), 2)
 """
 
 
-def test_an_interrupted_process_ends_whatever_its_threads_wait_for() -> None:
+def test_an_interrupted_process_ends_although_its_threads_wait() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -1,4 +1,4 @@
-"""Whatever a host prints, each reader gives a value that can be used, or an error of ours; and soon."""
+"""Readers of any output of a host: a usable value or an error of the package, within seconds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STATUS = {"status": "stopped", "vmid": 101, "ha": {"managed": 0}, "exitstatus": 
 
 
 class Prints(Recorded):
-    """A host that prints the same for every call."""
+    """A host that prints the same output for every call."""
 
     def __init__(self, stdout: bytes, rc: int = 0, stderr: bytes = b"") -> None:
         super().__init__()
@@ -65,37 +65,37 @@ class Prints(Recorded):
         return self.result
 
 
-def usable_guests(found: list[qemu.Guest]) -> None:
-    for guest in found:
+def usable_guests(values: list[qemu.Guest]) -> None:
+    for guest in values:
         assert type(guest.vmid) is int
         assert qemu.is_vmid(guest.vmid)
         assert NODE_NAME.match(guest.node)
 
 
-def usable_interfaces(found: tuple[agent.Interface, ...]) -> None:
-    for interface in found:
+def usable_interfaces(interfaces: tuple[agent.Interface, ...]) -> None:
+    for interface in interfaces:
         assert re.fullmatch(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", interface.mac)
         assert all(re.fullmatch(r"[0-9.]+", address) for address in interface.ipv4)
 
 
-def usable_pool(found: Any) -> None:
-    for _, vmid, node in found.members if found else ():
+def usable_pool(pool: Any) -> None:
+    for _, vmid, node in pool.members if pool else ():
         assert qemu.is_vmid(vmid)
         assert NODE_NAME.match(node)
 
 
-def usable_tasks(found: list[tuple[tasks.Upid, bool]]) -> None:
-    for task, over in found:
+def usable_tasks(states: list[tuple[tasks.Upid, bool]]) -> None:
+    for task, over in states:
         assert tasks.parse_upid(task.text) == task
         assert isinstance(over, bool)
 
 
-def usable_ids(found: int) -> None:
-    assert qemu.is_vmid(found)
+def usable_ids(vmid: int) -> None:
+    assert qemu.is_vmid(vmid)
 
 
-def nothing(_found: Any) -> None:
-    """Whatever it is, it is used as it is."""
+def nothing(_value: Any) -> None:
+    """Check nothing: the value is used unchanged."""
 
 
 def jobs(host: PveHost) -> None:
@@ -148,26 +148,26 @@ READERS: dict[str, tuple[Callable[[PveHost], Any], Any, Callable[[Any], None]]] 
 @pytest.mark.parametrize("name", READERS)
 @given(data=st.data())
 @settings(max_examples=60)
-def test_whatever_is_printed_gives_a_usable_value_or_an_error_of_ours(name: str, data: st.DataObject) -> None:
+def test_any_output_gives_a_usable_value_or_an_error_of_the_package(name: str, data: st.DataObject) -> None:
     read, truth, check = READERS[name]
     ssh = Prints(data.draw(printed(truth)))
     try:
-        found = read(PveHost("father", ssh, PveshApi(ssh), "father" if name != "node" else None))
+        value = read(PveHost("father", ssh, PveshApi(ssh), "father" if name != "node" else None))
     except PveError as error:
-        told = str(error)
-        assert told
-        assert len(told) < 5000
+        message = str(error)
+        assert message
+        assert len(message) < 5000
     else:
-        check(found)
+        check(value)
     for words in ssh.asked:
-        # What was read of a host goes into paths: nothing of it may leave them.
+        # Values of an answer become parts of paths and must not change their structure.
         assert all(re.fullmatch(r"[ -~]+", word) for word in words), words
         assert not any("/../" in word or "//" in word for word in words if word.startswith("/")), words
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.integers(1, 255))
 @settings(max_examples=60)
-def test_whatever_a_failure_says_it_is_one_of_ours(out: bytes, err: bytes, rc: int) -> None:
+def test_any_failure_is_an_error_of_the_package(out: bytes, err: bytes, rc: int) -> None:
     with pytest.raises(ApiError) as caught:
         PveshApi(Prints(out, rc, err)).get("/x")
     assert caught.value.text
@@ -265,11 +265,11 @@ def test_five_megabytes_of_anything_are_read_in_about_a_second(name: str) -> Non
             read(value)
         except PveError as error:
             assert len(str(error)) < 5000  # noqa: PT017
-        # One's own time, not the machine's: others may be at work on it.
+        # CPU time of this process: the machine may be busy.
         assert time.process_time() - began < 2.0, read
 
 
-# -- found by the above, each with what was wrong -----------------------------------------------------
+# -- defects that the properties above found ----------------------------------------------------------
 
 
 def test_a_digit_that_is_no_number_crashes_no_pool() -> None:
@@ -292,29 +292,29 @@ def test_a_member_on_a_node_that_is_none_is_left_out() -> None:
 
 
 def test_a_task_that_cannot_be_read_is_not_passed_over() -> None:
-    # The newest task decides whose a bare lock is: with it left out, an older one of ours would.
+    # The newest task decides who owns a bare lock; without it an older task of ours would decide.
     for entry in ({"upid": None}, {"upid": "x"}, {}, 7):
         with pytest.raises(PveError):
             killed_tasks.read_tasks(_prints([TASK, entry]), "father")
 
 
 @pytest.mark.parametrize("name", [None, 7, "../local", "local/x"])
-def test_ids_are_free_only_when_every_storage_was_asked(name: Any) -> None:
+def test_ids_are_free_only_when_every_storage_was_read(name: Any) -> None:
     ssh = Prints(json.dumps([{"content": "images", "storage": name}]).encode())
     with pytest.raises(PveError, match="name of a storage"):
         next(free_ids(PveHost("father", ssh, PveshApi(ssh), "father"), SETTINGS))
 
 
-def test_a_task_began_when_its_id_says_and_is_over_only_after_that() -> None:
+def test_a_task_began_at_the_time_in_its_id_and_ended_only_after_that() -> None:
     later = UPID.replace("6B04D317", "6B04D318")
     listed = [TASK | {"starttime": 2**40}, TASK | {"upid": later, "starttime": None, "endtime": 7}]
     assert killed_tasks._newest_tasks(_prints(listed), "father", 101) == [later]
     for endtime in (7, "x", None, True, 2**70, [1]):
-        found = killed_tasks.read_tasks(_prints([TASK | {"endtime": endtime}]), "father")
-        assert [over for _, over in found] == [False], endtime
+        states = killed_tasks.read_tasks(_prints([TASK | {"endtime": endtime}]), "father")
+        assert [over for _, over in states] == [False], endtime
 
 
-def test_a_task_that_ended_without_a_word_proves_nothing() -> None:
+def test_a_task_without_an_exit_status_proves_nothing() -> None:
     ends: tuple[Any, ...] = (None, "", 7, [])
     for end in ends:
         with pytest.raises(PveError):

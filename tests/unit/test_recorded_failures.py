@@ -1,4 +1,4 @@
-"""Each kind of failure that was recorded of PVE 9.2: its typed error and its words."""
+"""Every kind of failure recorded on PVE 9.2: the type and the text of its error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pytest_nestedpve.pve.answers import entries, read_answer
 from pytest_nestedpve.pve.errors import ApiError, UnreadableAnswer, classify, is_noise, plain
 from pytest_nestedpve.pve.pvesh import PveshApi
 
-# By kind, not by text: several commands and several words for each. What recorded_answers.jsonl has of
-# them is classified in test_transport.
+# By kind, not by text: several commands and several texts for each kind. The failures in
+# recorded_answers.jsonl are classified in test_transport.
 KINDS: dict[type[ApiError], str] = {
     errors.AgentFailed: "agent-029",
     errors.AgentUnavailable: "agent-005 agent-012",
@@ -48,13 +48,13 @@ KINDS: dict[type[ApiError], str] = {
     errors.StartFailed: "power-029 power-033 power-034",
     errors.Unsupported: "storage-039 storage-048 import-014 snapshot-033 snapshot-035",
     errors.WrongState: "power-057 state-007 clone-023 snapshot-032",
-    # Nothing follows from these but that it failed, and with which words.
+    # Failures without a type of their own.
     ApiError: "basic-040 power-072 network-008 cluster-002 cluster-003 nodedown-023",
 }
-# Said beside a result: the command did what it was to do.
+# Messages beside a result: the command succeeded.
 SUCCEEDED = "ownI-011 destroy-034 ownB-015 ownF-024 ownF-029"
 
-# The whole text of those whose words stand among others.
+# The whole text of errors whose message is printed among other lines.
 TEXTS = {
     "services-024": "Unable to load access control list: Connection refused",
     "basic-087": "ERROR: unknown command 'pvesh frobnicate'",
@@ -74,7 +74,7 @@ TEXTS = {
     [(kind, name) for kind, names in KINDS.items() for name in names.split()],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_each_recorded_failure_has_the_type_of_its_kind_and_the_hosts_own_words(
+def test_each_recorded_failure_has_the_type_of_its_kind_and_the_hosts_text(
     kind: type[ApiError], name: str
 ) -> None:
     record = EVERY[name]
@@ -86,8 +86,8 @@ def test_each_recorded_failure_has_the_type_of_its_kind_and_the_hosts_own_words(
         error = classify(record["stderr"], record["rc"])
     assert type(error) is kind
     lines = error.text.split("\n")
-    said = [line.strip() for line in record["stderr"].splitlines()]
-    assert all(line in said for line in lines), "words that PVE did not say"
+    printed = [line.strip() for line in record["stderr"].splitlines()]
+    assert all(line in printed for line in lines), "a line that PVE did not print"
     assert len(set(lines)) == len(lines), "a line twice"
     assert plain(error.text) == error.text
     assert not re.search(
@@ -102,7 +102,7 @@ def test_every_recorded_failure_is_accounted_for() -> None:
 
 
 @pytest.mark.parametrize("name", SUCCEEDED.split())
-def test_words_beside_a_result_are_no_failure(name: str) -> None:
+def test_messages_beside_a_result_are_no_failure(name: str) -> None:
     record = EVERY[name]
     answer = record["stdout"] if record["stdout"].startswith(("{", "update VM")) else ""
     PveshApi(Recorded((record["rc"], answer, record["stderr"]))).put("/x")
@@ -159,7 +159,7 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         ("unable to read tail (got 0 bytes)", errors.Interrupted),
         ("migration aborted: Can't connect to destination address using public key", errors.NodeUnreachable),
         ("500 Can't connect to 10.0.0.9:8006 (Connection refused)", errors.NodeUnreachable),
-        # No InUse, after which a destroy is given up: it may pass.
+        # Not InUse, which ends the attempts to destroy: this state may be temporary.
         ("zfs error: cannot destroy 'tank/vm-9-disk-0': dataset is busy", ApiError),
         ("lvremove 'pve/vm-9' error:   Logical volume pve/vm-9 in use.", ApiError),
         ("env: \u201epvesh\u201c: Datei oder Verzeichnis nicht gefunden", errors.NoPve),
@@ -167,41 +167,41 @@ def test_the_words_of_unseen_failures_of_a_known_kind_have_its_type() -> None:
         assert type(classify(words)) is kind, words
 
 
-def test_an_import_that_somebody_stopped_is_one_that_may_be_there_by_halves() -> None:
+def test_a_stopped_import_is_an_interrupted_one() -> None:
     exitstatus = json.loads(EVERY["ownG-015"]["stdout"])["exitstatus"]
     for words in (exitstatus, f"TASK ERROR: unable to create VM 501 - {exitstatus}", f"{exitstatus}."):
         assert type(classify(words)) is errors.Interrupted, words
-    said = "command 'x' failed: received interrupt"
-    assert type(classify(f"{said}\nstorage 'nas' is not online")) is errors.Unsupported
+    interrupt = "command 'x' failed: received interrupt"
+    assert type(classify(f"{interrupt}\nstorage 'nas' is not online")) is errors.Unsupported
 
 
 ELSEWHERE: dict[str, Callable[[str], str]] = {
-    "other nodes": lambda said: re.sub(r"\b(?:father|node[ab])\b", "pve-07-rack2", said),
-    "ZFS": lambda said: re.sub(r"\blocal\b(?! node)", "local-zfs", said),
-    "a share": lambda said: re.sub(r"\b(?:local|second)\b(?! node)", "nas_1.x", said),
-    "nine digits": lambda said: re.sub(r"(?<![\w.:-])(?!4\d\d |50\d )(\d{3})(?![\w:])", r"999999\1", said),
-    "other pools": lambda said: re.sub(r"npve-\w+", "a.b/c_d/npve-0123456789ab", said),
-    "LVM warns": lambda said: (
+    "other nodes": lambda text: re.sub(r"\b(?:father|node[ab])\b", "pve-07-rack2", text),
+    "ZFS": lambda text: re.sub(r"\blocal\b(?! node)", "local-zfs", text),
+    "a share": lambda text: re.sub(r"\b(?:local|second)\b(?! node)", "nas_1.x", text),
+    "nine digits": lambda text: re.sub(r"(?<![\w.:-])(?!4\d\d |50\d )(\d{3})(?![\w:])", r"999999\1", text),
+    "other pools": lambda text: re.sub(r"npve-\w+", "a.b/c_d/npve-0123456789ab", text),
+    "LVM warns": lambda text: (
         "  WARNING: You have not turned on protection against thin pools running out of space.\n"
-        f"  WARNING: Sum of all thin volume sizes exceeds the size of thin pool pve/data.\n{said}"
+        f"  WARNING: Sum of all thin volume sizes exceeds the size of thin pool pve/data.\n{text}"
     ),
-    "PVE warns": lambda said: f"WARN: no efidisk configured! Using temporary efivars disk.\n{said}",
-    "ssh warns": lambda said: (
-        f"Warning: Permanently added 'x' (ED25519) to the list of known hosts.\r\n{said}"
+    "PVE warns": lambda text: f"WARN: no efidisk configured! Using temporary efivars disk.\n{text}",
+    "ssh warns": lambda text: (
+        f"Warning: Permanently added 'x' (ED25519) to the list of known hosts.\r\n{text}"
     ),
-    "line ends": lambda said: said.replace("\n", "\r\n"),
-    "no line end": lambda said: said.rstrip("\n"),
-    "a full stop": lambda said: said.rstrip("\n.") + ".\n",
-    "of a task": lambda said: f"TASK ERROR: {said}",
-    "of another node": lambda said: f"proxy handler failed: {said}",
+    "line ends": lambda text: text.replace("\n", "\r\n"),
+    "no line end": lambda text: text.rstrip("\n"),
+    "a full stop": lambda text: text.rstrip("\n.") + ".\n",
+    "of a task": lambda text: f"TASK ERROR: {text}",
+    "of another node": lambda text: f"proxy handler failed: {text}",
 }
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_the_type_of_a_failure_is_the_same_with_other_names_and_words_around_it(where: str) -> None:
-    said = {record["stderr"] for record in EVERY.values() if not is_noise(record["stderr"])}
-    assert len(said) > 100
-    for words in said:
+    texts = {record["stderr"] for record in EVERY.values() if not is_noise(record["stderr"])}
+    assert len(texts) > 100
+    for words in texts:
         assert type(classify(ELSEWHERE[where](words))) is type(classify(words)), ELSEWHERE[where](words)
 
 
@@ -219,7 +219,7 @@ def test_warnings_in_front_do_not_hide_the_reason_and_are_not_in_it() -> None:
         PveshApi(Recorded((255, "start failed: QEMU exited with code 1\n", warnings))).get("/x")
 
 
-# -- what looks like success --------------------------------------------------------------------------
+# -- failures behind status 0 -------------------------------------------------------------------------
 
 BEHIND_EXIT_0 = [
     name
@@ -234,13 +234,13 @@ BEHIND_EXIT_0 = [
 @pytest.mark.parametrize("name", BEHIND_EXIT_0)
 def test_a_call_that_exits_with_0_fails_as_its_task_did(name: str) -> None:
     record = EVERY[name]
-    said = record["stderr"].strip().splitlines()[-1]
-    api = PveshApi(Recorded(record, ended(said), log("TASK ERROR: " + said)))
+    reason = record["stderr"].strip().splitlines()[-1]
+    api = PveshApi(Recorded(record, ended(reason), log("TASK ERROR: " + reason)))
     with pytest.raises(ApiError) as caught:
         qemu.awaited(api, lambda: api.post("/x"), 5, again=False)
     kind = type(classify(record["stderr"]))
     assert type(caught.value) is (errors.TaskFailed if kind is ApiError else kind)
-    assert said in str(caught.value)
+    assert reason in str(caught.value)
 
 
 def test_there_are_such_recordings() -> None:
@@ -248,8 +248,8 @@ def test_there_are_such_recordings() -> None:
 
 
 @pytest.mark.parametrize("name", ["import-014", "import-015", "noquorum-029"])
-def test_qm_that_says_an_error_and_exits_with_0_is_not_what_calls_are_made_by(name: str) -> None:
-    # `qm` does so for some commands; whatever changes something is an API call whose task is read.
+def test_no_module_calls_qm_which_can_print_an_error_and_exit_with_0(name: str) -> None:
+    # `qm` does so for some commands; changes are API calls whose task is read.
     assert EVERY[name]["rc"] == 0
     package = Path(__file__).parents[2] / "pytest_nestedpve"
     for module in package.rglob("*.py"):
@@ -276,7 +276,7 @@ PERL = 'perl: warning: Setting locale failed.\n\tLANG = "de_DE"\n    are support
     ],
     ids=["bare", "quoted", "glued", "log", "warn", "perl", "colours", "wget", "another's before it"],
 )
-def test_the_task_of_a_call_is_found_behind_whatever_it_printed(printed: str) -> None:
+def test_the_task_of_a_call_is_found_behind_other_output(printed: str) -> None:
     ssh = Recorded((0, printed, ""), ended("OK"))
     done = qemu.create_diskless(PveshApi(ssh), "father", 150, name="x")
     assert done.upid == UPID
@@ -307,7 +307,7 @@ def test_downloads_print_wgets_output_in_front_of_their_task() -> None:
 
 
 @pytest.mark.parametrize("exitstatus", ["WARNINGS: 1", "WARNINGS: 12"])
-def test_warnings_are_success_and_are_told(exitstatus: str) -> None:
+def test_warnings_are_success_and_are_reported(exitstatus: str) -> None:
     done = tasks.wait_task(PveshApi(Recorded(ended(exitstatus))), UPID, timeout=5)
     assert done.warnings
 
@@ -318,7 +318,7 @@ def test_only_pves_own_two_words_are_success(exitstatus: str) -> None:
         tasks.wait_task(PveshApi(Recorded(ended(exitstatus), log())), UPID, timeout=5)
 
 
-def test_a_task_that_failed_with_control_sequences_is_told_without_them() -> None:
+def test_a_task_that_failed_with_control_sequences_is_reported_without_them() -> None:
     api = PveshApi(Recorded(ended("\x1b[31mboom\x1b[0m\x00"), log("\x1b]0;title\x07line")))
     with pytest.raises(errors.TaskFailed) as caught:
         tasks.wait_task(api, UPID, timeout=5)

@@ -1,4 +1,4 @@
-"""Limits that are stretched in one place, and waits that end."""
+"""Limits are scaled once, and waits end at their deadline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_scale_stretches_a_limit_once() -> None:
     deadline = Deadline(10)
     assert deadline.limit == 40
     assert 39 < deadline.remaining() <= 40
-    # What is handed on is scaled again where its own clock starts.
+    # The nominal value is unscaled: the callee's Deadline scales it.
     assert 9.7 < deadline.nominal() <= 10
     assert Deadline(deadline.nominal()).limit <= 40
 
@@ -42,7 +42,7 @@ def test_a_wait_returns_what_the_check_found() -> None:
     assert wait_until(lambda: next(values), deadline=Deadline(5), what="x", interval=(0.001, 0.001)) == 0
 
 
-def test_a_wait_that_ends_says_what_it_waited_for_and_what_it_saw() -> None:
+def test_a_wait_that_times_out_reports_its_subject_and_the_last_state() -> None:
     seen = "silence"
     began = time.monotonic()
     with pytest.raises(CommandTimeout, match=r"waited 0\.\d s for the agent \(silence\).*limit of 0\.2 s"):
@@ -50,7 +50,7 @@ def test_a_wait_that_ends_says_what_it_waited_for_and_what_it_saw() -> None:
     assert time.monotonic() - began < 1
 
 
-def test_the_check_is_made_once_more_at_the_deadline() -> None:
+def test_the_check_is_repeated_at_the_deadline() -> None:
     calls = 0
 
     def check() -> bool | None:
@@ -79,7 +79,7 @@ def test_another_thread_ends_the_pause() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that only pauses, and who adds to its one value, move on."""
+    """A clock that advances only by pauses and by additions to the value of this list."""
     now = [1000.0]
 
     def wait(_self: threading.Event, timeout: float | None = None) -> bool:
@@ -92,7 +92,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("ready", [0.3, 2.0, 3.0, 17.0, 240.0])
-def test_what_is_waited_for_is_noticed_within_a_twentieth_of_the_wait_and_within_half_a_second(
+def test_a_change_is_noticed_within_a_twentieth_of_the_wait_and_within_half_a_second(
     clock: list[float], ready: float
 ) -> None:
     began = clock[0]
@@ -101,14 +101,14 @@ def test_what_is_waited_for_is_noticed_within_a_twentieth_of_the_wait_and_within
     assert late <= min(0.3, max(0.05, ready / 19))
 
 
-def test_a_way_of_asking_that_takes_long_is_not_used_all_the_time(clock: list[float]) -> None:
-    began, asked = clock[0], 0
+def test_a_check_that_takes_long_is_repeated_less_often(clock: list[float]) -> None:
+    began, checks = clock[0], 0
 
     def check() -> bool:
-        nonlocal asked
-        asked += 1
+        nonlocal checks
+        checks += 1
         clock[0] += 1.3
         return clock[0] - began >= 13
 
     wait_until(check, deadline=Deadline(600), what="x", interval=(0.05, 2.0))
-    assert asked <= 6
+    assert checks <= 6

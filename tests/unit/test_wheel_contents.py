@@ -1,4 +1,4 @@
-"""What the wheel carries: everything that is read at run time, nothing that is not, and complete metadata."""
+"""Contents of the wheel: all files read at run time, no other files, and complete metadata."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def names(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        (name,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
         return Parser().parsestr(archive.read(name).decode())
 
 
-def _wanted(folder: Path) -> set[Path]:
+def _files(folder: Path) -> set[Path]:
     return {
         path
         for path in folder.rglob("*")
@@ -41,15 +41,15 @@ def _wanted(folder: Path) -> set[Path]:
 
 
 def test_every_file_of_the_package_is_in_it(names: set[str]) -> None:
-    missing = {path.relative_to(wheels.ROOT).as_posix() for path in _wanted(PACKAGE)} - names
+    missing = {path.relative_to(wheels.ROOT).as_posix() for path in _files(PACKAGE)} - names
     assert not missing
 
 
 def test_the_playbooks_with_their_roles_are_in_the_package(names: set[str]) -> None:
     folder = wheels.ROOT / "playbooks"
-    wanted = {f"pytest_nestedpve/playbooks/{path.relative_to(folder).as_posix()}" for path in _wanted(folder)}
-    assert len(wanted) > 20
-    assert not wanted - names
+    copies = {f"pytest_nestedpve/playbooks/{path.relative_to(folder).as_posix()}" for path in _files(folder)}
+    assert len(copies) > 20
+    assert not copies - names
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_playbooks_with_their_roles_are_in_the_package(names: set[str]) -> N
         "playbooks/roles/nested_pve_network/files/takeover.sh",
     ],
 )
-def test_what_is_no_python_is_in_it_too(names: set[str], name: str) -> None:
+def test_files_that_are_no_python_are_in_it_too(names: set[str], name: str) -> None:
     assert f"pytest_nestedpve/{name}" in names
 
 
@@ -95,7 +95,7 @@ def test_the_metadata_is_complete(metadata: Message, names: set[str]) -> None:
 
 def test_the_plugin_and_the_command_are_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (each for each in archive.namelist() if each.endswith("entry_points.txt"))
+        (name,) = (entry for entry in archive.namelist() if entry.endswith("entry_points.txt"))
         text = archive.read(name).decode()
     assert "[pytest11]\npytest_nestedpve.plugin = pytest_nestedpve.plugin" in text
     assert "nestedpve-lab = pytest_nestedpve.lab.cli:main" in text

@@ -1,4 +1,4 @@
-"""What a killed create or destroy leaves is ours only by its newest task; anything else stays."""
+"""Leftovers of a killed create or destroy are ours only by their newest task; all others are kept."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def killed(memory: StandinHost, host: PveHost, kind: str = "qmcreate") -> str:
 
 def test_a_killed_create_of_ours_is_ours(memory: StandinHost, host: PveHost) -> None:
     upid = killed(memory, host)
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert (found.lock, found.ours, found.running) == ("create", True, False)
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert (leftover.lock, leftover.ours, leftover.running) == ("create", True, False)
 
 
 def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
@@ -47,43 +47,43 @@ def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
     host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
     memory.shift_task(memory.tasks()[0].upid, -60)  # the create is older
     upid = killed(memory, host, "qmdestroy")
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert (found.lock, found.ours) == ("destroyed", True)
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert (leftover.lock, leftover.ours) == ("destroyed", True)
 
 
-def test_what_somebody_elses_task_left_is_not_ours(memory: StandinHost, host: PveHost) -> None:
+def test_a_leftover_of_a_task_of_another_is_not_ours(memory: StandinHost, host: PveHost) -> None:
     killed(memory, host)
-    found = find_leftover(
+    leftover = find_leftover(
         host, "father", VMID, frozenset({"UPID:father:00000001:00000001:00000001:qmcreate:1:root@pam:"})
     )
-    assert found is not None
-    assert not found.ours
-    assert "not by a task of this run" in found.reason
+    assert leftover is not None
+    assert not leftover.ours
+    assert "not by a task of this run" in leftover.reason
 
 
 @pytest.mark.parametrize(
     "end", [f"unable to create VM {VMID} - VM {VMID} already exists on node 'father'", "OK"]
 )
-def test_a_create_of_ours_that_was_refused_does_not_make_the_thing_ours(
+def test_a_create_of_ours_that_was_refused_does_not_make_the_vm_ours(
     memory: StandinHost, host: PveHost, end: str
 ) -> None:
     memory.shift_task(killed(memory, host), -60)  # another's, and older
     ours = memory.add_task("qmcreate", VMID, end)
-    found = find_leftover(host, "father", VMID, frozenset({ours}))
-    assert found is not None
-    assert not found.ours
-    assert end in found.reason or repr(end) in found.reason
+    leftover = find_leftover(host, "father", VMID, frozenset({ours}))
+    assert leftover is not None
+    assert not leftover.ours
+    assert end in leftover.reason or repr(end) in leftover.reason
 
 
-def test_a_newer_task_of_another_makes_it_theirs(memory: StandinHost, host: PveHost) -> None:
+def test_a_leftover_with_a_newer_task_of_another_is_not_ours(memory: StandinHost, host: PveHost) -> None:
     upid = killed(memory, host)
     memory.shift_task(upid, -60)
     memory.clear()
     killed(memory, host)
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert not found.ours
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert not leftover.ours
 
 
 def test_two_tasks_of_one_second_have_both_to_be_ours(memory: StandinHost, host: PveHost) -> None:
@@ -93,21 +93,21 @@ def test_two_tasks_of_one_second_have_both_to_be_ours(memory: StandinHost, host:
     newest, oldest = memory.tasks()
     first = memory.shift_task(first, newest.starttime - oldest.starttime)
     for ours, expected in (({first}, False), ({second}, False), ({first, second}, True)):
-        found = find_leftover(host, "father", VMID, frozenset(ours))
-        assert found is not None
-        assert found.ours is expected
+        leftover = find_leftover(host, "father", VMID, frozenset(ours))
+        assert leftover is not None
+        assert leftover.ours is expected
 
 
-def test_a_create_that_still_works_is_not_touched(memory: StandinHost, host: PveHost) -> None:
+def test_a_running_create_is_not_touched(memory: StandinHost, host: PveHost) -> None:
     memory.slow(all=60)
     upid = str(host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x"))
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert found.running
-    assert not found.ours
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert leftover.running
+    assert not leftover.ours
 
 
-def test_a_create_that_ends_while_it_is_judged_is_no_leftover(
+def test_a_create_that_ends_while_it_is_examined_is_no_leftover(
     memory: StandinHost, host: PveHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
@@ -129,9 +129,9 @@ def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: StandinHost, hos
     upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
     memory.set_running(VMID, False)
     memory.replace_config(VMID, {"lock": "create"})
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert not found.ours
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert not leftover.ours
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_a_configuration_with_anything_else_in_it_is_no_zombie(
 
 
 @pytest.mark.parametrize("lock", ["backup", "migrate", "snapshot"])
-def test_another_lock_alone_is_nobodys_zombie(memory: StandinHost, host: PveHost, lock: str) -> None:
+def test_a_vm_with_only_another_lock_is_not_ours(memory: StandinHost, host: PveHost, lock: str) -> None:
     upid = killed(memory, host)
     memory.replace_config(VMID, {"lock": lock})
-    found = find_leftover(host, "father", VMID, frozenset({upid}))
-    assert found is not None
-    assert not found.ours
+    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    assert leftover is not None
+    assert not leftover.ours
