@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
     from sshd import MakeServer, Sshd
+    from standin_host import StandinHost
 
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.pve.ssh.connection import SshConnection
@@ -23,39 +24,22 @@ settings.load_profile("here")
 
 
 @pytest.fixture
-def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An outer host, and an empty state directory of the test machine.
-
-    In a module with STANDIN = True it is a StandinHost, which can nest; else one in memory.
-    """
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    if not getattr(request.module, "STANDIN", False):
-        from memory_host import MemoryHost
-
-        yield MemoryHost(tmp_path / "host.json")
-        return
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandinHost]:
+    """An outer host that can nest, and an empty state directory of the test machine."""
     from standin_host import StandinHost
 
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     host = StandinHost(tmp_path / "host")
     yield host
     host.close()
 
 
 @pytest.fixture
-def host(request: pytest.FixtureRequest, memory: Any) -> Any:
-    """The host as one that can nest."""
-    if not getattr(request.module, "STANDIN", False):
-        with memory.open() as model:
-            model.state["files"] |= {"/sys/module/kvm_intel/parameters/nested": "Y\n", "/dev/kvm": ""}
-    return memory
-
-
-@pytest.fixture
-def env(memory: Any, tmp_path: Path) -> Iterator[Environment]:
+def env(host: StandinHost, tmp_path: Path) -> Iterator[Environment]:
     """A run on the outer host."""
     from standin_environment import environments
 
-    with environments(memory, tmp_path) as make:
+    with environments(host, tmp_path) as make:
         yield make()
 
 

@@ -21,7 +21,6 @@ from pytest_nestedpve.pve.qemu import configure, create_diskless, destroy, start
 from pytest_nestedpve.setup.own_vm import NotAdopted, VmRequest, provision_phase, replace_provision
 from pytest_nestedpve.teardown.teardown import teardown
 
-STANDIN = True
 FOREIGN = 99950
 NET = "virtio,bridge=vmbr0"
 Create = Callable[[Environment, VmRequest], Any]

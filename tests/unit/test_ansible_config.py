@@ -25,7 +25,6 @@ from pytest_nestedpve.setup.ansible.runner import (
     run_playbook,
 )
 
-STANDIN = True
 LOCAL = Inventory(
     (InventoryHost("here", {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),),
     {"proxmox": ("here",)},

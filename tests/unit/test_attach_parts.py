@@ -25,7 +25,6 @@ from pytest_nestedpve.setup.checks.finding import Finding
 from pytest_nestedpve.setup.clean_state import CleanState, NoSnapshots
 from pytest_nestedpve.setup.phases import default_phases
 
-STANDIN = True
 NAMES = ("ensure_pve", "setup_network", "setup_ssh", "setup_repos")
 
 

@@ -27,7 +27,6 @@ from pytest_nestedpve.setup.address import ForeignAddress, await_login, check_ad
 from pytest_nestedpve.setup.phases import default_phases
 from pytest_nestedpve.teardown.teardown import teardown
 
-STANDIN = True
 MAC = "bc:24:11:00:00:01"
 
 

@@ -19,7 +19,6 @@ from pytest_nestedpve.pve.ssh.connection import CommandResult
 from pytest_nestedpve.setup import image_file
 from pytest_nestedpve.setup import leaf_image as leaf_images
 
-STANDIN = True
 SUM = hashlib.sha256(b"the image").hexdigest()
 URL = "https://images.example/debian-13.qcow2"
 UPID = "UPID:outer:00000001:00000010:00000001:download:x:root@pam:"

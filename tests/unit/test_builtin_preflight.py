@@ -17,7 +17,6 @@ from pytest_nestedpve.pve.errors import HostUnreachable
 from pytest_nestedpve.setup.checks.run_checks import Check
 from pytest_nestedpve.setup.preflight import Finding, PreflightError, disk_format, preflight
 
-STANDIN = True
 PROFILE = "/etc/nested-pve.ini"
 
 

@@ -22,7 +22,6 @@ from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.teardown.plan import execute, plan
 from pytest_nestedpve.teardown.plan_row import Row
 
-STANDIN = True
 VMID = 99950
 NAME = "nested-pve-old"
 

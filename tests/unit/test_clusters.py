@@ -30,14 +30,12 @@ from pytest_nestedpve.setup.preflight import PreflightError, preflight
 from pytest_nestedpve.teardown import plan
 from pytest_nestedpve.teardown.teardown import teardown
 
-STANDIN = True
-
 
 @pytest.fixture
-def host(memory: StandinHost) -> StandinHost:
+def host(host: StandinHost) -> StandinHost:
     """Two nodes; the connection ends on father."""
-    memory.join("father2")
-    return memory
+    host.join("father2")
+    return host
 
 
 @pytest.fixture

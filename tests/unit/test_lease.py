@@ -17,8 +17,6 @@ from pytest_nestedpve.pve.deadline import Deadline, wait_until
 from pytest_nestedpve.run.audit_log import AuditLog
 from pytest_nestedpve.run.identity import Run
 
-STANDIN = True
-
 
 @pytest.fixture
 def keeper(tmp_path: Path, host: StandinHost) -> Iterator[LeaseKeeper]:

@@ -21,7 +21,6 @@ from pytest_nestedpve.ownership.proof import judge
 from pytest_nestedpve.pve.errors import AlreadyExists, NotFound, PveError
 from pytest_nestedpve.run.identity import Run
 
-STANDIN = True
 RUN = "3fa9c2d41b07"
 UUID = "6e1f0a52-1c1f-4f5e-9a37-0c2b5d8e4a11"
 VMID = 99917

@@ -14,7 +14,6 @@ from pytest_nestedpve.pve import deadline
 from pytest_nestedpve.setup.ansible import playbooks
 from pytest_nestedpve.setup.ansible.runner import PlaybookResult
 
-STANDIN = True
 ROLES = Path(__file__).parents[2] / "playbooks" / "roles"
 LIMITS = {
     name: str(value)

@@ -30,7 +30,6 @@ from pytest_nestedpve.pve.transports import HostApi
 from pytest_nestedpve.teardown.destroy import Outcome, destroy
 from pytest_nestedpve.teardown.teardown import teardown
 
-STANDIN = True
 VM = "/nodes/father/qemu/99901"
 GUESTS = "/nodes/father/qemu"
 

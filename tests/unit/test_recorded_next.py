@@ -19,7 +19,6 @@ from pytest_nestedpve.pve.pvesh import PveshApi
 from pytest_nestedpve.teardown.destroy import Outcome, destroy
 from pytest_nestedpve.teardown.teardown import teardown
 
-STANDIN = True
 pytestmark = pytest.mark.usefixtures("pool")
 
 

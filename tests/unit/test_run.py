@@ -26,7 +26,6 @@ from pytest_nestedpve.run.identity import Run, client_hash
 from pytest_nestedpve.run.lock import SessionLock
 from pytest_nestedpve.run.masking import MASK, Masker
 
-STANDIN = True
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"
 
 

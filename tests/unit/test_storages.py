@@ -20,7 +20,6 @@ from pytest_nestedpve.setup import snapshots
 from pytest_nestedpve.setup.clone import clone_marked
 from pytest_nestedpve.setup.preflight import PreflightError, preflight
 
-STANDIN = True
 DATA = json.loads((Path(__file__).parents[1] / "data" / "storages.json").read_text(encoding="utf-8"))
 KINDS = {kind["name"]: kind for kind in DATA["kinds"]}
 

@@ -27,7 +27,6 @@ from pytest_nestedpve.run.identity import Run
 from pytest_nestedpve.teardown.destroy import BUDGET
 from pytest_nestedpve.teardown.teardown import TeardownReport, teardown
 
-STANDIN = True
 LOW, HIGH = 99900, 99999
 
 pytestmark = pytest.mark.usefixtures("pool")

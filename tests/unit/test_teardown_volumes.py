@@ -17,7 +17,6 @@ from pytest_nestedpve.teardown import destroy
 from pytest_nestedpve.teardown.teardown import teardown
 from pytest_nestedpve.teardown.volumes import Volumes
 
-STANDIN = True
 pytestmark = pytest.mark.usefixtures("pool")
 
 

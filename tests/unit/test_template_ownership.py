@@ -31,7 +31,6 @@ from pytest_nestedpve.teardown.plan_row import Row
 from pytest_nestedpve.teardown.teardown import teardown
 from pytest_nestedpve.teardown.templates import Deed
 
-STANDIN = True
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFtqOIrGcBOAnmtCJ2tzQH2PoYSfpBUlVDLHIrvPHUyK a@b"
 
 

@@ -11,51 +11,50 @@ from pytest_nestedpve.ownership import killed_tasks
 from pytest_nestedpve.ownership.killed_tasks import bare_lock, find_leftover
 from pytest_nestedpve.pve.host import PveHost
 
-STANDIN = True
 VMID = 99920
 
 
 @pytest.fixture
-def host(memory: StandinHost) -> PveHost:
-    return memory.connect()
+def outer(host: StandinHost) -> PveHost:
+    return host.connect()
 
 
-def killed(memory: StandinHost, host: PveHost, kind: str = "qmcreate") -> str:
+def killed(host: StandinHost, outer: PveHost, kind: str = "qmcreate") -> str:
     """Begin a create or a destroy and kill its worker; the task's UPID."""
-    memory.slow(all=60)
+    host.slow(all=60)
     path = "/nodes/father/qemu"
     upid = str(
-        host.api.post(path, vmid=VMID, name="nested-pve-x")
+        outer.api.post(path, vmid=VMID, name="nested-pve-x")
         if kind == "qmcreate"
-        else host.api.delete(f"{path}/{VMID}")
+        else outer.api.delete(f"{path}/{VMID}")
     )
-    memory.kill_task(upid)
-    memory.clear_faults()
+    host.kill_task(upid)
+    host.clear_faults()
     return upid
 
 
-def test_a_killed_create_of_ours_is_ours(memory: StandinHost, host: PveHost) -> None:
-    upid = killed(memory, host)
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+def test_a_killed_create_of_ours_is_ours(host: StandinHost, outer: PveHost) -> None:
+    upid = killed(host, outer)
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert (leftover.lock, leftover.ours, leftover.running) == ("create", True, False)
 
 
 def test_a_killed_destroy_of_ours_is_ours_though_pve_does_not_print_it(
-    memory: StandinHost, host: PveHost
+    host: StandinHost, outer: PveHost
 ) -> None:
-    host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
-    memory.shift_task(memory.tasks()[0].upid, -60)  # the create is older
-    upid = killed(memory, host, "qmdestroy")
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+    outer.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
+    host.shift_task(host.tasks()[0].upid, -60)  # the create is older
+    upid = killed(host, outer, "qmdestroy")
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert (leftover.lock, leftover.ours) == ("destroyed", True)
 
 
-def test_a_leftover_of_a_task_of_another_is_not_ours(memory: StandinHost, host: PveHost) -> None:
-    killed(memory, host)
+def test_a_leftover_of_a_task_of_another_is_not_ours(host: StandinHost, outer: PveHost) -> None:
+    killed(host, outer)
     leftover = find_leftover(
-        host, "father", VMID, frozenset({"UPID:father:00000001:00000001:00000001:qmcreate:1:root@pam:"})
+        outer, "father", VMID, frozenset({"UPID:father:00000001:00000001:00000001:qmcreate:1:root@pam:"})
     )
     assert leftover is not None
     assert not leftover.ours
@@ -66,70 +65,70 @@ def test_a_leftover_of_a_task_of_another_is_not_ours(memory: StandinHost, host: 
     "end", [f"unable to create VM {VMID} - VM {VMID} already exists on node 'father'", "OK"]
 )
 def test_a_create_of_ours_that_was_refused_does_not_make_the_vm_ours(
-    memory: StandinHost, host: PveHost, end: str
+    host: StandinHost, outer: PveHost, end: str
 ) -> None:
-    memory.shift_task(killed(memory, host), -60)  # another's, and older
-    ours = memory.add_task("qmcreate", VMID, end)
-    leftover = find_leftover(host, "father", VMID, frozenset({ours}))
+    host.shift_task(killed(host, outer), -60)  # another's, and older
+    ours = host.add_task("qmcreate", VMID, end)
+    leftover = find_leftover(outer, "father", VMID, frozenset({ours}))
     assert leftover is not None
     assert not leftover.ours
     assert end in leftover.reason or repr(end) in leftover.reason
 
 
-def test_a_leftover_with_a_newer_task_of_another_is_not_ours(memory: StandinHost, host: PveHost) -> None:
-    upid = killed(memory, host)
-    memory.shift_task(upid, -60)
-    memory.clear()
-    killed(memory, host)
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+def test_a_leftover_with_a_newer_task_of_another_is_not_ours(host: StandinHost, outer: PveHost) -> None:
+    upid = killed(host, outer)
+    host.shift_task(upid, -60)
+    host.clear()
+    killed(host, outer)
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert not leftover.ours
 
 
-def test_two_tasks_of_one_second_have_both_to_be_ours(memory: StandinHost, host: PveHost) -> None:
-    first = killed(memory, host)
-    memory.clear()
-    second = killed(memory, host)
-    newest, oldest = memory.tasks()
-    first = memory.shift_task(first, newest.starttime - oldest.starttime)
+def test_two_tasks_of_one_second_have_both_to_be_ours(host: StandinHost, outer: PveHost) -> None:
+    first = killed(host, outer)
+    host.clear()
+    second = killed(host, outer)
+    newest, oldest = host.tasks()
+    first = host.shift_task(first, newest.starttime - oldest.starttime)
     for ours, expected in (({first}, False), ({second}, False), ({first, second}, True)):
-        leftover = find_leftover(host, "father", VMID, frozenset(ours))
+        leftover = find_leftover(outer, "father", VMID, frozenset(ours))
         assert leftover is not None
         assert leftover.ours is expected
 
 
-def test_a_running_create_is_not_touched(memory: StandinHost, host: PveHost) -> None:
-    memory.slow(all=60)
-    upid = str(host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x"))
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+def test_a_running_create_is_not_touched(host: StandinHost, outer: PveHost) -> None:
+    host.slow(all=60)
+    upid = str(outer.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x"))
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert leftover.running
     assert not leftover.ours
 
 
 def test_a_create_that_ends_while_it_is_examined_is_no_leftover(
-    memory: StandinHost, host: PveHost, monkeypatch: pytest.MonkeyPatch
+    host: StandinHost, outer: PveHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
-    whole = memory.config(VMID)
-    memory.replace_config(VMID, {"lock": "create"})
+    outer.api.post("/nodes/father/qemu", vmid=VMID, name="nested-pve-x")
+    whole = host.config(VMID)
+    host.replace_config(VMID, {"lock": "create"})
     running_tasks = killed_tasks.running_tasks
 
     def ended_by_now(*arguments: Any) -> list[str]:
-        memory.replace_config(VMID, whole)
+        host.replace_config(VMID, whole)
         return running_tasks(*arguments)
 
     monkeypatch.setattr(killed_tasks, "running_tasks", ended_by_now)
-    assert find_leftover(host, "father", VMID, frozenset()) is None
+    assert find_leftover(outer, "father", VMID, frozenset()) is None
 
 
-def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: StandinHost, host: PveHost) -> None:
-    host.api.post("/nodes/father/qemu", vmid=VMID, name="x")
-    memory.shift_task(memory.tasks()[0].upid, -60)
-    upid = str(host.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
-    memory.set_running(VMID, False)
-    memory.replace_config(VMID, {"lock": "create"})
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+def test_a_start_of_ours_does_not_make_a_bare_lock_ours(host: StandinHost, outer: PveHost) -> None:
+    outer.api.post("/nodes/father/qemu", vmid=VMID, name="x")
+    host.shift_task(host.tasks()[0].upid, -60)
+    upid = str(outer.api.post(f"/nodes/father/qemu/{VMID}/status/start"))
+    host.set_running(VMID, False)
+    host.replace_config(VMID, {"lock": "create"})
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert not leftover.ours
 
@@ -139,25 +138,25 @@ def test_a_start_of_ours_does_not_make_a_bare_lock_ours(memory: StandinHost, hos
     [
         {"lock": "destroyed", "name": "precious"},
         {"lock": "destroyed", "description": "mine"},
-        {"lock": "create", "memory": "512"},
+        {"lock": "create", "host": "512"},
         {"name": "precious"},
         {},
     ],
     ids=str,
 )
 def test_a_configuration_with_anything_else_in_it_is_no_zombie(
-    memory: StandinHost, host: PveHost, config: dict[str, str]
+    host: StandinHost, outer: PveHost, config: dict[str, str]
 ) -> None:
-    upid = killed(memory, host)
-    memory.replace_config(VMID, config)
-    assert bare_lock(host, "father", VMID) is None
-    assert find_leftover(host, "father", VMID, frozenset({upid})) is None
+    upid = killed(host, outer)
+    host.replace_config(VMID, config)
+    assert bare_lock(outer, "father", VMID) is None
+    assert find_leftover(outer, "father", VMID, frozenset({upid})) is None
 
 
 @pytest.mark.parametrize("lock", ["backup", "migrate", "snapshot"])
-def test_a_vm_with_only_another_lock_is_not_ours(memory: StandinHost, host: PveHost, lock: str) -> None:
-    upid = killed(memory, host)
-    memory.replace_config(VMID, {"lock": lock})
-    leftover = find_leftover(host, "father", VMID, frozenset({upid}))
+def test_a_vm_with_only_another_lock_is_not_ours(host: StandinHost, outer: PveHost, lock: str) -> None:
+    upid = killed(host, outer)
+    host.replace_config(VMID, {"lock": lock})
+    leftover = find_leftover(outer, "father", VMID, frozenset({upid}))
     assert leftover is not None
     assert not leftover.ours
