@@ -164,7 +164,7 @@ class StandinHost:
     def faults(self) -> list[dict[str, Any]]:
         """The fault rules that still apply."""
         with self.on():
-            return [faults.shown(rule) for rule in faults.rules()]
+            return [faults.as_object(rule) for rule in faults.rules()]
 
     def clear_faults(self) -> None:
         with self.on():

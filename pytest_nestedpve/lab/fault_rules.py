@@ -47,7 +47,7 @@ def rule_of(options: argparse.Namespace) -> dict[str, Any]:
         except ValueError as e:
             raise LabUsage(f"fault: expected an object as JSON, found {options.rule!r}: {e}") from e
     try:
-        return faults.shown(faults.parse(rule))
+        return faults.as_object(faults.parse(rule))
     except (ValueError, AttributeError) as e:
         raise LabUsage(f"fault: {e}") from e
 

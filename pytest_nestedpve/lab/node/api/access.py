@@ -1,4 +1,4 @@
-"""Who may do what: users, tokens with privilege separation and expiry, roles, ACLs, pools."""
+"""Access control: users, tokens with privilege separation and expiry, roles, ACLs, pools."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .errors import NotAllowed, PveFailure
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: a user, perhaps by a token of theirs. `sync`: a command on the node, which waits for
-    its tasks and prints; else a request over HTTPS."""
+    """The caller of a method: a user, or a user's token. `sync`: a command on the node, which waits for its
+    tasks and prints; else a request over HTTPS."""
 
     user: str = "root@pam"
     token: str | None = None
@@ -52,8 +52,8 @@ def role_privileges(role: str) -> set[str] | None:
     """The privileges of a role, None if there is no such role."""
     if role in builtin_roles():
         return set(filter(None, builtin_roles()[role].split(",")))
-    own = store().get("role", role)
-    return set(own["privs"]) if own is not None else None
+    custom = store().get("role", role)
+    return set(custom["privs"]) if custom is not None else None
 
 
 def secret_hash(value: str) -> str:
@@ -66,31 +66,31 @@ def authenticate(header: str) -> Caller | None:
     if match is None:
         return None
     user, name, value = match.groups()
-    kept = store().get("token", f"{user}!{name}")
+    stored = store().get("token", f"{user}!{name}")
     owner = store().get("user", user)
-    if kept is None or kept["hash"] != secret_hash(value):
+    if stored is None or stored["hash"] != secret_hash(value):
         return None
-    for thing in (kept, owner or {}):
-        if 0 < int(thing.get("expire", 0)) <= clock.now():
+    for entry in (stored, owner or {}):
+        if 0 < int(entry.get("expire", 0)) <= clock.now():
             return None
     return Caller(user, name, sync=False)
 
 
 def _roles(db: Store, who: str, path: str) -> set[str]:
-    """The roles of a user or token on `path`: the deepest ACL on the way wins."""
+    """The roles of a user or token on `path`: those of the deepest ACL apply."""
     groups = set() if "!" in who else set((db.get("user", who) or {}).get("groups", []))
     kind = "token" if "!" in who else "user"
-    found: set[str] = set()
+    roles: set[str] = set()
     parts = [part for part in path.split("/") if part]
-    every = ["/"] + ["/" + "/".join(parts[: n + 1]) for n in range(len(parts))]
-    for step in every:
+    steps = ["/"] + ["/" + "/".join(parts[: n + 1]) for n in range(len(parts))]
+    for step in steps:
         rows = db.rows("SELECT kind, who, role, propagate FROM acl WHERE path=?", step)
-        last = step == every[-1]
-        own = {r for k, w, r, p in rows if k == kind and w == who and (p or last)}
+        last = step == steps[-1]
+        direct = {r for k, w, r, p in rows if k == kind and w == who and (p or last)}
         by_group = {r for k, w, r, p in rows if k == "group" and w in groups and (p or last)}
-        if own or by_group:
-            found = own or by_group
-    return {"NoAccess"} if "NoAccess" in found else found
+        if direct or by_group:
+            roles = direct or by_group
+    return {"NoAccess"} if "NoAccess" in roles else roles
 
 
 def _granted(db: Store, who: str, path: str) -> set[str]:
@@ -114,13 +114,13 @@ def _granted(db: Store, who: str, path: str) -> set[str]:
 
 
 def permissions(caller: Caller, path: str) -> set[str]:
-    """The privileges on an ACL path."""
+    """The caller's privileges on an ACL path."""
     db = store()
     if caller.token is None:
         return _granted(db, caller.user, path)
-    kept = db.get("token", caller.id) or {}
+    token = db.get("token", caller.id) or {}
     user = _granted(db, caller.user, path)
-    if not int(kept.get("privsep", 1)):
+    if not int(token.get("privsep", 1)):
         return user
     return user & _granted(db, caller.id, path)
 
@@ -131,7 +131,7 @@ def has(caller: Caller, path: str, privs: Sequence[str], *, any_of: bool = False
 
 
 def check(caller: Caller, path: str, privs: Sequence[str], *, any_of: bool = False) -> None:
-    """NotAllowed, in PVE's words, unless the caller has these privileges there."""
+    """Raise NotAllowed, with PVE's message, unless the caller has these privileges on the path."""
     if caller.is_root:
         return
     granted = permissions(caller, path)
@@ -147,14 +147,14 @@ def check(caller: Caller, path: str, privs: Sequence[str], *, any_of: bool = Fal
 def check_guest(
     caller: Caller, vmid: int, pool: str | None, privs: Sequence[str], *, any_of: bool = False
 ) -> None:
-    """The same on a guest, or on the pool it is about to be made in."""
+    """`check` for a guest, or for the pool in which it is about to be created."""
     if pool and (caller.is_root or has(caller, f"/pool/{pool}", privs, any_of=any_of)):
         return
     check(caller, f"/vms/{vmid}", privs, any_of=any_of)
 
 
 def check_schema(rule: Mapping[str, Any] | None, caller: Caller, params: Mapping[str, Any]) -> None:
-    """The permission rule of a method in the API's table."""
+    """Check the permission rule of a method in the API's table. NotAllowed if it is not met."""
     if caller.is_root:
         return
     if rule is None:
@@ -163,18 +163,18 @@ def check_schema(rule: Mapping[str, Any] | None, caller: Caller, params: Mapping
         return
     if rule.get("user") == "all":
         return
-    _rule(rule["check"], caller, params)
+    _check_rule(rule["check"], caller, params)
 
 
-def _rule(rule: Sequence[Any], caller: Caller, params: Mapping[str, Any]) -> None:
+def _check_rule(rule: Sequence[Any], caller: Caller, params: Mapping[str, Any]) -> None:
     kind = rule[0]
     if kind == "and":
         for part in rule[1:]:
-            _rule(part, caller, params)
+            _check_rule(part, caller, params)
     elif kind == "or":
         for part in rule[1:]:
             try:
-                return _rule(part, caller, params)
+                return _check_rule(part, caller, params)
             except NotAllowed:
                 continue
         raise NotAllowed()
@@ -186,17 +186,17 @@ def _rule(rule: Sequence[Any], caller: Caller, params: Mapping[str, Any]) -> Non
         check(caller, _fill(rule[1], params), rule[2], any_of=bool(options.get("any")))
     elif kind == "perm-modify":
         path = _fill(rule[1], params)
-        need = ["Permissions.Modify"]
+        required = ["Permissions.Modify"]
         if path.startswith("/vms/"):
-            need.append("VM.Allocate")
+            required.append("VM.Allocate")
         elif path.startswith("/pool/"):
-            need.append("Pool.Allocate")
+            required.append("Pool.Allocate")
         elif path.startswith("/storage/"):
-            need.append("Datastore.Allocate")
-        check(caller, path, need, any_of=True)
+            required.append("Datastore.Allocate")
+        check(caller, path, required, any_of=True)
     elif kind == "userid-param":
         if rule[1] == "self" and params.get("userid") == caller.user:
-            # A separated token may not look at its owner [ownA-123].
+            # A token with privilege separation may not read its user [ownA-123].
             if caller.token and int((store().get("token", caller.id) or {}).get("privsep", 1)):
                 raise NotAllowed()
             return None
@@ -217,7 +217,7 @@ def _fill(template: str, params: Mapping[str, Any]) -> str:
 
 
 def known_paths() -> Iterable[str]:
-    """The ACL paths that `GET /access/permissions` looks at."""
+    """The ACL paths in the answer of `GET /access/permissions`."""
     fixed = {
         "/",
         "/access",
@@ -241,5 +241,5 @@ _PATHS = re.compile(
 
 
 def valid_path(path: str) -> bool:
-    """Whether rights can be given there: PVE knows its trees, and refuses others."""
+    """Whether an ACL can be set on the path: PVE refuses paths outside its trees."""
     return bool(_PATHS.fullmatch(path))

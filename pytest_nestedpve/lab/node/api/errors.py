@@ -1,4 +1,4 @@
-"""Errors in PVE's words, with what each door makes of them: exit code, HTTP status."""
+"""Errors with PVE's messages, their exit codes and HTTP statuses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ NOT_SUPPORTED = "not supported by the lab"
 
 
 class PveFailure(Exception):
-    """A call failed. `text` is PVE's words without the last newline; `rc` what the command exits with
-    (PVE's exit codes are the errno of the moment: no meaning, but the recorded ones); `status` HTTP's."""
+    """A call failed. `text` is PVE's message without the last newline, `rc` the command's exit code (an errno
+    without meaning in PVE: the recorded one), `status` the HTTP status."""
 
     def __init__(self, text: str, *, rc: int = 255, status: int = 500) -> None:
         super().__init__(text)
@@ -28,11 +28,11 @@ class PveFailure(Exception):
 
 
 class NoReply(Exception):
-    """The caller gets no answer, by a fault rule: its connection ends."""
+    """No answer, by a fault rule: the caller's connection is closed."""
 
 
 class BadParameters(PveFailure):
-    """400, by parameter. Values may end in a newline where PVE's do."""
+    """400, with errors by parameter, which may end in a newline as PVE's do."""
 
     def __init__(
         self, errors: Mapping[str, str], *, rc: int = 2, text: str = "Parameter verification failed."
@@ -46,7 +46,7 @@ class BadParameters(PveFailure):
 
 
 class NotAllowed(PveFailure):
-    """403: "Permission check failed", with what was missing where."""
+    """403: "Permission check failed", with path and missing privilege."""
 
     def __init__(self, what: str = "", *, rc: int = 255) -> None:
         super().__init__("Permission check failed" + (f" ({what})" if what else ""), rc=rc, status=403)
@@ -56,24 +56,24 @@ class NotAllowed(PveFailure):
 
 
 class NotImplementedHere(PveFailure):
-    """The path has no such method."""
+    """501: the path has no such method."""
 
     def __init__(self, method: str, path: str) -> None:
         super().__init__(f"Method '{method} {path}' not implemented", rc=1, status=501)
 
 
 class Unsupported(PveFailure):
-    """The real thing knows it, the lab does not: never a made-up success."""
+    """501: a feature of PVE that the lab does not have; a call of it never succeeds."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}: {NOT_SUPPORTED}", rc=255, status=501)
 
 
 def no_guest(node: str, vmid: int | str, *, rc: int = 2) -> PveFailure:
-    """The words of most calls for a guest that is not there."""
+    """The error of most calls for a missing guest."""
     return PveFailure(f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist", rc=rc)
 
 
 def no_guest_found(node: str, vmid: int | str, *, rc: int = 255) -> PveFailure:
-    """The words of stop, shutdown, clone, reset, suspend, resume and wait."""
+    """The error of stop, shutdown, clone, reset, suspend, resume and wait for a missing guest."""
     return PveFailure(f"unable to find configuration file for VM {vmid} on node '{node}'", rc=rc)

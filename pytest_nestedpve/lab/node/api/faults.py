@@ -1,6 +1,6 @@
-"""Fault rules: calls, tasks and volumes that fail, take long or lose their reply, so many times.
+"""Fault rules: calls, tasks and volumes that fail, are delayed or lose their reply, `times` times.
 
-/var/lib/pve-cluster/faults.json has the rules of all nodes of a cluster; it exists only while there are any.
+/var/lib/pve-cluster/faults.json has the rules of all nodes of a cluster; it exists only while it has rules.
 A rule is an object:
 
     {"on": {"method": "DELETE", "path": "/nodes/*/qemu/*"}, "do": "fail", "text": "got timeout", "times": 2}
@@ -8,15 +8,15 @@ A rule is an object:
 `on` names a call of the API (`method`, `path`: `*` is within a part of the path, `**` across parts), a task
 (`task`, its type) or the removal of a volume (`volume`, its id); `vmid` restricts it to one VM. `do` is
 
-    fail   end with the words of `text`
+    fail   end with the error `text`
     delay  take `seconds` longer
     hang   do nothing and never answer
-    drop   do the work, and lose the reply
-    lock   hold the VM's lock file for `seconds` from here on
+    drop   do the work, and send no reply
+    lock   hold the VM's lock file for `seconds`
 
 A volume is left over: with a warning by `fail`, without one by `drop`.
 
-python3 -m nestedpve_node.api.faults add|list|clear is what `nestedpve-lab fault` executes on a node.
+`nestedpve-lab fault` executes python3 -m nestedpve_node.api.faults add|list|clear on a node.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _VMID = re.compile(r"/qemu/(\d+)(?:/|\Z)")
 
 @dataclass(frozen=True)
 class Rule:
-    """What goes wrong where. `seconds` of delay and lock; `times` that are still to come."""
+    """A fault and the calls it applies to. `seconds` of delay and lock; `times` remaining."""
 
     do: str
     method: str | None = None
@@ -74,23 +74,23 @@ class Rule:
 
 
 def parse(rule: Mapping[str, Any]) -> Rule:
-    """The rule of an object. Raises ValueError: what was expected, what was found."""
+    """The rule of an object. Raises ValueError with the expected and the actual value."""
     on = rule.get("on", {})
     if not isinstance(on, Mapping):
         raise ValueError(f"on: expected an object, found {on!r}")
     for part, known in ((rule, {"on", "do", "text", "seconds", "times"}), (on, _PLACES)):
         if unknown := sorted(set(part) - known):
             raise ValueError(f"expected {', '.join(sorted(known))}, found {', '.join(unknown)}")
-    given: dict[str, Any] = {name: str(value) for name, value in on.items() if value is not None}
+    members: dict[str, Any] = {name: str(value) for name, value in on.items() if value is not None}
     try:
-        if "vmid" in given:
-            given["vmid"] = int(given["vmid"])
-        given |= {"seconds": float(rule.get("seconds", 0)), "times": int(rule.get("times", 1))}
-        found = Rule(str(rule.get("do")), text=str(rule.get("text", "")), **given)
+        if "vmid" in members:
+            members["vmid"] = int(members["vmid"])
+        members |= {"seconds": float(rule.get("seconds", 0)), "times": int(rule.get("times", 1))}
+        parsed = Rule(str(rule.get("do")), text=str(rule.get("text", "")), **members)
     except (TypeError, ValueError) as e:
         raise ValueError(f"vmid, seconds and times: expected numbers, found {json.dumps(dict(rule))}") from e
-    _check(found)
-    return found
+    _check(parsed)
+    return parsed
 
 
 _PLACES = {"method", "path", "task", "volume", "vmid"}
@@ -104,7 +104,7 @@ def _check(rule: Rule) -> None:
     if not rule.of_call and (rule.method is not None or rule.path is not None):
         raise ValueError("on: expected a call, a task or a volume, found several of them")
     if rule.do == "fail" and not rule.text:
-        raise ValueError("text: expected the words of the failure, found none")
+        raise ValueError("text: expected the message of the failure, found none")
     if rule.do in ("delay", "lock") and rule.seconds <= 0:
         raise ValueError(f"seconds: expected more than 0 for {rule.do}, found {rule.seconds:g}")
     if rule.volume is not None and rule.do not in ("fail", "drop"):
@@ -113,11 +113,11 @@ def _check(rule: Rule) -> None:
         raise ValueError(f"times: expected 1 or more, found {rule.times}")
 
 
-def shown(rule: Rule) -> dict[str, Any]:
+def as_object(rule: Rule) -> dict[str, Any]:
     """The object of a rule, without members that have no value."""
-    given = {name: value for name, value in asdict(rule).items() if value not in (None, "", 0.0)}
-    on = {name: given.pop(name) for name in list(given) if name in _PLACES}
-    return {"on": on, **given}
+    members = {name: value for name, value in asdict(rule).items() if value not in (None, "", 0.0)}
+    on = {name: members.pop(name) for name in list(members) if name in _PLACES}
+    return {"on": on, **members}
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -133,7 +133,7 @@ def file() -> Path:
 
 
 def rules() -> list[Rule]:
-    """All that are left, in the order in which they were added."""
+    """The remaining rules, in the order in which they were added."""
     try:
         text = file().read_text()
     except FileNotFoundError:
@@ -151,33 +151,33 @@ def clear() -> None:
         _write([])
 
 
-def _write(found: list[Rule]) -> None:
-    place = file()
-    if not found:
-        place.unlink(missing_ok=True)
+def _write(rules: list[Rule]) -> None:
+    target = file()
+    if not rules:
+        target.unlink(missing_ok=True)
         return
-    temporary = place.with_suffix(".new")
-    temporary.write_text(json.dumps([shown(rule) for rule in found]))
-    temporary.replace(place)
+    temporary = target.with_suffix(".new")
+    temporary.write_text(json.dumps([as_object(rule) for rule in rules]))
+    temporary.replace(target)
 
 
-def _take(fits: Any) -> Rule | None:
-    """The first rule that fits, used once."""
+def _use(fits: Any) -> Rule | None:
+    """The first matching rule, with one time less; None without a match."""
     if not any(map(fits, rules())):
         return None
     with holding(file().with_suffix(".lock")):
-        found = rules()
-        number = next((n for n, rule in enumerate(found) if fits(rule)), None)
+        current = rules()
+        number = next((n for n, rule in enumerate(current) if fits(rule)), None)
         if number is None:
             return None
-        rule = found[number]
-        left = [replace(rule, times=rule.times - 1)] if rule.times > 1 else []
-        _write([*found[:number], *left, *found[number + 1 :]])
+        rule = current[number]
+        remaining = [replace(rule, times=rule.times - 1)] if rule.times > 1 else []
+        _write([*current[:number], *remaining, *current[number + 1 :]])
     return rule
 
 
 def vmid_of(address: str, values: Mapping[str, Any]) -> int | None:
-    """The VM that a call is about."""
+    """The id of the call's VM; None without one."""
     named = _VMID.search(address)
     vmid = str(named[1] if named else values.get("vmid"))
     return int(vmid) if vmid.isdigit() else None
@@ -185,35 +185,35 @@ def vmid_of(address: str, values: Mapping[str, Any]) -> int | None:
 
 def on_call(verb: str, address: str, values: Mapping[str, Any]) -> Rule | None:
     """The rule for a call of the API, used once."""
-    return _take(lambda rule: rule.fits_call(verb, address, vmid_of(address, values)))
+    return _use(lambda rule: rule.fits_call(verb, address, vmid_of(address, values)))
 
 
 def on_task(kind: str, ident: str) -> Rule | None:
     """The rule for a task, used once."""
-    return _take(lambda rule: rule.fits_task(kind, int(ident) if ident.isdigit() else None))
+    return _use(lambda rule: rule.fits_task(kind, int(ident) if ident.isdigit() else None))
 
 
 def on_volume(volid: str, kind: str | None) -> Rule | None:
     """The rule for the removal of a volume, by a task of this type; used once."""
-    return _take(lambda rule: rule.fits_volume(volid, kind))
+    return _use(lambda rule: rule.fits_volume(volid, kind))
 
 
-class Words(PveFailure):
-    """A failure in a rule's words; a status of HTTP may be before them."""
+class FaultInjected(PveFailure):
+    """A failure with the text of a rule, which may begin with an HTTP status."""
 
-    def __init__(self, words: str) -> None:
-        match = re.match(r"([45]\d\d) (.+)", words, re.S)
-        super().__init__(match[2] if match else words, status=int(match[1]) if match else 500)
-        self.words = words
+    def __init__(self, text: str) -> None:
+        match = re.match(r"([45]\d\d) (.+)", text, re.S)
+        super().__init__(match[2] if match else text, status=int(match[1]) if match else 500)
+        self.rule_text = text
 
     def for_cli(self) -> str:
-        return self.words + "\n"
+        return self.rule_text + "\n"
 
 
 def before(rule: Rule, vmid: int | None) -> None:
-    """What a rule does before the work. Raises Words, and NoReply for a node in this process that hangs."""
+    """Apply a rule before the work. Raises FaultInjected; NoReply for `hang` on a node in this process."""
     if rule.do == "fail":
-        raise Words(rule.text)
+        raise FaultInjected(rule.text)
     if rule.do == "delay":
         threading.Event().wait(rule.seconds)
     elif rule.do == "hang":
@@ -227,7 +227,7 @@ def before(rule: Rule, vmid: int | None) -> None:
 
 
 def after(rule: Rule) -> None:
-    """What a rule does when the work was done. Raises NoReply."""
+    """Apply a rule after the work. Raises NoReply for `drop`."""
     if rule.do == "drop":
         raise NoReply("the reply is lost, by a fault rule")
 
@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> int:
         add(parse(json.loads(rest[0])))
     elif word == "clear":
         clear()
-    print(json.dumps([shown(rule) for rule in rules()]))
+    print(json.dumps([as_object(rule) for rule in rules()]))
     return 0
 
 

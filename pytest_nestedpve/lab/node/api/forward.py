@@ -1,5 +1,5 @@
-"""Calls for another node of the cluster, handed on as PVE does it: those of pvesh by root's SSH from node to
-node, those of port 8006 to the other node's port 8006."""
+"""Calls for another node of the cluster, forwarded as by PVE: those of pvesh by root's SSH between nodes,
+those of port 8006 to the other node's port 8006."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ANSWER_LIMIT = 75.0
 
 
 def other(address: str) -> Member | None:
-    """The node that a call is for, if it is another one of the cluster."""
+    """The other node of the cluster that a call is for; None for this node or none."""
     parts = address.strip("/").split("/")
     member = members.find(parts[1]) if len(parts) > 1 and parts[0] == "nodes" else None
     return member if member is not None and not member.local else None
 
 
 def login(member: Member) -> list[str]:
-    """The SSH client's words before a command on another node."""
+    """The command line of the SSH client for another node, without the remote command."""
     known = paths.at(f"/etc/pve/nodes/{member.name}/ssh_known_hosts")
     options = ["BatchMode=yes", f"HostKeyAlias={member.name}", f"UserKnownHostsFile={known}"]
     options += ["GlobalKnownHostsFile=none", f"ConnectTimeout={CONNECT_LIMIT}"]
@@ -37,26 +37,26 @@ def login(member: Member) -> list[str]:
 
 
 def by_ssh(member: Member, word: str, address: str, values: Mapping[str, Any]) -> Any:
-    """The result of `pvesh WORD ADDRESS` there. Its lines are read as one, without their line breaks: with a
-    task's own before the result they are no JSON, and shown as they are [cluster-052]."""
-    words = ["pvesh", word, address, "--noproxy", "1", "--output-format", "json"]
+    """The result of `pvesh WORD ADDRESS` on the member. The output is parsed without its line breaks: with a
+    task's lines before the result it is no JSON, and returned as text [cluster-052]."""
+    command = ["pvesh", word, address, "--noproxy", "1", "--output-format", "json"]
     for name, value in values.items():
-        for each in value if isinstance(value, list) else [value]:
-            words += [f"--{name}", str(each)]
-    done = subprocess.run(
-        [*login(member), "--", shlex.join(words)],
+        for item in value if isinstance(value, list) else [value]:
+            command += [f"--{name}", str(item)]
+    process = subprocess.run(
+        [*login(member), "--", shlex.join(command)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
-    said = done.stderr.splitlines()
-    if done.returncode:
-        last = said.pop() if said else f"exit code {done.returncode}"
-        sys.stderr.writelines(f"{line}\n" for line in said)
+    errors = process.stderr.splitlines()
+    if process.returncode:
+        last = errors.pop() if errors else f"exit code {process.returncode}"
+        sys.stderr.writelines(f"{line}\n" for line in errors)
         raise PveFailure(f"proxy handler failed: {last}")
-    sys.stderr.write(done.stderr)
-    text = "".join(done.stdout.splitlines())
+    sys.stderr.write(process.stderr)
+    text = "".join(process.stdout.splitlines())
     try:
         return json.loads(text)
     except ValueError:
@@ -65,7 +65,7 @@ def by_ssh(member: Member, word: str, address: str, values: Mapping[str, Any]) -
 
 @dataclass(frozen=True)
 class Relayed:
-    """What the other node's port 8006 answered."""
+    """The answer of the other node's port 8006."""
 
     status: int
     reason: str
@@ -76,7 +76,7 @@ class Relayed:
 def by_https(
     member: Member, port: int, verb: str, target: str, headers: Sequence[tuple[str, str]], body: bytes
 ) -> Relayed:
-    """The same request at the other node. PveFailure with status 595 if it cannot be reached."""
+    """Send the request to the other node. PveFailure with status 595 if it is unreachable."""
     context = ssl.create_default_context(cafile=str(cluster_fs.fs() / "pve-root-ca.pem"))
     connection = http.client.HTTPSConnection(member.address, port, timeout=CONNECT_LIMIT, context=context)
     try:

@@ -1,5 +1,5 @@
-"""pveproxy: the API over HTTPS on port 8006, with API tokens. A process per connection, so that a task
-can be forked off it safely; TLS with the node's own certificate (or an administrator's)."""
+"""pveproxy: the API over HTTPS on port 8006, with API tokens. A process per connection, from which a task can
+be forked safely; TLS with the node's certificate (or an administrator's)."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(200, "OK", {"data": result} | self._total(address, result))
 
     def _relay(self, member: Member, verb: str, body: bytes) -> None:
-        wanted = ("Authorization", "Content-Type")
-        headers = [(name, self.headers[name]) for name in wanted if name in self.headers]
+        names = ("Authorization", "Content-Type")
+        headers = [(name, self.headers[name]) for name in names if name in self.headers]
         answer = forward.by_https(member, PORT, verb, self.path, headers, body)
         self.close_connection |= answer.status >= 400
         self._send(answer.status, answer.reason, answer.body, answer.kind)
@@ -120,19 +120,19 @@ class Handler(BaseHTTPRequestHandler):
             except ValueError as e:
                 raise PveFailure(f"malformed JSON string: {e}", status=400) from e
             return {key: value for key, value in loaded.items() if value is not None}
-        found: dict[str, Any] = {}
+        params: dict[str, Any] = {}
         for key, value in parse_qsl(body.decode(), keep_blank_values=True):
-            if key in found:
-                found[key] = [*(found[key] if isinstance(found[key], list) else [found[key]]), value]
+            if key in params:
+                params[key] = [*(params[key] if isinstance(params[key], list) else [params[key]]), value]
             else:
-                found[key] = value
-        return found
+                params[key] = value
+        return params
 
     def _page(self, path: str) -> None:
-        """There is no web interface; who asks for it gets told so (and knows that the proxy answers)."""
+        """Answer requests for the web interface, which the lab does not have, with a short page."""
         if path in ("/", "/index.html"):
-            words = f"pve-manager {paths.VERSION}: the web interface is not supported by the lab"
-            text = f"<html><body>{words}</body></html>\n"
+            message = f"pve-manager {paths.VERSION}: the web interface is not supported by the lab"
+            text = f"<html><body>{message}</body></html>\n"
             return self._send(200, "OK", text.encode(), "text/html; charset=utf-8")
         return self._send(404, "Not Found", b"", "text/plain")
 
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """No access log: the journal is for what went wrong."""
+        """Write no access log: the journal is for errors."""
 
 
 class Server(socketserver.ForkingMixIn, socketserver.TCPServer):
@@ -187,15 +187,15 @@ class Server(socketserver.ForkingMixIn, socketserver.TCPServer):
         super().server_bind()
 
     def load(self) -> None:
-        """Read the certificate (again: a renewed one is taken at the next connection)."""
-        place = cluster_fs.fs() / "nodes" / paths.node()
-        names = ("pveproxy-ssl", "pve-ssl") if (place / "pveproxy-ssl.pem").exists() else ("pve-ssl",)
+        """Load the certificate; after a renewal the next connection uses the new one."""
+        node_dir = cluster_fs.fs() / "nodes" / paths.node()
+        names = ("pveproxy-ssl", "pve-ssl") if (node_dir / "pveproxy-ssl.pem").exists() else ("pve-ssl",)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(place / f"{names[0]}.pem", place / f"{names[0]}.key")
+        context.load_cert_chain(node_dir / f"{names[0]}.pem", node_dir / f"{names[0]}.key")
         self.context = context
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        # In the connection's own process: the handshake holds nobody up.
+        # In the connection's process: the handshake does not block other connections.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert self.context is not None
         with contextlib.suppress(OSError, ssl.SSLError):

@@ -1,4 +1,4 @@
-"""The table of the API (schema.json): which methods there are, their parameters, who may call them.
+"""The table of the API (schema.json): methods, their parameters and permissions.
 
 `check` verifies parameters as PVE does: types, formats, enumerations, limits, unknown and missing ones.
 """
@@ -18,7 +18,7 @@ from .errors import BadParameters
 
 Definition = dict[str, Any]
 
-# Methods of the real node that the table does not list, with what the lab needs to know about them.
+# Methods of PVE that the table does not list: their parameters and permissions.
 NODE: Definition = {"type": "string", "format": "pve-node"}
 EXTRA: dict[str, dict[str, dict[str, Any]]] = {
     "/nodes/{node}/version": {"GET": {"p": {"node": NODE}, "perm": {"user": "all"}}},
@@ -36,7 +36,7 @@ EXTRA: dict[str, dict[str, dict[str, Any]]] = {
                 "url": {"type": "string", "pattern": "https?://.*"},
                 "verify-certificates": {"type": "boolean", "optional": 1, "default": 1},
             },
-            # As of download-url, whose first step it is.
+            # As of download-url, which calls it first.
             "perm": {
                 "check": [
                     "or",
@@ -61,7 +61,7 @@ class Method:
     parameters: Mapping[str, Definition]
     permissions: Mapping[str, Any] | None
     returns: Mapping[str, Any]
-    more: bool = False  # takes parameters it does not name
+    open: bool = False  # accepts parameters that it does not name
 
     @property
     def uri_parameters(self) -> tuple[str, ...]:
@@ -80,25 +80,25 @@ def _table() -> dict[str, Any]:
 @functools.cache
 def paths() -> dict[str, tuple[str, ...]]:
     """All paths of the table, each with its verbs."""
-    every = {path: tuple(verbs) for path, verbs in _table()["methods"].items()}
-    return every | {path: tuple(verbs) for path, verbs in EXTRA.items()}
+    verbs_by_path = {path: tuple(verbs) for path, verbs in _table()["methods"].items()}
+    return verbs_by_path | {path: tuple(verbs) for path, verbs in EXTRA.items()}
 
 
 @functools.cache
 def method(verb: str, path: str) -> Method | None:
     if extra := EXTRA.get(path, {}).get(verb):
         return Method(verb, path, extra["p"], extra["perm"], {"type": "any"})
-    found = _table()["methods"].get(path, {}).get(verb)
-    if found is None:
+    entry = _table()["methods"].get(path, {}).get(verb)
+    if entry is None:
         return None
     definitions = _table()["definitions"]
     return Method(
         verb,
         path,
-        {name: definitions[index] for name, index in found["p"].items()},
-        found["perm"],
-        definitions[found["ret"]] or {"type": "null"},
-        bool(found.get("more")),
+        {name: definitions[index] for name, index in entry["p"].items()},
+        entry["perm"],
+        definitions[entry["ret"]] or {"type": "null"},
+        bool(entry.get("more")),
     )
 
 
@@ -115,13 +115,13 @@ def _templates() -> tuple[tuple[str, re.Pattern[str]], ...]:
                 parts.append(re.escape(part))
         return re.compile("/".join(parts))
 
-    # Fixed parts win over variable ones.
+    # Fixed parts take precedence over variable ones.
     order = sorted(paths(), key=lambda path: (path.count("{"), path))
     return tuple((path, pattern(path)) for path in order)
 
 
 def resolve(path: str) -> tuple[str, dict[str, str]] | None:
-    """The template that an address fits, with the values of its variables."""
+    """The template that matches an address, with the values of its variables; None without one."""
     path = "/" + path.strip("/")
     if path in paths():
         return path, {}
@@ -131,7 +131,7 @@ def resolve(path: str) -> tuple[str, dict[str, str]] | None:
     return None
 
 
-# What a node has, as `pvesh ls` lists it [basic-073], and what a cluster has that the table has not.
+# Children of a node by `pvesh ls` [basic-073], and children of a cluster that the table does not list.
 LISTED = {
     "/nodes/{node}": """
         -r-c-:aplinfo Dr---:apt Dr---:capabilities Dr---:ceph Dr---:certificates -rw--:config Dr---:disks
@@ -152,16 +152,16 @@ LETTERS = {"GET": "r", "PUT": "w", "POST": "c", "DELETE": "d"}
 
 @functools.cache
 def listed(path: str) -> dict[str, str]:
-    """What `pvesh ls` marks the names below a path with, where the table does not tell."""
+    """The marks of `pvesh ls` by name below a path, for children that the table does not list."""
     marked = (entry.partition(":") for entry in LISTED.get(path, "").split())
     return {name: marks for marks, _, name in marked}
 
 
 def elsewhere(verb: str, address: str) -> bool:
-    """Whether the real thing has a method there that the table has not: not supported, but not unknown."""
+    """Whether PVE has a method that the table does not list: unsupported, but not unknown."""
     if not address.strip("/"):
         return verb == "GET"
-    if re.fullmatch(r"/?nodes/[^/]+/execute/?", address):  # [extra-020], and in no list
+    if re.fullmatch(r"/?nodes/[^/]+/execute/?", address):  # [extra-020], not listed by `pvesh ls`
         return verb == "POST"
     for parent in LISTED:
         pattern = re.sub(r"{\w+}", "[^/]+", parent) + r"/([^/]+)(/.+)?"
@@ -178,22 +178,22 @@ def elsewhere(verb: str, address: str) -> bool:
 
 
 def children(path: str) -> list[str]:
-    """The names directly below an address, as `pvesh ls` shows fixed ones."""
+    """The fixed names directly below an address, for `pvesh ls`."""
     prefix = path.rstrip("/") + "/"
     names = {rest[len(prefix) :].split("/")[0] for rest in paths() if rest.startswith(prefix)}
     return sorted(name for name in names if not name.startswith("{"))
 
 
 def check(method: Method, values: Mapping[str, Any], *, rc: int = 2) -> dict[str, Any]:
-    """Parameters of a call, verified; BadParameters names every bad one. The values stay as they came,
-    but for booleans, which become "1" or "0"."""
+    """The verified parameters of a call; BadParameters names every wrong one. Values are unchanged, except
+    booleans, which become "1" or "0"."""
     errors: dict[str, str] = {}
-    good: dict[str, Any] = {}
+    verified: dict[str, Any] = {}
     for name, value in values.items():
         definition = method.definition(name)
         if definition is None:
-            if method.more:
-                good[name] = value
+            if method.open:
+                verified[name] = value
             else:
                 errors[name] = (
                     "property is not defined in schema and the schema does not allow additional properties"
@@ -203,16 +203,16 @@ def check(method: Method, values: Mapping[str, Any], *, rc: int = 2) -> dict[str
         error = validation.value(definition, value, name)
         if error:
             errors[name] = error
-        good[name] = validation.as_boolean(value) if definition.get("type") == "boolean" else value
-        needed = definition.get("requires")
-        if needed and needed not in values:
-            errors[needed] = f"missing property required by '{name}'"
+        verified[name] = validation.as_boolean(value) if definition.get("type") == "boolean" else value
+        required = definition.get("requires")
+        if required and required not in values:
+            errors[required] = f"missing property required by '{name}'"
     for name, definition in method.parameters.items():
         if not definition.get("optional") and "[n]" not in name and name not in values:
             errors[name] = "property is missing and it is not optional"
     if errors:
         raise BadParameters(errors, rc=rc)
-    return good
+    return verified
 
 
 def _plain(value: Any) -> Any:

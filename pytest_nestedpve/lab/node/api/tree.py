@@ -1,6 +1,6 @@
-"""The API tree: an address and a verb lead to a handler, after permissions and parameters were checked.
+"""The API tree: calls of a handler by address and verb, after checks of permissions and parameters.
 
-`pvesh`, `qm`, `pveum`, `pvesm` and port 8006 all come through `call`.
+`pvesh`, `qm`, `pveum`, `pvesm` and port 8006 use `call`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _load() -> None:
 
 def find(verb: str, address: str) -> tuple[schema.Method, dict[str, str]]:
     """The method at an address, with the values in the address; NotImplementedHere if there is none."""
-    found = schema.resolve(address)
-    method = schema.method(verb, found[0]) if found else None
-    if found is None or method is None:
+    resolved = schema.resolve(address)
+    method = schema.method(verb, resolved[0]) if resolved else None
+    if resolved is None or method is None:
         if schema.elsewhere(verb, address):
             raise Unsupported(f"{verb} {address}")
         raise NotImplementedHere(verb, "/" + address.strip("/"))
-    return method, found[1]
+    return method, resolved[1]
 
 
 def call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, *, rc: int = 2) -> Any:
@@ -76,15 +76,15 @@ def call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, *, 
 def _call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, rc: int) -> Any:
     _load()
     method, uri = find(verb, address)
-    given = {**params, **uri}
-    access.check_schema(method.permissions, caller, given)
-    if caller.token and "skiplock" in given:
+    values = {**params, **uri}
+    access.check_schema(method.permissions, caller, values)
+    if caller.token and "skiplock" in values:
         from .errors import BadParameters
 
         raise BadParameters({"skiplock": "Only root may use this option."})
-    values = schema.check(method, given, rc=rc)
+    values = schema.check(method, values, rc=rc)
     if "node" in uri:
-        values["node"] = _local(uri["node"])
+        values["node"] = _local_name(uri["node"])
     handler = HANDLERS.get((verb, method.path))
     if handler is None:
         if verb == "GET" and (names := {*schema.children(address), *schema.listed(method.path)}):
@@ -94,8 +94,8 @@ def _call(verb: str, address: str, params: Mapping[str, Any], caller: Caller, rc
     return handler(caller, values)
 
 
-def _local(name: str) -> str:
-    """The node itself under its name or as localhost; another one's name has to be resolved, and is not."""
+def _local_name(name: str) -> str:
+    """This node's name for itself or localhost; PveFailure for a name that is no node of the cluster."""
     if name in ("localhost", paths.node()):
         return paths.node()
     if members.find(name) is not None:

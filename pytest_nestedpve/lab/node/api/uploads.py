@@ -1,4 +1,4 @@
-"""The form that a file is uploaded with, as pveproxy takes it."""
+"""The multipart form of a file upload, parsed as by pveproxy."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .errors import Unsupported
 
 
 def read(headers: Message, body: bytes) -> dict[str, str] | None:
-    """The parameters of the call, the file itself lying at `tmpfilename`; None for no such form.
+    """The parameters of the call, with the file written to `tmpfilename`; None for an invalid form.
 
-    A checksum in front of its algorithm is none (recordings ownL-038, ownL-039).
+    A checksum before its algorithm makes the form invalid (recordings ownL-038, ownL-039).
     """
     boundary = headers.get_boundary()
     if not boundary:
         return None
-    mark = b"\r\n--" + boundary.encode()
+    delimiter = b"\r\n--" + boundary.encode()
     fields: dict[str, str] = {}
-    for part in (b"\r\n" + body).split(mark)[1:]:
-        head, found, content = part.partition(b"\r\n\r\n")
+    for part in (b"\r\n" + body).split(delimiter)[1:]:
+        head, separator, content = part.partition(b"\r\n\r\n")
         about = message_from_bytes(head.lstrip(b"\r\n") + b"\r\n\r\n")
         name = about.get_param("name", header="content-disposition")
-        if not found or not isinstance(name, str):
+        if not separator or not isinstance(name, str):
             continue
         if name != "filename":
             fields[name] = content.decode("utf-8", "replace")
@@ -36,9 +36,9 @@ def read(headers: Message, body: bytes) -> dict[str, str] | None:
         file = about.get_filename()
         if not file or "content" not in fields:
             return None
-        place = f"/var/tmp/pveupload-{secrets.token_hex(16)}"
-        target = paths.at(place)
+        temporary = f"/var/tmp/pveupload-{secrets.token_hex(16)}"
+        target = paths.at(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-        return {**fields, "filename": file, "tmpfilename": place}
+        return {**fields, "filename": file, "tmpfilename": temporary}
     return None

@@ -1,6 +1,6 @@
-"""Is a value what its definition says? In PVE's words, None if all is well.
+"""Checks of values against their definitions: PVE's error message, or None for a valid value.
 
-Texts that PVE's format checks `die` with end in a newline; those of types and limits do not.
+Messages of PVE's format checks end in a newline; those of types and limits do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DISK = r"ide[0-3]|sata[0-5]|scsi([12]?\d|30)|virtio(1[0-5]|\d)"
 STORAGE = re.compile(r"[a-z][a-z0-9\-_.]*[a-z0-9]", re.IGNORECASE)
 
 # The last number of each family `name[n]`. Disks: `resize` enumerates them; serial, parallel, usb: as the
-# help of `qm create` says [basic-101]; the rest are PVE's own limits.
+# help of `qm create` [basic-101]; all others: PVE's limits.
 LAST = {
     "ide": 3,
     "sata": 5,
@@ -39,12 +39,12 @@ LAST = {
 
 
 def family(name: str) -> str | None:
-    """`scsi[n]` for scsi0 to scsi30, None for what is no member of a family."""
+    """`scsi[n]` for scsi0 to scsi30; None for a name outside a family."""
     match = re.fullmatch(r"([a-z]+)(0|[1-9]\d*)", name)
     return f"{match[1]}[n]" if match and int(match[2]) <= LAST.get(match[1], -1) else None
 
 
-# Formats that are property strings, which the table only names.
+# Property strings, of which the table has only the format's name.
 IPCONFIG = {
     "ip": {"format": "ipv4-config", "optional": 1, "type": "string"},
     "gw": {"format": "ipv4", "optional": 1, "type": "string", "requires": "ip"},
@@ -67,7 +67,7 @@ SMBIOS1 |= {
 }
 _COUNT = {"type": "integer", "optional": 1, "minimum": 0}
 PRUNE: dict[str, Any] = {"keep-all": {"type": "boolean", "optional": 1}}
-PRUNE |= {f"keep-{each}": _COUNT for each in ("last", "hourly", "daily", "weekly", "monthly", "yearly")}
+PRUNE |= {f"keep-{period}": _COUNT for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly")}
 BOOT = {
     "legacy": {"type": "string", "optional": 1, "default_key": 1, "pattern": "[acdn]{1,4}"},
     "order": {"type": "string", "optional": 1, "format": "pve-qm-bootdev-list"},
@@ -137,14 +137,14 @@ def as_boolean(value: Any) -> str:
     return BOOLEANS.get(str(value).lower(), str(value))
 
 
-def value(definition: Definition, given: Any, name: str = "") -> str | None:
-    """What is wrong with `given`, None if nothing."""
+def value(definition: Definition, content: Any, name: str = "") -> str | None:
+    """The error of a value of an option, None for a valid one."""
     if definition.get("type") == "array":
-        for item in given if isinstance(given, list) else [given]:
+        for item in content if isinstance(content, list) else [content]:
             if error := value(definition.get("items", {"type": "string"}), item, name):
                 return error
         return None
-    text = given if isinstance(given, str) else str(given)
+    text = content if isinstance(content, str) else str(content)
     kind = definition.get("type", "string")
     if kind == "boolean" and text.lower() not in BOOLEANS:
         return f"type check ('boolean') failed - got '{text}'"
@@ -174,7 +174,7 @@ def value(definition: Definition, given: Any, name: str = "") -> str | None:
 
 
 def format_error(form: Any, text: str, name: str = "") -> str | None:
-    """What is wrong with the format of `text`; the answer ends in a newline."""
+    """The error of the format of `text`, ending in a newline; None for a valid one."""
     if isinstance(form, Mapping):
         _, errors = parse(form, text, name)
         return _property_errors(errors)
@@ -197,7 +197,7 @@ def format_error(form: Any, text: str, name: str = "") -> str | None:
 def _property_errors(errors: Mapping[str, str]) -> str | None:
     if not errors:
         return None
-    if "" in errors:  # not read to its end
+    if "" in errors:  # not parsed to its end
         return errors[""] + "\n"
     return "format error\n" + "".join(f"{name}: {text}\n" for name, text in sorted(errors.items()))
 
@@ -213,10 +213,10 @@ def parse(form: Mapping[str, Any], text: str, name: str) -> tuple[dict[str, str]
     parts: dict[str, str] = {}
     errors: dict[str, str] = {}
     default = next((key for key, d in form.items() if d.get("default_key")), None)
-    for piece in text.split(","):
-        if not piece.strip():
+    for part in text.split(","):
+        if not part.strip():
             continue
-        key, equals, content = piece.partition("=")
+        key, equals, content = part.partition("=")
         if not equals or (key not in form and default is not None and default not in parts):
             if default is None or default in parts:
                 errors[""] = (
@@ -225,7 +225,7 @@ def parse(form: Mapping[str, Any], text: str, name: str) -> tuple[dict[str, str]
                     else DUPLICATE + default
                 )
                 continue
-            key, content = default, piece
+            key, content = default, part
         definition = form.get(key)
         if definition is None:
             errors[prefix + key] = (
@@ -247,13 +247,13 @@ def parse(form: Mapping[str, Any], text: str, name: str) -> tuple[dict[str, str]
     for key, definition in form.items():
         if definition.get("type") and not definition.get("optional") and key not in parts:
             errors[prefix + key] = "property is missing and it is not optional"
-        if key in parts and (needed := definition.get("requires")) and needed not in parts:
-            errors[prefix + needed] = f"missing property required by '{key}'"
+        if key in parts and (required := definition.get("requires")) and required not in parts:
+            errors[prefix + required] = f"missing property required by '{key}'"
     return parts, errors
 
 
 def size(text: str) -> int | None:
-    """Bytes of `64M`, `1.5G`, `4096`; None if it is no size."""
+    """The bytes of `64M`, `1.5G`, `4096`; None for a text that is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])?", text)
     if match is None:
         return None
@@ -315,26 +315,26 @@ def _pool(text: str) -> str | None:
     return None
 
 
-def _address(version: int | None, *, words: str) -> Callable[[str], str | None]:
+def _address(version: int | None, *, message: str) -> Callable[[str], str | None]:
     def check(text: str) -> str | None:
         try:
-            found = ipaddress.ip_address(text)
+            address = ipaddress.ip_address(text)
         except ValueError:
-            return words
-        return None if version in (None, found.version) else words
+            return message
+        return None if version in (None, address.version) else message
 
     return check
 
 
-def _config_address(version: int, special: tuple[str, ...], words: str) -> Callable[[str], str | None]:
+def _config_address(version: int, special: tuple[str, ...], message: str) -> Callable[[str], str | None]:
     def check(text: str) -> str | None:
         if text in special:
             return None
         try:
             network = ipaddress.ip_interface(text)
         except ValueError:
-            return words
-        return None if network.version == version and "/" in text else words
+            return message
+        return None if network.version == version and "/" in text else message
 
     return check
 
@@ -348,7 +348,7 @@ def _cidr(text: str) -> str | None:
 
 
 def _hostname(text: str) -> str | None:
-    """An address as PVE means it: a name is one, too."""
+    """The error of an `address`, which is an IP address or a DNS name."""
     if FORMATS["ip"](text) and _dns(text):
         return f"value does not look like a valid address: {text}"
     return None
@@ -369,7 +369,7 @@ def _hotplug(text: str) -> str | None:
 
 
 def _schedule(text: str) -> str | None:
-    """The plain ones; what a calendar event may be besides, the lab does not read."""
+    """The error of a calendar event; Unsupported for all but the usual forms."""
     if text in ("minutely", "hourly", "daily", "weekly", "monthly", "yearly", "quarterly", "semiannually"):
         return None
     if re.fullmatch(
@@ -380,15 +380,15 @@ def _schedule(text: str) -> str | None:
 
 
 def _startup(text: str) -> str | None:
-    """No property string: its help is of digits [basic-101]."""
+    """The error of startup options, which are no property string [basic-101]."""
     parts = [part for part in text.split(",") if part.strip()]
-    good = all(re.fullmatch(r"((order|up|down)=)?\d+", part) for part in parts)
-    return None if good else "unable to parse startup options"
+    is_valid = all(re.fullmatch(r"((order|up|down)=)?\d+", part) for part in parts)
+    return None if is_valid else "unable to parse startup options"
 
 
 CONTENT = ("images", "rootdir", "vztmpl", "iso", "backup", "snippets", "import", "none")
-_matches: Callable[[str, str], Callable[[str], str | None]] = lambda pattern, words: (  # noqa: E731
-    lambda text: None if re.fullmatch(pattern, text, re.I) else words.format(text)
+_matches: Callable[[str, str], Callable[[str], str | None]] = lambda pattern, message: (  # noqa: E731
+    lambda text: None if re.fullmatch(pattern, text, re.I) else message.format(text)
 )
 FORMATS: dict[str, Callable[[str], str | None]] = {
     "dns-name": _dns,
@@ -406,9 +406,9 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     "pve-bridge-id": _matches(r"[-_.\w\d]+", "invalid bridge ID '{}'"),
     "pve-iface": _matches(r"[a-z][a-z0-9_]{1,20}([:.]\d+)?", "invalid network interface name '{}'"),
     "pve-storage-content": lambda text: None if text in CONTENT else f"invalid content type '{text}'",
-    "ipv4": _address(4, words="value does not look like a valid IPv4 address"),
-    "ipv6": _address(6, words="value does not look like a valid IPv6 address"),
-    "ip": _address(None, words="value does not look like a valid IP address"),
+    "ipv4": _address(4, message="value does not look like a valid IPv4 address"),
+    "ipv6": _address(6, message="value does not look like a valid IPv6 address"),
+    "ip": _address(None, message="value does not look like a valid IP address"),
     "ipv4-config": _config_address(
         4, ("dhcp",), "value does not look like a valid ipv4 network configuration"
     ),
@@ -439,12 +439,12 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
     "email-or-username": _matches(r"[^\s@/:]+(@[^\s@]+)?", "value does not look like a valid email address"),
     "pve-groupid": _matches(r"[A-Za-z0-9._\-]+", "group name '{}' contains invalid characters"),
     "pve-realm": _matches(r"[A-Za-z][A-Za-z0-9._\-]+", "value does not look like a valid realm"),
-    # Of storages that the lab does not have: their types are refused, and not what goes with them.
+    # Of storages that the lab does not have: the handler refuses their types, not their options.
     "pve-storage-server": lambda _: None,
     "pve-storage-portal-dns": lambda _: None,
     "pve-storage-vgname": lambda _: None,
     "pve-storage-zfs-blocksize": lambda _: None,
-    "pve-priv": lambda _: None,  # whether there is such a privilege, the role's handler says
+    "pve-priv": lambda _: None,  # the handler of roles checks the privilege
     "pve-ha-resource-or-vm-id": _matches(
         r"((vm|ct):)?[1-9][0-9]{2,8}", "value does not look like a valid HA resource ID or VM ID"
     ),
@@ -454,7 +454,7 @@ FORMATS: dict[str, Callable[[str], str | None]] = {
 
 
 def is_public_key(line: str) -> bool:
-    """Whether the line holds a key whose data is of the type it names (ssh-keygen looks deeper)."""
+    """Whether the line has a public key with data of the named type (ssh-keygen checks more)."""
     match = re.search(r"((?:ssh|ecdsa|sk)-[\w@.\-]+)\s+([A-Za-z0-9+/]+=*)", line)
     if match is None:
         return False
