@@ -1,4 +1,4 @@
-"""A node of its own in a directory, for tests of the stand-ins: fake machines, real everything else."""
+"""A stand-in node in a directory, with fake machines and everything else real."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Node:
     machines: FakeMachines
 
     def run(self, *argv: str, stdin: str = "") -> Answer:
-        """Run a command of the node in this process (its tasks are processes of their own)."""
+        """Run a command of the node in this process (its tasks are separate processes)."""
         out, err = io.StringIO(), io.StringIO()
         before = sys.argv, sys.stdin
         sys.argv, sys.stdin = list(argv), io.StringIO(stdin)
@@ -49,7 +49,7 @@ class Node:
         return answer.stdout
 
     def tick(self) -> None:
-        """pvestatd's next broadcast."""
+        """Broadcast once, as pvestatd does."""
         broadcast.tick()
 
     def file(self, path: str) -> Path:
@@ -74,7 +74,7 @@ def make_root(root: Path) -> Path:
 
 
 def fake_machines(machines: FakeMachines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the node's code use these."""
+    """Replace the functions of `machine` by those of `machines`."""
     for name in CHANGED:
         monkeypatch.setattr(machine, name, getattr(machines, name))
     for name in WITHOUT_EFFECT:

@@ -1,4 +1,4 @@
-"""A lock file says whether its holder lives."""
+"""A lock file is held exactly as long as its holder runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_a_lock_is_held_until_its_holder_is_killed(tmp_path: Path, kind: int) ->
     assert not held(path, by_several=several)
 
 
-def test_nobody_holds_what_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_lock_file_is_not_held(tmp_path: Path) -> None:
     assert not held(tmp_path / "none")
 
 
-def test_who_asks_is_not_taken_for_the_holder(tmp_path: Path) -> None:
+def test_a_simultaneous_test_is_not_mistaken_for_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
     with path.open() as other:
-        fcntl.flock(other, fcntl.LOCK_SH)  # as somebody who asks does
+        fcntl.flock(other, fcntl.LOCK_SH)  # as another test does
         assert not held(path)

@@ -1,4 +1,4 @@
-"""The stand-ins as packages: what is said of them as data is what dpkg finds in them."""
+"""The stand-ins as packages: dpkg reads the fields and files of their specifications."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_nestedpve.lab.node.packages import VERSIONS, DebSpec
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with a key that is none."""
+    """A cache with an invalid key."""
     monkeypatch.setenv("NESTED_PVE_CACHE", str(tmp_path))
     keys.public("pve").parent.mkdir()
     keys.public("pve").write_bytes(b"\x99\x01public")
@@ -27,19 +27,19 @@ def specs() -> dict[str, DebSpec]:
 
 
 @pytest.mark.usefixtures("cache")
-def test_the_keyring_package_brings_the_key_that_the_repository_is_signed_with() -> None:
+def test_the_keyring_package_contains_the_key_of_the_repository() -> None:
     files = specs()["proxmox-archive-keyring"].files
     assert files["/usr/share/keyrings/proxmox-archive-keyring.gpg"][0] == keys.public("pve").read_bytes()
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_built_package_has_all_that_its_data_says(tmp_path: Path) -> None:
+def test_a_built_package_has_the_fields_and_files_of_its_specification(tmp_path: Path) -> None:
     spec = specs()["pve-manager"]
     tree = tmp_path / "tree"
     deb = build_deb(spec, tmp_path)
     unpack(deb, tree)
-    said = subprocess.run(["dpkg-deb", "-f", deb], capture_output=True, text=True, check=True).stdout
-    fields = dict(line.split(": ", 1) for line in said.splitlines() if not line.startswith(" "))
+    control = subprocess.run(["dpkg-deb", "-f", deb], capture_output=True, text=True, check=True).stdout
+    fields = dict(line.split(": ", 1) for line in control.splitlines() if not line.startswith(" "))
     assert fields["Package"] == "pve-manager"
     assert fields["Version"] == VERSIONS["pve-manager"]
     assert fields["Architecture"] == "all"

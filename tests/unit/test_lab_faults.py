@@ -1,4 +1,4 @@
-"""`nestedpve-lab fault`: how a rule is given, and that a mistake in it is found before a lab is asked."""
+"""`nestedpve-lab fault`: rules by options or JSON, checked before a call of the lab."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pytest_nestedpve.lab import cli, fault_rules
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What a lab was asked; it has one rule."""
-    found: list[tuple[Any, ...]] = []
+    """The calls of a lab, which has one rule."""
+    calls: list[tuple[Any, ...]] = []
 
     def output_on(*call: Any) -> str:
-        found.append(call)
+        calls.append(call)
         return json.dumps([{"on": {"vmid": 100}, "do": "hang", "times": 1}])
 
     monkeypatch.setattr(fault_rules, "output_on", output_on)
-    return found
+    return calls
 
 
 def test_options_are_a_rule(sent: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_list_and_clear_need_no_rule(sent: list[tuple[Any, ...]], action: str) -
         (["--vmid", "100", "--do", "explode"], "invalid choice"),
     ],
 )
-def test_a_mistake_is_found_before_a_lab_is_asked(
+def test_a_wrong_rule_is_refused_before_a_call_of_the_lab(
     words: list[str], message: str, sent: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["fault", "mine", "add", *words]) == 4

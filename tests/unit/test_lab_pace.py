@@ -1,4 +1,4 @@
-"""How slow a lab is: what `nestedpve-lab set` takes, and what a node makes of it."""
+"""Delays of a lab: the values of `nestedpve-lab set` and their effect on a node."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pytest_nestedpve.lab.node.machine import supervisor
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
-    """The waits of this process, none of which lasts."""
-    found: list[float | None] = []
-    monkeypatch.setattr(threading.Event, "wait", lambda _self, timeout=None: found.append(timeout))
-    return found
+    """The requested waits of this process, which return at once."""
+    timeouts: list[float | None] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda _self, timeout=None: timeouts.append(timeout))
+    return timeouts
 
 
 def slow(node: Node, **seconds: float) -> None:
@@ -36,7 +36,7 @@ def test_seconds_are_read_by_key() -> None:
 @pytest.mark.parametrize(
     "pair", ["cli_delay=1", "stop_s", "stop_s=", "stop_s=soon", "stop_s=-1", "stop_s=nan", "stop_s=601"]
 )
-def test_a_key_or_value_that_means_nothing_is_refused_before_a_lab_is_asked(
+def test_an_invalid_key_or_value_is_refused_before_a_call_of_the_lab(
     pair: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(LabUsage, match="expected"):
@@ -45,7 +45,7 @@ def test_a_key_or_value_that_means_nothing_is_refused_before_a_lab_is_asked(
     assert pair.partition("=")[0] in capsys.readouterr().err
 
 
-def test_pvesh_and_qm_take_as_long_as_was_set_and_pveum_a_part_of_it(
+def test_pvesh_and_qm_wait_for_the_configured_delay_and_pveum_for_a_part_of_it(
     node: Node, waits: list[float | None]
 ) -> None:
     slow(node, cli_delay_s=1.5)
@@ -54,20 +54,20 @@ def test_pvesh_and_qm_take_as_long_as_was_set_and_pveum_a_part_of_it(
     assert waits == [1.5, 1.5, pytest.approx(0.6)]
 
 
-def test_a_stop_and_a_destroy_take_as_long_as_was_set(node: Node) -> None:
+def test_a_stop_and_a_destroy_wait_for_the_configured_delays(node: Node) -> None:
     node.ok("qm", "create", "100")
     node.ok("qm", "start", "100")
     slow(node, stop_s=0.4, destroy_s=0.6)
-    taken = []
+    durations = []
     for words in (["qm", "stop", "100"], ["qm", "destroy", "100"]):
         before = time.monotonic()
         assert node.run(*words).rc == 0
-        taken.append(time.monotonic() - before)
-    assert taken[0] >= 0.4
-    assert taken[1] >= 0.6
+        durations.append(time.monotonic() - before)
+    assert durations[0] >= 0.4
+    assert durations[1] >= 0.6
 
 
-def test_starts_of_commands_are_counted_without_their_options(node: Node) -> None:
+def test_starts_of_commands_are_logged_without_their_options(node: Node) -> None:
     node.file("/var/log").mkdir(parents=True, exist_ok=True)
     node.run("qm", "set", "100", "--cipassword", "hunter2")
     node.run("pvesh", "create", "/access/password", "--password", "hunter2")
@@ -80,7 +80,7 @@ def test_starts_of_commands_are_counted_without_their_options(node: Node) -> Non
     ]
 
 
-def test_a_node_inside_hands_the_slowness_on_without_writing_to_it(
+def test_a_nested_node_shares_the_delays_without_writing_the_file(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(node, stop_s=1)

@@ -13,11 +13,11 @@ def test_a_session_ends_the_pause_of_a_kept_lab(tmp_path: Path) -> None:
         target=supervisor._pause, args=(tmp_path, "VMs of runs remain: 9900", 3600), daemon=True
     )
     pause.start()
-    kept = tmp_path / "kept"
-    while pause.is_alive() and not (kept.exists() and kept.read_text().endswith("9900\n")):
+    reason = tmp_path / "kept"
+    while pause.is_alive() and not (reason.exists() and reason.read_text().endswith("9900\n")):
         pause.join(0.01)
     assert pause.is_alive()
-    kept.unlink()
+    reason.unlink()
     pause.join(30)
     assert not pause.is_alive()
-    assert not kept.exists(), "the reason is written again only after the next check"
+    assert not reason.exists(), "the reason is written again only after the next check"

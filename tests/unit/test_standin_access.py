@@ -1,4 +1,4 @@
-"""Tokens, pools and ACLs on a stand-in node, over HTTPS: what a run's token may and may not."""
+"""Tokens, pools and ACLs on a stand-in node, over HTTPS: the rights of a run's token."""
 
 from __future__ import annotations
 
@@ -87,24 +87,24 @@ KEYS = (
     "root/.ssh/id_rsa",
     "root/.ssh/id_rsa.pub",
 )
-_kept: dict[str, bytes] = {}
+_cached_keys: dict[str, bytes] = {}
 
 
-def make_certificates(node: Node) -> None:
-    """`pvecm updatecerts`, with the keys of the test before: making them is what takes time."""
-    for name, content in _kept.items():
+def create_certificates(node: Node) -> None:
+    """`pvecm updatecerts`, with the keys of the previous test, because generating keys is slow."""
+    for name, content in _cached_keys.items():
         file = node.file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         file.chmod(0o600)
     cluster_fs.update_certificates(silent=True)
-    _kept.update({name: node.file(name).read_bytes() for name in KEYS})
+    _cached_keys.update({name: node.file(name).read_bytes() for name in KEYS})
 
 
 @pytest.fixture(name="https")
 def _https(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     monkeypatch.setattr(proxy, "FAILED_DELAY", 0.0)
-    make_certificates(node)
+    create_certificates(node)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -129,8 +129,8 @@ def _https(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
 
 
 def new_token(node: Node, name: str = POOL, *options: str) -> str:
-    made = node.ok("pveum", "user", "token", "add", "root@pam", name, *options, "--output-format", "json")
-    return str(json.loads(made)["value"])
+    answer = node.ok("pveum", "user", "token", "add", "root@pam", name, *options, "--output-format", "json")
+    return str(json.loads(answer)["value"])
 
 
 @pytest.fixture(name="run")
@@ -148,7 +148,7 @@ def _run(node: Node, https: Client) -> Client:
     return https.as_token(value)
 
 
-def test_the_certificate_is_the_nodes_own_and_nobody_comes_in_without_a_token(https: Client) -> None:
+def test_the_certificate_is_the_nodes_and_calls_without_a_token_are_refused(https: Client) -> None:
     assert https.call("GET", "/version")[:2] == (401, "No ticket")
     assert https.as_token("00000000-0000-0000-0000-000000000000").call("GET", "/version") == (
         401,
@@ -157,7 +157,7 @@ def test_the_certificate_is_the_nodes_own_and_nobody_comes_in_without_a_token(ht
     )
 
 
-def test_a_pool_token_lives_a_vms_whole_life(node: Node, run: Client) -> None:
+def test_a_pool_token_may_create_run_and_destroy_a_vm(node: Node, run: Client) -> None:
     upid = run.data("POST", "/nodes/father/qemu", vmid=101, pool=POOL, kvm=0, name="a1", description="mark")
     assert upid.endswith(f":qmcreate:101:{TOKEN}:")
     assert run.wait(upid) == "OK"
@@ -180,14 +180,14 @@ def test_a_pool_token_lives_a_vms_whole_life(node: Node, run: Client) -> None:
     assert run.data("DELETE", "/pools", poolid=POOL) is None
 
 
-def test_tags_at_create_fail_for_a_pool_token_and_leave_nothing(node: Node, run: Client) -> None:
+def test_tags_at_create_fail_for_a_pool_token_without_leftovers(node: Node, run: Client) -> None:
     upid = run.data("POST", "/nodes/father/qemu", vmid=101, pool=POOL, kvm=0, tags="npve")
     words = "unable to create VM 101 - 403 Permission check failed (/vms/101, VM.Config.Options)"
     assert run.wait(upid) == words
     assert node.ok("qm", "list") == ""
 
 
-def test_a_foreign_vm_is_behind_the_fence(node: Node, run: Client) -> None:
+def test_a_pool_token_has_no_rights_on_a_foreign_vm(node: Node, run: Client) -> None:
     node.ok("qm", "create", "101", "--name", "foreign", "--kvm", "0")
     vm = "/nodes/father/qemu/101"
     for verb, path, privilege in (
@@ -210,7 +210,7 @@ def test_a_foreign_vm_is_behind_the_fence(node: Node, run: Client) -> None:
     )
 
 
-def test_only_root_itself_sets_args_locks_and_skiplock(node: Node, https: Client) -> None:
+def test_only_root_without_a_token_sets_args_locks_and_skiplock(node: Node, https: Client) -> None:
     helper = https.as_token(new_token(node, "helper", "--privsep", "0"), "root@pam!helper")
     node.ok("qm", "create", "101", "--kvm", "0")
     config = "/nodes/father/qemu/101/config"
@@ -223,7 +223,7 @@ def test_only_root_itself_sets_args_locks_and_skiplock(node: Node, https: Client
     }
 
 
-def test_a_token_ends_at_once_when_it_expires_or_is_removed(node: Node, run: Client) -> None:
+def test_a_token_is_refused_at_once_after_expiry_or_removal(node: Node, run: Client) -> None:
     assert run.data("GET", "/version")["version"] == "9.2.11"
     node.ok("pveum", "user", "token", "modify", "root@pam", POOL, "--expire", str(int(time.time()) - 5))
     assert run.call("GET", "/version")[:2] == (401, "Authentication failed!")
@@ -249,7 +249,7 @@ def test_a_token_stops_its_own_task_and_no_others(node: Node, run: Client, https
     assert run.data("GET", "/nodes/father/tasks", userfilter=TOKEN) == []
 
 
-def test_a_file_is_uploaded_to_a_storage_and_written_over(node: Node, https: Client) -> None:
+def test_a_file_is_uploaded_to_a_storage_and_overwritten(node: Node, https: Client) -> None:
     """Recordings ownL-036 to ownL-041."""
     node.ok("pvesm", "set", "local", "--content", "images,iso,import")
     client = https.as_token(new_token(node, "helper", "--privsep", "0"), "root@pam!helper")
@@ -295,16 +295,16 @@ def test_an_upload_needs_the_right_on_the_storage(node: Node, run: Client) -> No
     assert list(node.file("/var/tmp").glob("pveupload-*")) == []
 
 
-def test_roots_keys_move_behind_the_link_with_their_content(node: Node) -> None:
+def test_the_lines_of_roots_authorized_keys_are_kept_behind_the_link(node: Node) -> None:
     home = node.file("/root/.ssh")
     home.mkdir(parents=True)
     (home / "authorized_keys").write_text("ssh-ed25519 AAAA admin\n")
     cluster_fs.update_certificates(silent=True)
     link = home / "authorized_keys"
     assert os.readlink(link) == "/etc/pve/priv/authorized_keys"
-    kept = (cluster_fs.fs() / "priv/authorized_keys").read_text().splitlines()
-    assert kept[0] == "ssh-ed25519 AAAA admin"
-    assert kept[1] == (home / "id_rsa.pub").read_text().strip()
+    lines = (cluster_fs.fs() / "priv/authorized_keys").read_text().splitlines()
+    assert lines[0] == "ssh-ed25519 AAAA admin"
+    assert lines[1] == (home / "id_rsa.pub").read_text().strip()
 
 
 def test_a_node_whose_name_is_a_loopback_address_has_no_cluster_file_system(

@@ -1,4 +1,4 @@
-"""Two stand-in nodes that are a cluster: calls for the other one, VMs that move, a node that is off."""
+"""A cluster of two stand-in nodes: calls for the other node, migrations, an offline node."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pair:
     patch: pytest.MonkeyPatch
 
     def on(self, name: str) -> Node:
-        """The node, whose commands run from now on."""
+        """Select the node for the next commands."""
         node = self.nodes[name]
         self.patch.setenv("NESTEDPVE_NODE_ROOT", str(node.root))
         self.patch.setenv("NESTEDPVE_NODE_NAME", name)
@@ -47,7 +47,7 @@ class Pair:
         self.locks.pop(name).close()
 
     def ssh(self, argv: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-        """What stands for `subprocess.run`: where nodes call each other, the command is the last word."""
+        """A replacement of `subprocess.run`: SSH between nodes is a call in this process."""
         aliases = [word.partition("=")[2] for word in argv if word.startswith("-oHostKeyAlias=")]
         if not aliases:
             return _run(argv, **options)
@@ -57,8 +57,8 @@ class Pair:
             return subprocess.CompletedProcess(argv, 255, "", _REFUSED.format(ADDRESSES[name]))
         words = shlex.split(argv[-1])
         if words[0] not in ("pvesh", "pvesm"):
-            there = argv[-1].replace(str(self.nodes[before].root), str(self.nodes[name].root))
-            return _run(["sh", "-c", there], **options)
+            translated = argv[-1].replace(str(self.nodes[before].root), str(self.nodes[name].root))
+            return _run(["sh", "-c", translated], **options)
         try:
             answer = self.on(name).run(*words)
         finally:
@@ -75,25 +75,25 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     (cluster / "fs").mkdir(parents=True)
     (cluster / "online").mkdir()
     (cluster / "fs/corosync.conf").write_text(members.config("lab", ADDRESSES))
-    found = Pair({}, {}, monkeypatch)
+    pair = Pair({}, {}, monkeypatch)
     for name in ADDRESSES:
         root = make_root(tmp_path / name)
         (root / "var/lib/pve-cluster").symlink_to(cluster)
-        found.nodes[name] = Node(root, FakeMachines(root / "machines"))
-        found.locks[name] = (cluster / "online" / name).open("w")
-        fcntl.flock(found.locks[name], fcntl.LOCK_EX)
+        pair.nodes[name] = Node(root, FakeMachines(root / "machines"))
+        pair.locks[name] = (cluster / "online" / name).open("w")
+        fcntl.flock(pair.locks[name], fcntl.LOCK_EX)
     for name in ("LC_ALL", "LANG"):
         monkeypatch.setenv(name, "en_US.UTF-8")
     monkeypatch.setenv("TZ", "UTC")
-    monkeypatch.setattr(subprocess, "run", found.ssh)
-    found.on("nodea")
-    yield found
-    for lock in found.locks.values():
+    monkeypatch.setattr(subprocess, "run", pair.ssh)
+    pair.on("nodea")
+    yield pair
+    for lock in pair.locks.values():
         lock.close()
 
 
-def normal(text: str) -> str:
-    """What differs from run to run, by name."""
+def normalized(text: str) -> str:
+    """The text with placeholders for values that differ between runs."""
     text = re.sub(r"UPID:(\w+)(:[0-9A-F]{8}){3}", r"UPID:\1:PID:START:TIME", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d\d:\d\d:\d\d", "TIME", text)
     return re.sub(r"(?m)^Date: .*|^Ring ID: .*", "", text)
@@ -111,27 +111,27 @@ def test_two_nodes_answer_as_recorded(pair: Pair) -> None:
             assert answer.rc == 0, answer
         else:
             answer = node.run(*shlex.split(recorded["cmd"]))
-            expected = recorded["rc"], normal(recorded["stdout"]), normal(recorded["stderr"])
-            found = answer.rc, normal(answer.stdout), normal(answer.stderr)
-            if found != expected:
-                differences.append(f"{recorded['id']} {recorded['cmd']}\n  want {expected}\n  got  {found}")
+            expected = recorded["rc"], normalized(recorded["stdout"]), normalized(recorded["stderr"])
+            actual = answer.rc, normalized(answer.stdout), normalized(answer.stderr)
+            if actual != expected:
+                differences.append(f"{recorded['id']} {recorded['cmd']}\n  want {expected}\n  got  {actual}")
     assert not differences, "\n".join(differences)
 
 
-def asked(node: Node, *words: str) -> list[dict[str, Any]]:
+def answer_of(node: Node, *words: str) -> list[dict[str, Any]]:
     return list(json.loads(node.ok("pvesh", "get", *words, "--output-format", "json")))
 
 
-def test_a_vm_that_is_off_goes_with_its_local_disk_and_leaves_nothing_behind(pair: Pair) -> None:
+def test_a_stopped_vm_is_migrated_with_its_local_disk_and_without_leftovers(pair: Pair) -> None:
     first = pair.on("nodea")
     first.ok("qm", "create", "100", "--scsi0", "local:1,format=qcow2", "--name", "moves")
     first.ok("qm", "snapshot", "100", "before")
     disk = "/var/lib/vz/images/100/vm-100-disk-0.qcow2"
-    kept = first.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc")
-    kept.mkdir()
-    (kept / "hostname").write_text("moves\n")
-    said = first.run("qm", "migrate", "100", "nodeb").stdout
-    # The lines that do not tell how a copy went [cluster-060].
+    folder = first.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc")
+    folder.mkdir()
+    (folder / "hostname").write_text("moves\n")
+    log = first.run("qm", "migrate", "100", "nodeb").stdout
+    # All lines but those of the progress of the copy [cluster-060].
     for line in (
         "starting migration of VM 100 to node 'nodeb' (10.77.9.12)",
         "found local disk 'local:100/vm-100-disk-0.qcow2' (attached)",
@@ -139,20 +139,20 @@ def test_a_vm_that_is_off_goes_with_its_local_disk_and_leaves_nothing_behind(pai
         "volume 'local:100/vm-100-disk-0.qcow2' is 'local:100/vm-100-disk-0.qcow2' on the target",
         "migration finished successfully (duration 00:00:0",
     ):
-        assert line in said
+        assert line in log
     assert not list(first.file("/var/lib/vz/images").iterdir())
     assert not first.file("/var/lib/pve-cluster/fs/nodes/nodea/qemu-server/100.conf").exists()
     second = pair.on("nodeb")
     assert second.file(disk).exists()
-    there = second.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc/hostname")
-    assert there.read_text() == "moves\n"
+    copied = second.file("/var/lib/vz/images/100/.vm-100-disk-0.qcow2.d/upper/etc/hostname")
+    assert copied.read_text() == "moves\n"
     assert "lock" not in second.ok("qm", "config", "100")
     assert "before" in second.ok("qm", "listsnapshot", "100")
     second.ok("qm", "destroy", "100")
     assert not list(second.file("/var/lib/vz/images").iterdir())
 
 
-def test_a_migration_to_a_node_that_is_off_leaves_the_vm_where_it_was(pair: Pair) -> None:
+def test_a_migration_to_an_offline_node_does_not_change_the_vm(pair: Pair) -> None:
     first = pair.on("nodea")
     first.ok("qm", "create", "100", "--scsi0", "local:1")
     pair.off("nodeb")
@@ -163,27 +163,27 @@ def test_a_migration_to_a_node_that_is_off_leaves_the_vm_where_it_was(pair: Pair
     assert first.file("/var/lib/vz/images/100/vm-100-disk-0.raw").exists()
 
 
-def test_a_migration_that_fails_half_way_takes_back_its_copies_and_nobody_elses(pair: Pair) -> None:
+def test_a_failed_migration_removes_its_copies_and_no_foreign_file(pair: Pair) -> None:
     first = pair.on("nodea")
     first.ok("qm", "create", "100", "--scsi0", "local:1", "--scsi1", "local:1")
-    theirs = pair.nodes["nodeb"].file("/var/lib/vz/images/100/vm-100-disk-1.raw")
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("somebody's")
+    foreign = pair.nodes["nodeb"].file("/var/lib/vz/images/100/vm-100-disk-1.raw")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("foreign")
     answer = first.run("qm", "migrate", "100", "nodeb")
     assert (answer.rc, answer.stderr) == (255, "migration aborted\n")
     assert "lock" not in first.ok("qm", "config", "100")
-    assert theirs.read_text() == "somebody's"
-    assert not theirs.with_name("vm-100-disk-0.raw").exists()
+    assert foreign.read_text() == "foreign"
+    assert not foreign.with_name("vm-100-disk-0.raw").exists()
     assert first.file("/var/lib/vz/images/100/vm-100-disk-0.raw").exists()
 
 
-def test_whoever_looks_for_a_vm_that_moves_finds_it_on_one_node(
+def test_a_vm_is_on_exactly_one_node_at_any_moment_of_a_migration(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, seen = pair.on("nodea"), pair.nodes["nodea"].file("/seen")
     first.ok("qm", "create", "100")
 
-    def looking(change: Callable[..., None]) -> Callable[..., None]:
+    def observed(change: Callable[..., None]) -> Callable[..., None]:
         def changed(*arguments: Any) -> None:
             change(*arguments)
             files = list(cluster_fs.fs().glob("nodes/*/qemu-server/100.conf"))
@@ -193,13 +193,13 @@ def test_whoever_looks_for_a_vm_that_moves_finds_it_on_one_node(
         return changed
 
     for name in ("show", "hide"):
-        monkeypatch.setattr(cluster_fs, name, looking(getattr(cluster_fs, name)))
+        monkeypatch.setattr(cluster_fs, name, observed(getattr(cluster_fs, name)))
     first.ok("qm", "migrate", "100", "nodeb")
     assert set(seen.read_text().split()) <= {"11", "21"}
     assert len(list(cluster_fs.fs().glob("nodes/*/qemu-server/100.conf"))) == 1
 
 
-def test_a_linked_clone_on_local_storage_does_not_move(pair: Pair) -> None:
+def test_a_linked_clone_on_local_storage_is_not_migrated(pair: Pair) -> None:
     first = pair.on("nodea")
     first.ok("qm", "create", "100", "--scsi0", "local:1,format=qcow2")
     first.ok("qm", "template", "100")
@@ -211,7 +211,7 @@ def test_a_linked_clone_on_local_storage_does_not_move(pair: Pair) -> None:
     assert refused.stderr == "can't clone VM to node 'nodeb' (VM uses local storage)\n"
 
 
-def test_on_shared_storage_a_vm_moves_without_a_copy_and_is_cloned_to_the_other_node(
+def test_on_shared_storage_a_vm_is_migrated_without_a_copy_and_cloned_to_the_other_node(
     pair: Pair, tmp_path: Path
 ) -> None:
     (tmp_path / "shared").mkdir()
@@ -231,13 +231,13 @@ def test_on_shared_storage_a_vm_moves_without_a_copy_and_is_cloned_to_the_other_
 def test_a_storage_of_some_nodes_is_disabled_on_the_others(pair: Pair) -> None:
     first = pair.on("nodea")
     first.ok("pvesm", "set", "local", "--nodes", "nodea", "--content", "images")
-    rows = asked(first, "/nodes/nodeb/storage")
+    rows = answer_of(first, "/nodes/nodeb/storage")
     assert [(row["enabled"], row["active"]) for row in rows] == [(0, 0)]
     answer = pair.on("nodeb").run("qm", "create", "100", "--scsi0", "local:1")
     assert "storage 'local' is not available on node 'nodeb'" in answer.stderr
 
 
-def test_a_node_that_is_off_keeps_its_guests_in_the_lists_and_tells_nothing_of_itself(pair: Pair) -> None:
+def test_an_offline_node_is_listed_with_its_guests_and_without_measured_values(pair: Pair) -> None:
     second = pair.on("nodeb")
     second.ok("qm", "create", "100", "--name", "there", "--memory", "64")
     second.tick()
@@ -247,7 +247,7 @@ def test_a_node_that_is_off_keeps_its_guests_in_the_lists_and_tells_nothing_of_i
         first.ok("pvesh", "get", "/cluster/resources", "--type", "vm", "--output-format", "json")
     )
     assert (guest["name"], guest["node"], guest["status"]) == ("there", "nodeb", "stopped")
-    nodes = {row["node"]: row for row in asked(first, "/nodes")}
+    nodes = {row["node"]: row for row in answer_of(first, "/nodes")}
     assert nodes["nodea"]["status"] == "online"
     assert "mem" in nodes["nodea"]
     # nodedown-004
@@ -256,10 +256,10 @@ def test_a_node_that_is_off_keeps_its_guests_in_the_lists_and_tells_nothing_of_i
     assert first.run("qm", "create", "100").stderr.endswith("VM 100 already exists on node 'nodeb'\n")
 
 
-def test_running_guests_take_a_nodes_memory(pair: Pair) -> None:
+def test_the_memory_of_running_guests_counts_as_used(pair: Pair) -> None:
     def used(name: str) -> int:
         pair.on(name).tick()
-        rows = asked(pair.on("nodea"), "/nodes")
+        rows = answer_of(pair.on("nodea"), "/nodes")
         return next(int(row["mem"]) for row in rows if row["node"] == name)
 
     before = used("nodeb")
@@ -272,22 +272,22 @@ def test_running_guests_take_a_nodes_memory(pair: Pair) -> None:
     assert answer["memory"]["used"] - before > 1 << 30
 
 
-def test_a_task_is_its_own_nodes(pair: Pair) -> None:
+def test_a_task_is_listed_on_its_node_alone(pair: Pair) -> None:
     first = pair.on("nodea")
     upid = first.ok("pvesh", "create", "/nodes/nodeb/qemu", "--vmid", "100").strip()
     assert upid.startswith("UPID:nodeb:")
-    listed = asked(first, "/nodes/nodea/tasks")
+    listed = answer_of(first, "/nodes/nodea/tasks")
     assert [row["upid"] for row in listed] == []
-    (row,) = asked(first, "/nodes/nodeb/tasks")
+    (row,) = answer_of(first, "/nodes/nodeb/tasks")
     assert row["upid"] == upid
     assert "no such task" in first.run("pvesh", "get", f"/nodes/nodea/tasks/{upid}/status").stderr
-    (row,) = asked(first, "/cluster/tasks")
+    (row,) = answer_of(first, "/cluster/tasks")
     assert row["node"] == "nodeb"
 
 
-def test_a_call_over_https_for_a_node_that_cannot_be_reached_is_595(pair: Pair) -> None:
+def test_a_call_over_https_for_an_unreachable_node_is_595(pair: Pair) -> None:
     authority = pair.nodes["nodea"].file("/var/lib/pve-cluster/fs/pve-root-ca.pem")
-    made = [
+    command = [
         "openssl",
         "req",
         "-x509",
@@ -299,7 +299,7 @@ def test_a_call_over_https_for_a_node_that_cannot_be_reached_is_595(pair: Pair) 
         "-keyout",
         "/dev/null",
     ]
-    _run([*made, "-out", str(authority)], check=True, capture_output=True)
+    _run([*command, "-out", str(authority)], check=True, capture_output=True)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         member = members.Member("nodeb", 2, "127.0.0.1")

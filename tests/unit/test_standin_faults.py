@@ -1,4 +1,4 @@
-"""Fault rules of the stand-ins: where they match, what they do, how often."""
+"""Fault rules of the stand-ins: matches, effects and counts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CALLER = access.Caller(sync=False)
 VM = "/nodes/father/qemu/100"
 
 
-def rule(do: str, on: dict[str, Any], **more: Any) -> None:
-    faults.add(faults.parse({"on": on, "do": do, **more}))
+def rule(do: str, on: dict[str, Any], **values: Any) -> None:
+    faults.add(faults.parse({"on": on, "do": do, **values}))
 
 
 def call(verb: str, address: str, **params: str) -> Any:
@@ -32,7 +32,7 @@ def vm(node: Node) -> Node:
     return node
 
 
-def test_a_call_fails_with_the_words_of_the_rule_as_often_as_it_says(vm: Node) -> None:
+def test_a_call_fails_with_the_text_of_the_rule_for_the_given_number_of_times(vm: Node) -> None:
     rule("fail", {"method": "DELETE", "path": "/nodes/*/qemu/*"}, text="the storage burns", times=2)
     for _ in range(2):
         answer = vm.run("pvesh", "delete", VM)
@@ -43,7 +43,7 @@ def test_a_call_fails_with_the_words_of_the_rule_as_often_as_it_says(vm: Node) -
 
 
 @pytest.mark.usefixtures("vm")
-def test_a_status_of_http_before_the_words_is_the_status() -> None:
+def test_an_http_status_at_the_beginning_of_the_text_is_the_status() -> None:
     rule("fail", {"path": "/version"}, text="403 Permission check failed")
     with pytest.raises(PveFailure) as failure:
         call("GET", "/version")
@@ -65,7 +65,7 @@ def test_a_status_of_http_before_the_words_is_the_status() -> None:
     ],
     ids=str,
 )
-def test_a_rule_is_for_the_calls_that_its_method_path_and_vm_fit(on: dict[str, Any], fits: bool) -> None:
+def test_a_rule_applies_to_calls_that_match_method_path_and_vm(on: dict[str, Any], fits: bool) -> None:
     rule("fail", on, text="by rule")
     try:
         call("GET", f"{VM}/config")
@@ -85,7 +85,7 @@ def test_a_delayed_call_takes_longer_and_works(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("vm")
-def test_a_dropped_reply_is_one_of_a_call_that_was_done() -> None:
+def test_a_call_with_a_dropped_reply_is_executed() -> None:
     rule("drop", {"method": "PUT", "vmid": 100})
     with pytest.raises(NoReply):
         call("PUT", f"{VM}/config", description="done")
@@ -103,7 +103,7 @@ def test_a_command_whose_reply_is_dropped_ends_without_an_exit_code(
     assert ends[-1] == 9
 
 
-def test_a_task_fails_with_the_words_of_the_rule(vm: Node) -> None:
+def test_a_task_fails_with_the_text_of_the_rule(vm: Node) -> None:
     rule("fail", {"task": "qmdestroy", "vmid": 100}, text="out of room")
     answer = vm.run("qm", "destroy", "100")
     assert (answer.rc, answer.stderr.strip()) == (255, "out of room")
@@ -113,7 +113,7 @@ def test_a_task_fails_with_the_words_of_the_rule(vm: Node) -> None:
 
 
 @pytest.mark.usefixtures("vm")
-def test_a_rule_for_a_task_is_none_for_calls() -> None:
+def test_a_rule_for_a_task_does_not_apply_to_calls() -> None:
     rule("fail", {"task": "qm*", "vmid": 100}, text="by rule")
     assert call("GET", f"{VM}/config")["name"] == "a"
 
@@ -139,14 +139,14 @@ def test_a_task_that_hangs_runs_until_it_is_stopped() -> None:
 
 
 @pytest.mark.usefixtures("vm")
-def test_a_dropped_reply_of_a_task_is_one_of_a_task_that_was_started() -> None:
+def test_a_task_with_a_dropped_reply_is_started() -> None:
     rule("drop", {"task": "qmstop"})
     with pytest.raises(NoReply):
         tree.call("POST", f"{VM}/status/stop", {}, access.ROOT)
     assert call("GET", "/nodes/father/tasks")[0]["type"] == "qmstop"
 
 
-def test_the_lock_file_of_a_vm_is_held_as_long_as_the_rule_says(vm: Node) -> None:
+def test_the_lock_file_of_a_vm_is_held_for_the_seconds_of_the_rule(vm: Node) -> None:
     rule("lock", {"method": "GET", "vmid": 100}, seconds=0.5)
     call("GET", f"{VM}/config")
     with vm.file("/var/lock/qemu-server/lock-100.conf").open() as file:
@@ -191,13 +191,13 @@ def test_a_volume_is_left_over_without_a_warning(vm: Node) -> None:
         ({"on": [], "do": "hang"}, "expected an object"),
     ],
 )
-def test_a_rule_that_means_nothing_is_refused(given: dict[str, Any], words: str) -> None:
+def test_an_invalid_rule_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         faults.parse(given)
 
 
 @pytest.mark.usefixtures("node")
-def test_the_module_prints_the_rules_that_are_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_module_prints_the_remaining_rules(capsys: pytest.CaptureFixture[str]) -> None:
     given = {"on": {"method": "GET", "path": "/version"}, "do": "fail", "text": "no", "times": 3}
     assert faults.main(["add", json.dumps(given)]) == 0
     assert json.loads(capsys.readouterr().out) == [given]

@@ -16,10 +16,10 @@ IMAGE = b"hsqs" + b"\0" * 4092
 
 
 def config(node: Node, vmid: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
+    options: dict[str, Any] = json.loads(
         node.ok("pvesh", "get", f"/nodes/father/qemu/{vmid}/config", "--output-format", "json")
     )
-    return found
+    return options
 
 
 def resources(node: Node) -> dict[int, dict[str, Any]]:
@@ -36,7 +36,7 @@ def with_image(node: Node, vmid: int) -> None:
     node.run("qm", "set", str(vmid), "--scsi0", "local:0,import-from=local:import/debian.raw,format=qcow2")
 
 
-def test_an_imported_image_is_what_boots(node: Node) -> None:
+def test_a_vm_boots_its_imported_image(node: Node) -> None:
     with_image(node, 120)
     assert disks.bootable(node.file("/var/lib/vz/images/120/vm-120-disk-0.qcow2"))
     node.ok("qm", "set", "120", "--boot", "order=scsi0")
@@ -53,7 +53,7 @@ def test_the_task_that_frees_a_volume_is_named_after_the_storage_and_its_owner(n
         assert f":imgdel:{name}:root@pam:" in node.ok("pvesh", "delete", f"{path}{volume}")
 
 
-def test_a_volume_that_goes_while_volumes_are_listed_is_no_row(node: Node) -> None:
+def test_a_volume_removed_during_a_listing_has_no_row(node: Node) -> None:
     for vmid in (121, 122):
         with_image(node, vmid)
     node.file("/var/lib/vz/images/121/.vm-121-disk-0.qcow2.d/meta.json").unlink()
@@ -81,7 +81,7 @@ def test_a_new_vm_has_no_name_in_cluster_resources_until_the_next_broadcast(node
     assert config(node, 163)["name"] == "second"
 
 
-def test_marker_and_uuid_survive_as_given(node: Node) -> None:
+def test_marker_and_uuid_are_stored_unchanged(node: Node) -> None:
     marker = 'nestedpve: {"v":1,"run":"0123456789ab","vmid":201}'
     uuid = "11111111-2222-3333-4444-555555555555"
     node.ok("pvesh", "create", "/pools", "--poolid", "npve-1", "--comment", '{"v":1}')
@@ -89,9 +89,9 @@ def test_marker_and_uuid_survive_as_given(node: Node) -> None:
         *("pvesh", "create", "/nodes/father/qemu", "--vmid", "201", "--pool", "npve-1"),
         *("--description", marker, "--smbios1", f"uuid={uuid}", "--kvm", "0"),
     )
-    found = config(node, 201)
-    assert found["description"] == marker
-    assert found["smbios1"] == f"uuid={uuid}"
+    options = config(node, 201)
+    assert options["description"] == marker
+    assert options["smbios1"] == f"uuid={uuid}"
     listed = json.loads(node.ok("pvesh", "get", "/pools", "--poolid", "npve-1", "--output-format", "json"))
     assert [member["vmid"] for member in listed[0]["members"]] == [201]
     assert listed[0]["comment"] == '{"v":1}'
@@ -101,7 +101,7 @@ def test_marker_and_uuid_survive_as_given(node: Node) -> None:
     node.ok("pvesh", "delete", "/pools", "--poolid", "npve-1")
 
 
-def test_a_failed_task_leaves_pvesh_at_zero_and_the_exit_status_tells(node: Node) -> None:
+def test_pvesh_exits_with_0_after_a_failed_task_whose_exit_status_is_the_error(node: Node) -> None:
     answer = node.run("pvesh", "create", "/nodes/father/qemu/999/status/start")
     assert answer.rc == 0
     words = "Configuration file 'nodes/father/qemu-server/999.conf' does not exist"
@@ -113,7 +113,7 @@ def test_a_failed_task_leaves_pvesh_at_zero_and_the_exit_status_tells(node: Node
     assert [line["t"] for line in log] == ["", f"TASK ERROR: {words}"]
 
 
-def test_locks_and_protection_hold_and_stopped_is_stopped(node: Node) -> None:
+def test_locks_protection_and_a_running_machine_prevent_a_destroy(node: Node) -> None:
     node.ok("qm", "create", "108", "--kvm", "0")
     node.run("qm", "set", "108", "--lock", "backup")
     for words in (
@@ -134,7 +134,7 @@ def test_locks_and_protection_hold_and_stopped_is_stopped(node: Node) -> None:
     assert (running.rc, running.stderr) == (25, "VM 108 is running - destroy failed\n")
 
 
-def test_a_held_lock_file_makes_a_task_wait_and_give_up(node: Node, monkeypatch: Any) -> None:
+def test_a_task_waits_for_a_held_lock_file_and_fails_at_the_limit(node: Node, monkeypatch: Any) -> None:
     node.ok("qm", "create", "153", "--kvm", "0")
     monkeypatch.setattr(locks, "WAIT", 0.2)
     monkeypatch.setitem(locks.guest.__wrapped__.__kwdefaults__, "timeout", 0.2)  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def test_a_held_lock_file_makes_a_task_wait_and_give_up(node: Node, monkeypatch:
     assert answer.stderr == "can't lock file '/var/lock/qemu-server/lock-153.conf' - got timeout\n"
 
 
-def test_a_file_written_before_a_snapshot_is_there_after_the_rollback(node: Node) -> None:
+def test_a_file_written_before_a_snapshot_exists_after_the_rollback(node: Node) -> None:
     with_image(node, 106)
     volume = node.file("/var/lib/vz/images/106/vm-106-disk-0.qcow2")
     upper = disks.state_dir(volume) / "upper"
@@ -160,8 +160,8 @@ def test_a_file_written_before_a_snapshot_is_there_after_the_rollback(node: Node
     assert config(node, 106)["parent"] == "one"
     node.ok("qm", "rollback", "106", "one")
     assert sorted(path.name for path in upper.iterdir()) == ["kept"]
-    found = config(node, 106)
-    assert (found["tags"], found["description"], "protection" in found) == ("before", "later", False)
+    options = config(node, 106)
+    assert (options["tags"], options["description"], "protection" in options) == ("before", "later", False)
     rows = json.loads(node.ok("pvesh", "get", "/nodes/father/qemu/106/snapshot", "--output-format", "json"))
     assert [row["name"] for row in rows] == ["one", "current"]
     node.ok("qm", "delsnapshot", "106", "one")
@@ -173,22 +173,22 @@ def test_raw_disks_have_no_snapshots(node: Node) -> None:
     assert node.run("qm", "snapshot", "102", "aa").stderr == "snapshot feature is not available\n"
 
 
-def test_a_vm_says_what_its_disks_can(node: Node) -> None:
-    def able(vmid: int, feature: str) -> Any:
+def test_the_features_of_a_vm_depend_on_its_disks(node: Node) -> None:
+    def feature_of(vmid: int, feature: str) -> Any:
         path = f"/nodes/father/qemu/{vmid}/feature"
-        said = node.ok("pvesh", "get", path, "--feature", feature, "--output-format", "json")
-        return json.loads(said)
+        answer = node.ok("pvesh", "get", path, "--feature", feature, "--output-format", "json")
+        return json.loads(answer)
 
     node.ok("qm", "create", "102", "--scsi0", "local:1,format=raw")
     node.ok("qm", "create", "106", "--scsi0", "local:1,format=qcow2")
-    assert able(106, "snapshot") == {"hasFeature": 1, "nodes": ["father"]}  # as recorded: extra-023
-    assert able(102, "clone") == {"hasFeature": 0, "nodes": ["father"]}  # as recorded: extra-025
-    assert able(102, "snapshot")["hasFeature"] == 0
+    assert feature_of(106, "snapshot") == {"hasFeature": 1, "nodes": ["father"]}  # as recorded: extra-023
+    assert feature_of(102, "clone") == {"hasFeature": 0, "nodes": ["father"]}  # as recorded: extra-025
+    assert feature_of(102, "snapshot")["hasFeature"] == 0
     node.ok("qm", "template", "102")
-    assert able(102, "clone")["hasFeature"] == 1
+    assert feature_of(102, "clone")["hasFeature"] == 1
 
 
-def test_clones_get_their_own_identity_and_a_base_in_use_stays(node: Node) -> None:
+def test_clones_get_new_ids_and_a_base_in_use_is_not_destroyed(node: Node) -> None:
     with_image(node, 109)
     node.run("qm", "set", "109", "--tags", "t", "--description", "d")
     node.ok("qm", "template", "109")
@@ -211,7 +211,7 @@ def test_clones_get_their_own_identity_and_a_base_in_use_stays(node: Node) -> No
     assert disks.bootable(node.file("/var/lib/vz/images/202/vm-202-disk-0.qcow2"))
 
 
-def test_a_plain_destroy_leaves_unreferenced_disks(node: Node) -> None:
+def test_a_destroy_without_options_keeps_unreferenced_disks(node: Node) -> None:
     node.ok("qm", "create", "101", "--kvm", "0")
     node.ok("pvesm", "alloc", "local", "101", "vm-101-disk-5.raw", "1M")
     node.ok("qm", "destroy", "101")
@@ -221,7 +221,7 @@ def test_a_plain_destroy_leaves_unreferenced_disks(node: Node) -> None:
     assert node.ok("pvesm", "list", "local", "--vmid", "101") == ""
 
 
-def test_changes_of_a_running_vm_wait_until_it_was_off(node: Node) -> None:
+def test_changes_of_a_running_vm_are_pending_until_it_stops(node: Node) -> None:
     node.ok("qm", "create", "120", "--kvm", "0", "--memory", "768")
     node.ok("qm", "start", "120")
     node.run("qm", "set", "120", "--memory", "1024", "--name", "renamed")
@@ -244,7 +244,7 @@ def test_a_stale_digest_is_refused(node: Node) -> None:
     assert (refused.rc, refused.stderr) == (255, "checksum mismatch (file change by other user?)\n")
 
 
-def test_the_agent_is_asked_and_answers_in_the_apis_form(node: Node) -> None:
+def test_answers_of_the_agent_have_the_form_of_the_api(node: Node) -> None:
     node.ok("qm", "create", "120", "--kvm", "0", "--agent", "1")
     assert node.run("qm", "agent", "120", "ping").stderr == "VM 120 is not running\n"
     node.ok("qm", "start", "120")
@@ -267,7 +267,7 @@ def test_the_agent_is_asked_and_answers_in_the_apis_form(node: Node) -> None:
     assert done == {"exitcode": 7, "exited": 1, "out-data": "out\n", "out-truncated": 0}
 
 
-def test_the_monitor_tells_the_state_and_refuses_what_the_lab_has_not(node: Node) -> None:
+def test_the_monitor_reports_the_state_and_refuses_other_commands(node: Node) -> None:
     node.ok("qm", "create", "103", "--memory", "64")
     path = "/nodes/father/qemu/103/monitor"
     stopped = node.run("pvesh", "create", path, "--command", "info status")
@@ -284,7 +284,7 @@ def test_the_monitor_tells_the_state_and_refuses_what_the_lab_has_not(node: Node
     assert "not supported by the lab" in refused.stderr
 
 
-def test_cloud_init_is_written_in_pves_words(node: Node) -> None:
+def test_cloud_init_files_are_written_as_by_pve(node: Node) -> None:
     node.ok("qm", "create", "120", "--name", "renamed.example.test", "--kvm", "0", "--ciuser", "root")
     node.run("qm", "set", "120", "--ide2", "local:cloudinit", "--ipconfig0", "ip=10.77.7.107/24,gw=10.77.7.1")
     node.run("qm", "set", "120", "--net0", "virtio=BC:24:11:2A:8E:DD,bridge=vmbr0")
@@ -307,7 +307,7 @@ def test_cloud_init_is_written_in_pves_words(node: Node) -> None:
     assert "package_upgrade" not in seed["user-data"]
 
 
-def test_what_the_lab_does_not_know_is_refused_by_name(node: Node) -> None:
+def test_an_unsupported_command_is_refused_by_its_name(node: Node) -> None:
     node.ok("qm", "create", "101", "--kvm", "0")
     for words in (
         ["qm", "showcmd", "101"],
@@ -329,7 +329,7 @@ def test_everything_but_pveversion_fails_while_the_cluster_file_system_is_down(n
     assert node.run("pveversion").rc == 0
 
 
-def test_a_person_finds_the_configuration_where_pve_has_it(node: Node) -> None:
+def test_the_configuration_file_has_the_path_and_form_of_pve(node: Node) -> None:
     node.ok("qm", "create", "101", "--kvm", "0", "--name", "n", "--description", "two\nlines: x")
     kept = node.file("/var/lib/pve-cluster/fs/nodes/father/qemu-server/101.conf").read_text()
     assert kept.startswith("#two\n#lines%3A x\nboot:  \nkvm: 0\nmeta: creation-qemu=")
@@ -339,7 +339,7 @@ def test_a_person_finds_the_configuration_where_pve_has_it(node: Node) -> None:
     assert "pool:lab:a%3Ab:::" in node.file("/var/lib/pve-cluster/fs/user.cfg").read_text()
 
 
-def test_a_container_takes_its_id_and_is_no_vm(node: Node) -> None:
+def test_a_container_occupies_its_id_and_is_no_vm(node: Node) -> None:
     place = node.file("/var/lib/pve-cluster/fs/nodes/father/lxc")
     place.mkdir(parents=True)
     (place / "200.conf").write_text("arch: amd64\nhostname: ct1\n")

@@ -1,4 +1,4 @@
-"""The host of the fast tests: the stand-ins in this process, shared, arranged and put in the way of."""
+"""The host of the fast tests: stand-ins in this process, shared, prepared and with faults."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ QEMU = "/nodes/father/qemu"
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[StandinHost]:
-    made = StandinHost(tmp_path / "host")
-    yield made
-    made.close()
+    standin = StandinHost(tmp_path / "host")
+    yield standin
+    standin.close()
 
 
 def exit_status(host: StandinHost, upid: str) -> str | None:
@@ -33,7 +33,7 @@ def exit_status(host: StandinHost, upid: str) -> str | None:
     return status.get("exitstatus") if status["status"] == "stopped" else None
 
 
-def test_a_task_ends_inside_of_its_call_with_log_and_exit_status(host: StandinHost) -> None:
+def test_a_task_ends_inside_its_call_with_log_and_exit_status(host: StandinHost) -> None:
     api = host.connect().api
     upid = api.post(QEMU, vmid=100, name="a", scsi0="local:1")
     assert exit_status(host, upid) == "OK"
@@ -87,7 +87,7 @@ def test_threads_and_processes_share_a_host(host: StandinHost) -> None:
     assert {task.status for task in host.tasks("qmcreate")} == {"OK"}
 
 
-def test_a_lost_reply_is_a_timeout_and_the_work_is_done(host: StandinHost) -> None:
+def test_a_lost_reply_is_a_timeout_after_the_work(host: StandinHost) -> None:
     host.fault("POST", QEMU, do="drop")
     with pytest.raises(CommandTimeout):
         host.connect().api.post(QEMU, vmid=100)
@@ -101,7 +101,7 @@ def test_a_call_that_hangs_is_a_timeout_and_nothing_is_done(host: StandinHost) -
     assert host.vms() == []
 
 
-def test_a_slow_task_runs_and_what_its_killed_worker_leaves_is_as_recorded(host: StandinHost) -> None:
+def test_the_leftovers_of_a_slow_task_with_a_killed_worker_are_as_recorded(host: StandinHost) -> None:
     host.create_vm(100, name="a", scsi0="local:1")
     host.slow(qmdestroy=60)
     upid = host.connect().api.delete(f"{QEMU}/100")
@@ -124,7 +124,7 @@ def test_a_new_vm_has_no_name_until_ten_seconds_have_passed(host: StandinHost) -
     assert (row["status"], row["name"]) == ("stopped", "a")
 
 
-def test_the_clock_of_the_node_is_that_of_its_answers(host: StandinHost) -> None:
+def test_answers_use_the_clock_of_the_node(host: StandinHost) -> None:
     before = int(host.connect().ssh.run(["date", "+%s"]).stdout)
     host.advance(4000)
     assert 4000 <= int(host.connect().ssh.run(["date", "+%s"]).stdout) - before < 4060
@@ -152,7 +152,7 @@ def test_a_second_node_answers_for_its_own_vms_while_it_is_online(host: StandinH
         api.get("/nodes/father2/qemu")
 
 
-def test_commands_and_files_are_the_nodes_own(host: StandinHost) -> None:
+def test_commands_and_files_are_those_of_the_node(host: StandinHost) -> None:
     ssh = host.connect().ssh
     host.create_vm(100, name="a")
     assert "a" in ssh.run("qm list").stdout
@@ -180,14 +180,14 @@ def test_a_saved_host_is_restored(host: StandinHost, tmp_path: Path) -> None:
     assert host.state() == before
 
 
-def test_an_action_comes_before_the_next_call_that_fits(host: StandinHost) -> None:
+def test_an_action_runs_before_the_next_matching_call(host: StandinHost) -> None:
     host.create_vm(100)
     host.before("GET", f"{QEMU}/100/config", lambda: host.edit_vm(100, description="meanwhile"))
     assert host.connect().api.get(f"{QEMU}/100/config")["description"] == "meanwhile"
     assert host.calls()[-1] == f"GET {QEMU}/100/config"
 
 
-def test_an_answer_can_be_another_one(host: StandinHost) -> None:
+def test_an_answer_can_be_replaced(host: StandinHost) -> None:
     host.change_answers("GET", "/version", lambda answer: {**answer, "version": None})
     assert host.connect().api.get("/version")["version"] is None
 

@@ -1,6 +1,6 @@
-"""What a command is given wrongly is refused in PVE's words, and what it is given rightly is taken.
+"""Wrong parameters are refused with PVE's messages, right ones accepted.
 
-Words and codes are those of recordings of Proxmox VE 9.2.11 where an id says so, else they follow them."""
+Messages and codes with an id are recordings of Proxmox VE 9.2.11; all others are derived from them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_family_of_options_ends_where_it_does_on_pve(vm: Node, last: str) -> N
         ("showcmd {}", "showcmd <vmid> [OPTIONS]"),
     ],
 )
-def test_commands_that_are_no_methods_judge_the_vmid_too(node: Node, words: str, line: str) -> None:
+def test_commands_without_a_method_check_the_vmid_too(node: Node, words: str, line: str) -> None:
     for given, error in (
         ("abc", "type check ('integer') failed - got 'abc'\n"),  # as [basic-105]
         ("5", "invalid format - value does not look like a valid VM ID\n\n"),  # as [create-005]
@@ -69,7 +69,7 @@ def test_commands_that_are_no_methods_judge_the_vmid_too(node: Node, words: str,
         assert answer.stderr == f"{BAD}vmid: {error}qm {line}\n"
 
 
-def test_a_wait_is_given_a_number_of_seconds(vm: Node) -> None:
+def test_the_limit_of_a_wait_is_a_number_of_seconds(vm: Node) -> None:
     answer = vm.run("qm", "wait", "100", "--timeout", "abc")
     assert (answer.rc, answer.stderr.splitlines()[1]) == (
         2,
@@ -77,7 +77,7 @@ def test_a_wait_is_given_a_number_of_seconds(vm: Node) -> None:
     )
 
 
-def test_a_rescan_is_of_the_vm_that_was_named(vm: Node) -> None:
+def test_a_rescan_is_restricted_to_the_named_vm(vm: Node) -> None:
     vm.ok("qm", "create", "101", "--kvm", "0")
     for vmid in ("100", "101"):
         vm.run("pvesm", "alloc", "local", vmid, f"vm-{vmid}-disk-0.raw", "4M")
@@ -87,14 +87,14 @@ def test_a_rescan_is_of_the_vm_that_was_named(vm: Node) -> None:
     assert "unused0" not in vm.ok("qm", "config", "100")
 
 
-def test_an_argument_that_may_be_missing_is_not_asked_for(vm: Node) -> None:
-    """`qm disk move <vmid> <disk> [<storage>]` [basic-098]; moving is what the lab has not."""
+def test_an_optional_argument_is_not_required(vm: Node) -> None:
+    """`qm disk move <vmid> <disk> [<storage>]` [basic-098]; the lab does not support moves."""
     assert vm.run("qm", "move_disk", "100", "scsi0").stderr == "move_disk: not supported by the lab\n"
     assert vm.run("qm", "move_disk", "100").stderr.startswith("400 not enough arguments\n")
     assert vm.run("qm", "status", "--vmid", "100").stderr.startswith("400 not enough arguments\n")
 
 
-def test_help_in_full_is_not_made_up(vm: Node) -> None:
+def test_full_help_is_not_supported(vm: Node) -> None:
     for words in (("qm", "help", "create"), ("pvecm", "help"), ("pvesh", "usage", "/version", "--verbose")):
         answer = vm.run(*words)
         assert answer.rc == 255
@@ -139,7 +139,7 @@ NOT_IN = "does not have a value in the enumeration"
         ),
     ],
 )
-def test_a_value_is_judged_by_the_format_that_the_table_only_names(
+def test_a_value_is_checked_by_the_format_named_in_the_table(
     vm: Node, option: str, value: str, words: str
 ) -> None:
     answer = vm.run("qm", "set", "100", f"--{option}", value)
@@ -150,7 +150,7 @@ def test_a_value_is_judged_by_the_format_that_the_table_only_names(
 @pytest.mark.parametrize(
     ("option", "value"), [("hostpci0", "bogus"), ("cdrom", "bogus"), ("cpu", "host,flags=+bogus")]
 )
-def test_a_format_that_the_lab_does_not_know_takes_nothing(vm: Node, option: str, value: str) -> None:
+def test_an_unknown_format_accepts_no_value(vm: Node, option: str, value: str) -> None:
     answer = vm.run("qm", "set", "100", f"--{option}", value)
     assert answer.rc == 255
     assert answer.stderr.endswith(": not supported by the lab\n")
@@ -174,12 +174,12 @@ def test_a_format_that_the_lab_does_not_know_takes_nothing(vm: Node, option: str
         ("startup", "3,up=10,down=20"),
     ],
 )
-def test_a_value_in_its_format_is_taken(vm: Node, option: str, value: str) -> None:
+def test_a_value_in_its_format_is_accepted(vm: Node, option: str, value: str) -> None:
     assert vm.run("qm", "set", "100", f"--{option}", value).rc == 0
     assert f"{option}: {value}\n" in vm.ok("qm", "config", "100")
 
 
-def test_other_formats_are_judged_too(node: Node) -> None:
+def test_other_formats_are_checked_too(node: Node) -> None:
     answer = node.run("pvesh", "get", "/nodes/father/tasks", "--statusfilter", "bogus")
     assert answer.stderr.startswith(f"{BAD}statusfilter: invalid format - invalid status 'bogus'\n")
     assert node.run("pvesh", "get", "/nodes/father/tasks", "--statusfilter", "ok,error").rc == 0
@@ -191,7 +191,7 @@ def test_other_formats_are_judged_too(node: Node) -> None:
     assert "prune-backups.keep" in node.run("pvesm", "set", "local", "--prune-backups", "keep=3").stderr
 
 
-def test_what_pve_has_and_the_lab_has_not_is_not_called_unknown(node: Node) -> None:
+def test_an_unsupported_command_of_pve_is_not_reported_as_unknown(node: Node) -> None:
     for words in (
         "pvesh get /nodes/father/subscription",
         "pvesh get /nodes/father/apt/versions",
@@ -216,7 +216,7 @@ def test_what_pve_has_and_the_lab_has_not_is_not_called_unknown(node: Node) -> N
         assert node.run(*words.split()).rc == 1
 
 
-def test_what_is_below_a_list_is_listed(node: Node) -> None:
+def test_entries_of_a_list_are_listed(node: Node) -> None:
     assert node.ok("pvesh", "ls", "/nodes/father/storage") == "Dr---        local\n"
     assert "-rw-d        PVEVMAdmin\n" in node.ok("pvesh", "ls", "/access/roles")
 
@@ -226,7 +226,7 @@ def test_only_known_options_are_reverted(vm: Node) -> None:
     assert (answer.rc, answer.stderr) == (255, f"{BAD}revert: unknown option 'nosuchkey'\n{SET}")
 
 
-def test_rights_are_given_in_the_trees_that_pve_has(node: Node) -> None:
+def test_acls_are_restricted_to_the_trees_of_pve(node: Node) -> None:
     rights = ("--roles", "PVEAdmin", "--users", "root@pam")
     for path in ("/bogus/x", "/vms/99", "/pool/a/b/c/d", "/storage/local/x"):
         answer = node.run("pveum", "acl", "modify", path, *rights)
@@ -236,19 +236,19 @@ def test_rights_are_given_in_the_trees_that_pve_has(node: Node) -> None:
         assert node.run("pveum", "acl", "modify", path, *rights).rc == 0
 
 
-def test_a_beginning_that_several_options_have_is_ambiguous(vm: Node) -> None:
+def test_a_common_prefix_of_several_options_is_ambiguous(vm: Node) -> None:
     answer = vm.run("qm", "set", "100", "--na", "x")
     assert answer.stderr == f"Option na is ambiguous (name, nameserver)\n400 unable to parse option\n{SET}"
     assert vm.run("qm", "set", "100", "--serial", "socket").stderr.startswith("Option serial is ambiguous (")
     assert vm.ok("qm", "set", "100", "--mem", "64") == "update VM 100: -memory 64\n"
 
 
-def test_a_machine_that_is_off_or_has_no_line_is_told_so(vm: Node) -> None:
+def test_a_stopped_machine_or_one_without_a_serial_line_is_reported(vm: Node) -> None:
     assert vm.run("qm", "sendkey", "100", "ret").stderr == "VM 100 not running\n"  # [power-027]
     assert vm.run("qm", "terminal", "100").stderr == "unable to find a serial interface\n"  # [power-072]
 
 
-def test_options_beside_a_methods_own_are_judged_too(vm: Node) -> None:
+def test_options_outside_a_method_are_checked_too(vm: Node) -> None:
     boolean = "type check ('boolean') failed - got 'maybe'\n"
     assert vm.run("qm", "status", "100", "--verbose", "maybe").stderr.startswith(f"{BAD}verbose: {boolean}")
     assert vm.run("pvesh", "get", "/version", "--noborder", "maybe").stderr.startswith(
@@ -258,7 +258,7 @@ def test_options_beside_a_methods_own_are_judged_too(vm: Node) -> None:
     assert vm.ok("pvesh", "get", "/version", "--noborder", "yes") == plain
 
 
-def test_nobody_is_put_into_a_group_that_is_not_there(node: Node) -> None:
+def test_no_user_is_added_to_a_missing_group(node: Node) -> None:
     answer = node.run("pveum", "user", "add", "a@pve", "--groups", "nosuch")
     assert (answer.rc, answer.stderr) == (255, "create user failed: no such group 'nosuch'\n")
     assert "a@pve" not in node.ok("pveum", "user", "list")
@@ -269,10 +269,10 @@ def test_a_volume_without_a_storage_is_incomplete(node: Node) -> None:
     assert answer.stderr.startswith(f"{BAD}volume: no storage specified - incomplete volume ID\n")
 
 
-def test_an_index_names_what_is_below_by_the_column_that_the_table_has(node: Node) -> None:
+def test_an_index_names_its_children_in_the_column_of_the_table(node: Node) -> None:
     def listed(path: str) -> list[dict[str, str]]:
-        found: list[dict[str, str]] = json.loads(node.ok("pvesh", "get", path, "--output-format", "json"))
-        return found
+        rows: list[dict[str, str]] = json.loads(node.ok("pvesh", "get", path, "--output-format", "json"))
+        return rows
 
     assert {"id": "resources"} in listed("/cluster/ha")
     assert {"subdir": "users"} in listed("/access")

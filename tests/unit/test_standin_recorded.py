@@ -1,4 +1,4 @@
-"""The stand-ins answer in the recorded words and with the recorded exit codes."""
+"""The stand-ins answer with the recorded output and exit codes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from standin_support import Node, _node  # noqa: F401 (a fixture)
 DATA = Path(__file__).parents[1] / "data" / "standin-recorded.jsonl"
 
 
-def normal(text: str) -> str:
-    """What differs from run to run, by name."""
+def normalized(text: str) -> str:
+    """The text with placeholders for values that differ between runs."""
     text = re.sub(r"UPID:father(:[0-9A-F]{8}){3}", "UPID:father:PID:START:TIME", text)
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|REDACTED-x+", "UUID", text)
     return re.sub(r"ctime=\d+", "ctime=TIME", text)
@@ -25,7 +25,7 @@ def test_a_sequence_of_commands_is_answered_as_recorded(node: Node, monkeypatch:
     differences = []
     for line in DATA.read_text().splitlines()[1:]:
         recorded = json.loads(line)
-        if "do" in recorded:  # what leads to the state of the next recording
+        if "do" in recorded:  # prepares the state of the next recording
             assert node.run(*shlex.split(recorded["do"])).rc == 0
             continue
         words = shlex.split(recorded["cmd"])
@@ -34,8 +34,8 @@ def test_a_sequence_of_commands_is_answered_as_recorded(node: Node, monkeypatch:
                 name, _, value = words.pop(0).partition("=")
                 patch.setenv(name, value)
             answer = node.run(*words)
-        expected = recorded["rc"], normal(recorded["stdout"]), normal(recorded["stderr"])
-        found = answer.rc, normal(answer.stdout), normal(answer.stderr)
-        if found != expected:
-            differences.append(f"{recorded['id']} {recorded['cmd']}\n  want {expected}\n  got  {found}")
+        expected = recorded["rc"], normalized(recorded["stdout"]), normalized(recorded["stderr"])
+        actual = answer.rc, normalized(answer.stdout), normalized(answer.stderr)
+        if actual != expected:
+            differences.append(f"{recorded['id']} {recorded['cmd']}\n  want {expected}\n  got  {actual}")
     assert not differences, "\n".join(differences)

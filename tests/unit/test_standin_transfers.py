@@ -1,4 +1,4 @@
-"""What the stand-ins fetch from a server, in the words that were recorded (group download)."""
+"""Downloads of the stand-ins, with the recorded messages (group download)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Files(http.server.BaseHTTPRequestHandler):
         return FILES[self.path]
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Write no log."""
 
 
 @pytest.fixture(name="url")
@@ -48,16 +48,16 @@ def _url() -> Iterator[str]:
         thread.join()
 
 
-def fetch(node: Node, url: str, file: str, *more: str, content: str = "import") -> Answer:
+def fetch(node: Node, url: str, file: str, *options: str, content: str = "import") -> Answer:
     path = "/nodes/father/storage/local/download-url"
-    return node.run("pvesh", "create", path, "--url", url, "--content", content, "--filename", file, *more)
+    return node.run("pvesh", "create", path, "--url", url, "--content", content, "--filename", file, *options)
 
 
 def unresolved(*_: object, **__: object) -> list[object]:
     raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-def test_a_file_is_downloaded_once_and_its_checksum_decides(node: Node, url: str) -> None:
+def test_a_file_is_downloaded_once_and_kept_if_its_checksum_matches(node: Node, url: str) -> None:
     node.ok("pvesm", "set", "local", "--content", "images,iso,import")
     target = node.file("/var/lib/vz/import/new.qcow2")
     digest = hashlib.sha256(FILES["/ok.qcow2"]).hexdigest()
@@ -75,22 +75,22 @@ def test_a_file_is_downloaded_once_and_its_checksum_decides(node: Node, url: str
     again = fetch(node, f"{url}/ok.qcow2", "new.qcow2", *right)
     assert "OK, got correct file already, no need to download\n" in again.stdout
     assert fetch(node, f"{url}/ok.qcow2", "new.qcow2", *wrong).stderr == f"{mismatch}, aborting\n"
-    assert [each.name for each in target.parent.iterdir()] == ["new.qcow2"]
+    assert [file.name for file in target.parent.iterdir()] == ["new.qcow2"]
 
 
 def test_a_compressed_image_is_unpacked(node: Node, url: str) -> None:
-    made = fetch(node, f"{url}/ok.img.gz", "fromgz.img", "--compression", "gz", content="iso")
-    assert made.stderr == ""
-    assert "\ndecompressing /var/lib/vz/template/iso/fromgz.img.tmp_dwnl." in made.stdout
+    answer = fetch(node, f"{url}/ok.img.gz", "fromgz.img", "--compression", "gz", content="iso")
+    assert answer.stderr == ""
+    assert "\ndecompressing /var/lib/vz/template/iso/fromgz.img.tmp_dwnl." in answer.stdout
     assert node.file("/var/lib/vz/template/iso/fromgz.img").read_bytes() == b"a disk"
     refused = fetch(node, f"{url}/ok.img.gz", "x.img", "--compression", "zst", content="iso")
     assert "not supported by the lab" in refused.stderr
 
 
-def test_what_cannot_be_fetched_is_told_in_wgets_words(
+def test_a_failed_download_is_reported_with_wgets_message(
     node: Node, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as held:  # bound, and nobody listens
+    with socket.socket() as held:  # bound, but not listening
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
         refused = fetch(node, f"http://127.0.0.1:{port}/x.iso", "x.iso", content="iso")
@@ -110,9 +110,9 @@ def test_what_cannot_be_fetched_is_told_in_wgets_words(
     )
 
 
-def test_a_server_is_asked_about_a_file(node: Node, url: str) -> None:
+def test_name_size_and_type_of_a_file_on_a_server_are_queried(node: Node, url: str) -> None:
     path, options = "/nodes/father/query-url-metadata", ("--output-format", "json")
-    found = node.ok("pvesh", "get", path, "--url", f"{url}/ok.qcow2", *options)
-    assert json.loads(found) == {"filename": "ok.qcow2", "mimetype": "application/octet-stream", "size": 8}
+    answer = node.ok("pvesh", "get", path, "--url", f"{url}/ok.qcow2", *options)
+    assert json.loads(answer) == {"filename": "ok.qcow2", "mimetype": "application/octet-stream", "size": 8}
     missing = node.run("pvesh", "get", path, "--url", f"{url}/nosuch", *options)
     assert missing == Answer(2, "", "invalid server response: '404 File not found'\n")
