@@ -309,6 +309,27 @@ def test_a_create_that_ends_between_two_reads_of_its_configuration_is_proved_aga
     assert (report.destroyed, report.left, report.kept) == ((f"VM {LOW}",), (), ())
 
 
+def test_a_vm_that_its_create_task_has_not_added_to_the_pool_yet_is_awaited(
+    env: Environment, host: StandinHost, pool: None
+) -> None:
+    """PVE adds a VM to its pool at the end of the task: until then it is not judged as removed from it."""
+    vmid = ours(env)
+    name = pool_name(env.settings, env.run)
+    comment, _ = host.pools()[name]
+    host.set_pool(name, comment, vms=[])
+    host.slow(qmconfig=60)
+    upid = host.connect().api.post(f"/nodes/father/qemu/{vmid}/config", scsi1="local:1")
+
+    def end_task() -> None:
+        host.kill_task(upid)
+        host.set_pool(name, comment, vms=[vmid])
+
+    tasks = r"/nodes/father/tasks"
+    host.before("GET", tasks, lambda: host.before("GET", tasks, end_task))
+    assert teardown(env).left == ()
+    assert host.vms() == []
+
+
 def test_a_vm_created_late_by_an_interrupted_call_is_awaited(
     env: Environment, host: StandinHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
