@@ -309,8 +309,9 @@ def test_a_create_that_ends_between_two_reads_of_its_configuration_is_proved_aga
     assert (report.destroyed, report.left, report.kept) == ((f"VM {LOW}",), (), ())
 
 
+@pytest.mark.usefixtures("pool")
 def test_a_vm_that_its_create_task_has_not_added_to_the_pool_yet_is_awaited(
-    env: Environment, host: StandinHost, pool: None
+    env: Environment, host: StandinHost
 ) -> None:
     """PVE adds a VM to its pool at the end of the task: until then it is not judged as removed from it."""
     vmid = ours(env)
