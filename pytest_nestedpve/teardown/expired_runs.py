@@ -21,7 +21,11 @@ def sweep(env: Environment) -> None:
     """Destroy the VMs and pools of expired runs, by the usual proof; remark on each, destroyed or kept."""
     host, settings = env.outer, env.settings
     try:
-        rows = [row for run in _expired(env) for row in plan.plan(host, replace(settings, run_id=run))]
+        now = host_clock(host)
+        runs = _expired(env, now)
+        rows = [row for run in runs for row in plan.plan(host, replace(settings, run_id=run))]
+        # Read again by the plan: a session that was suspended may have renewed its lease since.
+        rows = [row if _has_expired(row, now) else row.kept("its lease was renewed") for row in rows]
         if not rows:
             return
         env.progress("destroying runs whose lease has expired")
@@ -34,9 +38,12 @@ def sweep(env: Environment) -> None:
         env.remark(_line(row, outcome.result if outcome else "", outcome.reason if outcome else ""))
 
 
-def _expired(env: Environment) -> list[str]:
-    """The runs whose lease has expired, and whose session is not known to live."""
-    now = host_clock(env.outer)
+def _has_expired(row: Row, now: int) -> bool:
+    return row.expires is not None and now > row.expires
+
+
+def _expired(env: Environment, now: int) -> list[str]:
+    """The runs whose lease has expired at `now`, and whose session is not known to live."""
     runs = []
     for entry in entries(env.outer.api.get("/pools"), call="get /pools"):
         run, lease = run_of_pool(entry.get("poolid")), parse_lease(entry.get("comment"))
