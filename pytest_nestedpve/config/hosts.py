@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_nestedpve.config.settings import PROFILE_KEYS
 from pytest_nestedpve.pve.errors import ProfileError, PveError, SshError
 
 if TYPE_CHECKING:
@@ -19,22 +20,6 @@ if TYPE_CHECKING:
 PROFILE = "/etc/nested-pve.ini"
 PROFILE_SECTION = "nested-pve"
 _PROFILE_LIMIT = 64 * 1024
-# A host must not decide which programs the client runs or what it sends: other keys are refused.
-PROFILE_KEYS = frozenset(
-    {
-        "image",
-        "template",
-        "storage",
-        "bridge",
-        "ipconfig",
-        "pool_parent",
-        "mirror",
-        "http_proxy",
-        "pve_repository_url",
-        "pve_repository_key_url",
-        "pve_repository_key_sha256",
-    }
-)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "force_stop",
-        "whether a VM that does not shut down is stopped at the teardown; default true",
+        "whether the teardown stops VMs that run; if not, it reports them as left over; default true",
         parsers.boolean,
     ),
     Key(

@@ -15,6 +15,7 @@ from pytest_nestedpve.config.parsers import Source, Text
 if TYPE_CHECKING:
     import pytest
 
+#: A host must not decide which programs the client runs or what it sends: other keys are refused.
 PROFILE_KEYS = frozenset(key.name for key in KEYS if key.profile)
 _DEFAULT = "default"
 

@@ -294,3 +294,20 @@ def test_every_key_is_a_field_and_has_a_help_text() -> None:
     for key in keys.KEYS:
         assert hasattr(Settings(), key.target), key
         assert len(key.help) > 15
+
+
+def test_a_hosts_profile_may_set_these_keys_and_no_others() -> None:
+    """None of them decides which programs this machine runs, or what it sends."""
+    assert {
+        "bridge",
+        "http_proxy",
+        "image",
+        "ipconfig",
+        "mirror",
+        "pool_parent",
+        "pve_repository_key_sha256",
+        "pve_repository_key_url",
+        "pve_repository_url",
+        "storage",
+        "template",
+    } == PROFILE_KEYS

@@ -1,6 +1,6 @@
 """The stand-ins as Debian packages, under the real packages' names and versions.
 
-`repo.py` builds and signs them. Postfix, chrony and open-iscsi are Debian's packages.
+`lab/build/repository.py` builds and signs them. Postfix, chrony and open-iscsi are Debian's packages.
 """
 
 from __future__ import annotations
