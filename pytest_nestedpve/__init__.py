@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pytest_nestedpve.environment.environment import Environment
     from pytest_nestedpve.environment.phases import Phase, PhaseListError
     from pytest_nestedpve.ownership.discover import discover
-    from pytest_nestedpve.ownership.proof import prove
+    from pytest_nestedpve.ownership.proof import RunProver, prove
     from pytest_nestedpve.pve.errors import PveError
     from pytest_nestedpve.pve.host import PveHost
     from pytest_nestedpve.session.nested_pve import NestedPve
@@ -32,6 +32,7 @@ __all__ = [
     "PhaseListError",
     "PveError",
     "PveHost",
+    "RunProver",
     "Settings",
     "VmRequest",
     "adopt_vms",
@@ -51,6 +52,7 @@ _MODULES = {
     "PhaseListError": "environment.phases",
     "PveError": "pve.errors",
     "PveHost": "pve.host",
+    "RunProver": "ownership.proof",
     "Settings": "config.settings",
     "VmRequest": "setup.own_vm",
     "adopt_vms": "setup.own_vm",

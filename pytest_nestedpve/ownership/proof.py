@@ -39,7 +39,8 @@ class Proof:
     """Whether a VM may be destroyed, by its configuration, status and pool as the host reports them now.
 
     `reason`: why it may not. `gone`: no such VM exists. `marked`: its marker is ours, names this VM and has
-    its uuid, whatever else forbids to destroy it. `status` is PVE's, `lock` the lock property, `config` the
+    its uuid, whatever else forbids to destroy it. `outside`: only its absence from the pool forbids it, as
+    while its create task runs. `status` is PVE's, `lock` the lock property, `config` the
     configuration that was proved. `identity` distinguishes it from another VM of the same id: the SMBIOS uuid
     of a marked VM, the digest of the configuration of an unmarked one; empty if not known. `node`: where the
     VM is, or was last searched for; it may have been moved.
@@ -54,6 +55,7 @@ class Proof:
     config: Mapping[str, Any] | None = None
     gone: bool = False
     marked: bool = False
+    outside: bool = False
     node: str = ""
 
 
@@ -140,7 +142,7 @@ def _prove_at(api: Api, settings: Settings, node: str, vmid: int, run_id: str, n
     if proof.ok and members is None:
         return replace(proof, ok=False, reason=f"the pool {name} does not exist")
     if proof.ok and members is not None and ("qemu", vmid, node) not in members.members:
-        return replace(proof, ok=False, reason=f"it is not in the pool {name}")
+        return replace(proof, ok=False, reason=f"it is not in the pool {name}", outside=True)
     return proof
 
 

@@ -1,4 +1,4 @@
 """A Proxmox VE host: its API over HTTPS or pvesh, SSH, tasks, guests, storages, clusters.
 
-Knows nothing of pytest, of runs or of the lab.
+Independent of pytest, of runs and of the lab.
 """

@@ -1,4 +1,4 @@
 """One run on this client: identity, directory, lock, audit log, records of kept runs, signals.
 
-Objects of a run on a host: `ownership`.
+The objects of a run on a host are created and proved in `ownership`, not here.
 """

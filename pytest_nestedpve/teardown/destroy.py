@@ -166,9 +166,9 @@ class _Destruction:
             self.obstacle = f"it was moved from {node} to {self.node}"
             return None  # first come the tasks and volumes of that node
         if not proof.ok:
-            # PVE adds a VM to its pool at the end of the create task (facts of PVE 9.2, 49): with our marker
-            # it is judged when no task works on it any more.
-            return None if busy and proof.marked else self._not_proved(proof)
+            # PVE adds a VM to its pool at the end of the create task (facts of PVE 9.2, 49): one that only
+            # lacks the pool is judged when no task works on it any more.
+            return None if busy and proof.outside else self._not_proved(proof)
         if proof.status != "stopped" and not self.force_stop:
             return self._outcome("left", "it runs, and force_stop is off")
         if busy:

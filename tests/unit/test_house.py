@@ -133,9 +133,13 @@ def test_the_top_of_the_package_has_at_most_twelve_entries() -> None:
     assert len(entries) <= 12
 
 
-@pytest.mark.parametrize("name", ROOMS[1:])
-def test_the_docstring_of_a_room_has_two_sentences(name: str) -> None:
-    docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
+PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_docstring_of_a_package_has_two_sentences(name: str) -> None:
+    """One for what the package is responsible for, one for what it is not."""
+    docstring = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8")))
     assert docstring is not None
     assert len(re.findall(r"[.](?:\s|\Z)", docstring)) >= 2, (
         f"{name}: expected two sentences, found {docstring!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -60,6 +61,24 @@ def test_the_public_names_are_documented_and_no_other() -> None:
     table = page.partition("## Public names\n")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
     assert sorted(documented) == sorted([*pytest_nestedpve.__all__, "steps"])
+
+
+def test_the_documented_parameters_of_public_names_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "using-it.md").read_text(encoding="utf-8")
+    table = page.partition("## Public names\n")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)\(([^`]*)\)`", table, re.MULTILINE)
+    assert len(documented) >= 6
+    for name, parameters in documented:
+        actual = inspect.signature(getattr(pytest_nestedpve, name)).parameters
+        named = re.findall(r"(\w+)(?:=…)?", parameters)
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = {
+            key
+            for key, parameter in actual.items()
+            if parameter.default is parameter.empty and parameter.kind not in variadic
+        }
+        assert set(named) <= set(actual), f"{name}({parameters})"
+        assert required <= set(named), f"{name}({parameters})"
 
 
 def test_the_pages_and_examples_import_public_names_only() -> None:

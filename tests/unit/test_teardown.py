@@ -331,6 +331,18 @@ def test_a_vm_that_its_create_task_has_not_added_to_the_pool_yet_is_awaited(
     assert host.vms() == []
 
 
+def test_a_protected_vm_is_reported_at_once_though_a_task_works_on_it(
+    env: Environment, host: StandinHost
+) -> None:
+    vmid = ours(env)
+    host.edit_vm(vmid, protection=1)
+    host.slow(qmconfig=60)
+    host.connect().api.post(f"/nodes/father/qemu/{vmid}/config", scsi1="local:1")
+    report = teardown_within(env, 20)
+    assert any("protection" in line or "protected" in line for line in report.left), report
+    host.clear_faults()
+
+
 def test_a_vm_created_late_by_an_interrupted_call_is_awaited(
     env: Environment, host: StandinHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

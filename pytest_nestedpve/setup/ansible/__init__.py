@@ -1,4 +1,4 @@
 """Playbooks: packed sources, variables, inventory, and the process that runs them.
 
-The phases decide when each playbook runs.
+The order of playbooks is not decided here, but by the phases.
 """
