@@ -28,7 +28,7 @@ PHASES = (
     "sync_repos",
     "verify_ssh_chain",
 )
-"""The fourteen by their names, in order: what tests expect, whatever the package says."""
+"""The names of the fourteen phases in order, as tests expect them, independent of the package."""
 
 IMAGE = "local:import/debian-13-genericcloud-amd64.qcow2"
 

@@ -206,7 +206,7 @@ class RunDirectory:
 
 
 def _one_key(key: str) -> str:
-    # A second line, or text before the key, would be a further entry of known_hosts, chosen by the guest.
+    # A second line, or text before the key, would be another entry of known_hosts, set by the guest.
     clean = " ".join(key.strip(" \n").split(" ")[:2])
     if "\n" in key.strip("\n") or not _KEY_LINE.match(clean):
         raise BadHostKey(f"expected one host key, 'type base64'; found {key[:80]!r}")

@@ -28,15 +28,15 @@ class SignalGuard:
     """The handler, installed before the first object is created on a host, until the session has ended.
 
     `stop(text)` ends the session after the current test, in case the exception of the handler is caught by
-    other code. `say(text)` writes a line to the terminal from a signal handler. `give_up(signum)` must not
+    other code. `report(text)` writes a line to the terminal from a signal handler. `give_up(signum)` must not
     return: the third Ctrl-C calls it.
     """
 
     def __init__(
-        self, *, stop: Callable[[str], None], say: Callable[[str], None], give_up: Callable[[int], None]
+        self, *, stop: Callable[[str], None], report: Callable[[str], None], give_up: Callable[[int], None]
     ) -> None:
         self._stop = stop
-        self._say = say
+        self._report = report
         self._give_up = give_up
         self._previous: dict[int, Any] = {}
         self._first_at = 0.0
@@ -96,7 +96,7 @@ class SignalGuard:
             self._give_up(signum)
         if self.counting:
             remaining = 3 - self.received.count(signal.SIGINT)
-            self._say(f"{name}: the teardown continues; {remaining} more Ctrl-C would abort it")
+            self._report(f"{name}: the teardown continues; {remaining} more Ctrl-C would abort it")
             return
         now = time.monotonic()
         if len(self.received) > 1 and now - self._first_at < _SAME_SIGNAL:

@@ -32,7 +32,7 @@ class NestedSession:
 
     def __init__(self, session: pytest.Session, settings: Settings) -> None:
         self._session = session
-        self.guard = SignalGuard(stop=self._stop, say=self._print_now, give_up=self._give_up)
+        self.guard = SignalGuard(stop=self._stop, report=self._print_now, give_up=self._give_up)
         self.state = SessionState(session.config, settings, self.guard)
         self.open_run: OpenRun | None = None
         self._hosts: list[PveHost] = []  # open; closed by close_hosts alone

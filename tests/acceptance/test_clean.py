@@ -167,8 +167,8 @@ def test_a_set_up_that_is_complete_is_remembered_before_a_test_that_wants_less(p
 MESS = "def test_mess(nested_pve, inside_it):\n    inside_it.leave('bob')\n"
 
 
-def test_what_a_session_left_is_no_clean_state_of_the_next_one(project: Project) -> None:
-    """Though no test of the first one asked for any."""
+def test_changes_of_a_session_are_not_in_the_clean_state_of_the_next_one(project: Project) -> None:
+    """No test of the first session requested a clean state."""
     project.write(
         test_mess=MESS,
         test_clean="def test_clean(nested_pve_clean, inside_it):\n"

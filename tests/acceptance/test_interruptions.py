@@ -1,4 +1,4 @@
-"""Whatever ends a session, in whatever phase, nothing of it stays on the host.
+"""An interrupted session leaves nothing on the host, in whatever phase it is interrupted.
 
 Real processes, ended by real signals when a line of the audit log appears; all of them once, four at a time.
 """

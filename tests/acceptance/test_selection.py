@@ -1,4 +1,4 @@
-"""Choosing steps does what was meant: prerequisites are done, nothing is skipped for not being chosen."""
+"""Selected steps run with their prerequisites, and none is skipped for a missing selection of another."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def serve_https_host(folder: Path) -> Iterator[HttpsHost]:
             path = url.path.removeprefix("/api2/json")
             host.requests.append(Request(self.command, path, params, name))
             if header.partition("=")[2].partition("=")[2] != host.tokens.get(name, "none"):
-                return self.say(401, "Authentication failed!", b"")
+                return self.send_answer(401, "Authentication failed!", b"")
             for answer in list(host.answers):
                 if answer(self):
                     return None
@@ -197,9 +197,9 @@ def serve_https_host(folder: Path) -> Iterator[HttpsHost]:
         do_GET = do_POST = do_PUT = do_DELETE = _serve
 
         def data(self, value: Any) -> None:
-            self.say(200, "OK", json.dumps({"data": value}).encode())
+            self.send_answer(200, "OK", json.dumps({"data": value}).encode())
 
-        def say(self, status: int, reason: str, body: bytes) -> None:
+        def send_answer(self, status: int, reason: str, body: bytes) -> None:
             self.send_response(status, reason)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 def read(name: str) -> dict[str, Record]:
-    """The recordings of a file by their id; its first line says where they are from."""
+    """The recordings of a file by their id; its first line names their source."""
     lines = (_DATA / name).read_text(encoding="utf-8").splitlines()
     return {record["id"]: record for record in map(json.loads, lines[1:])}
 

@@ -335,7 +335,7 @@ def test_the_third_signal_kills_at_once(tmp_path: Path) -> None:
 
 def test_diverted_signals_are_passed_on_and_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[int] = []
-    guard = SignalGuard(stop=lambda _: None, say=lambda _: None, give_up=lambda _: received.append(-1))
+    guard = SignalGuard(stop=lambda _: None, report=lambda _: None, give_up=lambda _: received.append(-1))
     guard.install()
     try:
         with guard.diverted(received.append):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder with `dev`, `.ci/run` and a Python environment that only says how it is called."""
+    """A folder with `dev`, `.ci/run` and a Python environment that only prints its arguments."""
     shutil.copy(ROOT / "dev", tmp_path / "dev")
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")

@@ -189,7 +189,7 @@ def answer_with(status: int, reason: str, answer: Any, *, only: str = "/config")
         if only not in handler.path:
             return False
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        handler.say(status, reason.encode().decode("latin-1"), body)
+        handler.send_answer(status, reason.encode().decode("latin-1"), body)
         return True
 
     return reply
@@ -303,7 +303,9 @@ class BothWays:
             status, _, text = error.text.partition(" ")
             code = int(status) if re.fullmatch(r"[45]\d\d", status) else 500
             text = text if code != 500 else error.text
-            handler.say(code, text.split("\n")[0], json.dumps({"data": None, "message": text}).encode())
+            handler.send_answer(
+                code, text.split("\n")[0], json.dumps({"data": None, "message": text}).encode()
+            )
         return True
 
     def call(self, request: Request) -> Any:
@@ -388,7 +390,7 @@ def test_a_vm_whose_create_lost_its_answer_in_the_proxy_is_ours(
             return False
         lost.append(True)
         both.call(both.https.requests[-1])
-        handler.say(596, "Broken pipe", b"")
+        handler.send_answer(596, "Broken pipe", b"")
         return True
 
     replace_answer(both, "POST", GUESTS, losing)

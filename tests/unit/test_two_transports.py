@@ -60,7 +60,7 @@ def answer_with(status: int, reason: str, answer: Any, *, only: str = "", times:
             return False
         remaining[0] -= 1
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        handler.say(status, reason, body)
+        handler.send_answer(status, reason, body)
         return True
 
     return reply
@@ -297,7 +297,7 @@ def test_a_token_that_cannot_be_replaced_is_used_until_it_expires_then_pvesh(
 
     def refuse(handler: Any) -> bool:
         creates = handler.command == "POST" and "/token/" in handler.path
-        return creates and not handler.say(500, error, b"")
+        return creates and not handler.send_answer(500, error, b"")
 
     host.answers.append(refuse)
     assert [api.get("/version") for _ in range(3)] == [{"by": "https"}] * 3
@@ -605,7 +605,7 @@ def test_a_token_is_deleted_although_the_answer_to_its_creation_was_lost(
         if handler.command != "POST" or "/token/" not in handler.path:
             return False
         host.new_token(handler.path.rpartition("/")[2])
-        handler.say(599, "Too many redirections", b"")
+        handler.send_answer(599, "Too many redirections", b"")
         return True
 
     host.answers.append(lost)

@@ -27,6 +27,9 @@ INSTEAD = {
     r"(?:look|ask)(?:s|ed|ing)? again": "retry, poll",
     r"whoever|him|himself|his|he|uncle": "the caller, the session, the worker process, the second node",
     r"leav(?:e|es|ing) standing|left standing": "keep",
+    r"says?": "report, print, name",
+    r"stays?": "remains, exists, is kept",
+    r"chosen|wanted|asked for": "requested, configured, selected",
 }
 OUT = re.compile(r"\b(?:" + "|".join(INSTEAD) + r")\b", re.IGNORECASE)
 #: A sentence whose subject is a free relative clause: "What a killed session left goes".

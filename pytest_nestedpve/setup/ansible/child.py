@@ -206,7 +206,7 @@ def main() -> NoReturn:
     os.set_inheritable(out, False)
     os.dup2(2, 1)  # output of libraries must not be read as events
     if os.getppid() != job["parent"]:
-        os._exit(CANCELLED)  # the parent died before the death signal was asked for
+        os._exit(CANCELLED)  # the parent died before the death signal was requested
     # Blocked until the handler can delete the directory: a signal in between would leave it over.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     private = private_directory()
