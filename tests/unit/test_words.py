@@ -104,28 +104,27 @@ def prose(name: str) -> Iterator[tuple[int, str]]:
 PAGES = tracked(".py", ".md", ".yml", ".toml")
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_words_of_the_field_are_used(name: str) -> None:
-    if name == "tests/unit/test_words.py":
-        return
+def findings(pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
+    """Place and match of each finding in the prose of the repository, this module excepted."""
+    for name in PAGES:
+        if name == "tests/unit/test_words.py":
+            continue
+        for line, text in prose(name):
+            for match in pattern.finditer(text):
+                yield f"{name}:{line + text[: match.start()].count(chr(10))}", match
+
+
+def test_words_of_the_field_are_used() -> None:
     out = [
-        f"{name}:{line}: {match[0]!r}; write: "
+        f"{place}: {match[0]!r}; write: "
         + next(better for word, better in INSTEAD.items() if re.fullmatch(word, match[0], re.IGNORECASE))
-        for line, text in prose(name)
-        for match in OUT.finditer(text)
+        for place, match in findings(OUT)
     ]
     assert not out, "\n" + "\n".join(out)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_subject_of_a_sentence_is_a_thing(name: str) -> None:
-    if name == "tests/unit/test_words.py":
-        return
-    out = [
-        f"{name}:{line + text[: match.start()].count(chr(10))}: {' '.join(match[0].split())[:90]}"
-        for line, text in prose(name)
-        for match in RELATIVE_SUBJECT.finditer(text)
-    ]
+def test_the_subject_of_a_sentence_is_a_thing() -> None:
+    out = [f"{place}: {' '.join(match[0].split())[:90]}" for place, match in findings(RELATIVE_SUBJECT)]
     assert not out, "\n" + "\n".join(out)
 
 
@@ -142,13 +141,13 @@ def names_in(text: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.attr
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".py")])
-def test_a_name_says_what_the_value_is(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
+def test_a_name_says_what_the_value_is() -> None:
     out = sorted(
         {
             f"{name}:{line}: {identifier}"
-            for line, identifier in names_in(text)
+            for name in PAGES
+            if name.endswith(".py")
+            for line, identifier in names_in((ROOT / name).read_text(encoding="utf-8"))
             if identifier.strip("_") in NAMELESS
         }
     )
