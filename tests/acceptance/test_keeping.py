@@ -326,7 +326,7 @@ def test_without_a_snapshot_the_broken_phase_is_done_on_its_partial_work(project
     project.host().drop_snapshots(vmid)
     result = project.run("--nested-keep", "test_steps.py")
     assert result.ret == 0, result.output
-    assert "without a snapshot it is done again on what it left" in result.output
+    assert "without a snapshot it is repeated on its unfinished state" in result.output
     assert new_phases(project) == ["preflight", *PHASES[PHASES.index("setup_ssh") :]]
     destroy(project)
 
@@ -439,7 +439,7 @@ def test_an_expired_run_of_another_owner_is_destroyed_and_an_unexpired_one_is_no
     for pool in project.host().pools():
         project.host().set_pool(pool, json.dumps({**other, "created": 1, "expires": 2}))
     result = project.run("test_steps.py", XDG_STATE_HOME=str(project.path / "elsewhere"))
-    assert "bob@desk's: destroyed" in result.output
+    assert "owner bob@desk: destroyed" in result.output
     assert project.left() == []
     project.run("test_steps.py")  # deletes the record of the destroyed run
 
